@@ -1,0 +1,105 @@
+"""Puts a run's models together: policy, reference, critics and scorers, each under an engine."""
+
+import torch
+from transformers import AutoTokenizer
+
+from repo_fast.algorithm import ALGORITHMS
+from repo_fast.collectives import Ranks
+from repo_fast.config import ScorerConfig, TrainConfig
+from repo_fast.data import PromptTemplate
+from repo_fast.engine import Engine, resolve_dtype, sharded_loading
+from repo_fast.errors import InputError
+from repo_fast.inputs import Inputs
+from repo_fast.learner import Models
+from repo_fast.models.policy import Policy, attention_implementation
+from repo_fast.models.score_model import ScoreModel
+from repo_fast.scoring import (
+    ClassifierScorer,
+    EncoderClassifier,
+    FunctionScorer,
+    ModelScorer,
+    Scorer,
+    ScorerSpec,
+    load_score_model,
+)
+from repo_fast.scoring.score_models import same_tokens
+
+
+def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Models, dict[str, Scorer]]:
+    """Load every model of a run; under ZeRO-3 straight into shards. All ranks must call it.
+
+    A critic starts from its stream's score model where that is a decoder with the policy's vocabulary, else from the
+    policy's trunk with a zero head.
+
+    Returns:
+        The engines, and the scorers `reward` and `cost`.
+
+    Raises:
+        InputError: A model cannot be used.
+    """
+    dtype = resolve_dtype(config.engine, ranks.device)
+    loading = {"dtype": dtype, "attention": attention_implementation(config.policy.attention, ranks.device)}
+    steps = config.total_steps * config.update.epochs * config.update.minibatches
+    specs = {"reward": inputs.reward, "cost": inputs.cost}
+    settings = {"reward": config.reward, "cost": config.cost}
+    streams = ("reward", "cost") if ALGORITHMS[config.algorithm.name].has_cost_stream else ("reward",)
+    with sharded_loading(config.engine, ranks.device):
+        policy = Policy.from_pretrained(inputs.policy_path, **loading)
+        reference = Policy.from_pretrained(inputs.policy_path, **loading)
+        scorers = {name: _scorer(name, specs[name], settings[name], config, inputs, ranks, loading) for name in specs}
+        critics = {}
+        if config.algorithm.advantage == "gae":
+            critics = {stream: _critic(specs[stream], inputs, loading) for stream in streams}
+    if config.policy.trainable_layers is not None:
+        policy.train_last_layers(config.policy.trainable_layers)
+    if config.engine.activation_checkpointing:
+        for module in (policy.model, *(critic.trunk for critic in critics.values())):
+            # Re-entrant: the other kind compares shapes with those of the first forward, and ZeRO-3 has released them.
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+            module.enable_input_require_grads()
+    models = Models(
+        policy=Engine(policy, config.engine, ranks, config.policy_optimizer, steps),
+        reference=Engine(reference, config.engine, ranks),
+        critics={
+            stream: Engine(critic, config.engine, ranks, config.critic_optimizer, steps)
+            for stream, critic in critics.items()
+        },
+    )
+    return models, scorers
+
+
+def _critic(spec: ScorerSpec, inputs: Inputs, loading: dict) -> ScoreModel:
+    if spec.kind == "model" and same_tokens(AutoTokenizer.from_pretrained(spec.path), inputs.tokenizer):
+        model = load_score_model(spec.path, **loading)
+        if isinstance(model, ScoreModel):
+            return model
+    return ScoreModel.from_policy(inputs.policy_path, **loading)
+
+
+def _scorer(
+    name: str,
+    spec: ScorerSpec,
+    settings: ScorerConfig,
+    config: TrainConfig,
+    inputs: Inputs,
+    ranks: Ranks,
+    loading: dict[str, torch.dtype | str],
+) -> Scorer:
+    if spec.kind == "function":
+        return FunctionScorer(spec.path, name)
+    model = load_score_model(spec.path, **loading)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the {name} model folder {spec.path!r} has no tokenizer that transformers can load") from error
+    common = {
+        "name": name,
+        "max_tokens": settings.max_tokens,
+        "token_budget": config.update.micro_batch_tokens,
+        "device": ranks.device,
+        "agree_on_count": ranks.max,
+    }
+    module = Engine(model, config.engine, ranks).frozen_module
+    if isinstance(model, EncoderClassifier):
+        return ClassifierScorer(module, tokenizer, **common)
+    return ModelScorer(module, PromptTemplate(tokenizer, settings.template), inputs.template, **common)

@@ -1,0 +1,126 @@
+"""What the ranks of a run say to each other, apart from what DeepSpeed does inside its engines.
+
+All messages are small: a number or two a response, or a word of whether something went wrong. They travel over gloo
+also where training uses NCCL, so that they never wait for, or in, a GPU stream.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from repo_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run.
+
+    Attributes:
+        rank: Of this process, from 0.
+        size: How many processes there are.
+        device: Where this process computes.
+        group: The gloo group of all ranks; None in a run of one process.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def connect(cls) -> "Ranks":
+        """Join the group that `engine.start_distributed` opened."""
+        rank, size = dist.get_rank(), dist.get_world_size()
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2)) if size > 1 else None
+        return cls(rank, size, device, group)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Every rank's 1-d tensor, one after the other in order of rank, on the CPU. Lengths may differ, even be 0."""
+        values = values.detach().cpu()
+        if self.group is None:
+            return values
+        parts: list[torch.Tensor] = [None] * self.size  # type: ignore[list-item]
+        dist.all_gather_object(parts, values, group=self.group)
+        return torch.cat(parts)
+
+    def gather_list(self, items: list) -> list:
+        """Every rank's list, one after the other in order of rank."""
+        if self.group is None:
+            return items
+        parts: list[list] = [[]] * self.size
+        dist.all_gather_object(parts, items, group=self.group)
+        return [item for part in parts for item in part]
+
+    def share(self, items: Sequence) -> list:
+        """This rank's part of a list that all ranks have; the parts' sizes differ by one at most."""
+        return list(items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size])
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in float64 on the CPU; the same bits on every rank."""
+        total = values.detach().double().cpu()
+        if self.group is not None:
+            dist.all_reduce(total, group=self.group)
+        return total
+
+    def max(self, value: int) -> int:
+        """The largest of every rank's value."""
+        if self.group is None:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return bool(self.max(int(flag)))
+
+    def barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+    @contextlib.contextmanager
+    def together(self, phase: str) -> Iterator[None]:
+        """Run a phase that can fail on one rank alone; if it does on any, raise on all.
+
+        Without this the others would wait for the failed one in their next collective. So a phase run under it must
+        hold no collective after a point where a rank can fail.
+
+        Args:
+            phase: Named in the error of the ranks that did not fail themselves.
+
+        Raises:
+            InputError: On every rank, if one raised it; what that one said.
+            RuntimeError: On the other ranks, if one raised anything else; that one re-raises its own.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.group is None:
+            if failure is not None:
+                raise failure
+            return
+        said = None if failure is None else (isinstance(failure, InputError), f"{type(failure).__name__}: {failure}")
+        everyone: list = [None] * self.size
+        dist.all_gather_object(everyone, said, group=self.group)
+        if failure is not None:
+            raise failure
+        for rank, word in enumerate(everyone):
+            if word is not None:
+                is_input, text = word
+                if is_input:
+                    raise InputError(text.removeprefix("InputError: "))
+                raise RuntimeError(f"rank {rank} failed in {phase}: {text}")

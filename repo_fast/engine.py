@@ -1,0 +1,264 @@
+"""The only file that knows DeepSpeed: start, load into shards, forward, backward, step, gather, save, resume.
+
+A model under training, or a frozen one, is an `Engine`. The rest of the trainer calls it like a module and never asks
+how its parameters are stored. What is particular here:
+
+- *Micro-batches.* Their number differs from step to step, so the accumulation boundary is set by hand, and losses come
+  normalised by the global batch: the only factor left to undo is DeepSpeed's mean over ranks.
+- *Non-finite gradients.* DeepSpeed finds them in the global norm, on all ranks alike, skips the step and leaves the
+  schedule alone; `step` says so.
+- *Generation under ZeRO-3.* The obvious way, `generate` inside `GatheredParameters`, gathers every weight again for
+  every token, because the hooks that fetch and release parameters still fire. `gathered` takes them off for the while.
+"""
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from repo_fast.collectives import Ranks
+from repo_fast.config import EngineConfig, OptimizerConfig
+
+if not torch.cuda.is_available():
+    # Decided when deepspeed is imported; without it, a machine that has nvidia-smi but no GPU would be misread.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402
+
+# DeepSpeed would compile a shared-memory all-reduce for CPU ranks on first use: 20 s, a compiler, and, after a run killed
+# meanwhile, a stale lock that all later runs wait for. Gloo does the same work.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+_TAG = "state"
+
+
+def start_distributed() -> Ranks:
+    """Open the process group (gloo on CPU, nccl on CUDA) as torchrun's environment says, or one of a single process."""
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, alone)
+    # Port 0 lets the store choose a free one: two single-process runs on one machine do not meet.
+    os.environ.setdefault("MASTER_PORT", "0")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return Ranks.connect()
+
+
+def stop_distributed() -> None:
+    """Close the process group, if it is open."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
+def _deepspeed_config(config: EngineConfig, device: torch.device, gradient_clip: float) -> dict:
+    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": device.type == "cuda"}
+    if config.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = config.parameter_persistence_threshold
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": gradient_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": resolve_dtype(config, device) == torch.bfloat16, "check_grad_overflow": True},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": math.inf,
+    }
+
+
+@contextlib.contextmanager
+def sharded_loading(config: EngineConfig, device: torch.device) -> Iterator[None]:
+    """While this is open, `from_pretrained` loads straight into ZeRO-3 shards (stage 3; else nothing changes)."""
+    if config.zero_stage != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig, deepspeed as integration
+
+    # transformers holds only a weak reference, so this one must live as long as the loading.
+    alive = HfDeepSpeedConfig(_deepspeed_config(config, device, 0.0))
+    try:
+        yield
+    finally:
+        integration.unset_hf_deepspeed_config()
+        del alive
+
+
+def learning_rate_factor(schedule: str, warmup: float, steps: int) -> Callable[[int], float]:
+    """The factor on the peak learning rate for each optimizer step, from 0.
+
+    Linear warm-up over the first `warmup * steps` steps, of which the first is not 0; then a half cosine or a line down
+    to 0 at the end, or constant.
+    """
+    rising = math.ceil(warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        done = min(1.0, (step - rising) / max(1, steps - rising))
+        if schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 1 - done if schedule == "linear" else 1.0
+
+    return factor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step.
+
+    Attributes:
+        applied: False where the gradient was not finite and the step was skipped, on all ranks alike.
+        gradient_norm: Global L2 norm before clipping; NaN or inf where skipped.
+        learning_rate: That the step was taken with.
+    """
+
+    applied: bool
+    gradient_norm: float
+    learning_rate: float
+
+
+class Engine:
+    """A model under DeepSpeed, called like the model itself.
+
+    Args:
+        module: The model; under ZeRO-3 its parameters may be shards already.
+        config: Stage, offload, dtype.
+        ranks: This process among all.
+        optimizer: Settings for training it; None for a frozen model.
+        steps: Optimizer steps of the whole run, for the schedule.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: EngineConfig,
+        ranks: Ranks,
+        optimizer: OptimizerConfig | None = None,
+        steps: int = 1,
+    ) -> None:
+        self.module = module
+        self._stage = config.zero_stage
+        self._ranks = ranks
+        module.train(optimizer is not None)
+        if optimizer is None:
+            module.requires_grad_(False)
+            self._engine = module.to(ranks.device)
+            if self._stage == 3:
+                settings = _deepspeed_config(config, ranks.device, 0.0)
+                self._engine = deepspeed.initialize(model=module, config=settings)[0]
+            return
+        adam = torch.optim.AdamW(
+            _decay_groups(module, optimizer.weight_decay),
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            fused=ranks.device.type == "cuda" and not config.offload_optimizer,
+        )
+        factor = learning_rate_factor(optimizer.schedule, optimizer.warmup, steps)
+        self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
+            model=module,
+            optimizer=adam,
+            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(adam, factor),
+            config=_deepspeed_config(config, ranks.device, optimizer.gradient_clip),
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    @property
+    def frozen_module(self) -> nn.Module:
+        """What a frozen model is called by: DeepSpeed's wrapper under ZeRO-3, else the module itself."""
+        return self._engine
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add a micro-batch's gradients.
+
+        Args:
+            loss: Scalar, normalised by the global batch. It must reach the parameters also where it is 0: every rank
+                takes part in every gradient reduction.
+            last: Whether this is the step's last micro-batch.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self._ranks.size, scale_wrt_gas=False)
+
+    def step(self) -> StepResult:
+        """Clip, take the optimizer step, move the schedule."""
+        learning_rate = self._schedule.get_last_lr()[0]
+        self._engine.step()
+        return StepResult(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm()), learning_rate)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """The module with whole parameters and no DeepSpeed hooks, for generation: each rank runs on its own.
+
+        The weights are gathered once, on entry, however many tokens are generated. Changes to them are lost.
+        """
+        if self._stage != 3:
+            yield self.module
+            return
+        offload = self._engine.optimizer.parameter_offload
+        parameters = list(self.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters):
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.clear()
+            for hook in offload.forward_hooks + offload.backward_hooks:
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield self.module
+            finally:
+                offload._register_deepspeed_module(self.module)
+
+    def whole_state(self) -> dict[str, torch.Tensor]:
+        """The whole weights on the CPU, by name, on the first rank; empty on the others. All ranks must call it.
+
+        One parameter is gathered at a time, so that no rank's device ever holds a second model.
+        """
+        state = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            gathering = deepspeed.zero.GatheredParameters([parameter]) if self._stage == 3 else contextlib.nullcontext()
+            with gathering:
+                if self._ranks.is_first:
+                    state[name] = parameter.detach().cpu().clone()
+        if self._ranks.is_first:
+            state |= {name: buffer.detach().cpu().clone() for name, buffer in self.module.named_buffers()}
+        return state
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimizer and schedule of all ranks into `folder`. All ranks must call it."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, with as many ranks. Under ZeRO-3 only right after construction."""
+        self._engine.load_checkpoint(str(folder), tag=_TAG)
+
+
+def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Biases and norms, which have one dimension, are not decayed."""
+    decayed, exempt = [], []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+            (decayed if dimensions > 1 else exempt).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,9 @@
+"""The one exception type for bad input: it is shown to the user as a single line, without a traceback."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message names the thing, its value, and what was expected; the entry points print it on one line and
+    exit with a non-zero status. Anything that is *our* fault raises another type and keeps its traceback.
+    """

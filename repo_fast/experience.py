@@ -1,0 +1,184 @@
+"""What an update learns from: a rank's responses with everything computed of them, and the packing into micro-batches.
+
+Packing puts sequences one after the other in a single row, `position_ids` starting anew at each, so that no compute
+goes to padding. Only the positions whose hidden state predicts a response token ever reach a head: `predictors`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from repo_fast.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Some sequences in one row: `N` tokens, of which `T` are response tokens, of `S` sequences.
+
+    Attributes:
+        input_ids: int64 [1, N].
+        position_ids: int64 [1, N], from 0 in each sequence.
+        predictors: int64 [T], the position in the row whose hidden state predicts each response token.
+        targets: int64 [T], the response tokens; -100 in a batch that only keeps a rank in step.
+        sequence_ids: int64 [T] in [0, S).
+        last: int64 [S], the position of each sequence's last token.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    predictors: torch.Tensor
+    targets: torch.Tensor
+    sequence_ids: torch.Tensor
+    last: torch.Tensor
+
+    @property
+    def sequences(self) -> int:
+        return self.last.numel()
+
+
+def pack(prompts: Sequence[torch.Tensor], responses: Sequence[torch.Tensor], device: torch.device) -> PackedBatch:
+    """Pack prompt-and-response sequences into one row.
+
+    Args:
+        prompts: int64 CPU tensors, at least one token each.
+        responses: int64 CPU tensors, one for each prompt, at least one token each.
+        device: Where the batch goes.
+    """
+    tokens, positions, predictors, sequence_ids, last = [], [], [], [], []
+    start = 0
+    for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        length = prompt.numel() + response.numel()
+        tokens += [prompt, response]
+        positions.append(torch.arange(length))
+        predictors.append(torch.arange(start + prompt.numel() - 1, start + length - 1))
+        sequence_ids.append(torch.full((response.numel(),), index))
+        start += length
+        last.append(start - 1)
+    return PackedBatch(
+        input_ids=torch.cat(tokens)[None].to(device),
+        position_ids=torch.cat(positions)[None].to(device),
+        predictors=torch.cat(predictors).to(device),
+        targets=torch.cat(list(responses)).to(device),
+        sequence_ids=torch.cat(sequence_ids).to(device),
+        last=torch.tensor(last, device=device),
+    )
+
+
+def idle_batch(device: torch.device) -> PackedBatch:
+    """Two tokens with nothing to predict: what a rank runs, forward and backward, when the others have more batches."""
+    token = torch.zeros(1, dtype=torch.int64)
+    packed = pack([token], [token], device)
+    return PackedBatch(**(vars(packed) | {"targets": torch.full_like(packed.targets, -100)}))
+
+
+def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Deal sequences over as few rows as the budget allows, of about equal size.
+
+    Longest first, each to the row with most room. A sequence longer than the budget gets a row of its own.
+
+    Args:
+        lengths: Tokens of each sequence.
+        budget: Largest row (tokens).
+
+    Returns:
+        Lists of indices, ascending within a row; none is empty.
+    """
+    if not lengths:
+        return []
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for rows in range(max(1, -(-sum(lengths) // budget)), len(lengths) + 1):
+        filled: list[list[int]] = [[] for _ in range(rows)]
+        totals = [0] * rows
+        for index in order:
+            row = totals.index(min(totals))
+            filled[row].append(index)
+            totals[row] += lengths[index]
+        if all(total <= budget or len(row) == 1 for row, total in zip(filled, totals, strict=True)):
+            break
+    return [sorted(row) for row in filled if row]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rank's `S` responses with all that the losses need, `T` response tokens packed in order of the responses.
+
+    Attributes:
+        rollout: The responses themselves.
+        cu_seqlens: int32 [S + 1], where each response's tokens start and end.
+        costs: float32 [S], raw.
+        violations: float32 [S], v_i, not rectified (units of the cost).
+        old_log_probs: float32 [T], log pi_old (nats), computed by the trainer.
+        reward_advantages, cost_advantages: float32 [T].
+        reward_values, reward_returns: float32 [T], with critics; else None.
+        cost_values, cost_returns: float32 [T], with a cost critic; else None.
+    """
+
+    rollout: Rollout
+    cu_seqlens: torch.Tensor
+    costs: torch.Tensor
+    violations: torch.Tensor
+    old_log_probs: torch.Tensor
+    reward_advantages: torch.Tensor
+    cost_advantages: torch.Tensor
+    reward_values: torch.Tensor | None = None
+    reward_returns: torch.Tensor | None = None
+    cost_values: torch.Tensor | None = None
+    cost_returns: torch.Tensor | None = None
+
+    @property
+    def responses(self) -> int:
+        return len(self.rollout.responses)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, prompt included."""
+        pairs = zip(self.rollout.prompt_tokens, self.rollout.response_tokens, strict=True)
+        return [prompt.numel() + response.numel() for prompt, response in pairs]
+
+    def select(self, indices: Sequence[int], device: torch.device) -> "MicroBatch":
+        """The micro-batch of some responses. With no indices: an idle one, which has no valid token."""
+        if indices:
+            starts = self.cu_seqlens.tolist()
+            tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices])
+            batch = pack(
+                [self.rollout.prompt_tokens[i] for i in indices],
+                [self.rollout.response_tokens[i] for i in indices],
+                device,
+            )
+
+            def cut(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+                return values[where].to(device)
+        else:
+            tokens, batch = torch.empty(0), idle_batch(device)
+
+            def cut(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+                return torch.zeros(1, dtype=values.dtype, device=device)
+
+        responses = torch.tensor(indices, dtype=torch.int64)
+        per_response = {"costs": self.costs, "violations": self.violations, "prompt_ids": self.rollout.prompt_ids}
+        per_token = {name: getattr(self, name) for name in _TOKEN_FIELDS}
+        return MicroBatch(
+            batch=batch,
+            **{name: cut(values, responses) for name, values in per_response.items()},
+            **{name: None if values is None else cut(values, tokens) for name, values in per_token.items()},
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some responses of an `Experience`: the packed row, and the same fields cut to its `T` tokens and `S` responses."""
+
+    batch: PackedBatch
+    costs: torch.Tensor
+    violations: torch.Tensor
+    prompt_ids: torch.Tensor
+    old_log_probs: torch.Tensor
+    reward_advantages: torch.Tensor
+    cost_advantages: torch.Tensor
+    reward_values: torch.Tensor | None
+    reward_returns: torch.Tensor | None
+    cost_values: torch.Tensor | None
+    cost_returns: torch.Tensor | None
+
+
+_TOKEN_FIELDS = [field.name for field in fields(MicroBatch)][4:]

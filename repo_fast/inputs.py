@@ -1,0 +1,151 @@
+"""Everything a run reads before it starts: checked here, while an error is still one line and nothing hangs.
+
+No process group exists yet, no model is loaded and nothing is written, except that the embedded policy is made and
+cached on its first use.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from repo_fast import checkpoint
+from repo_fast.config import TrainConfig
+from repo_fast.data import Prompt, PromptTemplate, load_demonstrations, load_prompts, tokenize_prompts
+from repo_fast.errors import InputError
+from repo_fast.models.policy import check_vocabulary, load_config
+from repo_fast.report.metrics import check_loggers
+from repo_fast.rollout.hf import Request
+from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from.
+
+    Attributes:
+        policy_path: Folder or hub name of the policy; the embedded one resolved to its folder.
+        tokenizer: The policy's.
+        template: How prompts are put to the policy.
+        requests: The training prompts with their tokens, in order of the source.
+        eval_requests: The held-out prompts with theirs; empty without an evaluation.
+        demonstrations: Prompt and response tokens (int64, CPU) for the PTX loss; empty without one.
+        reward, cost: Where the scores come from.
+        well_formed: The check of `evaluation.well_formed`; None without one.
+        resume_from: Folder of the checkpoint to go on from; None for a new run.
+        notes: What the user should know of the data: what was dropped, and how many.
+    """
+
+    policy_path: str
+    tokenizer: PreTrainedTokenizerBase
+    template: PromptTemplate
+    requests: list[Request]
+    eval_requests: list[Request]
+    demonstrations: list[tuple[torch.Tensor, torch.Tensor]]
+    reward: ScorerSpec
+    cost: ScorerSpec
+    well_formed: FunctionScorer | None
+    resume_from: Path | None
+    notes: list[str]
+
+    @property
+    def categories(self) -> dict[int, str | None]:
+        """The category of each held-out prompt, by its id."""
+        return {request.prompt.id: request.prompt.category for request in self.eval_requests}
+
+
+def read_inputs(config: TrainConfig) -> Inputs:
+    """Read and check all inputs of a run.
+
+    Raises:
+        InputError: The first thing that cannot be used.
+    """
+    notes: list[str] = []
+    output_dir = Path(config.output_dir)
+    resume_from = checkpoint.find_resume(config.resume, output_dir)
+    checkpoint.check_output_folder(config.resume, output_dir)
+    check_loggers(config.log.loggers)
+    reward, cost = load_scorer_spec(config.reward.path, "reward"), load_scorer_spec(config.cost.path, "cost")
+    for name, spec in (("reward", reward), ("cost", cost)):
+        if spec.kind == "function":
+            FunctionScorer(spec.path, name)
+    well_formed = None
+    if config.evaluation.well_formed is not None:
+        well_formed = FunctionScorer(config.evaluation.well_formed, "well-formed check")
+    data = config.data
+    prompts = load_prompts(data.prompts, split=data.prompts_split)
+    held_out = []
+    if data.eval_prompts is not None:
+        held_out = load_prompts(data.eval_prompts, split=data.eval_split, limit=config.evaluation.prompts)
+    policy_path = _policy_path(config.policy.path)
+    tokenizer = _tokenizer(policy_path)
+    model_config = load_config(policy_path)
+    check_vocabulary(policy_path, model_config.vocab_size, tokenizer)
+    template = PromptTemplate(tokenizer, data.template)
+
+    def tokenized(prompts: list[Prompt], source: str) -> list[Request]:
+        kept, dropped = tokenize_prompts(prompts, template, data.max_prompt_tokens)
+        if dropped:
+            notes.append(f"{source}: {dropped} prompts dropped, longer than {data.max_prompt_tokens} tokens")
+        return [Request(prompt, torch.tensor(tokens)) for prompt, tokens in kept]
+
+    requests = tokenized(prompts, data.prompts)
+    if config.rollout.prompts_per_step > len(requests):
+        raise InputError(
+            f"rollout.prompts_per_step is {config.rollout.prompts_per_step}, expected at most the {len(requests)} "
+            f"prompts of {data.prompts}"
+        )
+    eval_requests = tokenized(held_out, str(data.eval_prompts)) if held_out else []
+    demonstrations = _demonstrations(config, template, notes) if data.ptx is not None else []
+    return Inputs(
+        policy_path=policy_path,
+        tokenizer=tokenizer,
+        template=template,
+        requests=requests,
+        eval_requests=eval_requests,
+        demonstrations=demonstrations,
+        reward=reward,
+        cost=cost,
+        well_formed=well_formed,
+        resume_from=resume_from,
+        notes=notes,
+    )
+
+
+def _policy_path(path: str) -> str:
+    if path != "world:tiny":
+        return path
+    from repo_fast.world.policy import tiny_policy
+
+    return str(tiny_policy())
+
+
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"{path!r} has no tokenizer that transformers can load: {first}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {path!r} has no eos_token, expected one: responses would never end")
+    return tokenizer
+
+
+def _demonstrations(
+    config: TrainConfig, template: PromptTemplate, notes: list[str]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    data = config.data
+    pairs = [
+        (torch.tensor(template.encode_prompt(shown.prompt)), torch.tensor(template.encode_response(shown.response)))
+        for shown in load_demonstrations(str(data.ptx), split=data.ptx_split)
+    ]
+    kept = [pair for pair in pairs if pair[0].numel() + pair[1].numel() <= data.ptx_max_tokens]
+    if len(kept) < config.update.ptx_batch_size:
+        raise InputError(
+            f"data.ptx {data.ptx!r} has {len(kept)} demonstrations of at most {data.ptx_max_tokens} tokens, expected at "
+            f"least update.ptx_batch_size ({config.update.ptx_batch_size})"
+        )
+    if len(kept) < len(pairs):
+        notes.append(f"{data.ptx}: {len(pairs) - len(kept)} demonstrations dropped, longer than {data.ptx_max_tokens} tokens")
+    return kept

@@ -1,0 +1,449 @@
+"""What is learned from a rollout: experience and update, in the order of `algorithm.md` of the paper's method.
+
+`Learner.experience` computes everything the losses need of this rank's responses: log-probabilities of policy and
+reference, violations, the multiplier, values, advantages (steps 2 to 4 and 9 of an update). `Learner.update` takes the
+optimizer steps: weights, policy loss, critic losses, PTX loss (steps 5 to 8). The token loss itself is
+`repo_fast.ops.fused_rectified_policy_loss`; it runs inside the policy's head (`models/loss_head.py`).
+
+Responses are dealt over the ranks without regard to prompts. What an algorithm needs of a prompt's other responses, or
+of the whole batch, is one number a response, gathered from all ranks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from repo_fast import algorithm as alg
+from repo_fast.collectives import Ranks
+from repo_fast.config import TrainConfig
+from repo_fast.data import PromptSampler
+from repo_fast.engine import Engine, StepResult
+from repo_fast.errors import InputError
+from repo_fast.experience import Experience, MicroBatch, PackedBatch, idle_batch, pack, split_by_tokens
+from repo_fast.ops import (
+    PolicyLoss,
+    fused_rectified_policy_loss,
+    generalized_advantages,
+    linear_log_probs,
+    prompt_violations,
+)
+from repo_fast.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a run computes with.
+
+    Attributes:
+        policy: Under training.
+        reference: Its frozen start.
+        critics: By stream, `reward` and `cost`; only with `gae`, and only of the streams the algorithm has.
+    """
+
+    policy: Engine
+    reference: Engine
+    critics: dict[str, Engine]
+
+
+class Learner:
+    """The algorithm on one rank.
+
+    Args:
+        config: The resolved configuration.
+        models: The engines.
+        ranks: This process among those of the run.
+        demonstrations: Prompt and response tokens (int64, CPU) for the PTX loss; empty without one.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        models: Models,
+        ranks: Ranks,
+        demonstrations: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    ) -> None:
+        self.config, self.models, self.ranks, self.demonstrations = config, models, ranks, demonstrations
+        settings = config.algorithm
+        self.row = alg.ALGORITHMS[settings.name]
+        self.multiplier = alg.Multiplier(
+            self.row.constraint,
+            init=settings.multiplier_init,
+            learning_rate=settings.multiplier_learning_rate,
+            maximum=settings.multiplier_max,
+            threshold=settings.threshold - settings.margin,
+            window=settings.cost_window,
+            confidence_z=settings.confidence_z,
+        )
+        self.ptx_sampler = None
+        if demonstrations:
+            self.ptx_sampler = PromptSampler(len(demonstrations), config.update.ptx_batch_size, config.seed)
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+
+    def state_dict(self) -> dict:
+        """The state that a resumed run needs beside the engines', as plain numbers and lists."""
+        return {
+            "multiplier": self.multiplier.state_dict(),
+            "ptx_sampler": None if self.ptx_sampler is None else self.ptx_sampler.state_dict(),
+            "skipped": [self.skipped, self.skipped_in_a_row],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.multiplier.load_state_dict(state["multiplier"])
+        if self.ptx_sampler is not None:
+            self.ptx_sampler.load_state_dict(state["ptx_sampler"])
+        self.skipped, self.skipped_in_a_row = state["skipped"]
+
+    # --------------------------------------------------------------------------------------- 3, 4, 9: experience
+
+    def experience(self, rollout: Rollout, scores: dict[str, torch.Tensor]) -> tuple[Experience, dict[str, float]]:
+        """Everything the losses need of this rank's responses (steps 2 to 4, and 9, the multiplier).
+
+        Args:
+            rollout: This rank's responses.
+            scores: float32 [S] each, `reward` and `cost`.
+
+        Returns:
+            The experience, and the metrics of the rollout over all ranks.
+        """
+        settings, ranks = self.config.algorithm, self.ranks
+        lengths = torch.tensor([tokens.numel() for tokens in rollout.response_tokens], dtype=torch.int64)
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+        sequence_ids = torch.repeat_interleave(torch.arange(lengths.numel()), lengths)
+        old_log_probs, entropy = self.log_probs(self.models.policy, rollout)
+        ref_log_probs, _ = self.log_probs(self.models.reference, rollout)
+        kl = old_log_probs - ref_log_probs
+        kl_sums = kl.new_zeros(lengths.numel()).index_add_(0, sequence_ids, kl)
+
+        reward, cost = scores["reward"], scores["cost"]
+        if self.row.shaped:
+            reward = reward - settings.shaping_weight * cost
+        scope = settings.scope or self.row.scope
+        violations = prompt_violations(
+            cost, rollout.prompt_ids, scope=scope, threshold=settings.threshold - settings.margin, group=ranks.group
+        )
+        prompt_ids = ranks.gather(rollout.prompt_ids)
+        constraint = self.multiplier.update(ranks.gather(cost), ranks.gather(violations), prompt_ids)
+        weights = alg.stream_weights(violations, self.multiplier.value, rectify=self.row.rectify)
+
+        values: dict[str, torch.Tensor] = {}
+        advantages: dict[str, torch.Tensor] = {}
+        signed = {"reward": (reward, settings.kl_coefficient), "cost": (cost, -settings.kl_coefficient)}
+        if settings.advantage == "gae":
+            for stream, critic in self.models.critics.items():
+                score, beta = signed[stream]
+                rewards = alg.token_rewards(score, kl, cu_seqlens, kl_coefficient=beta, clamp=settings.score_clamp)
+                values[f"{stream}_values"] = self.values(critic, rollout)
+                advantages[stream], values[f"{stream}_returns"] = (
+                    result.cpu()
+                    for result in generalized_advantages(
+                        rewards.to(ranks.device),
+                        values[f"{stream}_values"].to(ranks.device),
+                        cu_seqlens.to(ranks.device),
+                        gamma=settings.gamma,
+                        lam=settings.gae_lambda,
+                        backend=self.config.engine.ops_backend,
+                    )
+                )
+        else:
+            sums = {
+                stream: alg.penalised_scores(score, kl_sums, kl_coefficient=beta, clamp=settings.score_clamp)
+                for stream, (score, beta) in signed.items()
+            }
+            both = alg.critic_free_advantages(
+                settings.advantage,
+                ranks.gather(sums["reward"]),
+                ranks.gather(sums["cost"]),
+                prompt_ids,
+                ranks.gather(weights[0]),
+                ranks.gather(weights[1]),
+            )
+            mine = self._my_part(lengths.numel())
+            advantages = {
+                stream: values_[mine][sequence_ids] for stream, values_ in zip(("reward", "cost"), both, strict=True)
+            }
+        if not self.row.has_cost_stream:
+            advantages["cost"] = torch.zeros_like(kl)
+        if settings.whiten:
+            advantages = self._whitened(advantages, weights, sequence_ids)
+
+        experience = Experience(
+            rollout=rollout,
+            cu_seqlens=cu_seqlens,
+            costs=cost,
+            violations=violations,
+            old_log_probs=old_log_probs,
+            reward_advantages=advantages["reward"],
+            cost_advantages=advantages["cost"],
+            **values,
+        )
+        gap = torch.cat([old_log_probs.new_zeros(0), *rollout.sampler_log_probs]) - old_log_probs
+        tokens = [entropy.sum(), gap.sum(), gap.abs().sum(), torch.tensor(float(kl.numel()))]
+        responses = [kl_sums.sum(), rollout.finished.sum(), torch.tensor(float(lengths.numel()))]
+        entropies, gaps, absolute, n, kls, finished, count = ranks.sum(torch.stack([*tokens, *responses])).tolist()
+        return experience, {
+            "multiplier": self.multiplier.value,
+            "constraint": constraint,
+            "kl": kls / count,
+            "entropy": entropies / n,
+            "response_length": n / count,
+            "finished_share": finished / count,
+            "sampler_gap": gaps / n,
+            "sampler_gap_absolute": absolute / n,
+        }
+
+    def log_probs(self, engine: Engine, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token log-probabilities and entropies (nats) of this rank's responses, at the rollout's temperature.
+
+        Returns:
+            float32 [T] each, packed, on the CPU.
+        """
+
+        def at_head(hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+            both = linear_log_probs(
+                hidden,
+                weight,
+                batch.targets,
+                temperature=self.config.rollout.temperature,
+                return_entropy=True,
+                backend=self.config.engine.ops_backend,
+            )
+            return torch.stack(both)
+
+        both = self._over_rollout(rollout, lambda batch: engine(batch, at_head), fields=2)
+        return both[0], both[1]
+
+    def values(self, critic: Engine, rollout: Rollout) -> torch.Tensor:
+        """The critic's value before each response token: float32 [T], packed, on the CPU."""
+        return self._over_rollout(
+            rollout, lambda batch: critic(batch.input_ids, batch.position_ids, batch.predictors)[None], fields=1
+        )[0]
+
+    def response_kl(self, rollout: Rollout) -> torch.Tensor:
+        """The sum over each response of log pi - log pi_ref (nats): float32 [S], on the CPU."""
+        kl = self.log_probs(self.models.policy, rollout)[0] - self.log_probs(self.models.reference, rollout)[0]
+        lengths = [tokens.numel() for tokens in rollout.response_tokens]
+        return torch.stack([part.sum() for part in kl.split(lengths)]) if lengths else kl.new_zeros(0)
+
+    @torch.no_grad()
+    def _over_rollout(
+        self, rollout: Rollout, compute: Callable[[PackedBatch], torch.Tensor], fields: int
+    ) -> torch.Tensor:
+        """Run packed micro-batches of a rollout, and put their [fields, T'] results back in order of the responses."""
+        lengths = [tokens.numel() for tokens in rollout.response_tokens]
+        totals = [prompt.numel() + length for prompt, length in zip(rollout.prompt_tokens, lengths, strict=True)]
+        rows = split_by_tokens(totals, self.config.update.micro_batch_tokens)
+        results: list[torch.Tensor] = [torch.empty(fields, 0)] * len(lengths)
+        for row in _in_step(rows, self.ranks):
+            if not row:
+                compute(idle_batch(self.ranks.device))
+                continue
+            batch = pack(
+                [rollout.prompt_tokens[i] for i in row], [rollout.response_tokens[i] for i in row], self.ranks.device
+            )
+            parts = compute(batch).float().cpu().split([lengths[i] for i in row], dim=1)
+            for i, part in zip(row, parts, strict=True):
+                results[i] = part
+        return torch.cat([torch.empty(fields, 0), *results], dim=1)
+
+    def _my_part(self, responses: int) -> slice:
+        """Where this rank's responses are among the gathered ones."""
+        counts = self.ranks.gather(torch.tensor([responses])).tolist()
+        start = sum(counts[: self.ranks.rank])
+        return slice(start, start + responses)
+
+    def _whitened(
+        self, advantages: dict[str, torch.Tensor], weights: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        mixed = weights[0][ids] * advantages["reward"] - weights[1][ids] * advantages["cost"]
+        reward_centre, cost_centre, factor = alg.whitening(
+            self.ranks.gather(advantages["reward"]), self.ranks.gather(advantages["cost"]), self.ranks.gather(mixed)
+        )
+        return {
+            "reward": (advantages["reward"] - reward_centre) * factor,
+            "cost": (advantages["cost"] - cost_centre) * factor,
+        }
+
+    # ------------------------------------------------------------------------------------------- 5 to 8: update
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """Optimizer steps on one rollout (steps 5 to 8): `epochs` passes of `minibatches` steps each.
+
+        Returns:
+            Metrics over all ranks and optimizer steps.
+        """
+        settings = self.config.update
+        steps = []
+        skipped = self.skipped
+        for _ in range(settings.epochs):
+            order = list(range(experience.responses))
+            if settings.minibatches > 1:
+                order = torch.randperm(experience.responses).tolist()
+            for part in range(settings.minibatches):
+                bounds = [experience.responses * i // settings.minibatches for i in (part, part + 1)]
+                steps.append(self.optimizer_step(experience, sorted(order[bounds[0] : bounds[1]])))
+        return {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]} | {
+            "steps_skipped": self.skipped - skipped,
+            "skipped_steps": self.skipped,
+            "learning_rate": steps[-1]["learning_rate"],
+        }
+
+    def optimizer_step(self, experience: Experience, indices: Sequence[int]) -> dict[str, float]:
+        """One step of the policy and of each critic on some of this rank's responses.
+
+        Every loss is normalised by the whole global batch, so neither the split into micro-batches nor the number of
+        ranks changes the gradient.
+
+        Args:
+            experience: Of this rank's responses.
+            indices: Those to learn from; may be empty on some ranks.
+
+        Returns:
+            Metrics over all ranks.
+
+        Raises:
+            InputError: Too many steps in a row had a non-finite loss or gradient.
+        """
+        settings, ranks = self.config.algorithm, self.ranks
+        lengths = experience.lengths()
+        rows = [
+            [indices[i] for i in row]
+            for row in split_by_tokens([lengths[i] for i in indices], self.config.update.micro_batch_tokens)
+        ]
+        batches = [experience.select(row, ranks.device) for row in _in_step(rows, ranks)]
+        tokens = sum(experience.rollout.response_tokens[i].numel() for i in indices)
+        counts = ranks.sum(torch.tensor([len(indices), tokens])).tolist()
+        denominator = max(1.0, counts[0] if settings.reduction == "sequence_mean" else counts[1])
+        metrics: dict[str, float] = {}
+
+        ptx = self._ptx_batches()
+        totals = torch.zeros(4, dtype=torch.float64)
+        for batch, last in _with_last(batches, after=ptx):
+            outputs = self.models.policy(batch.batch, self._policy_loss(batch, denominator))
+            self.models.policy.backward(outputs.loss, last=last)
+            valid = int((batch.batch.targets != -100).sum())
+            shares = [outputs.loss, *(share * valid for share in (outputs.clip_fraction, outputs.approx_kl, outputs.unsafe_fraction))]
+            totals += torch.stack([share.detach().double().cpu() for share in shares])
+        loss, clipped, approx_kl, unsafe = ranks.sum(totals).tolist()
+        metrics |= {
+            "loss": loss,
+            "clip_fraction": clipped / max(1.0, counts[1]),
+            "approx_kl": approx_kl / max(1.0, counts[1]),
+            "unsafe_fraction": unsafe / max(1.0, counts[1]),
+        }
+        if ptx:
+            metrics["ptx_loss"] = self._ptx_backward(ptx)
+        step = self.models.policy.step()
+        metrics |= {"gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate}
+        applied = [step]
+        for stream in self.models.critics:
+            metrics[f"{stream}_value_loss"], critic_step = self._critic_step(stream, batches, denominator)
+            applied.append(critic_step)
+        self._count_skipped(all(step.applied for step in applied))
+        return metrics
+
+    def _policy_loss(self, batch: MicroBatch, denominator: float) -> Callable[..., PolicyLoss]:
+        settings = self.config.algorithm
+
+        def at_head(hidden: torch.Tensor, weight: torch.Tensor, packed: PackedBatch) -> PolicyLoss:
+            return fused_rectified_policy_loss(
+                hidden,
+                weight,
+                packed.targets,
+                batch.old_log_probs,
+                batch.reward_advantages,
+                batch.cost_advantages,
+                packed.sequence_ids,
+                batch.costs,
+                batch.prompt_ids,
+                violations=batch.violations,
+                multiplier=self.multiplier.value,
+                rectify=self.row.rectify,
+                surrogate=settings.surrogate or self.row.surrogate,
+                clip=(settings.clip_low, settings.clip_high),
+                temperature=self.config.rollout.temperature,
+                entropy_coefficient=settings.entropy_coefficient,
+                reduction=settings.reduction,
+                denominator=denominator,
+                backend=self.config.engine.ops_backend,
+            )
+
+        return at_head
+
+    def _ptx_batches(self) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+        """This rank's demonstrations of one optimizer step, in micro-batches as many as the other ranks have."""
+        if self.ptx_sampler is None:
+            return []
+        mine = self.ranks.share([self.inputs.demonstrations[i] for i in self.ptx_sampler.next()])
+        totals = [prompt.numel() + response.numel() for prompt, response in mine]
+        rows = split_by_tokens(totals, self.config.update.micro_batch_tokens)
+        return [[mine[i] for i in row] for row in _in_step(rows, self.ranks)]
+
+    def _ptx_backward(self, rows: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> float:
+        """Step 8: cross-entropy on demonstrations, token mean over the global batch, temperature 1."""
+        tokens = self.ranks.sum(torch.tensor(sum(response.numel() for row in rows for _, response in row)))
+        scale = self.config.algorithm.ptx_coefficient / float(tokens)
+
+        def at_head(hidden: torch.Tensor, weight: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
+            return -linear_log_probs(hidden, weight, packed.targets, backend=self.config.engine.ops_backend).sum()
+
+        total = torch.zeros((), dtype=torch.float64)
+        for row, last in _with_last(rows):
+            batch = pack(*zip(*row, strict=True), self.ranks.device) if row else idle_batch(self.ranks.device)
+            loss = self.models.policy(batch, at_head)
+            self.models.policy.backward(loss * scale, last=last)
+            total += loss.detach().double().cpu()
+        return float(self.ranks.sum(total) / tokens)
+
+    def _critic_step(
+        self, stream: str, batches: Sequence[MicroBatch], denominator: float
+    ) -> tuple[float, StepResult]:
+        """Step 7: the clipped value loss of one stream, and its optimizer step."""
+        settings, critic = self.config.algorithm, self.models.critics[stream]
+        total = torch.zeros((), dtype=torch.float64)
+        for batch, last in _with_last(batches):
+            packed = batch.batch
+            values = critic(packed.input_ids, packed.position_ids, packed.predictors)
+            losses = alg.clipped_value_losses(
+                values,
+                getattr(batch, f"{stream}_values"),
+                getattr(batch, f"{stream}_returns"),
+                clip=settings.value_clip,
+            )
+            # An idle batch has no valid token: an empty sum is 0 and keeps the graph.
+            valid = packed.targets != -100
+            loss = alg.reduce_tokens(
+                losses[valid],
+                packed.sequence_ids[valid],
+                reduction=settings.reduction,
+                sequences=packed.sequences,
+                denominator=denominator,
+            )
+            critic.backward(loss, last=last)
+            total += loss.detach().double().cpu()
+        return float(self.ranks.sum(total)), critic.step()
+
+    def _count_skipped(self, applied: bool) -> None:
+        if applied:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.config.update.max_skipped_steps:
+            raise InputError(
+                f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient, expected fewer than "
+                f"update.max_skipped_steps ({self.config.update.max_skipped_steps}); the last checkpoint is intact"
+            )
+
+
+def _in_step(rows: list[list], ranks: Ranks) -> list[list]:
+    """The rows, followed by empty ones up to the number that the rank with most has."""
+    return rows + [[]] * (ranks.max(len(rows)) - len(rows))
+
+
+def _with_last(items: Sequence[Any], after: Sequence[Any] = ()) -> Iterator[tuple[Any, bool]]:
+    """Each item, and whether it is the step's last; with `after`, more will follow."""
+    for index, item in enumerate(items):
+        yield item, index == len(items) - 1 and not after

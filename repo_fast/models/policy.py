@@ -1,0 +1,158 @@
+"""The policy: a Hugging Face causal language model whose head computes the losses.
+
+The trainer never sees logits. It calls the policy with a packed batch and with what to do at the head, and the policy
+runs its trunk, picks the hidden states that predict a response token, and lets its `LossHead` do the rest.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from repo_fast.errors import InputError
+from repo_fast.experience import PackedBatch
+from repo_fast.models.loss_head import LossHead
+
+# Settings by which a model changes its logits after the head. The loss head would leave them out.
+_LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1, "lm_head_multiplier": 1}
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """A model folder's configuration, without its pad token: under ZeRO-3 an embedding with one cannot be built.
+
+    Raises:
+        InputError: There is no readable model configuration at `path`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise InputError(f"{path!r} is not a Hugging Face model folder or hub name: {first}") from error
+    config.pad_token_id = None
+    return config
+
+
+def attention_implementation(choice: str, device: torch.device) -> str:
+    """Resolve `auto`: FlashAttention 2 where it can run, else torch's scaled dot-product attention.
+
+    Raises:
+        InputError: `flash_attention_2` is asked for and cannot run here.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    flash = device.type == "cuda" and is_flash_attn_2_available()
+    if choice == "flash_attention_2" and not flash:
+        raise InputError(
+            f"policy.attention is 'flash_attention_2' on device {device.type}, expected 'sdpa' or 'auto': "
+            "it needs a CUDA device and the flash-attn package (pip install flash-attn)"
+        )
+    if choice == "auto":
+        return "flash_attention_2" if flash else "sdpa"
+    return choice
+
+
+class Policy(nn.Module):
+    """A causal language model under training, or its frozen reference.
+
+    Args:
+        model: A `...ForCausalLM` with a linear head without bias and nothing after it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @classmethod
+    def from_pretrained(cls, path: str, *, dtype: torch.dtype, attention: str) -> "Policy":
+        """Load a Hugging Face folder; under ZeRO-3 loading, straight into shards.
+
+        Args:
+            path: Folder or hub name.
+            dtype: Of weights and activations.
+            attention: Name of a transformers attention implementation.
+
+        Raises:
+            InputError: The folder cannot be read, is not a causal language model, or changes its logits after the head.
+        """
+        config = load_config(path)
+        for name, neutral in _LOGIT_SETTINGS.items():
+            value = getattr(config, name, neutral)
+            if value is not None and value != neutral:
+                raise InputError(
+                    f"{path!r} has {name} = {value}, expected {neutral}: the loss head computes plain softmax logits"
+                )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, attn_implementation=attention
+            )
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise InputError(f"{path!r} cannot be loaded as a causal language model: {first}") from error
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear or head.bias is not None:
+            raise InputError(f"{path!r} has the head {head}, expected a linear layer without bias")
+        head.__class__ = LossHead
+        # The ratio of new to old probability is 1 on-policy only without noise in the forward.
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
+        return cls(model)
+
+    def train_last_layers(self, layers: int) -> None:
+        """Freeze all but the last transformer layers and the final norm.
+
+        Raises:
+            InputError: The model has fewer layers.
+        """
+        blocks = next(module for module in self.model.modules() if isinstance(module, nn.ModuleList))
+        if layers > len(blocks):
+            raise InputError(f"policy.trainable_layers is {layers}, expected at most the model's {len(blocks)} layers")
+        self.requires_grad_(False)
+        for block in blocks[-layers:]:
+            block.requires_grad_(True)
+        for name, module in self.model.base_model.named_children():
+            if "norm" in name:
+                module.requires_grad_(True)
+
+    def forward(self, batch: PackedBatch, loss: Callable[[torch.Tensor, torch.Tensor, PackedBatch], Any]) -> Any:
+        """Run a packed batch and let the head compute.
+
+        Args:
+            batch: The packed sequences.
+            loss: Called inside the head as `loss(hidden, weight, batch)`, with hidden [T, D] the states that predict
+                each of the batch's response tokens, and weight [V, D].
+
+        Returns:
+            What `loss` returns.
+        """
+        # Without a cache and without a mask, transformers keeps sequences apart by their restarting positions.
+        outputs = self.model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+        hidden = outputs.last_hidden_state[0, batch.predictors]
+        return self.model.get_output_embeddings()(hidden, lambda h, w: loss(h, w, batch))
+
+
+def check_vocabulary(path: str, vocabulary: int, tokenizer) -> None:
+    """Raise `InputError` where the tokenizer can produce a token that the model has no embedding for."""
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= vocabulary:
+        raise InputError(
+            f"the tokenizer of {path!r} has token id {highest}, expected ids below the model's vocabulary of {vocabulary}"
+        )
+
+
+def save_hugging_face(folder: Path, model: nn.Module, state: dict[str, torch.Tensor], tokenizer) -> None:
+    """Write a folder that plain transformers loads: weights, configuration, generation settings, tokenizer.
+
+    Args:
+        folder: Written whole; it must not exist.
+        model: The Hugging Face model, whose parameters may be shards.
+        state: Its whole weights on the CPU, by name.
+        tokenizer: Saved beside them.
+    """
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,451 @@
+"""The public ops of RePO training: token log-probabilities and entropies, per-prompt violations, generalized
+advantages, and the rectified clipped policy loss, also fused with the LM head so that the [T, V] logits never exist
+in memory.
+
+Usable on their own, in any trainer: this package needs PyTorch and nothing else of repo_fast. In all of them T is the
+number of tokens (any packing, any order), D the hidden size, V the vocabulary, S the number of responses; losses and
+log-probabilities are in nats. Same inputs give the same bits. The algorithm is Rectified Policy Optimization, arXiv
+2410.19933; costs above the threshold are unsafe.
+
+    from repo_fast.ops import fused_rectified_policy_loss
+    out = fused_rectified_policy_loss(hidden, lm_head.weight, targets, old_log_probs, reward_advantages,
+                                      cost_advantages, sequence_ids, costs, prompt_ids, multiplier=1.0)
+    out.loss.backward()
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from repo_fast.ops import registration
+from repo_fast.ops.dispatch import available_backends, resolve
+from repo_fast.ops.validation import (
+    check_choice,
+    check_clip,
+    check_flag,
+    check_linear,
+    check_number,
+    check_tensor,
+    check_vector,
+    check_vectors,
+    scalar,
+)
+from repo_fast.ops.violations import gather_responses
+
+__all__ = [
+    "PolicyLoss",
+    "available_backends",
+    "fused_rectified_policy_loss",
+    "generalized_advantages",
+    "linear_log_probs",
+    "prompt_violations",
+    "rectified_policy_loss",
+]
+
+_SCOPES = ("prompt", "response", "batch")
+_SURROGATES = ("separate", "mixed")
+_REDUCTIONS = ("sequence_mean", "token_mean", "sum")
+
+
+class PolicyLoss(NamedTuple):
+    """What the policy losses return. Only `loss` carries a gradient; all are float32.
+
+    Attributes:
+        loss: Scalar.
+        log_probs: [T], log π_θ of each target in nats; 0 where the target is ignored.
+        entropy: [T], of the distribution that `log_probs` is of, in nats; 0 where the target is ignored.
+            None from `rectified_policy_loss`.
+        violations: [S], how far each response's (mean) cost is above the threshold; not rectified.
+        clip_fraction: Scalar, the share of valid tokens where, in a stream of non-zero weight, the clipped branch is
+            strictly the smaller one.
+        approx_kl: Scalar in nats, the k3 estimate of KL(π_old‖π_θ): mean over valid tokens of (ρ − 1) − log ρ.
+        unsafe_fraction: Scalar, the share of responses with a violation > 0.
+    """
+
+    loss: Tensor
+    log_probs: Tensor
+    entropy: Tensor | None
+    violations: Tensor
+    clip_fraction: Tensor
+    approx_kl: Tensor
+    unsafe_fraction: Tensor
+
+
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probabilities of the targets under log softmax(hidden @ weight.T / temperature), without holding the logits.
+
+    One matrix product in the forward; the backward does not know its incoming gradient before, and recomputes: four
+    in all. A row gives the same bits here and in `fused_rectified_policy_loss`.
+
+    Args:
+        hidden: [T, D] float32, bfloat16 or float16.
+        weight: [V, D], the LM head, in the dtype of `hidden`.
+        targets: [T] int64 in [0, V), or -100: ignored, at no cost, with log-probability 0, entropy 0 and no gradient.
+        temperature: > 0; divides the logits.
+        return_entropy: Whether to return the entropies as well.
+        backend: "auto", or one of `available_backends("linear_log_probs")`.
+
+    Returns:
+        log_probs [T] float32 in nats, never positive; or (log_probs, entropy [T] float32 in nats). Both carry gradients
+        to `hidden` and `weight`.
+
+    Raises:
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: An argument of the wrong shape, device or value, or a backend that cannot run here. On a GPU a
+            target that is out of range is not looked at: its log-probability is NaN.
+    """
+    op = "linear_log_probs"
+    check_linear(op, hidden, weight, targets)
+    check_number(op, "temperature", temperature, 0.0, open_low=True)
+    check_flag(op, "return_entropy", return_entropy)
+    chosen = resolve(op, backend, hidden.device)
+    log_probs, entropy = registration.linear_log_probs(
+        hidden, weight, targets, float(temperature), return_entropy, chosen
+    )
+    return (log_probs, entropy) if return_entropy else log_probs
+
+
+def prompt_violations(
+    costs: Tensor,
+    prompt_ids: Tensor,
+    *,
+    scope: str = "prompt",
+    threshold: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """How far each response is from its constraint: v_i of RePO (arXiv 2410.19933), not rectified; > 0 is unsafe.
+
+    Args:
+        costs: [S] float32, the cost C(x, y) of each response. NaN stays NaN: it must not pass for safe.
+        prompt_ids: [S] int64, any ids in any order. Responses with the same id answer the same prompt.
+        scope: What is compared with the threshold: "response", its own cost; "prompt", the mean cost over the
+            responses of the same prompt; "batch", the mean cost over all responses.
+        threshold: d, in units of cost.
+        group: A process group. The means are then over the responses of all its ranks, which may differ in S, even be
+            0; every rank must call. Not under `torch.compile`.
+        backend: "auto", or one of `available_backends("prompt_violations")`.
+
+    Returns:
+        violations [S] float32, without gradient.
+
+    Raises:
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: An argument of the wrong shape, device or value, or a backend that cannot run here.
+    """
+    op = "prompt_violations"
+    check_tensor(op, "costs", costs, (torch.float32,), ("S",))
+    check_vector(op, "prompt_ids", prompt_ids, costs.shape[0], "S", costs.device, torch.int64)
+    check_choice(op, "scope", scope, _SCOPES)
+    check_number(op, "threshold", threshold, -torch.inf)
+    chosen = resolve(op, backend, costs.device)
+    costs = costs.detach()
+    if group is None:
+        return registration.prompt_violations(costs, prompt_ids, scope, float(threshold), chosen)
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{op}: group must be a torch.distributed process group, got {type(group).__name__}")
+    all_costs, all_ids, own = gather_responses(costs, prompt_ids, group)
+    return registration.prompt_violations(all_costs, all_ids, scope, float(threshold), chosen)[own].clone()
+
+
+def generalized_advantages(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Generalized advantage estimation (arXiv 1506.02438) over packed responses, with no bootstrap after a last token.
+
+    δ_t = r_t + γ·V_{t+1} − V_t and A_t = δ_t + γλ·A_{t+1}, where V and A are 0 past the end of the response.
+
+    Args:
+        rewards: [T] float32, reward (or cost) of each token.
+        values: [T] float32, the critic's value of each token. No gradient flows.
+        cu_seqlens: [S+1] int32: response i is tokens cu_seqlens[i] to cu_seqlens[i+1]; starts with 0 and ends with T.
+        gamma: Discount γ in [0, 1].
+        lam: λ_GAE in [0, 1].
+        backend: "auto", or one of `available_backends("generalized_advantages")`.
+
+    Returns:
+        (advantages [T], returns [T] = advantages + values), float32.
+
+    Raises:
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: An argument of the wrong shape, device or value, or a backend that cannot run here. On a GPU the
+            values of `cu_seqlens` are not looked at: if they are wrong, the results are NaN.
+    """
+    op = "generalized_advantages"
+    check_tensor(op, "rewards", rewards, (torch.float32,), ("T",))
+    check_vectors(op, rewards.shape[0], "T", rewards.device, values=values)
+    check_tensor(op, "cu_seqlens", cu_seqlens, (torch.int32,), ("S+1",))
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{op}: cu_seqlens must have at least one entry, 0, got shape [0]")
+    if cu_seqlens.device != rewards.device:
+        raise ValueError(f"{op}: cu_seqlens must be on {rewards.device} like rewards, got {cu_seqlens.device}")
+    check_number(op, "gamma", gamma, 0.0, 1.0)
+    check_number(op, "lam", lam, 0.0, 1.0)
+    chosen = resolve(op, backend, rewards.device)
+    return registration.generalized_advantages(
+        rewards.detach(), values.detach(), cu_seqlens, float(gamma), float(lam), chosen
+    )
+
+
+def _check_objective(
+    op: str,
+    rectify: bool,
+    surrogate: str,
+    clip: tuple[float, float],
+    ref_log_probs: Tensor | None,
+    kl_coefficient: float,
+    reduction: str,
+) -> None:
+    """The checks that both policy losses share."""
+    check_flag(op, "rectify", rectify)
+    check_choice(op, "surrogate", surrogate, _SURROGATES)
+    check_clip(op, clip)
+    check_number(op, "kl_coefficient", kl_coefficient, 0.0)
+    check_choice(op, "reduction", reduction, _REDUCTIONS)
+    if kl_coefficient > 0 and ref_log_probs is None:
+        raise ValueError(f"{op}: kl_coefficient={kl_coefficient} needs ref_log_probs, got None")
+
+
+def rectified_policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    reward_advantages: Tensor,
+    cost_advantages: Tensor,
+    sequence_ids: Tensor,
+    violations: Tensor,
+    *,
+    multiplier: float | Tensor,
+    rectify: bool = True,
+    surrogate: str = "separate",
+    clip: tuple[float, float] = (0.2, 0.2),
+    ref_log_probs: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    reduction: str = "sequence_mean",
+    denominator: float | Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """RePO's clipped policy loss (arXiv 2410.19933) from log-probabilities.
+
+    With ρ = exp(log π_θ − log π_old) and s(A) = min(ρA, clip(ρ, 1−ε_low, 1+ε_high)·A), a token's loss is ℓ_t =
+    −[w_r·s(A_r) + w_c·s(−A_c)] ("separate", RePO's) or ℓ_t = −s(w_r·A_r − w_c·A_c) ("mixed", Safe RLHF's). The
+    weights are those of its sequence: (1/(1+λ), λ/(1+λ)) where v > 0, or everywhere if not `rectify`; else (1, 0).
+    With zero cost advantages and λ = 0 it is PPO's and GRPO's loss. log ρ is clamped to ±20, with no gradient beyond.
+
+    Args:
+        log_probs: [T] float32, log π_θ in nats. The only argument that gradients flow to.
+        old_log_probs: [T] float32, log π_old; None means on-policy: ρ = 1, with the gradient of log π_θ.
+        reward_advantages: [T] float32, A_r.
+        cost_advantages: [T] float32, A_c.
+        sequence_ids: [T] int64 in [0, S), the response of each token; -1 = a token to leave out, whose values are not
+            looked at.
+        violations: [S] float32, as from `prompt_violations`. A NaN violation makes the loss NaN.
+        multiplier: λ >= 0, a number or a 0-d tensor, which is never read back to the host.
+        rectify: Whether safe responses are weighted (1, 0).
+        surrogate: "separate" or "mixed".
+        clip: (ε_low, ε_high), each >= 0.
+        ref_log_probs: [T] float32, log π_ref; needed if `kl_coefficient` > 0.
+        kl_coefficient: >= 0; adds kl_coefficient·(exp(d) − d − 1), d = log π_ref − log π_θ, to ℓ_t.
+        reduction: "sequence_mean", the mean over sequences of the mean of ℓ_t over each one's valid tokens, all in
+            this call; "token_mean", over all valid tokens; "sum".
+        denominator: > 0, a number or a 0-d tensor: replaces the number of sequences that have a valid token, or of
+            valid tokens; of no effect with "sum". The global number, under gradient accumulation or data parallelism.
+        importance_weights: [T] float32, a factor on ℓ_t, for samples that another policy drew.
+        backend: "auto", or one of `available_backends("rectified_policy_loss")`.
+
+    Returns:
+        `PolicyLoss`, with `log_probs` and `violations` as given and `entropy` None. No valid token: loss 0, gradient
+        zero.
+
+    Raises:
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: An argument of the wrong shape, device or value, or a backend that cannot run here. On a GPU a
+            sequence id that is out of range is not looked at: the loss is NaN.
+    """
+    op = "rectified_policy_loss"
+    check_tensor(op, "log_probs", log_probs, (torch.float32,), ("T",))
+    T, device = log_probs.shape[0], log_probs.device
+    check_vectors(
+        op,
+        T,
+        "T",
+        device,
+        old_log_probs=old_log_probs,
+        reward_advantages=reward_advantages,
+        cost_advantages=cost_advantages,
+        ref_log_probs=ref_log_probs,
+        importance_weights=importance_weights,
+    )
+    check_vector(op, "sequence_ids", sequence_ids, T, "T", device, torch.int64)
+    check_tensor(op, "violations", violations, (torch.float32,), ("S",))
+    check_vectors(op, violations.shape[0], "S", device, violations=violations)
+    _check_objective(op, rectify, surrogate, clip, ref_log_probs, kl_coefficient, reduction)
+    chosen = resolve(op, backend, device)
+    loss, clip_fraction, approx_kl, unsafe, _ = registration.rectified_policy_loss(
+        log_probs,
+        old_log_probs,
+        reward_advantages,
+        cost_advantages,
+        sequence_ids,
+        violations,
+        scalar(op, "multiplier", multiplier, device, 0.0),
+        rectify,
+        surrogate,
+        float(clip[0]),
+        float(clip[1]),
+        ref_log_probs,
+        float(kl_coefficient),
+        reduction,
+        None if denominator is None else scalar(op, "denominator", denominator, device, 0.0, open_low=True),
+        importance_weights,
+        chosen,
+    )
+    return PolicyLoss(loss, log_probs.detach(), None, violations.detach(), clip_fraction, approx_kl, unsafe)
+
+
+def fused_rectified_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_log_probs: Tensor | None,
+    reward_advantages: Tensor,
+    cost_advantages: Tensor,
+    sequence_ids: Tensor,
+    costs: Tensor | None,
+    prompt_ids: Tensor | None,
+    *,
+    multiplier: float | Tensor,
+    scope: str = "prompt",
+    threshold: float = 0.0,
+    rectify: bool = True,
+    surrogate: str = "separate",
+    clip: tuple[float, float] = (0.2, 0.2),
+    temperature: float = 1.0,
+    ref_log_probs: Tensor | None = None,
+    kl_coefficient: float = 0.0,
+    entropy_coefficient: float = 0.0,
+    reduction: str = "sequence_mean",
+    denominator: float | Tensor | None = None,
+    violations: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+    backend: str = "auto",
+) -> PolicyLoss:
+    """`linear_log_probs`, `prompt_violations` and `rectified_policy_loss` in one pass and three matrix products.
+
+    The gradients to `hidden` and `weight` are formed in the forward, in the same pass over the logits, of which only
+    a chunk of rows exists at a time; only those that are asked for (`requires_grad`, grad mode) are computed. The
+    backward scales them in place by the incoming gradient and releases them: a second backward through the same loss
+    raises `RuntimeError`.
+
+    Args:
+        hidden: [T, D] float32, bfloat16 or float16.
+        weight: [V, D], the LM head, in the dtype of `hidden`.
+        targets: [T] int64 in [0, V), or -100: a token to leave out, at no cost, whose other values are not looked at.
+        old_log_probs: [T] float32, log π_old in nats; None means on-policy: ρ = 1, with the gradient of log π_θ.
+        reward_advantages: [T] float32, A_r.
+        cost_advantages: [T] float32, A_c.
+        sequence_ids: [T] int64 in [0, S), the response of each token.
+        costs: [S] float32, as in `prompt_violations`; not used (may be None) if `violations` is given.
+        prompt_ids: [S] int64, as in `prompt_violations`; not used (may be None) if `violations` is given.
+        multiplier: λ >= 0, a number or a 0-d tensor, which is never read back to the host.
+        scope: As in `prompt_violations`.
+        threshold: As in `prompt_violations`.
+        rectify: Whether safe responses are weighted (1, 0), as in `rectified_policy_loss`.
+        surrogate: "separate" (RePO's) or "mixed" (Safe RLHF's), as in `rectified_policy_loss`.
+        clip: (ε_low, ε_high), each >= 0.
+        temperature: > 0; divides the logits.
+        ref_log_probs: [T] float32, log π_ref; needed if `kl_coefficient` > 0.
+        kl_coefficient: >= 0; adds kl_coefficient·(exp(d) − d − 1), d = log π_ref − log π_θ, to ℓ_t.
+        entropy_coefficient: >= 0; subtracts entropy_coefficient·entropy_t from ℓ_t.
+        reduction: "sequence_mean", "token_mean" or "sum", as in `rectified_policy_loss`.
+        denominator: As in `rectified_policy_loss`.
+        violations: [S] float32. Given, it overrides `costs`, `prompt_ids`, `scope` and `threshold`: where a prompt's
+            responses lie in several calls or on several ranks, from `prompt_violations`.
+        importance_weights: [T] float32, a factor on ℓ_t, for samples that another policy drew.
+        backend: "auto", or one of `available_backends("fused_rectified_policy_loss")`.
+
+    Returns:
+        `PolicyLoss`. No valid token: loss 0, gradients zero.
+
+    Raises:
+        TypeError: An argument of the wrong type or dtype.
+        ValueError: An argument of the wrong shape, device or value, or a backend that cannot run here. On a GPU
+            targets and sequence ids that are out of range are not looked at: the loss is NaN.
+    """
+    op = "fused_rectified_policy_loss"
+    check_linear(op, hidden, weight, targets)
+    T, device = hidden.shape[0], hidden.device
+    check_vectors(
+        op,
+        T,
+        "T",
+        device,
+        old_log_probs=old_log_probs,
+        reward_advantages=reward_advantages,
+        cost_advantages=cost_advantages,
+        ref_log_probs=ref_log_probs,
+        importance_weights=importance_weights,
+    )
+    check_vector(op, "sequence_ids", sequence_ids, T, "T", device, torch.int64)
+    if violations is None:
+        check_tensor(op, "costs", costs, (torch.float32,), ("S",))
+        assert costs is not None
+        check_vectors(op, costs.shape[0], "S", device, costs=costs)
+        check_vector(op, "prompt_ids", prompt_ids, costs.shape[0], "S", device, torch.int64)
+        check_choice(op, "scope", scope, _SCOPES)
+        check_number(op, "threshold", threshold, -torch.inf)
+    else:
+        check_tensor(op, "violations", violations, (torch.float32,), ("S",))
+        check_vectors(op, violations.shape[0], "S", device, violations=violations)
+        costs = prompt_ids = None
+    _check_objective(op, rectify, surrogate, clip, ref_log_probs, kl_coefficient, reduction)
+    check_number(op, "temperature", temperature, 0.0, open_low=True)
+    check_number(op, "entropy_coefficient", entropy_coefficient, 0.0)
+    chosen = resolve(op, backend, device)
+    learning = torch.is_grad_enabled()
+    outputs = registration.fused_rectified_policy_loss(
+        hidden,
+        weight,
+        targets,
+        old_log_probs,
+        reward_advantages,
+        cost_advantages,
+        sequence_ids,
+        costs,
+        prompt_ids,
+        scalar(op, "multiplier", multiplier, device, 0.0),
+        scope,
+        float(threshold),
+        rectify,
+        surrogate,
+        float(clip[0]),
+        float(clip[1]),
+        float(temperature),
+        ref_log_probs,
+        float(kl_coefficient),
+        float(entropy_coefficient),
+        reduction,
+        None if denominator is None else scalar(op, "denominator", denominator, device, 0.0, open_low=True),
+        violations,
+        importance_weights,
+        learning and hidden.requires_grad,
+        learning and weight.requires_grad,
+        chosen,
+    )
+    return PolicyLoss(*outputs[:7])

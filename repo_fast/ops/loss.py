@@ -1,0 +1,249 @@
+"""The rectified policy loss on per-token values, with its gradient in closed form. Written once:
+`rectified_policy_loss` evaluates it on all tokens, the fused op on one block of rows at a time, right after their
+log-probabilities are known.
+
+With ρ = exp(clamp(log π_θ − log π_old, ±20)), s(A) = min(ρA, clip(ρ)·A) and the weights w of the token's sequence:
+
+    separate   ℓ = −[w_r·s(A_r) + w_c·s(−A_c)]        dℓ/dlog π_θ = −Σ_streams w·A·ρ·[unclipped branch taken]
+    mixed      ℓ = −s(w_r·A_r − w_c·A_c)
+    + kl_coefficient·(exp(d) − d − 1), d = log π_ref − log π_θ
+
+The derivative is zero where log ρ is beyond ±20. Weights that are zero are multiplied, never skipped: 0·NaN shows up.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repo_fast.ops.validation import check_range
+
+LOG_RATIO_BOUND = 20.0  # keeps exp() far from float32's overflow
+
+
+class Objective(NamedTuple):
+    """The settings of the loss that are plain numbers."""
+
+    rectify: bool
+    surrogate: str
+    clip_low: float
+    clip_high: float
+    kl_coefficient: float
+    reduction: str
+    entropy_coefficient: float = 0.0
+
+
+class Tokens(NamedTuple):
+    """What the loss needs to know about N valid tokens besides their log-probabilities. Each float32 [N] or None.
+
+    `factors` is d loss / d ℓ_t: the importance weight times the token's share in the reduction.
+    """
+
+    old_log_probs: Tensor | None
+    reward_advantages: Tensor
+    cost_advantages: Tensor
+    reward_weights: Tensor
+    cost_weights: Tensor
+    ref_log_probs: Tensor | None
+    factors: Tensor
+
+    def part(self, start: int, stop: int) -> "Tokens":
+        old, reward_advantages, cost_advantages, reward_weights, cost_weights, ref, factors = self
+        return Tokens(
+            None if old is None else old[start:stop],
+            reward_advantages[start:stop],
+            cost_advantages[start:stop],
+            reward_weights[start:stop],
+            cost_weights[start:stop],
+            None if ref is None else ref[start:stop],
+            factors[start:stop],
+        )
+
+
+class TokenLoss(NamedTuple):
+    """Per-token results, each [N]: ℓ_t without its entropy term, dℓ_t/dlog π_θ, whether clipping bit, (ρ−1) − log ρ."""
+
+    loss: Tensor
+    slope: Tensor
+    clipped: Tensor
+    divergence: Tensor
+
+
+def valid_rows(mask: Tensor) -> Tensor | None:
+    """Indices of the true entries, or None if all are true. Reads their count back to the host, once."""
+    rows = mask.nonzero().squeeze(1)
+    return None if rows.numel() == mask.numel() else rows
+
+
+def select(values: Tensor, rows: Tensor | None) -> Tensor:
+    """The given rows of `values`; the tensor itself for None, which means all rows."""
+    return values if rows is None else values.index_select(0, rows)
+
+
+def stream_weights(violations: Tensor, multiplier: Tensor, rectify: bool) -> tuple[Tensor, Tensor]:
+    """(w_r, w_c) of each sequence, [S]: step 5 of the algorithm. A NaN violation is not safe: it makes both NaN."""
+    reward = (1 / (1 + multiplier)).expand_as(violations)
+    cost = (multiplier / (1 + multiplier)).expand_as(violations)
+    if rectify:
+        unsafe = violations > 0
+        reward = torch.where(unsafe, reward, 1.0)
+        cost = torch.where(unsafe, cost, 0.0)
+    unknown = violations.isnan()
+    return reward.masked_fill(unknown, torch.nan), cost.masked_fill(unknown, torch.nan)
+
+
+def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Sums of `values` [N] over equal `index` [N] -> [size], the same bits every time (index_add_ on CUDA is not)."""
+    sums = values.new_zeros(size)
+    if values.is_cuda:
+        return sums.index_put_((index,), values, accumulate=True)
+    return sums.index_add_(0, index, values)
+
+
+def token_factors(sequence_index: Tensor, S: int, reduction: str, denominator: Tensor | None, like: Tensor) -> Tensor:
+    """d loss / d ℓ_t of each valid token, [N]. `sequence_index` [N] is in [0, S]; S stands for "out of range"."""
+    ones = torch.ones_like(sequence_index, dtype=like.dtype)
+    if reduction == "sum":
+        return ones
+    if reduction == "token_mean":
+        return ones / (ones.numel() if denominator is None else denominator)
+    counts = sum_by_index(ones, sequence_index, S + 1)
+    if denominator is None:
+        denominator = (counts > 0).sum()
+    return 1 / (counts[sequence_index] * denominator)
+
+
+def gather_tokens(
+    op: str,
+    rows: Tensor | None,
+    old_log_probs: Tensor | None,
+    reward_advantages: Tensor,
+    cost_advantages: Tensor,
+    sequence_ids: Tensor,
+    violations: Tensor,
+    multiplier: Tensor,
+    ref_log_probs: Tensor | None,
+    denominator: Tensor | None,
+    importance_weights: Tensor | None,
+    objective: Objective,
+) -> Tokens:
+    """Compacts [T] inputs to the valid rows and looks up each token's weights and share in the reduction.
+
+    Raises:
+        ValueError: a valid token's sequence id is outside [0, S). On a GPU its weights become NaN instead.
+    """
+    S = violations.numel()
+    ids = select(sequence_ids, rows)
+    check_range(op, "sequence_ids of the valid tokens", ids, 0, S, "S")
+    # One more entry, NaN, is where ids that are out of range point to.
+    index = torch.where((ids >= 0) & (ids < S), ids, S)
+    reward_weights, cost_weights = stream_weights(violations, multiplier, objective.rectify)
+    nan = violations.new_full((1,), torch.nan)
+    factors = token_factors(index, S, objective.reduction, denominator, reward_advantages)
+    if importance_weights is not None:
+        factors = factors * select(importance_weights, rows)
+    return Tokens(
+        None if old_log_probs is None else select(old_log_probs, rows),
+        select(reward_advantages, rows),
+        select(cost_advantages, rows),
+        torch.cat([reward_weights, nan])[index],
+        torch.cat([cost_weights, nan])[index],
+        select(ref_log_probs, rows) if ref_log_probs is not None and objective.kl_coefficient > 0 else None,
+        factors,
+    )
+
+
+def token_loss(log_probs: Tensor, tokens: Tokens, objective: Objective) -> TokenLoss:
+    """Evaluates ℓ_t and its derivative for [N] tokens."""
+    old = log_probs if tokens.old_log_probs is None else tokens.old_log_probs
+    raw = log_probs - old
+    log_ratio = raw.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    ratio = log_ratio.exp()
+    bounded = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    streams: list[tuple[Tensor | None, Tensor]]
+    if objective.surrogate == "separate":
+        streams = [(tokens.reward_weights, tokens.reward_advantages), (tokens.cost_weights, -tokens.cost_advantages)]
+    else:
+        mixed = tokens.reward_weights * tokens.reward_advantages - tokens.cost_weights * tokens.cost_advantages
+        streams = [(None, mixed)]
+
+    loss = torch.zeros_like(log_probs)
+    slope = torch.zeros_like(log_probs)
+    clipped = torch.zeros_like(log_probs, dtype=torch.bool)
+    for weight, advantage in streams:
+        plain = ratio * advantage
+        limited = bounded * advantage
+        bites = limited < plain
+        value = torch.minimum(plain, limited)
+        derivative = plain.masked_fill(bites, 0.0)
+        if weight is None:
+            loss -= value
+            slope -= derivative
+            clipped |= bites
+        else:
+            loss -= weight * value
+            slope -= weight * derivative
+            clipped |= bites & (weight != 0)
+    slope.masked_fill_(raw.abs() > LOG_RATIO_BOUND, 0.0)
+
+    if tokens.ref_log_probs is not None:
+        d = tokens.ref_log_probs - log_probs
+        excess = d.expm1()
+        loss += objective.kl_coefficient * (excess - d)
+        slope -= objective.kl_coefficient * excess
+    return TokenLoss(loss, slope, clipped, log_ratio.expm1() - log_ratio)
+
+
+def unsafe_fraction(violations: Tensor) -> Tensor:
+    """Share of the responses with v > 0, a scalar; 0 for none, NaN if a violation is (it is not known to be safe)."""
+    unsafe = (violations > 0).to(violations.dtype).masked_fill(violations.isnan(), torch.nan)
+    return unsafe.sum() / max(violations.numel(), 1)
+
+
+def rectified_policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    reward_advantages: Tensor,
+    cost_advantages: Tensor,
+    sequence_ids: Tensor,
+    violations: Tensor,
+    multiplier: Tensor,
+    rectify: bool,
+    surrogate: str,
+    clip_low: float,
+    clip_high: float,
+    ref_log_probs: Tensor | None,
+    kl_coefficient: float,
+    reduction: str,
+    denominator: Tensor | None,
+    importance_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Implements the registered op: (loss, clip_fraction, approx_kl, unsafe_fraction, d loss / d log_probs [T])."""
+    objective = Objective(rectify, surrogate, clip_low, clip_high, kl_coefficient, reduction)
+    rows = valid_rows(sequence_ids != -1)
+    tokens = gather_tokens(
+        "rectified_policy_loss",
+        rows,
+        old_log_probs,
+        reward_advantages,
+        cost_advantages,
+        sequence_ids,
+        violations,
+        multiplier,
+        ref_log_probs,
+        denominator,
+        importance_weights,
+        objective,
+    )
+    terms = token_loss(select(log_probs, rows), tokens, objective)
+    gradient = terms.slope * tokens.factors
+    if rows is not None:
+        gradient = torch.zeros_like(log_probs).index_copy_(0, rows, gradient)
+    N = max(terms.loss.numel(), 1)
+    return (
+        (terms.loss * tokens.factors).sum(),
+        terms.clipped.sum() / N,
+        terms.divergence.sum() / N,
+        unsafe_fraction(violations),
+        gradient,
+    )

@@ -1,0 +1,58 @@
+"""How far each response's cost is above the threshold, per response, per prompt, or over the batch: step 3 of the
+algorithm.
+
+Responses are gathered from all ranks before anything is averaged, as pairs of id and cost: S of them, 16 bytes each.
+Every rank then adds the same numbers in the same order, so all ranks hold the same bits of a mean, and the same code
+serves one rank and many.
+"""
+
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from repo_fast.ops.loss import sum_by_index
+
+
+def prompt_means(costs: Tensor, prompt_ids: Tensor) -> Tensor:
+    """The mean of `costs` [S] over the responses with the same id, at each response. Never waits for the device."""
+    S = costs.numel()
+    if S == 0:
+        return torch.zeros_like(costs)
+    ids, order = torch.sort(prompt_ids, stable=True)
+    first = torch.ones_like(ids, dtype=torch.bool)
+    torch.ne(ids[1:], ids[:-1], out=first[1:])
+    prompt = first.cumsum(0) - 1
+    values = costs[order]
+    means = sum_by_index(values, prompt, S) / sum_by_index(torch.ones_like(values), prompt, S)
+    return torch.empty_like(means).scatter_(0, order, means[prompt])
+
+
+def prompt_violations(costs: Tensor, prompt_ids: Tensor, scope: str, threshold: float) -> Tensor:
+    """Implements the registered op on one rank's responses, or on those of all ranks together: [S] -> [S]."""
+    if scope == "response":
+        means = costs
+    elif scope == "prompt":
+        means = prompt_means(costs, prompt_ids)
+    else:
+        means = (costs.sum() / max(costs.numel(), 1)).expand_as(costs)
+    return means - threshold
+
+
+def gather_responses(costs: Tensor, prompt_ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, slice]:
+    """All ranks' costs and prompt ids in rank order, and where this rank's are. Ranks may differ in S, even be 0."""
+    world = dist.get_world_size(group)
+    sizes = [costs.new_zeros(1, dtype=torch.int64) for _ in range(world)]
+    dist.all_gather(sizes, costs.new_full((1,), costs.numel(), dtype=torch.int64), group=group)
+    counts = cast(list[int], torch.cat(sizes).tolist())
+    # The collectives want equal shapes, and one call is cheaper than two: costs travel as the bits of an integer.
+    payload = costs.new_zeros(max(counts), 2, dtype=torch.int64)
+    payload[: costs.numel(), 0] = prompt_ids
+    payload[: costs.numel(), 1] = costs.contiguous().view(torch.int32).to(torch.int64)
+    parts = [torch.empty_like(payload) for _ in range(world)]
+    dist.all_gather(parts, payload, group=group)
+    everything = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    start = sum(counts[: dist.get_rank(group)])
+    all_costs = everything[:, 1].to(torch.int32).view(torch.float32)
+    return all_costs, everything[:, 0].contiguous(), slice(start, start + costs.numel())

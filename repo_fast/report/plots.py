@@ -1,0 +1,130 @@
+"""The pictures of a run, `plots/*.png`, drawn from its metrics.
+
+Matplotlib's `Figure` is used without pyplot: no global state, no display, and safe beside a user's own plots. Each
+step is drawn as measured; from 30 steps on this is pale, under a running mean, since the steps of RL are noisy.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from repo_fast.report.jsonl import Value
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# File name -> its panels from top to bottom: metric and axis label with the unit.
+_PICTURES = {
+    "reward_and_cost": [("reward", "mean reward (score)"), ("cost", "mean cost (score)")],
+    "safety": [
+        ("strict_violation", "strict violation (cost score)"),
+        ("safety_rate", "safety rate (share of responses)"),
+    ],
+    "multiplier": [("multiplier", "multiplier λ (no unit)")],
+    "kl_and_entropy": [("kl", "KL to the reference (nats/response)"), ("entropy", "entropy (nats/token)")],
+    "response_length": [("response_length", "response length (tokens)")],
+    "loss": [("loss", "policy loss (no unit)"), ("clip_fraction", "clip fraction (share of tokens)")],
+}
+_PHASES = ("generate", "score", "update")
+# From Okabe and Ito's colours, which the colour-blind can tell apart.
+_LINE, _FILLS = "#0072B2", ("#56B4E9", "#E69F00", "#009E73")
+_SMOOTH_FROM = 30
+
+
+def plot_metrics(metrics: Sequence[Mapping[str, Value]], folder: Path, threshold: float = 0.0) -> list[Path]:
+    """Draws a run's metrics into PNG files, replacing those of an earlier call.
+
+    Args:
+        metrics: One dictionary a step, as `read_metrics` returns them. Missing keys, None, NaN and infinities leave
+            gaps; a panel without a single finite value is not drawn, nor a picture without a panel.
+        folder: Where the files go; made if missing.
+        threshold: d, the mean cost to stay under; drawn as a line.
+
+    Returns:
+        The files written, of reward_and_cost, safety, multiplier, kl_and_entropy, response_length, loss and speed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = _series(metrics, "step")
+    written = []
+    for name, panels in _PICTURES.items():
+        drawn = [(key, label, _series(metrics, key)) for key, label in panels]
+        drawn = [panel for panel in drawn if np.isfinite(panel[2]).any()]
+        if not drawn:
+            continue
+        figure, axes = _figure(len(drawn))
+        for ax, (key, label, values) in zip(axes, drawn, strict=True):
+            if key == "cost":
+                ax.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold d = {threshold:g}")
+            _draw_curve(ax, steps, values)
+            ax.set_ylabel(label)
+            ax.set_xlim(steps[0] - 0.5, steps[-1] + 0.5)
+        written.append(_save(figure, axes, folder / f"{name}.png"))
+    return written + _plot_speed(metrics, steps, folder / "speed.png")
+
+
+def _plot_speed(metrics: Sequence[Mapping[str, Value]], steps: np.ndarray, path: Path) -> list[Path]:
+    seconds = [np.nan_to_num(_series(metrics, f"{phase}_seconds"), posinf=0.0, neginf=0.0) for phase in _PHASES]
+    rate = _series(metrics, "tokens_per_second")
+    if not any(values.any() for values in seconds) and not np.isfinite(rate).any():
+        return []
+    figure, (top, bottom) = _figure(2)
+    edges = np.append(steps - 0.5, steps[-1] + 0.5)
+    below = np.zeros(len(steps))
+    for phase, values, color in zip(_PHASES, seconds, _FILLS, strict=True):
+        top.stairs(below + values, edges, baseline=below, fill=True, color=color, label=phase)
+        below = below + values
+    top.set_ylabel("time (seconds/step)")
+    _draw_curve(bottom, steps, rate)
+    bottom.set_ylabel("throughput (tokens/s)")
+    bottom.set_xlim(edges[0], edges[-1])
+    return [_save(figure, (top, bottom), path)]
+
+
+def _series(metrics: Sequence[Mapping[str, Value]], key: str) -> np.ndarray:
+    """One metric over all records, float64 [N]; NaN where it is missing, None or not finite."""
+    values = [row.get(key) for row in metrics]
+    series = np.array([value if isinstance(value, (int, float)) else np.nan for value in values], dtype=np.float64)
+    series[~np.isfinite(series)] = np.nan
+    return series
+
+
+def _draw_curve(ax: "Axes", steps: np.ndarray, values: np.ndarray) -> None:
+    if len(steps) < _SMOOTH_FROM:
+        ax.plot(steps, values, color=_LINE, marker="o", markersize=3, label="each step")
+        return
+    window = 2 * (len(steps) // 40) + 3
+    ax.plot(steps, values, color=_LINE, alpha=0.3, linewidth=1, label="each step")
+    ax.plot(steps, _running_mean(values, window), color=_LINE, label=f"mean of {window} steps")
+
+
+def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """The mean of the finite values in a centred window, which is cut at both ends; NaN where there are none."""
+    finite = np.isfinite(values)
+    ones = np.ones(window)
+    counts = np.convolve(finite, ones, mode="same")
+    sums = np.convolve(np.where(finite, values, 0.0), ones, mode="same")
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+
+
+def _figure(panels: int) -> "tuple[Figure, Sequence[Axes]]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1 + 2.8 * panels), layout="constrained")
+    return figure, list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+
+
+def _save(figure: "Figure", axes: "Sequence[Axes]", path: Path) -> Path:
+    from matplotlib.ticker import MaxNLocator
+
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        if len(ax.get_legend_handles_labels()[0]) > 1:
+            ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.1)
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    # Agg by name, whatever backend the user's configuration asks for.
+    figure.savefig(path, dpi=120, backend="agg")
+    return path

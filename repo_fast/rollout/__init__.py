@@ -1,0 +1,32 @@
+"""Rollouts: responses drawn from the current policy. One file an engine; all of them return a `Rollout`."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The responses that one rank drew, `S` of them. Ragged fields are lists with one entry a response.
+
+    Attributes:
+        prompt_ids: int64 [S], CPU. The dataset id of each response's prompt. The responses of one prompt share it, and
+            may lie on different ranks.
+        prompts: S strings. The prompt as the user wrote it, without template.
+        responses: S strings. The decoded response, without special tokens.
+        prompt_tokens: S int64 CPU tensors. The templated prompt, never padded.
+        response_tokens: S int64 CPU tensors, at least one token each. The end-of-sequence token is included when the
+            policy produced it, and never added when it did not.
+        finished: bool [S], CPU. Whether the response ended by itself, rather than at the length limit.
+        sampler_log_probs: S float32 CPU tensors. What the sampler says its tokens' log-probabilities (nats) were, under
+            the distribution it really drew from (temperature and top-p applied). Only compared and logged:
+            training uses the log-probabilities that the trainer computes itself.
+    """
+
+    prompt_ids: torch.Tensor
+    prompts: list[str]
+    responses: list[str]
+    prompt_tokens: list[torch.Tensor]
+    response_tokens: list[torch.Tensor]
+    finished: torch.Tensor
+    sampler_log_probs: list[torch.Tensor]

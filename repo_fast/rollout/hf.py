@@ -1,0 +1,176 @@
+"""Rollouts by Hugging Face `generate`: the embedded default, which needs no other engine.
+
+Each rank generates its own responses with the whole weights gathered once (`engine.Engine.gathered`), without any
+collective inside, so ranks that finish at different times only meet afterwards. Prompts are batched by length to keep
+padding small. Every generation setting of the model folder is set aside, except which tokens end a response: a
+repetition penalty or a top-k from there would sample from another distribution than the one being trained.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from repo_fast.config import RolloutConfig
+from repo_fast.data import Prompt
+from repo_fast.errors import InputError
+from repo_fast.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to draw: a prompt and its templated tokens (int64 [n], CPU)."""
+
+    prompt: Prompt
+    tokens: torch.Tensor
+
+
+class _RecordLogProbs(LogitsProcessor):
+    """Keeps the log-probability of each drawn token under the final scores, without keeping the scores.
+
+    A token is known one call after the scores it was drawn from, so these are held until then.
+    """
+
+    def __init__(self, prompt_length: int) -> None:
+        self.prompt_length = prompt_length
+        self.log_probs: list[torch.Tensor] = []
+        self._pending: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.resolve(input_ids)
+        self._pending = scores.log_softmax(-1)
+        return scores
+
+    def resolve(self, input_ids: torch.Tensor) -> None:
+        """Look up the token drawn from the last scores."""
+        if self._pending is not None and input_ids.shape[1] > self.prompt_length + len(self.log_probs):
+            drawn = input_ids[:, self.prompt_length + len(self.log_probs)]
+            self.log_probs.append(self._pending.gather(1, drawn[:, None])[:, 0].cpu())
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: the model folder's, and the tokenizer's.
+
+    Raises:
+        InputError: There is none.
+    """
+    listed = model.generation_config.eos_token_id
+    tokens = set([listed] if isinstance(listed, int) else listed or [])
+    if tokenizer.eos_token_id is not None:
+        tokens.add(tokenizer.eos_token_id)
+    if not tokens:
+        raise InputError("the policy's tokenizer has no eos_token and its generation_config no eos_token_id, expected one")
+    return sorted(tokens)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    config: RolloutConfig,
+    device: torch.device,
+) -> Rollout:
+    """Draw one response for each request, from torch's global random state.
+
+    Args:
+        model: A Hugging Face causal language model with whole parameters.
+        tokenizer: Its tokenizer.
+        requests: In the order wanted; may be empty.
+        config: Temperature, top-p, lengths, stop strings, batch size.
+        device: Where the model is.
+    """
+    ends = end_tokens(model, tokenizer)
+    # Fills up finished rows of a batch; the response is cut before it, so any token will do, also an end token.
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    settings = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        stop_strings=list(config.stop) or None,
+    )
+    order = sorted(range(len(requests)), key=lambda index: requests[index].tokens.numel())
+    responses: dict[int, torch.Tensor] = {}
+    log_probs: dict[int, torch.Tensor] = {}
+    own_settings, was_training = model.generation_config, model.training
+    model.generation_config = settings
+    model.eval()
+    try:
+        for start in range(0, len(order), config.batch_size):
+            indices = order[start : start + config.batch_size]
+            drawn, recorded = _generate_batch(model, tokenizer, [requests[i].tokens for i in indices], config, device, pad)
+            for row, index in enumerate(indices):
+                length = _response_length(drawn[row], ends, tokenizer, config.stop)
+                responses[index], log_probs[index] = drawn[row, :length], recorded[row, :length]
+    finally:
+        model.generation_config = own_settings
+        model.train(was_training)
+    texts = [tokenizer.decode(responses[i], skip_special_tokens=True) for i in range(len(requests))]
+    return Rollout(
+        prompt_ids=torch.tensor([request.prompt.id for request in requests], dtype=torch.int64),
+        prompts=[request.prompt.text for request in requests],
+        responses=texts,
+        prompt_tokens=[request.tokens for request in requests],
+        response_tokens=[responses[i] for i in range(len(requests))],
+        finished=torch.tensor([_is_finished(responses[i], ends, tokenizer, config.stop) for i in range(len(requests))]),
+        sampler_log_probs=[log_probs[i] for i in range(len(requests))],
+    )
+
+
+def _generate_batch(model, tokenizer, prompts: list[torch.Tensor], config: RolloutConfig, device, pad: int):
+    """Left-padded generation: new tokens and their log-probabilities, int64 and float32 [B, new], CPU."""
+    longest = max(prompt.numel() for prompt in prompts)
+    input_ids = torch.full((len(prompts), longest), pad)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - prompt.numel() :] = prompt
+        attention_mask[row, longest - prompt.numel() :] = 1
+    record = _RecordLogProbs(longest)
+    warpers = LogitsProcessorList()
+    if config.temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(config.temperature))
+    if config.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(config.top_p))
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            generation_config=model.generation_config,
+            logits_processor=LogitsProcessorList([*warpers, record]),
+            tokenizer=tokenizer if config.stop else None,
+            synced_gpus=False,
+        )
+    record.resolve(output)
+    return output[:, longest:].cpu(), torch.stack(record.log_probs, dim=1)
+
+
+def _response_length(tokens: torch.Tensor, ends: list[int], tokenizer, stop: Sequence[str]) -> int:
+    """Tokens up to and with the first end token or the token that completes a stop string; all if there is neither."""
+    at_end = torch.isin(tokens, torch.tensor(ends)).nonzero()
+    length = int(at_end[0]) + 1 if at_end.numel() else tokens.numel()
+    if stop:
+        for candidate in range(1, length):
+            if _has_stop(tokens[:candidate], tokenizer, stop):
+                return candidate
+    return length
+
+
+def _has_stop(tokens: torch.Tensor, tokenizer, stop: Sequence[str]) -> bool:
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    return any(string in text for string in stop)
+
+
+def _is_finished(tokens: torch.Tensor, ends: list[int], tokenizer, stop: Sequence[str]) -> bool:
+    return int(tokens[-1]) in ends or (bool(stop) and _has_stop(tokens, tokenizer, stop))

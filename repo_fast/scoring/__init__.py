@@ -1,0 +1,20 @@
+"""Scores of responses: reward (higher is better) and cost (above the threshold is unsafe).
+
+A score comes from a Python callable (`FunctionScorer`), from a decoder with a scalar head scored packed
+(`ModelScorer`), or from an encoder-type classifier scored in padded batches (`ClassifierScorer`).
+"""
+
+from repo_fast.scoring.base import Scorer, ScorerSpec, load_scorer_spec
+from repo_fast.scoring.functions import FunctionScorer
+from repo_fast.scoring.score_models import ClassifierScorer, EncoderClassifier, ModelScorer, load_score_model
+
+__all__ = [
+    "ClassifierScorer",
+    "EncoderClassifier",
+    "FunctionScorer",
+    "ModelScorer",
+    "Scorer",
+    "ScorerSpec",
+    "load_score_model",
+    "load_scorer_spec",
+]

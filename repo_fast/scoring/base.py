@@ -1,0 +1,67 @@
+"""What a scorer is, and which kind a path means."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from repo_fast.errors import InputError
+from repo_fast.rollout import Rollout
+
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class Scorer(Protocol):
+    """Gives each response a number.
+
+    Attributes:
+        name: `reward` or `cost`, for messages.
+    """
+
+    name: str
+
+    def score(self, rollout: Rollout) -> torch.Tensor:
+        """The score of each of a rank's S responses: float32 [S], CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """Where scores come from.
+
+    Attributes:
+        path: `package.module:function` for a function; a folder or hub name for a model.
+        kind: Which of them it is.
+    """
+
+    path: str
+    kind: Literal["function", "model"]
+
+
+def load_scorer_spec(path: str, name: str) -> ScorerSpec:
+    """Decides what a path means, without importing or loading it.
+
+    Args:
+        path: As the user gave it.
+        name: `reward` or `cost`, for the message.
+
+    Raises:
+        InputError: It is neither a function, nor a model folder, nor a hub name.
+    """
+    folder = Path(path).expanduser()
+    if path and folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"the {name} model folder {path!r} has no config.json")
+        return ScorerSpec(str(folder), "model")
+    if _FUNCTION.fullmatch(path):
+        return ScorerSpec(path, "function")
+    # A name whose first part is a folder here is a mistyped path rather than something to download.
+    if _HUB_NAME.fullmatch(path) and not folder.parent.is_dir():
+        return ScorerSpec(path, "model")
+    raise InputError(
+        f"the {name} {path!r} is neither a function 'package.module:function', which maps (prompts, responses) to a "
+        "list of numbers, nor the folder (or hub name 'owner/model') of a score model"
+    )

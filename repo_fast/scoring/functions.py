@@ -1,0 +1,92 @@
+"""Scores from a Python callable `package.module:function` that maps (prompts, responses) to a list of numbers.
+
+What the callable does is the user's, so whatever goes wrong in it is reported in one line that says which scorer,
+which function, and where there is one, which response. A NaN is refused: it would pass for a safe cost.
+"""
+
+import importlib
+import math
+import numbers
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from repo_fast.errors import InputError
+from repo_fast.rollout import Rollout
+
+
+class FunctionScorer:
+    """Calls a function with all of a rank's prompts and responses.
+
+    The function is found now, and called first when scoring.
+
+    Args:
+        path: `package.module:function`. Modules in the current folder are found too, after installed ones.
+        name: `reward` or `cost`, for messages.
+
+    Raises:
+        InputError: The module cannot be imported, or has no such callable.
+    """
+
+    def __init__(self, path: str, name: str) -> None:
+        self.path, self.name = path, name
+        self._function = self._resolve()
+
+    def score(self, rollout: Rollout) -> torch.Tensor:
+        """The function's score of each response.
+
+        Args:
+            rollout: Its prompts and responses are given to the function, as two lists of strings.
+
+        Returns:
+            float32 [S], CPU, all finite.
+
+        Raises:
+            InputError: The function raised, or did not return one finite number a response.
+        """
+        prompts, responses = list(rollout.prompts), list(rollout.responses)
+        if not responses:
+            return torch.zeros(0)
+        try:
+            returned = self._function(prompts, responses)
+        except Exception as error:
+            raise InputError(f"{self} raised {_describe(error)}") from error
+        # Arrays and tensors, which give plain numbers in one go.
+        values = returned.tolist() if hasattr(returned, "tolist") else returned
+        if not isinstance(values, (list, tuple)):
+            raise InputError(f"{self} returned a {type(returned).__name__}, expected a list of {len(prompts)} numbers")
+        if len(values) != len(prompts):
+            raise InputError(f"{self} returned {len(values)} scores for {len(prompts)} responses")
+        return torch.tensor([self._number(value, i, rollout.prompts[i]) for i, value in enumerate(values)])
+
+    def _number(self, value: object, index: int, prompt: str) -> float:
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value.item()
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise InputError(
+                f"{self} returned {value!r} for response {index}, expected a finite number; "
+                f"the prompt begins {prompt[:60]!r}"
+            )
+        return float(value)
+
+    def _resolve(self) -> Callable:
+        module_name, _, function_name = self.path.partition(":")
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:  # an import runs the user's code, which may raise anything
+            raise InputError(f"{self}: module {module_name!r} cannot be imported: {_describe(error)}") from error
+        function = getattr(module, function_name, None)
+        if not callable(function):
+            raise InputError(f"{self}: module {module_name!r} has no function {function_name!r}")
+        return function
+
+    def __str__(self) -> str:
+        return f"the {self.name} function {self.path!r}"
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

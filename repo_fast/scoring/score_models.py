@@ -1,0 +1,258 @@
+"""Scores from models: decoders with a scalar head, packed, and encoder-type classifiers, padded.
+
+Where a score is read. At the last real token of prompt and response: the end-of-sequence token where the response
+ended by itself, the last token that was drawn where it was cut at the length limit. None is appended to a cut response:
+that would claim it had ended. Sequences are never padded before a decoder sees them, so neither the side of the padding
+nor a pad token that equals another one can move that place.
+
+What the model reads. The response's own tokens where its tokenizer is the policy's; else its text, tokenised anew.
+Likewise the prompt's own tokens where the model also uses the policy's template; else the prompt is rendered anew.
+A sequence above the limit loses its beginning, and is counted: the response is what is to be judged.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from repo_fast.data.templates import PromptTemplate
+from repo_fast.errors import InputError
+from repo_fast.experience import split_by_tokens
+from repo_fast.models.policy import check_vocabulary, load_config
+from repo_fast.models.score_model import CLASSIFIER_HEAD, Checkpoint, ScoreModel, check_packing, first_line
+from repo_fast.rollout import Rollout
+
+
+def _alone(count: int) -> int:
+    return count
+
+
+class ModelScorer:
+    """Scores with a `ScoreModel`, in packed rows.
+
+    Args:
+        module: A `ScoreModel`, or an engine around one. It is put into evaluation mode.
+        template: The score model's tokenizer and template.
+        policy_template: The policy's, which the rollouts' tokens are of.
+        name: `reward` or `cost`, for messages.
+        max_tokens: Longest sequence the model is given (tokens).
+        token_budget: Largest row (tokens). A longer sequence gets one of its own.
+        device: Where the rows go.
+        agree_on_count: Maps this rank's number of rows to the largest of all ranks, each of which then runs as many:
+            under ZeRO-3 a forward is a collective. The default is right for a single rank.
+
+    Attributes:
+        truncated: Sequences that lost their beginning so far.
+
+    Raises:
+        InputError: The tokenizer does not fit the model, or the model cannot be run packed.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        template: PromptTemplate,
+        policy_template: PromptTemplate,
+        *,
+        name: str,
+        max_tokens: int,
+        token_budget: int,
+        device: torch.device,
+        agree_on_count: Callable[[int], int] = _alone,
+    ) -> None:
+        self.name, self.truncated = name, 0
+        module.eval()
+        self._module, self._template, self._device = module, template, device
+        self._max_tokens, self._token_budget, self._agree_on_count = max_tokens, token_budget, agree_on_count
+        self._keeps_response = same_tokens(template.tokenizer, policy_template.tokenizer)
+        self._keeps_prompt = self._keeps_response and template.renders_like(policy_template)
+        tokenizer = template.tokenizer
+        # Checked here rather than when it is first needed: a rank that failed alone would leave the others waiting.
+        if not self._keeps_response and tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer of the {name} model has no end-of-sequence token")
+        vocabulary = getattr(module, "module", module).trunk.config.vocab_size
+        check_vocabulary(tokenizer.name_or_path, vocabulary, tokenizer)
+        check_packing(module, f"the {name} model", device)
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> torch.Tensor:
+        """The model's score of each response.
+
+        Every rank must call it, a rank without responses too.
+
+        Args:
+            rollout: A rank's S responses.
+
+        Returns:
+            float32 [S], CPU. What the model says, also when that is not finite.
+        """
+        sequences = list(self._sequences(rollout))
+        scores = torch.zeros(len(sequences))
+        rows = split_by_tokens([len(sequence) for sequence in sequences], self._token_budget)
+        for row in rows:
+            scores[row] = self._forward([sequences[i] for i in row])
+        for _ in range(self._agree_on_count(len(rows)) - len(rows)):
+            self._forward([torch.zeros(1, dtype=torch.int64)])
+        return scores
+
+    def _sequences(self, rollout: Rollout) -> Iterator[torch.Tensor]:
+        for i, prompt in enumerate(rollout.prompts):
+            prompt_tokens, response_tokens = rollout.prompt_tokens[i], rollout.response_tokens[i]
+            if not self._keeps_prompt:
+                prompt_tokens = torch.tensor(self._template.encode_prompt(prompt), dtype=torch.int64)
+            if not self._keeps_response:
+                tokens = self._template.encode_response(rollout.responses[i], finished=bool(rollout.finished[i]))
+                response_tokens = torch.tensor(tokens, dtype=torch.int64)
+            sequence = torch.cat([prompt_tokens, response_tokens])
+            self.truncated += len(sequence) > self._max_tokens
+            yield sequence[-self._max_tokens :]
+
+    def _forward(self, row: Sequence[torch.Tensor]) -> torch.Tensor:
+        last = torch.tensor([len(sequence) for sequence in row]).cumsum(0) - 1
+        return self._module(
+            torch.cat(list(row))[None].to(self._device),
+            torch.cat([torch.arange(len(sequence)) for sequence in row])[None].to(self._device),
+            last.to(self._device),
+        ).cpu()
+
+
+class EncoderClassifier(nn.Module):
+    """An encoder-type Hugging Face classifier with one output (BERT and the like), whose logit is the score.
+
+    Args:
+        classifier: As `AutoModelForSequenceClassification` loads it.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    @classmethod
+    def from_pretrained(cls, path: str, *, dtype: torch.dtype) -> "EncoderClassifier":
+        """Loads a classifier.
+
+        Args:
+            path: Folder or hub name.
+            dtype: Of weights and activations. The score is float32 in any case.
+
+        Raises:
+            InputError: The folder cannot be read, or lacks a weight.
+        """
+        try:
+            classifier, loading = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=dtype, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path!r} cannot be loaded as a classifier: {first_line(error)}") from error
+        if missing := sorted(loading["missing_keys"]):
+            raise InputError(f"{path!r} lacks {len(missing)} weights of its architecture, {missing[0]} for one")
+        return cls(classifier)
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        """The scores, float32 [B], of a padded batch as the tokenizer makes it."""
+        return self.classifier(**inputs).logits[:, 0].float()
+
+
+class ClassifierScorer:
+    """Scores with an encoder-type classifier, in padded batches.
+
+    The classifier reads the pair (prompt, response) as its own tokenizer joins them, without a template, which is how
+    such reward models are trained. A pair above the limit loses the beginning of its longer part, and is counted.
+
+    Args:
+        module: An `EncoderClassifier`, or an engine around one. It is put into evaluation mode.
+        tokenizer: The classifier's.
+        name: `reward` or `cost`, for messages.
+        max_tokens: Longest pair the classifier is given (tokens).
+        token_budget: Largest batch, padding included (tokens).
+        device: Where the batches go.
+        agree_on_count: As for `ModelScorer`.
+
+    Attributes:
+        truncated: Pairs that lost a beginning so far.
+
+    Raises:
+        InputError: The tokenizer has no pad token, or does not fit the model.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        max_tokens: int,
+        token_budget: int,
+        device: torch.device,
+        agree_on_count: Callable[[int], int] = _alone,
+    ) -> None:
+        if tokenizer.pad_token_id is None:
+            raise InputError(f"the tokenizer of the {name} model has no pad token")
+        self.name, self.truncated = name, 0
+        module.eval()
+        self._module, self._tokenizer, self._device = module, tokenizer, device
+        config = getattr(module, "module", module).classifier.config
+        model_limit = getattr(config, "max_position_embeddings", max_tokens)
+        self._max_tokens = min(max_tokens, tokenizer.model_max_length, model_limit)
+        self._token_budget, self._agree_on_count = token_budget, agree_on_count
+        tokenizer.truncation_side = "left"
+        check_vocabulary(tokenizer.name_or_path, config.vocab_size, tokenizer)
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> torch.Tensor:
+        """The classifier's score of each response, as `ModelScorer.score`."""
+        pairs = list(zip(rollout.prompts, rollout.responses, strict=True))
+        lengths = [len(self._tokenizer(*pair)["input_ids"]) for pair in pairs]
+        self.truncated += sum(length > self._max_tokens for length in lengths)
+        # Neighbours in length share a batch, so that little of it is padding.
+        order = sorted(range(len(pairs)), key=lambda i: lengths[i])
+        batches: list[list[int]] = []
+        for i in order:
+            length = min(lengths[i], self._max_tokens)
+            if not batches or (len(batches[-1]) + 1) * length > self._token_budget:
+                batches.append([])
+            batches[-1].append(i)
+        scores = torch.zeros(len(pairs))
+        for batch in batches:
+            scores[batch] = self._forward([pairs[i] for i in batch])
+        for _ in range(self._agree_on_count(len(batches)) - len(batches)):
+            self._forward([("", "")])
+        return scores
+
+    def _forward(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
+        prompts, responses = (list(texts) for texts in zip(*pairs, strict=True))
+        # On the right whatever the tokenizer prefers: encoders count positions from the first token, pad or not.
+        inputs = self._tokenizer(
+            prompts,
+            responses,
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=self._max_tokens,
+            return_tensors="pt",
+        )
+        return self._module(**inputs.to(self._device)).cpu()
+
+
+def load_score_model(path: str, *, dtype: torch.dtype, attention: str = "sdpa") -> ScoreModel | EncoderClassifier:
+    """Loads a score model of either type: a classifier without `score.weight` is an encoder's.
+
+    Args:
+        path: Folder or hub name.
+        dtype: Of weights and activations.
+        attention: Name of a transformers attention implementation, for decoders.
+
+    Raises:
+        InputError: As `ScoreModel.from_pretrained`.
+    """
+    config = load_config(path)
+    is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification") and config.num_labels == 1
+    if is_classifier and f"{CLASSIFIER_HEAD}.weight" not in Checkpoint(path).files:
+        return EncoderClassifier.from_pretrained(path, dtype=dtype)
+    return ScoreModel.from_pretrained(path, dtype=dtype, attention=attention)
+
+
+def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether token ids mean the same to both."""
+    return one.eos_token_id == other.eos_token_id and one.get_vocab() == other.get_vocab()

@@ -1,0 +1,39 @@
+"""Train a policy with RePO, or with a baseline of its table.
+
+    torchrun --nproc-per-node 2 -m repo_fast.train --config tiny --output_dir outputs/tiny
+
+Options: `--help`. One configuration is a YAML file chosen by `--config NAME|FILE`, single values by `--section.key value`.
+Configuration and data are checked before the process group starts. Exit status: 0; 2 for input that cannot be used, said
+in one line; 128 + the signal that stopped the run after saving its state; anything else is a fault, with its traceback.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from repo_fast.config import parse
+from repo_fast.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit status."""
+    try:
+        config = parse(None if arguments is None else list(arguments))
+        # After the configuration is known to be good: these take seconds to import.
+        from repo_fast.engine import start_distributed, stop_distributed
+        from repo_fast.inputs import read_inputs
+        from repo_fast.trainer import Trainer
+
+        inputs = read_inputs(config)
+        ranks = start_distributed()
+        status = Trainer(config, inputs, ranks).run()
+        stop_distributed()
+        return status
+    except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""The starting policy of the embedded world: helpful, and unsafe on a good share of prompts.
+
+A Llama of about one million parameters and a word-level tokenizer, trained on demonstrations (`corpus.demonstrations`)
+with the loss on response tokens only. This takes about half a minute on two CPU threads, so it is done once and
+cached as a Hugging Face folder. The stage always runs in float32 on the CPU with a fixed seed: the same machine, torch
+build and number of threads give the same weights.
+
+The config carries no `pad_token_id`: with one, Transformers zeroes the padding row of the embedding, which fails on the
+empty shards of DeepSpeed's `zero.Init`. `generation_config.json` carries it.
+"""
+
+import fcntl
+import hashlib
+import importlib.metadata
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from repo_fast.world import corpus, families, grammar
+
+BOS, EOS, PAD, UNKNOWN, USER, ASSISTANT = "<s>", "</s>", "<pad>", "<unk>", "<user>", "<assistant>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}<user>{{ message['content'] }}"
+    "{% else %}<assistant>{{ message['content'] }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The supervised stage.
+
+    Attributes:
+        seed: Of the initial weights and the demonstrations.
+        steps: Optimizer steps; every one sees new demonstrations.
+        batch_size: Demonstrations a step.
+        learning_rate: Peak of the cosine schedule.
+        warmup_steps: Steps of linear warm-up.
+        hidden_size: Width of the model.
+        intermediate_size: Width of the feed-forward layers.
+        layers: Number of layers.
+        heads: Number of attention heads.
+        threads: CPU threads at most.
+    """
+
+    seed: int = 1
+    steps: int = 250
+    batch_size: int = 64
+    learning_rate: float = 4e-3
+    warmup_steps: int = 20
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    layers: int = 4
+    heads: int = 4
+    threads: int = 2
+
+
+def tiny_policy(cache_dir: str | Path | None = None) -> Path:
+    """Make the starting policy, or find it in the cache.
+
+    Processes that call this at once wait for the first one; a process that dies leaves no half-written folder behind.
+
+    Args:
+        cache_dir: Where the folder is kept; by default `$REPO_FAST_CACHE`, or else `~/.cache/repo_fast`.
+
+    Returns:
+        A Hugging Face folder with model, tokenizer (with chat template) and generation config.
+    """
+    recipe = Recipe()
+    root = Path(cache_dir or os.environ.get("REPO_FAST_CACHE") or Path.home() / ".cache" / "repo_fast").expanduser()
+    folder = root / f"tiny-policy-{_fingerprint(recipe)}"
+    if folder.exists():
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / f"{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            print(f"supervised stage (first use): training the starting policy for {folder}", flush=True)
+            aside = root / f"{folder.name}.{os.getpid()}"
+            try:
+                aside.mkdir()
+                build_policy(aside, recipe)
+                aside.rename(folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def build_policy(folder: Path, recipe: Recipe) -> None:
+    """Train the policy and its tokenizer and save both.
+
+    Args:
+        folder: An existing folder to write to.
+        recipe: What to do.
+    """
+    tokenizer = build_tokenizer()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(recipe.threads, os.cpu_count() or 1))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            model = _build_model(recipe, tokenizer)
+            _train(model, tokenizer, recipe)
+    finally:
+        torch.set_num_threads(threads)
+    # Not `model.save_pretrained`, which imports DeepSpeed where it is installed.
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Train the word-level tokenizer on all text of the world, the held-out prompts included.
+
+    Words and punctuation marks are tokens, case is ignored, any other word becomes `<unk>`.
+    """
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = [PAD, BOS, EOS, UNKNOWN, USER, ASSISTANT]
+    tokenizer.train_from_iterator(grammar.all_text(), trainers.WordLevelTrainer(special_tokens=special))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+        padding_side="left",
+    )
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    sources = [Path(module.__file__).read_bytes() for module in (families, grammar, corpus)]
+    sources.append(Path(__file__).read_bytes())
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")]
+    parts = [*sources, repr(sorted(asdict(recipe).items())).encode(), *(version.encode() for version in versions)]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
+
+
+def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+    )
+    return model
+
+
+def _batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Right-padded (tokens, labels), int64 [batch, length] each; labels are -100 where there is no loss."""
+    rows = corpus.demonstrations(recipe.steps * recipe.batch_size, recipe.seed)
+    chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
+    responses = tokenizer([row["response"] for row in rows])["input_ids"]
+    lengths = [len(prompt) + len(response) + 1 for prompt, response in zip(prompts, responses, strict=True)]
+    by_length = sorted(range(len(rows)), key=lengths.__getitem__)
+    batches = [by_length[start : start + recipe.batch_size] for start in range(0, len(rows), recipe.batch_size)]
+    random.Random(recipe.seed).shuffle(batches)
+    for batch in batches:
+        length = max(lengths[i] for i in batch)
+        tokens = torch.full((recipe.batch_size, length), tokenizer.pad_token_id)
+        labels = torch.full_like(tokens, -100)
+        for row, i in enumerate(batch):
+            prompt, response = prompts[i], [*responses[i], tokenizer.eos_token_id]
+            end = len(prompt) + len(response)
+            tokens[row, :end] = torch.tensor(prompt + response)
+            labels[row, len(prompt) : end] = tokens[row, len(prompt) : end]
+        yield tokens, labels
+
+
+def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
+    def learning_rate_factor(step: int) -> float:
+        warm = min(1.0, (step + 1) / recipe.warmup_steps)
+        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps)))
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
+    started = time.perf_counter()
+    model.train()
+    for step, (tokens, labels) in enumerate(_batches(tokenizer, recipe), start=1):
+        # Padding is on the right and attention is causal, so no attention mask is needed.
+        hidden = model.model(tokens).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        loss = F.cross_entropy(model.lm_head(hidden[targets != -100]), targets[targets != -100])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == recipe.steps:
+            elapsed = time.perf_counter() - started
+            print(f"supervised stage: step {step}/{recipe.steps}, loss {loss.item():.3f}, {elapsed:.0f} s", flush=True)
+    model.eval()

@@ -1,0 +1,42 @@
+"""Builds the C++ extension `repo_fast._C`; everything else about the package is in pyproject.toml.
+
+The extension is optional: without a working C++ compiler the installation says so on one line and goes on, and
+`repo_fast.ops` then runs its PyTorch backend on the CPU. No -march flag: a wheel must run on CPUs other than the
+builder's.
+"""
+
+import sys
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import setup
+from setuptools.errors import BaseError
+
+
+class OptionalBuildExt(build_ext):
+    """Builds what can be built."""
+
+    def build_extension(self, extension: Pybind11Extension) -> None:
+        try:
+            super().build_extension(extension)
+        except (BaseError, OSError) as error:
+            print(
+                f"repo_fast: {extension.name} was not built ({error}); installing without it: "
+                "the CPU ops will run on the torch backend. Install a C++ compiler (C++17) and reinstall to get it.",
+                file=sys.stderr,
+            )
+
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "repo_fast._C",
+            ["csrc/bindings.cpp", "csrc/generalized_advantages.cpp"],
+            depends=["csrc/generalized_advantages.h"],
+            include_dirs=["csrc"],
+            cxx_std=17,
+            extra_compile_args=["/O2"] if sys.platform == "win32" else ["-O3"],
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": OptionalBuildExt},
+)

@@ -1,0 +1,113 @@
+"""`linear_log_probs` against float64: values, gradients, rows left out, memory layout."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from repo_fast.ops import chunked, linear_log_probs
+from tests.ops.cases import assert_log_probs_are_exact, make_case
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("logits", ["flat", "peaked", "low"])
+@pytest.mark.parametrize("V", [2, 31, 32001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact(dtype: torch.dtype, V: int, logits: str, chunks: str) -> None:
+    assert_log_probs_are_exact(make_case(V=V, dtype=dtype, logits=logits), temperature=0.8)
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(
+    T=st.integers(0, 60),
+    D=st.integers(1, 40),
+    V=st.integers(1, 90),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    temperature=st.sampled_from([1.0, 0.5, 1.7]),
+    logits=st.sampled_from(["flat", "peaked", "low"]),
+    seed=st.integers(0, 1000),
+)
+def test_exact_at_any_shape(T: int, D: int, V: int, ignored: float, temperature: float, logits: str, seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "CPU_MIN_ROWS", 1 + seed % 7)
+        patch.setattr(chunked, "CPU_CHUNK_ROWS", 1 + seed % 7)
+        patch.setattr(chunked, "CPU_BLOCK_ELEMENTS", 2 * V)
+        assert_log_probs_are_exact(make_case(seed, T, D, V, logits=logits, ignored=ignored), temperature)
+
+
+def test_entropy_is_optional_and_changes_nothing() -> None:
+    case = make_case()
+    log_probs, _ = linear_log_probs(case.hidden, case.weight, case.targets, return_entropy=True)
+    assert torch.equal(log_probs, linear_log_probs(case.hidden, case.weight, case.targets))
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_gradient_of_one_output(output: int) -> None:
+    case, other = make_case().copy(), make_case().copy()
+    linear_log_probs(case.hidden, case.weight, case.targets, return_entropy=True)[output].sum().backward()
+    distribution = (other.hidden @ other.weight.T).log_softmax(1)
+    naive = (
+        distribution.gather(1, other.targets.clamp(min=0)[:, None])[:, 0],
+        -(distribution.exp() * distribution).sum(1),
+    )
+    naive[output][other.targets != -100].sum().backward()
+    torch.testing.assert_close(case.hidden.grad, other.hidden.grad)
+    torch.testing.assert_close(case.weight.grad, other.weight.grad)
+
+
+def test_ignored_rows_are_zero_and_never_looked_at(chunks: str) -> None:
+    case = make_case().copy()
+    left_out = case.targets == -100
+    poisoned = case.hidden.detach().masked_fill(left_out[:, None], torch.nan).requires_grad_()
+    log_probs, entropy = linear_log_probs(poisoned, case.weight, case.targets, return_entropy=True)
+    assert not log_probs[left_out].any() and not entropy[left_out].any()
+    (log_probs.sum() + entropy.sum()).backward()
+    assert not poisoned.grad[left_out].any()
+    assert poisoned.grad.isfinite().all() and case.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("T", [0, 6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_to_do(T: int, dtype: torch.dtype) -> None:
+    case = make_case(T=T, ignored=1.0, dtype=dtype).copy()
+    log_probs, entropy = linear_log_probs(case.hidden, case.weight, case.targets, return_entropy=True)
+    assert log_probs.shape == entropy.shape == (T,) and not log_probs.any() and not entropy.any()
+    (log_probs.sum() + entropy.sum()).backward()
+    assert case.hidden.grad.shape == (T, 24) and not case.hidden.grad.any() and not case.weight.grad.any()
+
+
+def test_strided_and_expanded_inputs(chunks: str) -> None:
+    case = make_case(T=12, D=9, ignored=0.2)
+    hidden = torch.randn(9, 24).T[::2].requires_grad_()
+    weight = torch.randn(9, 62).T[::2].requires_grad_()
+    one_row = torch.randn(1, 9, requires_grad=True)
+    for h in (hidden, one_row.expand(12, 9)):
+        grads = []
+        for a, b, t in ((h, weight, case.targets), (h.contiguous(), weight.contiguous(), case.targets.clone())):
+            loss = linear_log_probs(a, b, t.repeat_interleave(2)[::2]).sum()
+            leaf = hidden if h is hidden else one_row
+            grads.append((loss, *torch.autograd.grad(loss, (leaf, weight))))
+        torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_hidden_and_weight_twice_in_one_graph() -> None:
+    case, other = make_case(ignored=0.0).copy(), make_case(ignored=0.0).copy()
+    flipped = case.targets.flip(0)
+    loss = linear_log_probs(case.hidden, case.weight, case.targets).sum()
+    (loss + 2 * linear_log_probs(case.hidden, case.weight, flipped, temperature=0.5).sum()).backward()
+    logits = other.hidden @ other.weight.T
+    naive = logits.log_softmax(1).gather(1, case.targets[:, None]).sum()
+    (naive + 2 * (2 * logits).log_softmax(1).gather(1, flipped[:, None]).sum()).backward()
+    torch.testing.assert_close(case.hidden.grad, other.hidden.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(case.weight.grad, other.weight.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_near_certainty_are_not_positive() -> None:
+    # bfloat16 rounds logits of 16 to 32 in steps of 1/8: the target's exact logit may exceed the rounded maximum.
+    hidden = torch.randn(300, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weight = torch.zeros(50, 64, dtype=torch.bfloat16)
+    weight[:10] = hidden[:10] / 2.3
+    targets = (hidden @ weight.T).argmax(1)
+    log_probs = linear_log_probs(hidden, weight, targets)
+    assert (log_probs <= 0).all() and (log_probs > -1e-3).any()

@@ -1,0 +1,228 @@
+"""What PyTorch expects of registered ops: opcheck, torch.compile, one backward; and the work and memory they take."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from repo_fast.ops import (
+    chunked,
+    fused_rectified_policy_loss,
+    generalized_advantages,
+    linear_log_probs,
+    prompt_violations,
+    rectified_policy_loss,
+)
+from tests.ops.cases import Case, make_case
+
+OPS = torch.ops.repo_fast
+MULTIPLIER = torch.tensor(0.5)
+
+
+def fused_inputs(case: Case, given_violations: bool, gradients: bool) -> tuple[Any, ...]:
+    return (
+        case.hidden, case.weight, case.targets, case.old_log_probs, case.reward_advantages, case.cost_advantages,
+        case.sequence_ids, None if given_violations else case.costs, None if given_violations else case.prompt_ids,
+        MULTIPLIER, "prompt", 0.0, True, "separate", 0.2, 0.2, 1.0, case.ref_log_probs, 0.1, 0.1, "sequence_mean",
+        torch.tensor(3.0), case.costs if given_violations else None, case.importance_weights, gradients, gradients,
+        "torch",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck_linear_ops(dtype: torch.dtype) -> None:
+    case = make_case(dtype=dtype).copy()
+    for entropy in (False, True):
+        torch.library.opcheck(
+            OPS.linear_log_probs.default, (case.hidden, case.weight, case.targets, 0.9, entropy, "torch")
+        )
+    torch.library.opcheck(OPS.fused_rectified_policy_loss.default, fused_inputs(case, False, True))
+    plain = make_case(dtype=dtype)
+    torch.library.opcheck(OPS.fused_rectified_policy_loss.default, fused_inputs(plain, True, False))
+    up = torch.randn(37)
+    torch.library.opcheck(
+        OPS.linear_log_probs_backward.default,
+        (up, up, plain.hidden, plain.weight, plain.targets, 0.9, True, False, "torch"),
+    )
+
+
+def test_opcheck_others() -> None:
+    case = make_case()
+    log_probs = case.old_log_probs.clone().requires_grad_()
+    torch.library.opcheck(
+        OPS.rectified_policy_loss.default,
+        (log_probs, None, case.reward_advantages, case.cost_advantages, case.sequence_ids, case.costs, MULTIPLIER,
+         True, "mixed", 0.2, 0.2, case.ref_log_probs, 0.1, "token_mean", None, case.importance_weights, "torch"),
+    )  # fmt: skip
+    for scope in ("prompt", "response", "batch"):
+        torch.library.opcheck(OPS.prompt_violations.default, (case.costs, case.prompt_ids, scope, 0.0, "torch"))
+    offsets = torch.tensor([0, 5, 37], dtype=torch.int32)
+    torch.library.opcheck(
+        OPS.generalized_advantages.default, (case.ref_log_probs, case.old_log_probs, offsets, 1.0, 0.9, "torch")
+    )
+
+
+def everything(hidden: torch.Tensor, weight: torch.Tensor, case: Case, multiplier: Any) -> tuple[torch.Tensor, ...]:
+    log_probs, entropy = linear_log_probs(hidden, weight, case.targets, return_entropy=True)
+    violations = prompt_violations(case.costs, case.prompt_ids)
+    advantages, _ = generalized_advantages(
+        case.reward_advantages, case.ref_log_probs, torch.tensor([0, 5, 37], dtype=torch.int32)
+    )
+    ids = case.sequence_ids.masked_fill(case.targets == -100, -1)
+    loss = rectified_policy_loss(
+        log_probs, case.old_log_probs, advantages, case.cost_advantages, ids, violations, multiplier=multiplier
+    ).loss
+    fused = fused_rectified_policy_loss(2 * hidden, weight, *case.arguments()[2:], multiplier=multiplier)
+    return loss + 3 * fused.loss + entropy.sum(), fused.log_probs
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_without_graph_breaks(backend: str) -> None:
+    case = make_case().copy()
+    compiled = torch.compile(everything, fullgraph=True, backend=backend)
+    for multiplier in (0.5, 0.7, torch.tensor(0.9)):
+        expected, log_probs = everything(case.hidden, case.weight, case, multiplier)
+        wanted = torch.autograd.grad(expected, (case.hidden, case.weight))
+        loss, same = compiled(case.hidden, case.weight, case, multiplier)
+        gradients = torch.autograd.grad(loss, (case.hidden, case.weight))
+        torch.testing.assert_close((loss, same, *gradients), (expected, log_probs, *wanted))
+
+
+def test_values_are_checked_in_compiled_code_too() -> None:
+    case = make_case(ignored=0.0)
+    compiled = torch.compile(linear_log_probs, fullgraph=True, backend="aot_eager")
+    compiled(case.hidden, case.weight, case.targets)
+    with pytest.raises(ValueError, match="targets"):
+        compiled(case.hidden, case.weight, case.targets + 31)
+
+
+def test_second_backward_raises() -> None:
+    case = make_case().copy()
+    loss = fused_rectified_policy_loss(*case.arguments(), multiplier=1.0).loss
+    loss.backward(retain_graph=True)
+    first = case.hidden.grad.clone()
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+    assert torch.equal(case.hidden.grad, first)
+
+
+def test_only_the_loss_carries_a_gradient() -> None:
+    case = make_case().copy()
+    result = fused_rectified_policy_loss(*case.arguments(), multiplier=1.0)
+    assert [value.requires_grad for value in result] == [True] + [False] * 6
+    log_probs = case.old_log_probs.requires_grad_()
+    result = rectified_policy_loss(log_probs, None, *case.arguments()[4:8], multiplier=1.0)
+    assert [value is not None and value.requires_grad for value in result] == [True] + [False] * 6
+
+
+def test_autocast_does_not_reach_inside() -> None:
+    case = make_case().copy()
+    outside = fused_rectified_policy_loss(*case.arguments(), multiplier=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = fused_rectified_policy_loss(*case.arguments(), multiplier=1.0)
+        assert torch.equal(linear_log_probs(*case.arguments()[:3]), outside.log_probs)
+    assert torch.equal(inside.loss, outside.loss)
+
+
+class Watch(TorchDispatchMode):
+    """Counts matrix products and remembers the largest tensor made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_")
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.untyped_storage().nbytes() // result.element_size())
+        return result
+
+
+def watch_fused(case: Case, need_hidden: bool, need_weight: bool) -> Watch:
+    inputs = fused_inputs(case, False, False)[:-3]
+    with Watch() as watch:
+        chunked.fused_rectified_policy_loss(*inputs, need_hidden, need_weight)
+    return watch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_products_that_are_needed(dtype: torch.dtype) -> None:
+    case = make_case(dtype=dtype)
+    for need_hidden, need_weight, products in ((0, 0, 1), (1, 0, 2), (0, 1, 2), (1, 1, 3)):
+        assert watch_fused(case, bool(need_hidden), bool(need_weight)).products == products
+    up = torch.ones(37)
+    for need_hidden, need_weight, products in ((1, 0, 2), (0, 1, 2), (1, 1, 3)):
+        with Watch() as watch:
+            chunked.linear_log_probs_backward(
+                up, up, case.hidden, case.weight, case.targets, 1.0, bool(need_hidden), bool(need_weight)
+            )
+        assert watch.products == products
+    with Watch() as watch:
+        chunked.linear_log_probs(case.hidden, case.weight, case.targets, 1.0, True)
+    assert watch.products == 1
+
+
+def test_a_frozen_operand_gets_no_gradient() -> None:
+    case = make_case()
+    for trained in ("hidden", "weight"):
+        leaf = getattr(case, trained).clone().requires_grad_()
+        inputs = Case(**(vars(case) | {trained: leaf}))
+        both = case.copy()
+        fused_rectified_policy_loss(*inputs.arguments(), multiplier=1.0).loss.backward()
+        fused_rectified_policy_loss(*both.arguments(), multiplier=1.0).loss.backward()
+        assert torch.equal(leaf.grad, getattr(both, trained).grad)
+        (gradient,) = torch.autograd.grad(linear_log_probs(*inputs.arguments()[:3]).sum(), leaf)
+        assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_logits_never_exist(dtype: torch.dtype) -> None:
+    V, D = 5000, 4
+    largest = [
+        watch_fused(make_case(T=T, V=V, D=D, dtype=dtype, ignored=0.0), True, True).largest for T in (1024, 4096)
+    ]
+    assert largest[0] == largest[1] == chunked.chunk_rows(torch.device("cpu"), V) * V
+
+
+def test_rows_that_are_ignored_cost_no_product() -> None:
+    case = make_case(T=40, ignored=0.5)
+    rows = []
+
+    class Rows(Watch):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._schema.name == "aten::mm":
+                rows.append(args[0].shape[0])
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    with Rows():
+        chunked.linear_log_probs(case.hidden, case.weight, case.targets, 1.0, False)
+    assert rows == [int((case.targets != -100).sum())]
+
+
+def test_more_logits_than_32_bit_can_count() -> None:
+    """T·V > 2³¹ with a hidden size of 1; the first and last rows against their closed form."""
+    T, V = 66_000, 32_768
+    assert T * V > 2**31
+    weight = torch.zeros(V, 1)
+    weight[V - 1] = 3.0
+    hidden = torch.ones(T, 1)
+    targets = torch.full((T,), -100)
+    targets[0], targets[T - 1] = V - 1, V - 1
+    log_probs = linear_log_probs(hidden, weight, targets)
+    truth = 3.0 - torch.tensor(3.0, dtype=torch.float64).exp().add(V - 1).log().item()
+    assert log_probs[[0, T - 1]].tolist() == pytest.approx([truth, truth], rel=1e-6)
+
+
+def test_importing_the_ops_brings_no_trainer() -> None:
+    code = (
+        "import sys, repo_fast.ops\n"
+        "heavy = {'transformers', 'deepspeed', 'datasets', 'triton', 'jsonargparse'} & set(sys.modules)\n"
+        "own = {m.split('.')[1] for m in sys.modules if m.startswith('repo_fast.')} - {'ops', '_C'}\n"
+        "assert not heavy and not own, (heavy, own)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
