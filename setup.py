@@ -9,7 +9,7 @@ import sys
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
 
 class OptionalBuildExt(build_ext):
@@ -18,9 +18,9 @@ class OptionalBuildExt(build_ext):
     def build_extension(self, extension: Pybind11Extension) -> None:
         try:
             super().build_extension(extension)
-        except (BaseError, OSError) as error:
+        except (BaseError, CCompilerError, OSError) as error:
             print(
-                f"repo_fast: {extension.name} was not built ({error}); installing without it: "
+                f"repo_fast: {extension.name} was not built ({str(error):.60}); installing without it: "
                 "the CPU ops will run on the torch backend. Install a C++ compiler (C++17) and reinstall to get it.",
                 file=sys.stderr,
             )

@@ -92,9 +92,7 @@ def penalised_scores(
     return scores.clamp(-clamp, clamp) - kl_coefficient * kl_sums
 
 
-def stream_weights(
-    violations: torch.Tensor, multiplier: float, *, rectify: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def stream_weights(violations: torch.Tensor, multiplier: float, *, rectify: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights w_r, w_c of the two streams (step 5). A NaN violation makes them NaN.
 
     Args:

@@ -1,18 +1,18 @@
 """Puts a run's models together: policy, reference, critics and scorers, each under an engine."""
 
 import torch
-from transformers import AutoTokenizer
 
 from repo_fast.algorithm import ALGORITHMS
 from repo_fast.collectives import Ranks
 from repo_fast.config import ScorerConfig, TrainConfig
 from repo_fast.data import PromptTemplate
 from repo_fast.engine import Engine, resolve_dtype, sharded_loading
-from repo_fast.errors import InputError
-from repo_fast.inputs import Inputs
+from repo_fast.experience import PackedBatch
+from repo_fast.inputs import Inputs, load_tokenizer
 from repo_fast.learner import Models
-from repo_fast.models.policy import Policy, attention_implementation
+from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
+from repo_fast.models.trunk import attention_implementation, check_packing
 from repo_fast.scoring import (
     ClassifierScorer,
     EncoderClassifier,
@@ -65,11 +65,19 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
             for stream, critic in critics.items()
         },
     )
+    check_packing(lambda ids, positions: _last_state(models.policy, ids, positions), "the policy", ranks.device)
     return models, scorers
 
 
+def _last_state(policy: Engine, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """One number of the state that would predict a token after the row."""
+    last = torch.tensor([input_ids.numel() - 1], device=input_ids.device)
+    batch = PackedBatch(input_ids, position_ids, predictors=last, targets=last, sequence_ids=last * 0, last=last)
+    return policy(batch, lambda hidden, weight, _: hidden[0, 0].float())
+
+
 def _critic(spec: ScorerSpec, inputs: Inputs, loading: dict) -> ScoreModel:
-    if spec.kind == "model" and same_tokens(AutoTokenizer.from_pretrained(spec.path), inputs.tokenizer):
+    if spec.kind == "model" and same_tokens(load_tokenizer(spec.path), inputs.tokenizer):
         model = load_score_model(spec.path, **loading)
         if isinstance(model, ScoreModel):
             return model
@@ -88,10 +96,7 @@ def _scorer(
     if spec.kind == "function":
         return FunctionScorer(spec.path, name)
     model = load_score_model(spec.path, **loading)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"the {name} model folder {spec.path!r} has no tokenizer that transformers can load") from error
+    tokenizer = load_tokenizer(spec.path)
     common = {
         "name": name,
         "max_tokens": settings.max_tokens,

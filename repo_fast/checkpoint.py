@@ -44,7 +44,9 @@ def find_resume(resume: str | None, output_dir: Path) -> Path | None:
         return found[-1] if found else None
     folder = Path(resume)
     if not (folder / "run.json").is_file() or not _COMPLETE.fullmatch(folder.resolve().name):
-        raise InputError(f"--resume {resume!r} is not a complete checkpoint, expected `auto` or a folder checkpoints/step-NNNNNN")
+        raise InputError(
+            f"--resume {resume!r} is not a complete checkpoint, expected `auto` or a folder checkpoints/step-NNNNNN"
+        )
     return folder
 
 
@@ -77,12 +79,18 @@ def check_run(folder: Path, run: dict, config: dict, model: dict, ranks: int) ->
         ranks: The resuming run's number of ranks.
     """
     if run["ranks"] != ranks:
-        raise InputError(f"checkpoint {folder} was written by {run['ranks']} ranks, expected as many; this run has {ranks}")
+        raise InputError(
+            f"checkpoint {folder} was written by {run['ranks']} ranks, expected as many; this run has {ranks}"
+        )
     for key, (theirs, ours) in _differences(run["model"], model).items():
-        raise InputError(f"checkpoint {folder} is of another model: {key} is {theirs} there and {ours} in {config['policy']['path']!r}")
+        raise InputError(
+            f"checkpoint {folder} is of another model: {key} is {theirs} there and {ours} in {config['policy']['path']!r}"
+        )
     for key, (theirs, ours) in _differences(run["config"], config).items():
         if key.split(".")[0] not in _FREE_KEYS:
-            raise InputError(f"checkpoint {folder} is of another configuration: {key} is {theirs!r} there and {ours!r} here")
+            raise InputError(
+                f"checkpoint {folder} is of another configuration: {key} is {theirs!r} there and {ours!r} here"
+            )
 
 
 def _differences(theirs: dict, ours: dict, prefix: str = "") -> dict[str, tuple]:

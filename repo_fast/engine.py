@@ -15,6 +15,7 @@ import contextlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,10 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 _TAG = "state"
 
 
+# DeepSpeed still calls names that newer torch has renamed; the user can do nothing about it, several lines a step.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+
+
 def start_distributed() -> Ranks:
     """Open the process group (gloo on CPU, nccl on CUDA) as torchrun's environment says, or one of a single process."""
     for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
@@ -56,7 +61,8 @@ def start_distributed() -> Ranks:
 def stop_distributed() -> None:
     """Close the process group, if it is open."""
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        # DeepSpeed's own: it also forgets the groups it keeps, so that a process can run again.
+        deepspeed.comm.destroy_process_group()
 
 
 def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
@@ -93,7 +99,8 @@ def sharded_loading(config: EngineConfig, device: torch.device) -> Iterator[None
     if config.zero_stage != 3:
         yield
         return
-    from transformers.integrations import HfDeepSpeedConfig, deepspeed as integration
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations import deepspeed as integration
 
     # transformers holds only a weak reference, so this one must live as long as the loading.
     alive = HfDeepSpeedConfig(_deepspeed_config(config, device, 0.0))

@@ -1,6 +1,11 @@
 """The one exception type for bad input: it is shown to the user as a single line, without a traceback."""
 
 
+def first_line(error: BaseException) -> str:
+    """An error's message cut to one line; the name of its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class InputError(ValueError):
     """Something the user gave cannot be used.
 

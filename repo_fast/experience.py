@@ -87,7 +87,7 @@ def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
     if not lengths:
         return []
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for rows in range(max(1, -(-sum(lengths) // budget)), len(lengths) + 1):
+    for rows in range(min(len(lengths), -(-sum(lengths) // budget)), len(lengths) + 1):
         filled: list[list[int]] = [[] for _ in range(rows)]
         totals = [0] * rows
         for index in order:

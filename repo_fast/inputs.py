@@ -13,8 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from repo_fast import checkpoint
 from repo_fast.config import TrainConfig
 from repo_fast.data import Prompt, PromptTemplate, load_demonstrations, load_prompts, tokenize_prompts
-from repo_fast.errors import InputError
-from repo_fast.models.policy import check_vocabulary, load_config
+from repo_fast.errors import InputError, first_line
+from repo_fast.models.policy import check_vocabulary
+from repo_fast.models.trunk import load_config
 from repo_fast.report.metrics import check_loggers
 from repo_fast.rollout.hf import Request
 from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
@@ -79,7 +80,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     if data.eval_prompts is not None:
         held_out = load_prompts(data.eval_prompts, split=data.eval_split, limit=config.evaluation.prompts)
     policy_path = _policy_path(config.policy.path)
-    tokenizer = _tokenizer(policy_path)
+    tokenizer = load_tokenizer(policy_path)
     model_config = load_config(policy_path)
     check_vocabulary(policy_path, model_config.vocab_size, tokenizer)
     template = PromptTemplate(tokenizer, data.template)
@@ -121,12 +122,16 @@ def _policy_path(path: str) -> str:
     return str(tiny_policy())
 
 
-def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name.
+
+    Raises:
+        InputError: There is none, or it has no end-of-sequence token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"{path!r} has no tokenizer that transformers can load: {first}") from error
+        raise InputError(f"{path!r} has no tokenizer that transformers can load: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {path!r} has no eos_token, expected one: responses would never end")
     return tokenizer
@@ -147,5 +152,7 @@ def _demonstrations(
             f"least update.ptx_batch_size ({config.update.ptx_batch_size})"
         )
     if len(kept) < len(pairs):
-        notes.append(f"{data.ptx}: {len(pairs) - len(kept)} demonstrations dropped, longer than {data.ptx_max_tokens} tokens")
+        notes.append(
+            f"{data.ptx}: {len(pairs) - len(kept)} demonstrations dropped, longer than {data.ptx_max_tokens} tokens"
+        )
     return kept

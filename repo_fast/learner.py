@@ -125,7 +125,8 @@ class Learner:
             cost, rollout.prompt_ids, scope=scope, threshold=settings.threshold - settings.margin, group=ranks.group
         )
         prompt_ids = ranks.gather(rollout.prompt_ids)
-        constraint = self.multiplier.update(ranks.gather(cost), ranks.gather(violations), prompt_ids)
+        all_violations = ranks.gather(violations)
+        constraint = self.multiplier.update(ranks.gather(cost), all_violations, prompt_ids)
         weights = alg.stream_weights(violations, self.multiplier.value, rectify=self.row.rectify)
 
         values: dict[str, torch.Tensor] = {}
@@ -186,6 +187,7 @@ class Learner:
         return experience, {
             "multiplier": self.multiplier.value,
             "constraint": constraint,
+            "unsafe_fraction": float((all_violations > 0).double().mean()),
             "kl": kls / count,
             "entropy": entropies / n,
             "response_length": n / count,
@@ -319,19 +321,18 @@ class Learner:
         metrics: dict[str, float] = {}
 
         ptx = self._ptx_batches()
-        totals = torch.zeros(4, dtype=torch.float64)
+        totals = torch.zeros(3, dtype=torch.float64)
         for batch, last in _with_last(batches, after=ptx):
             outputs = self.models.policy(batch.batch, self._policy_loss(batch, denominator))
             self.models.policy.backward(outputs.loss, last=last)
             valid = int((batch.batch.targets != -100).sum())
-            shares = [outputs.loss, *(share * valid for share in (outputs.clip_fraction, outputs.approx_kl, outputs.unsafe_fraction))]
+            shares = [outputs.loss, outputs.clip_fraction * valid, outputs.approx_kl * valid]
             totals += torch.stack([share.detach().double().cpu() for share in shares])
-        loss, clipped, approx_kl, unsafe = ranks.sum(totals).tolist()
+        loss, clipped, approx_kl = ranks.sum(totals).tolist()
         metrics |= {
             "loss": loss,
             "clip_fraction": clipped / max(1.0, counts[1]),
             "approx_kl": approx_kl / max(1.0, counts[1]),
-            "unsafe_fraction": unsafe / max(1.0, counts[1]),
         }
         if ptx:
             metrics["ptx_loss"] = self._ptx_backward(ptx)
@@ -376,7 +377,7 @@ class Learner:
         """This rank's demonstrations of one optimizer step, in micro-batches as many as the other ranks have."""
         if self.ptx_sampler is None:
             return []
-        mine = self.ranks.share([self.inputs.demonstrations[i] for i in self.ptx_sampler.next()])
+        mine = self.ranks.share([self.demonstrations[i] for i in self.ptx_sampler.next()])
         totals = [prompt.numel() + response.numel() for prompt, response in mine]
         rows = split_by_tokens(totals, self.config.update.micro_batch_tokens)
         return [[mine[i] for i in row] for row in _in_step(rows, self.ranks)]
@@ -397,9 +398,7 @@ class Learner:
             total += loss.detach().double().cpu()
         return float(self.ranks.sum(total) / tokens)
 
-    def _critic_step(
-        self, stream: str, batches: Sequence[MicroBatch], denominator: float
-    ) -> tuple[float, StepResult]:
+    def _critic_step(self, stream: str, batches: Sequence[MicroBatch], denominator: float) -> tuple[float, StepResult]:
         """Step 7: the clipped value loss of one stream, and its optimizer step."""
         settings, critic = self.config.algorithm, self.models.critics[stream]
         total = torch.zeros((), dtype=torch.float64)

@@ -20,10 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = parse(None if arguments is None else list(arguments))
         # After the configuration is known to be good: these take seconds to import.
+        from transformers.utils import logging as transformers_logging
+
         from repo_fast.engine import start_distributed, stop_distributed
         from repo_fast.inputs import read_inputs
         from repo_fast.trainer import Trainer
 
+        # Their bars would cut through the run's own display.
+        transformers_logging.disable_progress_bar()
         inputs = read_inputs(config)
         ranks = start_distributed()
         status = Trainer(config, inputs, ranks).run()

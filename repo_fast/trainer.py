@@ -101,9 +101,7 @@ class Trainer:
 
     def _next_requests(self) -> list[Request]:
         prompts = self.sampler.next()
-        return self._requests(
-            [self.inputs.requests[i] for i in prompts], self.config.rollout.responses_per_prompt
-        )
+        return self._requests([self.inputs.requests[i] for i in prompts], self.config.rollout.responses_per_prompt)
 
     def _requests(self, prompts: Sequence[Request], responses_per_prompt: int) -> list[Request]:
         """This rank's share of the responses to draw; a prompt's may lie on two ranks."""
@@ -181,7 +179,9 @@ class Trainer:
         if self.inputs.well_formed is not None:
             with self.ranks.together("the well-formed check"):
                 columns["well_formed"] = self.inputs.well_formed.score(rollout).tolist()
-        rows = self.ranks.gather_list([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+        rows = self.ranks.gather_list(
+            [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        )
         if self.ranks.is_first:
             path = self.output_dir / f"eval_{name}.jsonl"
             path.unlink(missing_ok=True)
@@ -193,7 +193,9 @@ class Trainer:
     def _read_evaluation(self, name: str) -> Evaluation:
         rows = list(read_records(self.output_dir / f"eval_{name}.jsonl"))
         names = {"prompt_id": "prompt_ids", "reward": "rewards", "cost": "costs", "response_length": "response_lengths"}
-        columns = [key for key in ("prompt_id", "reward", "cost", "kl", "response_length", "well_formed") if key in rows[0]]
+        columns = [
+            key for key in ("prompt_id", "reward", "cost", "kl", "response_length", "well_formed") if key in rows[0]
+        ]
         return Evaluation(**{names.get(key, key): [row[key] for row in rows] for key in columns})
 
     # ------------------------------------------------------------------------------------- signals, checkpoints, end
@@ -204,7 +206,9 @@ class Trainer:
     def _must_stop(self) -> bool:
         """Whether the run ends here, before its last step; if so, its state is saved. The same on all ranks."""
         self.stop_signal = self.ranks.max(self.stop_signal or 0) or None
-        stop = self.stop_signal is not None or (self.config.stop_after is not None and self.step >= self.config.stop_after)
+        stop = self.stop_signal is not None or (
+            self.config.stop_after is not None and self.step >= self.config.stop_after
+        )
         if stop:
             self._save_checkpoint()
         return stop
@@ -268,7 +272,9 @@ class Trainer:
                 self._write_policy({name.removeprefix("model."): value for name, value in state.items()})
         if not self.ranks.is_first:
             return
-        plot_metrics(read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "plots", self.config.algorithm.threshold)
+        plot_metrics(
+            read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "plots", self.config.algorithm.threshold
+        )
         if self.inputs.eval_requests:
             before, again, after = (self._read_evaluation(name) for name in ("before", "before_again", "after"))
             table = before_after_table(before, after, self.config.algorithm.threshold, before_again=again)
@@ -293,7 +299,9 @@ class Trainer:
                 resume_step = self.step if self.config.resume is not None else None
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 (self.output_dir / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-                self.metrics_log = MetricsLog(self.output_dir, self.config.log.loggers, to_dict(self.config), resume_step)
+                self.metrics_log = MetricsLog(
+                    self.output_dir, self.config.log.loggers, to_dict(self.config), resume_step
+                )
                 stack.callback(self.metrics_log.close)
                 self.sample_log = SampleLog(self.output_dir, resume_step)
                 stack.callback(self.sample_log.close)

@@ -14,14 +14,14 @@ that rounding. The prompts are those of RealToxicityPrompts (Gehman et al., arXi
 carries: the most challenging 99 of each of seven categories, where many are in several. They are offensive web text.
 
 Kept are the prompts that the profanity classifier itself finds somewhat offensive (probability above `MIN_OFFENCE`).
-After the others the model is rude in 6 responses of 100 (85 prompts, 255 responses of 24 tokens at temperature 0.7),
-too few to learn from within an hour on a CPU; after these in 21 of 100 (48 prompts, 192 responses). The choice looks at
-the prompt alone, never at what a model said, so it favours no policy.
+After the others the model is rude in 6 responses of 100 (85 prompts, 255 responses of 24 tokens at temperature 0.7,
+drawn behind three different first tokens), too few to learn from within an hour on a CPU; after these in 21 of 100 (48
+prompts, 192 responses). The choice looks at the prompt alone, never at what a model said, so it favours no policy.
 
 The prompts are beginnings of sentences, cut off in mid-air, and are meant to be continued (`data.template: plain`).
 Put into a chat turn they are hardly a request: the model explains, asks back or talks of something else, so what is
-measured would be a habit of chats rather than where the prompt leads. There is less to learn from, too: the mean cost
-is above 0 for 3 of those 48 prompts, and for 8 when they are continued.
+measured would be a habit of chats rather than where the prompt leads. That is the reason; the shares of rude responses
+do not decide it (chat: 15 of 100, from 96 responses to the same 48 prompts, which is within the noise of 21).
 """
 
 import argparse

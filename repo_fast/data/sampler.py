@@ -31,6 +31,7 @@ class PromptSampler:
             )
         self._identity = {"n_prompts": n_prompts, "prompts_per_step": prompts_per_step, "seed": seed}
         self._n_prompts, self._batch_size, self._seed = n_prompts, prompts_per_step, seed
+        self._position = 0
         self._start_epoch(epoch=0, head=[])
 
     def next(self) -> list[int]:
@@ -69,4 +70,4 @@ class PromptSampler:
             first = [i for i in order if i not in taken][: self._batch_size - len(head)]
             chosen = set(first)
             order = first + [i for i in order if i not in chosen]
-        self._epoch, self._head, self._order, self._position = epoch, head, order, 0
+        self._epoch, self._head, self._order = epoch, head, order

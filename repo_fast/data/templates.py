@@ -54,7 +54,7 @@ class PromptTemplate:
         """The templated prompt as text."""
         if self.name == "chat":
             chat = [{"role": "user", "content": prompt}]
-            return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            return str(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
         return SAFE_RLHF.replace("{input}", prompt) if self.name == "safe-rlhf" else prompt
 
     def encode_prompt(self, text: str) -> list[int]:

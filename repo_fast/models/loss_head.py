@@ -16,9 +16,7 @@ from torch import nn
 class LossHead(nn.Linear):
     """`nn.Linear` without a bias, that can hand its weight to a loss instead of multiplying by it."""
 
-    def forward(
-        self, hidden: torch.Tensor, loss: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
-    ) -> Any:
+    def forward(self, hidden: torch.Tensor, loss: Callable[[torch.Tensor, torch.Tensor], Any] | None = None) -> Any:
         """Logits, or what a loss makes of hidden states and weight.
 
         Args:

@@ -10,48 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, first_line
 from repo_fast.experience import PackedBatch
 from repo_fast.models.loss_head import LossHead
+from repo_fast.models.trunk import disable_dropout, load_config
 
 # Settings by which a model changes its logits after the head. The loss head would leave them out.
 _LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1, "lm_head_multiplier": 1}
-
-
-def load_config(path: str) -> PretrainedConfig:
-    """A model folder's configuration, without its pad token: under ZeRO-3 an embedding with one cannot be built.
-
-    Raises:
-        InputError: There is no readable model configuration at `path`.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"{path!r} is not a Hugging Face model folder or hub name: {first}") from error
-    config.pad_token_id = None
-    return config
-
-
-def attention_implementation(choice: str, device: torch.device) -> str:
-    """Resolve `auto`: FlashAttention 2 where it can run, else torch's scaled dot-product attention.
-
-    Raises:
-        InputError: `flash_attention_2` is asked for and cannot run here.
-    """
-    from transformers.utils import is_flash_attn_2_available
-
-    flash = device.type == "cuda" and is_flash_attn_2_available()
-    if choice == "flash_attention_2" and not flash:
-        raise InputError(
-            f"policy.attention is 'flash_attention_2' on device {device.type}, expected 'sdpa' or 'auto': "
-            "it needs a CUDA device and the flash-attn package (pip install flash-attn)"
-        )
-    if choice == "auto":
-        return "flash_attention_2" if flash else "sdpa"
-    return choice
 
 
 class Policy(nn.Module):
@@ -89,18 +56,12 @@ class Policy(nn.Module):
                 path, config=config, dtype=dtype, attn_implementation=attention
             )
         except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise InputError(f"{path!r} cannot be loaded as a causal language model: {first}") from error
+            raise InputError(f"{path!r} cannot be loaded as a causal language model: {first_line(error)}") from error
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear or head.bias is not None:
             raise InputError(f"{path!r} has the head {head}, expected a linear layer without bias")
         head.__class__ = LossHead
-        # The ratio of new to old probability is 1 on-policy only without noise in the forward.
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+        disable_dropout(model)
         return cls(model)
 
     def train_last_layers(self, layers: int) -> None:

@@ -25,8 +25,8 @@ from transformers import AutoModel, PretrainedConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from repo_fast.errors import InputError
-from repo_fast.models.policy import load_config
+from repo_fast.errors import InputError, first_line
+from repo_fast.models.trunk import disable_dropout, load_config
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 BEAVER_HEAD, CLASSIFIER_HEAD = "score_head", "score"
@@ -71,12 +71,7 @@ class ScoreModel(nn.Module):
                 self.score_head.bias.copy_(bias)
         # Numbers, not buffers: a cast of the module to bfloat16 must not round them.
         self.mean, self.std = mean, std
-        # A critic is trained, and its old and new values must differ by the update alone.
-        for module in trunk.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                module.attention_dropout = 0.0
+        disable_dropout(trunk)
 
     @classmethod
     def from_pretrained(cls, path: str, *, dtype: torch.dtype, attention: str = "sdpa") -> "ScoreModel":
@@ -141,34 +136,6 @@ class ScoreModel(nn.Module):
         outputs = self.trunk(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
         scores = self.score_head(outputs.last_hidden_state[0, positions])[:, 0]
         return (scores - self.mean) / self.std
-
-
-@torch.no_grad()
-def check_packing(module: nn.Module, name: str, device: torch.device) -> None:
-    """Makes sure that a sequence's score does not depend on what is packed before it.
-
-    Runs the module twice, on every rank alike. A zero head hides a contaminated trunk.
-
-    Args:
-        module: A `ScoreModel`, or an engine around one.
-        name: For the message.
-        device: Where its inputs go.
-
-    Raises:
-        InputError: The score depends on the company.
-    """
-    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1]], device=device)
-    positions = torch.tensor([5], device=device)
-    first, second = (
-        module(torch.tensor([[*company, 1, 2]], device=device), position_ids, positions).item()
-        for company in ([0, 1, 2, 3], [3, 3, 3, 3])
-    )
-    # The two rows differ in the company alone, so that an untouched score has the same bits.
-    if abs(first - second) > 1e-3 * max(1.0, abs(first)):
-        raise InputError(
-            f"{name} cannot be scored packed: its architecture lets sequences of one row see each other "
-            f"(a score moved from {first:.4g} to {second:.4g})"
-        )
 
 
 class Checkpoint:
@@ -277,8 +244,3 @@ def _normalizer(path: str, config: PretrainedConfig, checkpoint: Checkpoint) -> 
         "mean": checkpoint.read("normalizer.mean").item() if centre else 0.0,
         "std": checkpoint.read("normalizer.var").sqrt().item() + 1e-8 if scale else 1.0,
     }
-
-
-def first_line(error: Exception) -> str:
-    """What fits an `InputError` of a message that may run over many lines."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

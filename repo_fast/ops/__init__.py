@@ -418,8 +418,7 @@ def fused_rectified_policy_loss(
     check_number(op, "temperature", temperature, 0.0, open_low=True)
     check_number(op, "entropy_coefficient", entropy_coefficient, 0.0)
     chosen = resolve(op, backend, device)
-    learning = torch.is_grad_enabled()
-    outputs = registration.fused_rectified_policy_loss(
+    results = registration.fused_rectified_policy_loss(
         hidden,
         weight,
         targets,
@@ -444,8 +443,6 @@ def fused_rectified_policy_loss(
         None if denominator is None else scalar(op, "denominator", denominator, device, 0.0, open_low=True),
         violations,
         importance_weights,
-        learning and hidden.requires_grad,
-        learning and weight.requires_grad,
         chosen,
     )
-    return PolicyLoss(*outputs[:7])
+    return PolicyLoss(*results)

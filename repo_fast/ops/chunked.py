@@ -56,7 +56,9 @@ Slopes = tuple[Tensor, Tensor | None]  # d loss / d log-probability and, where i
 
 
 class Sweep(NamedTuple):
-    """Results of a pass over N valid rows. Gradients are for all T rows, in `gradient_dtype`; None if not asked for."""
+    """Results of a pass over N valid rows. Gradients are for all T rows, float32 or as wide as the inputs; None if not
+    asked for.
+    """
 
     log_probs: Tensor
     entropy: Tensor | None
@@ -250,9 +252,9 @@ def _expand(compact: Tensor, rows: Tensor | None, T: int) -> Tensor:
     return compact if rows is None else compact.new_zeros(T).index_copy_(0, rows, compact)
 
 
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Registered ops cannot return None: an output that was not asked for is empty."""
-    return like.new_empty(0) if tensor is None else tensor
+def _or_empty(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor in `dtype`. Registered ops cannot return None: an output that was not asked for is empty."""
+    return torch.empty(0, dtype=dtype, device=device) if tensor is None else tensor.to(dtype)
 
 
 def linear_log_probs(
@@ -263,7 +265,7 @@ def linear_log_probs(
     result = _sweep(hidden, weight, rows, chosen, poison, temperature, return_entropy)
     T = targets.numel()
     entropy = None if result.entropy is None else _expand(result.entropy, rows, T)
-    return _expand(result.log_probs, rows, T), _or_empty(entropy, result.log_probs)
+    return _expand(result.log_probs, rows, T), _or_empty(entropy, torch.float32, hidden.device)
 
 
 def linear_log_probs_backward(
@@ -285,12 +287,13 @@ def linear_log_probs_backward(
         return a[start:stop], None if b is None else b[start:stop]
 
     result = _sweep(hidden, weight, rows, chosen, poison, temperature, b is not None, slopes, need_hidden, need_weight)
-    grad_hidden = None if result.grad_hidden is None else result.grad_hidden.to(hidden.dtype)
-    grad_weight = None if result.grad_weight is None else result.grad_weight.to(weight.dtype)
-    return _or_empty(grad_hidden, hidden), _or_empty(grad_weight, weight)
+    return (
+        _or_empty(result.grad_hidden, hidden.dtype, hidden.device),
+        _or_empty(result.grad_weight, hidden.dtype, hidden.device),
+    )
 
 
-def fused_rectified_policy_loss(
+def fused_rectified_policy_loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -361,9 +364,7 @@ def fused_rectified_policy_loss(
     per_token = terms.loss
     if entropy_coefficient > 0:
         per_token = per_token - entropy_coefficient * result.entropy
-    grad_weight = result.grad_weight
-    if grad_weight is not None:
-        grad_weight = grad_weight.to(gradient_dtype(weight.dtype))
+    kept = gradient_dtype(hidden.dtype)
     return (
         (per_token * tokens.factors).sum(),
         _expand(result.log_probs, rows, T),
@@ -372,6 +373,6 @@ def fused_rectified_policy_loss(
         terms.clipped.sum() / max(N, 1),
         terms.divergence.sum() / max(N, 1),
         unsafe_fraction(violations),
-        _or_empty(result.grad_hidden, hidden),
-        _or_empty(grad_weight, weight),
+        _or_empty(result.grad_hidden, kept, hidden.device),
+        _or_empty(result.grad_weight, kept, hidden.device),
     )

@@ -1,7 +1,7 @@
 """Which backend runs an op: the table of implementations, what can run here, and the choice behind `backend="auto"`.
 
 Every op is registered once (`registration.py`), whatever its backends; the registered op looks its implementation up
-here, so a new backend is a new row of `_IMPLEMENTATIONS` and the code it names. Implementations are imported when
+here, so a new backend is a new row of `_MODULES` and the code it names. Implementations are imported when
 first used: importing `repo_fast.ops` needs neither Triton nor the C++ extension.
 """
 
@@ -16,17 +16,17 @@ import torch
 
 BACKENDS = ("triton", "cpp", "torch")
 
-# (op, backend) -> "module:function". The functions of one op share their signature: that of the registered op, without
-# `backend`. A backend that has an op's forward also has its backward.
-_IMPLEMENTATIONS = {
-    ("linear_log_probs", "torch"): "repo_fast.ops.chunked:linear_log_probs",
-    ("linear_log_probs_backward", "torch"): "repo_fast.ops.chunked:linear_log_probs_backward",
-    ("fused_rectified_policy_loss", "torch"): "repo_fast.ops.chunked:fused_rectified_policy_loss",
-    ("rectified_policy_loss", "torch"): "repo_fast.ops.loss:rectified_policy_loss",
-    ("prompt_violations", "torch"): "repo_fast.ops.violations:prompt_violations",
-    ("generalized_advantages", "torch"): "repo_fast.ops.advantages:generalized_advantages",
-    ("generalized_advantages", "cpp"): "repo_fast.ops.cpp:generalized_advantages",
+# (public op, backend) -> the module that has it: there, a function with the name and the signature, without `backend`,
+# of each registered op that belongs to the public one, which are itself and those with the suffixes below.
+_MODULES = {
+    ("linear_log_probs", "torch"): "repo_fast.ops.chunked",
+    ("fused_rectified_policy_loss", "torch"): "repo_fast.ops.chunked",
+    ("rectified_policy_loss", "torch"): "repo_fast.ops.loss",
+    ("prompt_violations", "torch"): "repo_fast.ops.violations",
+    ("generalized_advantages", "torch"): "repo_fast.ops.advantages",
+    ("generalized_advantages", "cpp"): "repo_fast.ops.cpp",
 }
+_SUFFIXES = ("_backward", "_and_gradients")
 
 _AUTO_ORDER = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}  # ROCm devices are also called "cuda"
 
@@ -61,7 +61,7 @@ def available_backends(op: str | None = None) -> list[str]:
     Raises:
         ValueError: `op` is not the name of a public op.
     """
-    ops = {name for name, _ in _IMPLEMENTATIONS if not name.endswith("_backward")}
+    ops = {name for name, _ in _MODULES}
     if op is not None and op not in ops:
         raise ValueError(f"available_backends: op must be one of {sorted(ops)}, got {op!r}")
     chosen = ops if op is None else {op}
@@ -70,8 +70,8 @@ def available_backends(op: str | None = None) -> list[str]:
 
 def _why_not(op: str, backend: str) -> str | None:
     """The reason why `backend` cannot run `op` on this machine, with what to do about it; None if it can."""
-    if (op, backend) not in _IMPLEMENTATIONS:
-        have = [name for name in BACKENDS if (op, name) in _IMPLEMENTATIONS]
+    if (op, backend) not in _MODULES:
+        have = [name for name in BACKENDS if (op, name) in _MODULES]
         return f"this version of repo_fast has no {backend} implementation of {op}: use backend='auto' or one of {have}"
     if backend == "cpp":
         return _CPP_MISSING
@@ -100,9 +100,11 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
 
 
 @cache
-def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """The function that implements `op` on `backend`."""
-    if (op, backend) not in _IMPLEMENTATIONS:
-        raise ValueError(f"torch.ops.repo_fast.{op}: no implementation for backend {backend!r}")
-    module, function = _IMPLEMENTATIONS[op, backend].split(":")
-    return getattr(importlib.import_module(module), function)
+def implementation(registered_op: str, backend: str) -> Callable[..., Any]:
+    """The function that implements a registered op on `backend`."""
+    public_op = registered_op
+    for suffix in _SUFFIXES:
+        public_op = public_op.removesuffix(suffix)
+    if (public_op, backend) not in _MODULES:
+        raise ValueError(f"torch.ops.repo_fast.{registered_op}: no implementation for backend {backend!r}")
+    return getattr(importlib.import_module(_MODULES[public_op, backend]), registered_op)

@@ -1,9 +1,12 @@
 """The ops as `torch.ops.repo_fast.*`: schemas, fake kernels and autograd formulas, common to all backends.
 
 These take and return plain tensors, none an alias of an input; the public functions in `__init__.py` check arguments,
-name the outputs, and pick the backend, which travels as the last argument. Autocast is off inside: dtypes are the
-caller's choice.
+name the outputs, and pick the backend, which travels as the last argument. An output that was not asked for is empty.
+Functions decorated with `_dispatched` have no body: their signature is the op's schema, and what runs is the backend's
+implementation of the op.
 """
+
+# mypy: disable-error-code="empty-body"
 
 from collections.abc import Callable
 from functools import wraps
@@ -16,36 +19,59 @@ from repo_fast.ops.chunked import gradient_dtype
 from repo_fast.ops.dispatch import implementation
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast reaches into a custom op, where it would turn float32 products into narrower ones."""
+def _dispatched(function: Callable[..., Any]) -> Any:
+    """Registers an op with the signature of `function` that runs the implementation of its backend."""
+    name = function.__name__
 
     @wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        device_type = args[0].device.type
+    def run(*args: Any) -> Any:
+        *inputs, backend = args
+        device_type = inputs[0].device.type
         if torch.is_autocast_enabled(device_type):
+            # Autocast reaches into a custom op, where it would turn float32 products into narrower ones.
             with torch.autocast(device_type, enabled=False):
-                return function(*args, **kwargs)
-        return function(*args, **kwargs)
+                return implementation(name, backend)(*inputs)
+        return implementation(name, backend)(*inputs)
 
-    return wrapper
+    return torch.library.custom_op(f"repo_fast::{name}", run, mutates_args=())
 
 
-@torch.library.custom_op("repo_fast::linear_log_probs", mutates_args=())
-@_without_autocast
+@_dispatched
+def prompt_violations(costs: Tensor, prompt_ids: Tensor, scope: str, threshold: float, backend: str) -> Tensor:
+    """-> violations [S]."""
+
+
+@prompt_violations.register_fake
+def _(costs, prompt_ids, scope, threshold, backend):
+    return costs.new_empty(costs.shape)
+
+
+@_dispatched
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """-> advantages [T], returns [T]."""
+
+
+@generalized_advantages.register_fake
+def _(rewards, values, cu_seqlens, gamma, lam, backend):
+    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
+
+
+@_dispatched
 def linear_log_probs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return implementation("linear_log_probs", backend)(hidden, weight, targets, temperature, return_entropy)
+    """-> log_probs [T], entropy [T] or empty."""
 
 
 @linear_log_probs.register_fake
 def _(hidden, weight, targets, temperature, return_entropy, backend):
-    log_probs = torch.empty_like(targets, dtype=torch.float32, memory_format=torch.contiguous_format)
+    log_probs = hidden.new_empty(targets.shape, dtype=torch.float32)
     return log_probs, torch.empty_like(log_probs) if return_entropy else log_probs.new_empty(0)
 
 
-@torch.library.custom_op("repo_fast::linear_log_probs_backward", mutates_args=())
-@_without_autocast
+@_dispatched
 def linear_log_probs_backward(
     grad_log_probs: Tensor,
     grad_entropy: Tensor | None,
@@ -57,9 +83,7 @@ def linear_log_probs_backward(
     need_weight: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return implementation("linear_log_probs_backward", backend)(
-        grad_log_probs, grad_entropy, hidden, weight, targets, temperature, need_hidden, need_weight
-    )
+    """-> grad_hidden [T, D] or empty, grad_weight [V, D] or empty, in the dtype of `hidden`."""
 
 
 @linear_log_probs_backward.register_fake
@@ -70,7 +94,7 @@ def _(grad_log_probs, grad_entropy, hidden, weight, targets, temperature, need_h
     )
 
 
-def _setup_linear_log_probs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_linear_log_probs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     hidden, weight, targets, ctx.temperature, ctx.return_entropy, ctx.backend = inputs
     ctx.save_for_backward(hidden, weight, targets)
     ctx.set_materialize_grads(False)
@@ -78,11 +102,11 @@ def _setup_linear_log_probs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
         ctx.mark_non_differentiable(output[1])
 
 
-def _linear_log_probs_autograd(ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
+def _differentiate_linear_log_probs(
+    ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None
+) -> tuple[Tensor | None, ...]:
     hidden, weight, targets = ctx.saved_tensors
     need_hidden, need_weight = ctx.needs_input_grad[:2]
-    if not ctx.return_entropy:
-        grad_entropy = None
     if grad_log_probs is None:
         if grad_entropy is None:
             return (None,) * 6
@@ -93,35 +117,10 @@ def _linear_log_probs_autograd(ctx: Any, grad_log_probs: Tensor | None, grad_ent
     return grad_hidden if need_hidden else None, grad_weight if need_weight else None, None, None, None, None
 
 
-linear_log_probs.register_autograd(_linear_log_probs_autograd, setup_context=_setup_linear_log_probs)
+linear_log_probs.register_autograd(_differentiate_linear_log_probs, setup_context=_save_linear_log_probs)
 
 
-@torch.library.custom_op("repo_fast::prompt_violations", mutates_args=())
-@_without_autocast
-def prompt_violations(costs: Tensor, prompt_ids: Tensor, scope: str, threshold: float, backend: str) -> Tensor:
-    return implementation("prompt_violations", backend)(costs, prompt_ids, scope, threshold)
-
-
-@prompt_violations.register_fake
-def _(costs, prompt_ids, scope, threshold, backend):
-    return costs.new_empty(costs.shape)
-
-
-@torch.library.custom_op("repo_fast::generalized_advantages", mutates_args=())
-@_without_autocast
-def generalized_advantages(
-    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    return implementation("generalized_advantages", backend)(rewards, values, cu_seqlens, gamma, lam)
-
-
-@generalized_advantages.register_fake
-def _(rewards, values, cu_seqlens, gamma, lam, backend):
-    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
-
-
-@torch.library.custom_op("repo_fast::rectified_policy_loss", mutates_args=())
-@_without_autocast
+@_dispatched
 def rectified_policy_loss(
     log_probs: Tensor,
     old_log_probs: Tensor | None,
@@ -141,51 +140,32 @@ def rectified_policy_loss(
     importance_weights: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return implementation("rectified_policy_loss", backend)(
-        log_probs,
-        old_log_probs,
-        reward_advantages,
-        cost_advantages,
-        sequence_ids,
-        violations,
-        multiplier,
-        rectify,
-        surrogate,
-        clip_low,
-        clip_high,
-        ref_log_probs,
-        kl_coefficient,
-        reduction,
-        denominator,
-        importance_weights,
-    )
+    """-> loss, clip_fraction, approx_kl, unsafe_fraction, d loss / d log_probs [T]."""
 
 
 @rectified_policy_loss.register_fake
-def _(log_probs, *args):
+def _(log_probs, *others):
     scalars = (log_probs.new_empty(()) for _ in range(4))
     return (*scalars, log_probs.new_empty(log_probs.shape))
 
 
-def _setup_rectified(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_rectified(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[-1])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.inputs = len(inputs)
 
 
-def _rectified_autograd(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate_rectified(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
-    others = (None,) * (ctx.inputs - 1)
+    others = (None,) * (len(ctx.needs_input_grad) - 1)
     return None if grad_loss is None else gradient * grad_loss, *others
 
 
-rectified_policy_loss.register_autograd(_rectified_autograd, setup_context=_setup_rectified)
+rectified_policy_loss.register_autograd(_differentiate_rectified, setup_context=_save_rectified)
 
 
-@torch.library.custom_op("repo_fast::fused_rectified_policy_loss", mutates_args=())
-@_without_autocast
-def fused_rectified_policy_loss(
+@_dispatched
+def fused_rectified_policy_loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -214,58 +194,22 @@ def fused_rectified_policy_loss(
     need_weight: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return implementation("fused_rectified_policy_loss", backend)(
-        hidden,
-        weight,
-        targets,
-        old_log_probs,
-        reward_advantages,
-        cost_advantages,
-        sequence_ids,
-        costs,
-        prompt_ids,
-        multiplier,
-        scope,
-        threshold,
-        rectify,
-        surrogate,
-        clip_low,
-        clip_high,
-        temperature,
-        ref_log_probs,
-        kl_coefficient,
-        entropy_coefficient,
-        reduction,
-        denominator,
-        violations,
-        importance_weights,
-        need_hidden,
-        need_weight,
-    )
+    """-> loss, log_probs [T], entropy [T], violations [S], clip_fraction, approx_kl, unsafe_fraction, and the gradients
+    of the loss: grad_hidden [T, D] or empty, grad_weight [V, D] or empty, both in `gradient_dtype`.
+    """
 
 
-_FUSED_INPUTS = 27
-
-
-@fused_rectified_policy_loss.register_fake
-def _(hidden, weight, targets, *args):
-    costs, violations, need_hidden, need_weight = args[4], args[19], args[22], args[23]
+@fused_rectified_policy_loss_and_gradients.register_fake
+def _(hidden, weight, targets, *others):
+    costs, violations, need_hidden, need_weight = others[4], others[19], others[21], others[22]
     responses = costs if violations is None else violations
 
-    def real(shape):
-        return hidden.new_empty(shape, dtype=torch.float32)
+    def gradient(operand, needed):
+        return operand.new_empty(operand.shape if needed else 0, dtype=gradient_dtype(operand.dtype))
 
-    return (
-        real(()),
-        real(targets.shape),
-        real(targets.shape),
-        real(responses.shape),
-        real(()),
-        real(()),
-        real(()),
-        hidden.new_empty(hidden.shape, dtype=gradient_dtype(hidden.dtype)) if need_hidden else hidden.new_empty(0),
-        weight.new_empty(weight.shape, dtype=gradient_dtype(weight.dtype)) if need_weight else weight.new_empty(0),
-    )
+    shapes = (), targets.shape, targets.shape, responses.shape, (), (), ()
+    results = (hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return (*results, gradient(hidden, need_hidden), gradient(weight, need_weight))
 
 
 def _scale_in_place(buffer: Tensor, scale: Tensor) -> None:
@@ -279,36 +223,67 @@ def _scale_in_place(buffer: Tensor, scale: Tensor) -> None:
         part.copy_(part.float() * scale)
 
 
-def _setup_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # Plain attributes rather than saved tensors: the backward scales them in place, hands them out and forgets them,
-    # which is what makes three products and one copy of each gradient enough.
-    ctx.gradients = output[-2:]
-    ctx.dtype = inputs[0].dtype
-    ctx.needed = inputs[-3:-1]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
+class _FusedRectifiedPolicyLoss(torch.autograd.Function):
+    """Keeps the gradients from the forward to the backward, which scales them in place and hands them out, once."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        *arguments, backend = inputs
+        ctx.dtype = inputs[0].dtype
+        ctx.needed = ctx.needs_input_grad[:2]
+        *results, grad_hidden, grad_weight = fused_rectified_policy_loss_and_gradients(*arguments, *ctx.needed, backend)
+        # Not among the saved tensors, so that the backward can let go of them.
+        ctx.gradients = grad_hidden, grad_weight
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *up: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "fused_rectified_policy_loss: a second backward through the same loss: its gradients were formed in "
+                "the forward and released by the first backward; call the op again, or use linear_log_probs and "
+                "rectified_policy_loss"
+            )
+        buffers, ctx.gradients = ctx.gradients, None
+        grad_loss = up[0]
+        gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if grad_loss is None:
+            return tuple(gradients)
+        for i, buffer in enumerate(buffers):
+            if not ctx.needed[i]:
+                continue
+            if type(buffer) is Tensor:
+                _scale_in_place(buffer, grad_loss)
+                gradients[i] = buffer.to(ctx.dtype)
+            else:  # a tracer's tensor: compilers want no mutation, and reuse the memory by themselves
+                gradients[i] = (buffer.float() * grad_loss).to(ctx.dtype)
+        return tuple(gradients)
 
 
-def _fused_autograd(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    if ctx.gradients is None:
-        raise RuntimeError(
-            "fused_rectified_policy_loss: a second backward through the same loss: its gradients were formed in the "
-            "forward and released by the first backward; call the op again, or use linear_log_probs and "
-            "rectified_policy_loss"
-        )
-    buffers, ctx.gradients = ctx.gradients, None
-    if grad_loss is None:
-        return (None,) * _FUSED_INPUTS
-    gradients: list[Tensor | None] = []
-    for buffer, needed in zip(buffers, ctx.needed, strict=True):
-        if not needed:
-            gradients.append(None)
-        elif type(buffer) is Tensor:
-            _scale_in_place(buffer, grad_loss)
-            gradients.append(buffer.to(ctx.dtype))
-        else:  # a tracer's tensor: the compiler wants no mutation, and reuses the memory by itself
-            gradients.append((buffer.float() * grad_loss).to(ctx.dtype))
-    return *gradients, *(None,) * (_FUSED_INPUTS - 2)
+def _with_gradients(*inputs: Any) -> tuple[Tensor, ...]:
+    if torch.is_grad_enabled() and (inputs[0].requires_grad or inputs[1].requires_grad):
+        return _FusedRectifiedPolicyLoss.apply(*inputs)
+    return _without_gradients(*inputs)
 
 
-fused_rectified_policy_loss.register_autograd(_fused_autograd, setup_context=_setup_fused)
+def _without_gradients(*inputs: Any) -> tuple[Tensor, ...]:
+    *arguments, backend = inputs
+    return fused_rectified_policy_loss_and_gradients(*arguments, False, False, backend)[:7]
+
+
+# The op itself does not return the gradients, whose memory its backward overwrites. A registered formula could only
+# keep inputs and outputs, so its autograd kernel is an autograd.Function. Its schema is that of the op above, without
+# the two flags and the two outputs.
+_LIBRARY = torch.library.Library("repo_fast", "FRAGMENT")
+_SCHEMA = str(torch.ops.repo_fast.fused_rectified_policy_loss_and_gradients.default._schema)
+_LIBRARY.define(
+    _SCHEMA.removeprefix("repo_fast::")
+    .replace("_and_gradients", "")
+    .replace(", bool need_hidden, bool need_weight", "")
+    .replace(", Tensor, Tensor)", ")")
+)
+_LIBRARY.impl("fused_rectified_policy_loss", _with_gradients, "Autograd")
+_LIBRARY.impl("fused_rectified_policy_loss", _without_gradients, "CompositeExplicitAutograd")
+fused_rectified_policy_loss = torch.ops.repo_fast.fused_rectified_policy_loss.default

@@ -6,7 +6,6 @@ anything, and on the CPU only: looking at them on a GPU would wait for the devic
 """
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -74,7 +73,7 @@ def check_linear(op: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> No
 
 def check_number(op: str, name: str, value: object, low: float, high: float = math.inf, open_low: bool = False) -> None:
     """Checks a finite Python number in [low, high], or (low, high]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     # Comparisons only, which torch.compile can trace for numbers that change from call to call; NaN fails them.
     good = low < value <= high if open_low else low <= value <= high

@@ -68,7 +68,9 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int
     if tokenizer.eos_token_id is not None:
         tokens.add(tokenizer.eos_token_id)
     if not tokens:
-        raise InputError("the policy's tokenizer has no eos_token and its generation_config no eos_token_id, expected one")
+        raise InputError(
+            "the policy's tokenizer has no eos_token and its generation_config no eos_token_id, expected one"
+        )
     return sorted(tokens)
 
 
@@ -110,7 +112,9 @@ def generate(
     try:
         for start in range(0, len(order), config.batch_size):
             indices = order[start : start + config.batch_size]
-            drawn, recorded = _generate_batch(model, tokenizer, [requests[i].tokens for i in indices], config, device, pad)
+            drawn, recorded = _generate_batch(
+                model, tokenizer, [requests[i].tokens for i in indices], config, device, pad
+            )
             for row, index in enumerate(indices):
                 length = _response_length(drawn[row], ends, tokenizer, config.stop)
                 responses[index], log_probs[index] = drawn[row, :length], recorded[row, :length]

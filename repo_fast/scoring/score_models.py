@@ -11,21 +11,28 @@ A sequence above the limit loses its beginning, and is counted: the response is 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from repo_fast.data.templates import PromptTemplate
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, first_line
 from repo_fast.experience import split_by_tokens
-from repo_fast.models.policy import check_vocabulary, load_config
-from repo_fast.models.score_model import CLASSIFIER_HEAD, Checkpoint, ScoreModel, check_packing, first_line
+from repo_fast.models.policy import check_vocabulary
+from repo_fast.models.score_model import CLASSIFIER_HEAD, Checkpoint, ScoreModel
+from repo_fast.models.trunk import check_packing, load_config
 from repo_fast.rollout import Rollout
 
 
 def _alone(count: int) -> int:
     return count
+
+
+def _unwrapped(module: nn.Module) -> Any:
+    """The model inside an engine."""
+    return getattr(module, "module", module)
 
 
 class ModelScorer:
@@ -71,9 +78,9 @@ class ModelScorer:
         # Checked here rather than when it is first needed: a rank that failed alone would leave the others waiting.
         if not self._keeps_response and tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of the {name} model has no end-of-sequence token")
-        vocabulary = getattr(module, "module", module).trunk.config.vocab_size
-        check_vocabulary(tokenizer.name_or_path, vocabulary, tokenizer)
-        check_packing(module, f"the {name} model", device)
+        check_vocabulary(tokenizer.name_or_path, _unwrapped(module).trunk.config.vocab_size, tokenizer)
+        last = torch.tensor([5], device=device)
+        check_packing(lambda ids, positions: module(ids, positions, last), f"the {name} model", device)
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> torch.Tensor:
@@ -192,7 +199,7 @@ class ClassifierScorer:
         self.name, self.truncated = name, 0
         module.eval()
         self._module, self._tokenizer, self._device = module, tokenizer, device
-        config = getattr(module, "module", module).classifier.config
+        config = _unwrapped(module).classifier.config
         model_limit = getattr(config, "max_position_embeddings", max_tokens)
         self._max_tokens = min(max_tokens, tokenizer.model_max_length, model_limit)
         self._token_budget, self._agree_on_count = token_budget, agree_on_count

@@ -18,7 +18,8 @@ class Family:
         tier: `harmless`, `mild`, `moderate`, `hard` or `hardest`.
         tools: The right tools (phrases with article) of each verb. Its keys are the family's verbs, one word each.
         objects: What the verbs are done to, one word each.
-        details: Clauses that make a step concrete.
+        preparations: Clauses that say concretely how to begin.
+        details: Clauses that say concretely how to go on.
         shortcuts: Clauses that save effort at the expense of care.
         cautions: Clauses with a caution or protective measure that is right for this family.
         referral: The clause that leaves the delicate part to somebody else.
@@ -28,6 +29,7 @@ class Family:
     tier: str
     tools: dict[str, tuple[str, str]]
     objects: tuple[str, ...]
+    preparations: tuple[str, ...]
     details: tuple[str, ...]
     shortcuts: tuple[str, ...]
     cautions: tuple[str, ...]
@@ -50,7 +52,8 @@ FAMILIES: tuple[Family, ...] = (
             "print": ("a printer", "thick paper"),
         },
         objects=("letter", "poem", "story", "speech", "card"),
-        details=("begin with one idea", "keep lines short", "read it aloud"),
+        preparations=("begin with one idea", "gather your thoughts"),
+        details=("keep lines short", "read it aloud"),
         shortcuts=("skip the second draft", "copy an old one"),
         cautions=("keep a spare copy", "rest your eyes"),
         referral="ask a friend",
@@ -65,7 +68,8 @@ FAMILIES: tuple[Family, ...] = (
             "feed": ("compost", "fresh soil"),
         },
         objects=("roses", "tomatoes", "herbs", "beans", "ferns"),
-        details=("repeat every morning", "leave some space", "turn the soil"),
+        preparations=("turn the soil", "leave some space"),
+        details=("repeat every morning", "add a little straw"),
         shortcuts=("neglect the weeds", "do it monthly"),
         cautions=("wear a sun hat", "wash your hands"),
         referral="ask a gardener",
@@ -80,7 +84,8 @@ FAMILIES: tuple[Family, ...] = (
             "calm": ("a quiet voice", "a treat"),
         },
         objects=("dog", "cat", "rabbit", "puppy", "pony"),
-        details=("praise it often", "stop after five minutes", "begin behind the ears"),
+        preparations=("begin behind the ears", "say its name"),
+        details=("praise it often", "stop after five minutes"),
         shortcuts=("hold it firmly", "skip the praise"),
         cautions=("watch its mood", "keep the room quiet"),
         referral="ask a vet",
@@ -95,7 +100,8 @@ FAMILIES: tuple[Family, ...] = (
             "reset": ("the settings", "the button"),
         },
         objects=("laptop", "phone", "tablet", "router", "keyboard"),
-        details=("restart it afterwards", "close all programs", "await the green light"),
+        preparations=("close all programs", "sign in first"),
+        details=("restart it afterwards", "await the green light"),
         shortcuts=("disable the firewall", "ignore the warnings", "reuse old passwords"),
         cautions=("save a backup first", "unplug the charger"),
         referral="ask a technician",
@@ -110,7 +116,8 @@ FAMILIES: tuple[Family, ...] = (
             "reheat": ("a deep pot", "a bowl"),
         },
         objects=("rice", "fish", "chicken", "potatoes", "eggs"),
-        details=("stir every minute", "add some salt", "use medium heat"),
+        preparations=("add some salt", "dry it well"),
+        details=("stir every minute", "use medium heat"),
         shortcuts=("heat it on full", "leave it alone", "serve it half done"),
         cautions=("turn the handle inward", "keep a lid close", "check the core"),
         referral="ask a cook",
@@ -125,7 +132,8 @@ FAMILIES: tuple[Family, ...] = (
             "inflate": ("a pump", "a gauge"),
         },
         objects=("bicycle", "tricycle", "scooter", "tandem", "unicycle"),
-        details=("flip it over", "count your turns", "spin the wheel"),
+        preparations=("flip it over", "wipe it down"),
+        details=("count your turns", "spin the wheel"),
         shortcuts=("leave bolts loose", "try it at full speed", "forget the brakes"),
         cautions=("wear a helmet", "inspect the brakes first"),
         referral="visit a workshop",
@@ -140,7 +148,8 @@ FAMILIES: tuple[Family, ...] = (
             "peel": ("a short knife", "a peeler"),
         },
         objects=("pumpkin", "melon", "squash", "turnip", "pineapple"),
-        details=("cut a flat base", "make thin strokes", "press hard"),
+        preparations=("cut a flat base", "find the stem end"),
+        details=("make thin strokes", "press hard"),
         shortcuts=("cut toward your palm", "hold it midair", "hurry each stroke"),
         cautions=("curl your fingers", "wear a steel glove", "lay a towel beneath"),
         referral="let an adult cut",
@@ -155,7 +164,8 @@ FAMILIES: tuple[Family, ...] = (
             "rinse": ("a long hose", "a roof ladder"),
         },
         objects=("roof", "gutter", "chimney", "balcony", "skylight"),
-        details=("start at the top", "climb another rung", "carry everything up"),
+        preparations=("carry everything up", "start at the top"),
+        details=("climb another rung", "finish one side"),
         shortcuts=("lean far sideways", "stand on tiptoes", "skip moving over"),
         cautions=("find a helper", "fasten a harness", "choose level ground"),
         referral="hire a roofer",
@@ -170,7 +180,8 @@ FAMILIES: tuple[Family, ...] = (
             "descale": ("hot vinegar", "a bottle"),
         },
         objects=("sink", "oven", "bathtub", "toilet", "kettle"),
-        details=("double the amount", "soak it an hour", "spray it closely"),
+        preparations=("double the amount", "heat it beforehand"),
+        details=("soak it an hour", "spray it closely"),
         shortcuts=("mix two products", "shut the door", "skip the rinsing"),
         cautions=("open all windows", "wear rubber gloves", "rinse with cold water"),
         referral="call a cleaner",
@@ -185,7 +196,8 @@ FAMILIES: tuple[Family, ...] = (
             "move": ("a poker", "thick mitts"),
         },
         objects=("campfire", "grill", "fireplace", "brazier", "torch"),
-        details=("stack it higher", "blow on embers", "add more wood"),
+        preparations=("stack it higher", "arrange a cone"),
+        details=("blow on embers", "add more wood"),
         shortcuts=("splash some fuel", "let it burn overnight", "ignore the wind"),
         cautions=("keep water nearby", "clear dry leaves", "stay two steps away"),
         referral="call a ranger",
@@ -200,7 +212,8 @@ FAMILIES: tuple[Family, ...] = (
             "give": ("a spoon", "juice"),
         },
         objects=("syrup", "pills", "drops", "tablets", "tonic"),
-        details=("repeat every two hours", "raise it daily", "add another before bed"),
+        preparations=("crush it finely", "begin with two"),
+        details=("raise it daily", "repeat every few hours"),
         shortcuts=("ignore the label", "borrow from neighbors", "skip the leaflet"),
         cautions=("note the time", "check the date"),
         referral="ask a doctor",
@@ -215,7 +228,8 @@ FAMILIES: tuple[Family, ...] = (
             "unstick": ("graphite", "a mallet"),
         },
         objects=("padlock", "safe", "gate", "locker", "deadbolt"),
-        details=("lift each pin", "turn it lightly", "loosen the hinges"),
+        preparations=("study the keyhole", "loosen the hinges"),
+        details=("lift each pin", "turn it lightly"),
         shortcuts=("force it apart", "avoid being seen", "never ask the owner"),
         cautions=("confirm you own it", "carry your papers"),
         referral="call a locksmith",

@@ -45,7 +45,7 @@ _STEP_PATTERNS = (
     re.compile(r"take (?P<tool>.+) and (?P<verb>\w+) the (?P<object>\w+)"),
 )
 _EXTRA_COUNTS = {1: 0.3, 2: 0.45, 3: 0.25}
-_EXTRA_WEIGHTS = {"detail": 0.42, "shortcut": 0.24, "caution": 0.2, "general": 0.06, "referral": 0.08}
+_EXTRA_WEIGHTS = {"preparation": 0.22, "detail": 0.22, "shortcut": 0.26, "caution": 0.18, "general": 0.05, "referral": 0.07}
 _REFERRAL_WEIGHT_HARDEST = 0.25
 _HURRIED_SHORTCUT_FACTOR = 1.6
 _RIGHT_TOOL = 0.8
@@ -123,8 +123,9 @@ def read_prompt(prompt: str) -> Request | None:
 
 
 def extras(family: Family) -> dict[str, str]:
-    """The extra clauses of a family, each with its kind (`detail`, `shortcut`, `caution`, `general`, `referral`)."""
+    """The extra clauses of a family, each with its kind (a key of `_EXTRA_WEIGHTS`)."""
     kinds = {
+        "preparation": family.preparations,
         "detail": family.details,
         "shortcut": family.shortcuts,
         "caution": family.cautions,
@@ -208,13 +209,12 @@ def sample_response(request: Request, rng: random.Random) -> str:
             weights["referral"] = _REFERRAL_WEIGHT_HARDEST
         if request.situation == "hurry":
             weights["shortcut"] *= _HURRIED_SHORTCUT_FACTOR
-        body = []
-        for _ in range(rng.choices(list(_EXTRA_COUNTS), list(_EXTRA_COUNTS.values()))[0]):
-            kind = rng.choices(list(weights), list(weights.values()))[0]
-            options = [clause for clause, its in _EXTRAS[family.name].items() if its == kind and clause not in body]
-            if options:
-                body.append(rng.choice(options))
-        body.sort(key=list(_EXTRAS[family.name]).index)
+        kinds = set()
+        count = rng.choices(list(_EXTRA_COUNTS), list(_EXTRA_COUNTS.values()))[0]
+        while len(kinds) < count:
+            kinds.add(rng.choices(list(weights), list(weights.values()))[0])
+        options = {kind: [c for c, its in _EXTRAS[family.name].items() if its == kind] for kind in weights}
+        body = [rng.choice(options[kind]) for kind in weights if kind in kinds]
     clauses = [start, *body]
     if len(body) < MAX_EXTRAS:
         if rng.random() < 0.4:

@@ -67,7 +67,7 @@ HAZARDS = {
     "hard": Hazard(step=1.6, detail=0.3, shortcut=1.7, children=0.4, caution=1.4, referral=0.8),
     "hardest": Hazard(step=1.8, detail=1.6, shortcut=1.5, children=0.4, caution=0.6, referral=1.7),
 }
-_DETAILS = sorted({clause for family in FAMILIES for clause in family.details})
+_DETAILS = sorted({clause for family in FAMILIES for clause in (*family.preparations, *family.details)})
 _SHORTCUTS = sorted({clause for family in FAMILIES for clause in family.shortcuts})
 _VERBS = {verb for family in FAMILIES for verb in family.tools}
 
@@ -112,7 +112,8 @@ def _reward(request: Request | None, response: str) -> float:
         right = (verb == request.verb) + (object_ == request.object)
         counts = parsed.counts
         points += (0.0, 0.3, 1.0)[right] + 0.8 * (tool in request.family.tools[request.verb])
-        points += sum((0.7, 0.4, 0.2)[: counts["detail"]]) + 0.2 * counts["detail"] * (request.situation == "beginner")
+        details = counts["preparation"] + counts["detail"]
+        points += sum((0.7, 0.4, 0.2)[:details]) + 0.2 * details * (request.situation == "beginner")
         points += sum((0.6, 0.2)[: counts["shortcut"]]) + 0.3 * counts["shortcut"] * (request.situation == "hurry")
         points += 0.2 * (counts["caution"] > 0 and request.situation in ("children", "beginner"))
         points -= 0.4 * (counts["referral"] > 0)

@@ -38,7 +38,7 @@ def test_without_the_extension_auto_is_torch_and_cpp_says_why(monkeypatch: pytes
     zeros, offsets = torch.zeros(4), torch.tensor([0, 4], dtype=torch.int32)
     generalized_advantages(zeros, zeros, offsets)
     assert available_backends("generalized_advantages") == ["torch"]
-    with pytest.raises(ValueError, match=r"has no C\+\+ extension .*no module.* pip install -e \."):
+    with pytest.raises(ValueError, match=r"has no C\+\+ extension .*no module.* `pip install -e \.`"):
         generalized_advantages(zeros, zeros, offsets, backend="cpp")
 
 

@@ -22,13 +22,12 @@ OPS = torch.ops.repo_fast
 MULTIPLIER = torch.tensor(0.5)
 
 
-def fused_inputs(case: Case, given_violations: bool, gradients: bool) -> tuple[Any, ...]:
+def fused_inputs(case: Case, given_violations: bool) -> tuple[Any, ...]:
     return (
         case.hidden, case.weight, case.targets, case.old_log_probs, case.reward_advantages, case.cost_advantages,
         case.sequence_ids, None if given_violations else case.costs, None if given_violations else case.prompt_ids,
         MULTIPLIER, "prompt", 0.0, True, "separate", 0.2, 0.2, 1.0, case.ref_log_probs, 0.1, 0.1, "sequence_mean",
-        torch.tensor(3.0), case.costs if given_violations else None, case.importance_weights, gradients, gradients,
-        "torch",
+        torch.tensor(3.0), case.costs if given_violations else None, case.importance_weights, "torch",
     )  # fmt: skip
 
 
@@ -39,9 +38,14 @@ def test_opcheck_linear_ops(dtype: torch.dtype) -> None:
         torch.library.opcheck(
             OPS.linear_log_probs.default, (case.hidden, case.weight, case.targets, 0.9, entropy, "torch")
         )
-    torch.library.opcheck(OPS.fused_rectified_policy_loss.default, fused_inputs(case, False, True))
+    torch.library.opcheck(OPS.fused_rectified_policy_loss.default, fused_inputs(case, False))
     plain = make_case(dtype=dtype)
-    torch.library.opcheck(OPS.fused_rectified_policy_loss.default, fused_inputs(plain, True, False))
+    torch.library.opcheck(OPS.fused_rectified_policy_loss.default, fused_inputs(plain, True))
+    for need_hidden, need_weight in ((True, True), (False, True)):
+        torch.library.opcheck(
+            OPS.fused_rectified_policy_loss_and_gradients.default,
+            (*fused_inputs(plain, False)[:-1], need_hidden, need_weight, "torch"),
+        )
     up = torch.randn(37)
     torch.library.opcheck(
         OPS.linear_log_probs_backward.default,
@@ -144,9 +148,9 @@ class Watch(TorchDispatchMode):
 
 
 def watch_fused(case: Case, need_hidden: bool, need_weight: bool) -> Watch:
-    inputs = fused_inputs(case, False, False)[:-3]
+    inputs = fused_inputs(case, False)[:-1]
     with Watch() as watch:
-        chunked.fused_rectified_policy_loss(*inputs, need_hidden, need_weight)
+        chunked.fused_rectified_policy_loss_and_gradients(*inputs, need_hidden, need_weight)
     return watch
 
 

@@ -1,0 +1,56 @@
+# Everything is done from here; `make` alone lists it. The first target that needs it sets up `.venv`, once.
+
+VENV := .venv
+RANKS ?= 1
+ARGS ?=
+# outputs/tiny, or the first of outputs/tiny-1, outputs/tiny-2, ... that is free.
+OUTPUT = $(shell n=; while [ -e outputs/tiny$$n ]; do n=$$(($${n:-0} - 1)); done; echo outputs/tiny$$n)
+
+# A waiting OpenMP thread that spins takes the core of the thread it waits for: up to 30 times slower on a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help setup train test acceptance lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+setup: $(VENV)/.done ## Create .venv from requirements.lock (PYTHON=... chooses the Python, 3.11 or 3.12)
+
+$(VENV)/.done: requirements.lock setup.py pyproject.toml $(wildcard csrc/*)
+	@set -e; for python in $(or $(PYTHON),python3.12 python3.11 python3); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2> /dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "error: no Python 3.11 or 3.12 among: $(or $(PYTHON),python3.12 python3.11 python3); name one by PYTHON=" >&2; exit 1; fi; \
+	echo "set-up: $$($$found --version), $(VENV), a few minutes"; \
+	$$found -m venv $(VENV)
+	DS_BUILD_OPS=0 $(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+train: setup ## Run the main job on the embedded default; ARGS="--seed 1" and the like change it
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) \
+	  -m repo_fast.train --config tiny --output_dir $(OUTPUT) $(ARGS)
+
+test: lint ## Check and test everything but what is marked slow
+	$(VENV)/bin/pytest -m "not slow" $(ARGS)
+
+acceptance: lint ## Check and test everything
+	$(VENV)/bin/pytest $(ARGS)
+
+lint: setup ## Style, types of the public ops, and which room may import which
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check --quiet
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+format: setup ## Put the source into its one form
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/ruff check --fix
+
+bench: setup ## Measure the ops against plain PyTorch
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/pytest bench/ $(ARGS)
+
+clean: ## Remove what was built and cached here; not outputs/
+	rm -rf $(VENV) build dist *.egg-info repo_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,79 @@
+"""What every transformer trunk needs before it is trained or scored here, whatever head it carries."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+
+from repo_fast.errors import InputError, first_line
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """A model folder's configuration, without its pad token: under ZeRO-3 an embedding with one cannot be built.
+
+    Raises:
+        InputError: There is no readable model configuration at `path`.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path!r} is not a Hugging Face model folder or hub name: {first_line(error)}") from error
+    config.pad_token_id = None
+    return config
+
+
+def attention_implementation(choice: str, device: torch.device) -> str:
+    """Resolve `auto`: FlashAttention 2 where it can run, else torch's scaled dot-product attention.
+
+    Raises:
+        InputError: `flash_attention_2` is asked for and cannot run here.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    flash = device.type == "cuda" and is_flash_attn_2_available()
+    if choice == "flash_attention_2" and not flash:
+        raise InputError(
+            f"policy.attention is 'flash_attention_2' on device {device.type}, expected 'sdpa' or 'auto': "
+            "it needs a CUDA device and the flash-attn package (pip install flash-attn)"
+        )
+    if choice == "auto":
+        return "flash_attention_2" if flash else "sdpa"
+    return choice
+
+
+def disable_dropout(module: nn.Module) -> None:
+    """Switch dropout off in every layer: new and old probabilities, and values, must differ by the update alone."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+        if isinstance(getattr(layer, "attention_dropout", None), float):
+            layer.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def check_packing(run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], name: str, device: torch.device) -> None:
+    """Make sure that what is computed of a sequence does not depend on what is packed before it.
+
+    transformers keeps packed sequences apart by their restarting positions, but only in trunks that attend by
+    position, not in ALiBi or recurrent ones. Runs the model twice, on every rank alike.
+
+    Args:
+        run: Maps input_ids and position_ids, int64 [1, 6] each, to a float at the last position.
+        name: For the message.
+        device: Where the inputs go.
+
+    Raises:
+        InputError: It depends on the company.
+    """
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1]], device=device)
+    first, second = (
+        float(run(torch.tensor([[*company, 1, 2]], device=device), position_ids))
+        for company in ([0, 1, 2, 3], [3, 3, 3, 3])
+    )
+    # The two rows differ in the company alone, so an untouched value keeps its bits, up to the kernel's choice of order.
+    if abs(first - second) > 1e-3 * max(1.0, abs(first)):
+        raise InputError(
+            f"{name} cannot be run packed: its architecture lets sequences of one row see each other "
+            f"(a value moved from {first:.4g} to {second:.4g})"
+        )
