@@ -17,8 +17,7 @@ same bits in each of them.
 
 Precision. Statistics, gradients of the logits and sums over chunks are float32. In bfloat16 the product rounds the
 logits to 8 bits; the target's logit is therefore replaced by its own float32 dot product, *before* the maximum and
-the sum: mixing the two would make log-probabilities positive. log p = (z_target − max) − log Σexp(z − max) cannot be
-positive, as the sum is ≥ 1 and holds the target's term. In float16 operands are widened to float32 a slab of the
+the sum: mixing the two would make log-probabilities positive. In float16 operands are widened to float32 a slab of the
 vocabulary at a time and the logits' gradient stays float32: in float16 p/(V·T) would be 0, and PyTorch's float16
 products on CPUs take seconds. So no scaling by powers of two is needed here.
 """
@@ -49,7 +48,9 @@ GPU_CHUNK_ELEMENTS = 1 << 28
 # float32 elements of a block, small enough for two such buffers to stay in the cache of a CPU: the passes over the rows
 # take 54 ms instead of the 107 ms of one whole chunk (256 x 32001, one Zen 4 core). A GPU takes whole chunks.
 CPU_BLOCK_ELEMENTS = 1 << 19
-# Elements of the weight that are widened from float16 at a time.
+# With fewer columns, bfloat16 operands are widened as well: that costs little, and rounding errors do not average out.
+BFLOAT16_MIN_VOCABULARY = 1024
+# Elements of the weight that are widened at a time.
 SLAB_ELEMENTS = 1 << 22
 
 Slopes = tuple[Tensor, Tensor | None]  # d loss / d log-probability and, where it has one, d loss / d entropy, per row
@@ -83,10 +84,16 @@ def block_rows(device: torch.device, V: int) -> int:
     return max(1, CPU_BLOCK_ELEMENTS // V) if device.type == "cpu" else chunk_rows(device, V)
 
 
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the operands of the products, and of the buffer of logits."""
+    wide = weight.dtype != torch.bfloat16 or weight.shape[0] < BFLOAT16_MIN_VOCABULARY
+    return torch.float32 if wide else torch.bfloat16
+
+
 def _slabs(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in the dtype that products run in: itself, or widened slabs of its rows in float16."""
+    """The weight in the dtype of the products: itself, or widened slabs of its rows."""
     V, D = weight.shape
-    if weight.dtype != torch.float16:
+    if weight.dtype == product_dtype(weight):
         yield slice(0, V), weight
         return
     step = max(1, SLAB_ELEMENTS // max(D, 1))
@@ -122,11 +129,14 @@ def _valid_targets(op: str, targets: Tensor, V: int) -> tuple[Tensor | None, Ten
 
 
 class _Softmax(NamedTuple):
-    """Softmax statistics of R rows of logits z [R, V], in float32."""
+    """Softmax statistics of R rows of logits z [R, V], in float32. Sums leave the target out: on a row that is sure of
+    it, 1 − p and log p come from what the other logits add, which would be lost beside the target's 1.
+    """
 
     shifted: Tensor  # [R, V]: z − max, in the memory of z
-    exponentials: Tensor  # [R, V]: exp(z − max), in scratch memory
-    total: Tensor  # [R]: the sum of the exponentials
+    others: Tensor  # [R, V]: exp(z − max), 0 at the target, in scratch memory
+    others_total: Tensor  # [R]
+    total: Tensor  # [R]: with the target
     log_total: Tensor  # [R]
     log_probs: Tensor  # [R], of the target
     entropy: Tensor | None  # [R]
@@ -135,23 +145,30 @@ class _Softmax(NamedTuple):
 def _softmax_statistics(z: Tensor, target: Tensor, scratch: Tensor, want_entropy: bool) -> _Softmax:
     """Works in place on z [R, V] and scratch [R, V]; target is [R, 1]."""
     z.sub_(z.amax(1, keepdim=True))
-    e = torch.exp(z, out=scratch)
-    total = e.sum(1)
-    log_total = total.log()
-    log_probs = z.gather(1, target).squeeze(1) - log_total
-    entropy = log_total - torch.mul(e, z).sum(1) / total if want_entropy else None
-    return _Softmax(z, e, total, log_total, log_probs, entropy)
+    target_z = z.gather(1, target).squeeze(1)
+    target_exp = target_z.exp()
+    others = torch.exp(z, out=scratch).scatter_(1, target, 0.0)
+    others_total = others.sum(1)
+    # The maximum's 1 is either target_exp or within others_total, so this is never below log 1.
+    log_total = (others_total + (target_exp - 1)).log1p()
+    total = others_total + target_exp
+    entropy = None
+    if want_entropy:
+        entropy = log_total - (torch.mul(others, z).sum(1) + target_exp * target_z) / total
+    return _Softmax(z, others, others_total, total, log_total, target_z - log_total, entropy)
 
 
 def _logit_gradient(row: _Softmax, target: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
-    """a·[j = target] − p_j·(a + b·(log p_j + H)) [R, V], in the memory of the exponentials; p is never rounded."""
+    """a·[j = target] − p_j·(a + b·(log p_j + H)) [R, V] in float32, in the memory of the exponentials."""
+    at_target = a * row.others_total / row.total
     if b is None or row.entropy is None:
-        gradient = row.exponentials.mul_((-a / row.total).unsqueeze(1))
+        gradient = row.others.mul_((-a / row.total).unsqueeze(1))
     else:
+        at_target = at_target - b * row.log_probs.exp() * (row.log_probs + row.entropy)
         constant = (a + b * (row.entropy - row.log_total)) / row.total
         factors = row.shifted.mul_((-b / row.total).unsqueeze(1)).sub_(constant.unsqueeze(1))
-        gradient = row.exponentials.mul_(factors)
-    return gradient.scatter_add_(1, target, a.unsqueeze(1))
+        gradient = row.others.mul_(factors)
+    return gradient.scatter_(1, target, at_target.unsqueeze(1))
 
 
 def _sweep(
@@ -173,8 +190,8 @@ def _sweep(
     """
     N, (V, D), device = targets.numel(), weight.shape, hidden.device
     scale = 1.0 / temperature
-    narrow = hidden.dtype == torch.bfloat16
-    work_dtype = torch.bfloat16 if narrow else torch.float32
+    dtype = product_dtype(weight)
+    narrow = dtype == torch.bfloat16
     chunk = max(1, min(chunk_rows(device, V), N))
     block = min(block_rows(device, V), chunk)
 
@@ -185,19 +202,17 @@ def _sweep(
         new = torch.empty if rows is None else torch.zeros
         grad_hidden = new(hidden.shape, dtype=gradient_dtype(hidden.dtype), device=device)
     if need_weight:
-        one_product = N <= chunk and hidden.dtype != torch.float16
+        one_product = N <= chunk
         new = torch.empty if one_product and N > 0 else torch.zeros
-        grad_weight = new((V, D), dtype=work_dtype if one_product else torch.float32, device=device)
+        grad_weight = new((V, D), dtype=dtype if one_product else torch.float32, device=device)
 
-    logits = torch.empty(chunk, V, dtype=work_dtype, device=device)
+    logits = torch.empty(chunk, V, dtype=dtype, device=device)
     wide = torch.empty(block, V, dtype=torch.float32, device=device) if narrow else None
     scratch = torch.empty(block, V, dtype=torch.float32, device=device)
 
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
-        h = hidden[start:stop] if rows is None else hidden.index_select(0, rows[start:stop])
-        if hidden.dtype == torch.float16:
-            h = h.float()
+        h = (hidden[start:stop] if rows is None else hidden.index_select(0, rows[start:stop])).to(dtype)
         z_chunk = logits[: stop - start]
         for part, w in _slabs(weight):
             torch.mm(h, w.t(), out=z_chunk[:, part])
@@ -237,14 +252,18 @@ def _store_grad_hidden(
     grad_hidden: Tensor, dz: Tensor, weight: Tensor, start: int, stop: int, rows: Tensor | None
 ) -> None:
     """grad_hidden[valid rows start to stop] = dz @ weight."""
-    out = grad_hidden[start:stop] if rows is None else grad_hidden.new_empty(stop - start, grad_hidden.shape[1])
+    own = slice(start, stop)
+    direct = rows is None and grad_hidden.dtype == dz.dtype
+    product = grad_hidden[own] if direct else dz.new_empty(stop - start, grad_hidden.shape[1])
     for part, w in _slabs(weight):
         if part.start == 0:
-            torch.mm(dz[:, part], w, out=out)
+            torch.mm(dz[:, part], w, out=product)
         else:
-            out.addmm_(dz[:, part], w)
+            product.addmm_(dz[:, part], w)
     if rows is not None:
-        grad_hidden.index_copy_(0, rows[start:stop], out)
+        grad_hidden.index_copy_(0, rows[own], product.to(grad_hidden.dtype))
+    elif not direct:
+        grad_hidden[own] = product
 
 
 def _expand(compact: Tensor, rows: Tensor | None, T: int) -> Tensor:

@@ -1,0 +1,221 @@
+"""A run that was stopped, by an option, a signal or a kill, goes on as if it had not been."""
+
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from repo_fast import checkpoint
+from tests import scorers
+from tests.jobs import Job, metrics, run, same_bits, snapshot, weights
+from tests.tiny import save_policy
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps at once, on one rank, in this process."""
+    output_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert job.here(output_dir) == 0
+    return output_dir
+
+
+@pytest.fixture
+def stopped(job: Job, tmp_path: Path) -> Path:
+    """Three steps of six."""
+    assert job.here(tmp_path / "run", "--stop_after 3") == 0
+    return tmp_path / "run"
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """Equal metrics, policy, samples, and state of everything else that learns."""
+    assert len(metrics(ours)) == 6
+    assert metrics(ours) == metrics(theirs)
+    assert same_bits(weights(ours), weights(theirs))
+    assert (ours / "samples.jsonl").read_bytes() == (theirs / "samples.jsonl").read_bytes()
+    states = sorted((ours / "checkpoints" / "step-000006").rglob("*.pt"))
+    assert {path.parent.parent.name for path in states} == {"policy", "reward_critic", "cost_critic"}
+    for path in states:
+        pair = [torch.load(run / path.relative_to(ours), weights_only=False) for run in (ours, theirs)]
+        assert same_bits(*pair), path
+
+
+def checkpoint_names(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
+
+
+def test_the_run_has_state_to_lose(uninterrupted: Path) -> None:
+    """What the tests below compare does move, else they would show nothing."""
+    rows = metrics(uninterrupted)
+    for name in ("multiplier", "kl", "reward_value_loss", "cost_value_loss", "ptx_loss", "learning_rate", "loss"):
+        assert len({row[name] for row in rows}) > 3, name
+    start = torch.load(
+        uninterrupted / "checkpoints" / "step-000004" / "policy" / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        weights_only=False,
+    )
+    end = torch.load(
+        uninterrupted / "checkpoints" / "step-000006" / "policy" / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        weights_only=False,
+    )
+    assert not same_bits(start, end)
+
+
+def test_stopped_by_the_option(job: Job, stopped: Path, uninterrupted: Path) -> None:
+    assert [row["step"] for row in metrics(stopped)] == [1, 2, 3]
+    assert not (stopped / "policy").exists()
+    assert job.here(stopped, "--resume auto") == 0
+    assert_same_run(stopped, uninterrupted)
+    # keep 2, of what both processes wrote.
+    assert checkpoint_names(stopped) == ["step-000004", "step-000006"]
+
+
+def test_stopped_by_a_signal(job: Job, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminate(call: int) -> None:
+        if call == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(scorers, "at_call", terminate)
+    assert job.here(tmp_path / "run") == 128 + signal.SIGTERM
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3]
+    assert checkpoint_names(tmp_path / "run") == ["step-000002", "step-000003"]
+    monkeypatch.setattr(scorers, "at_call", lambda call: None)
+    assert job.here(tmp_path / "run", "--resume auto") == 0
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_a_signal_before_the_first_step_leaves_a_run_that_starts_anew(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminate(call: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    held_out = f"--data.eval_prompts {job.folder / 'prompts.jsonl'}"
+    monkeypatch.setattr(scorers, "at_call", terminate)
+    assert job.here(tmp_path / "run", held_out, "--total_steps 1") == 128 + signal.SIGTERM
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    monkeypatch.setattr(scorers, "at_call", lambda call: None)
+    assert job.here(tmp_path / "run", held_out, "--total_steps 1", "--resume auto") == 0
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1]
+
+
+def test_two_ranks_stopped_by_the_option_and_by_torchrun(job: Job, tmp_path: Path) -> None:
+    """One run with all of ZeRO-3's shards, one stopped after step 2 by the option, then in step 4 by torchrun."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert job.torchrun(2, whole).returncode == 0
+    assert job.torchrun(2, parts, "--stop_after 2").returncode == 0
+    # Each process counts its own calls: the second one of the second process is in step 4.
+    ended = job.torchrun(2, parts, "--resume auto", environment={"TEST_TERMINATE_AT": "2"})
+    assert ended.returncode != 0
+    assert [row["step"] for row in metrics(parts)] == [1, 2, 3, 4]
+    assert "stopped after step 4 of 6" in ended.stdout
+    assert job.torchrun(2, parts, "--resume auto").returncode == 0
+    assert_same_run(parts, whole)
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from repo_fast import engine
+from repo_fast.train import main
+
+save = engine.Engine.save
+
+def killed(self, folder):
+    save(self, folder)
+    if folder.parent.name.startswith("step-000004") and folder.name == "reward_critic":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+engine.Engine.save = killed
+main(sys.argv[1:])
+"""
+
+
+def test_killed_while_a_checkpoint_is_written(job: Job, uninterrupted: Path, tmp_path: Path) -> None:
+    import sys
+
+    killed = run([sys.executable, "-c", KILLED_WHILE_WRITING, *job.words(tmp_path / "run")])
+    assert killed.returncode == -signal.SIGKILL
+    assert checkpoint_names(tmp_path / "run") == ["step-000002", "step-000004.partial"]
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    assert job.here(tmp_path / "run", "--resume auto", "--checkpoint.every 3") == 0
+    assert_same_run(tmp_path / "run", uninterrupted)
+    # The unfinished one is gone too, although no later checkpoint has its name.
+    assert checkpoint_names(tmp_path / "run") == ["step-000003", "step-000006"]
+
+
+def test_an_older_checkpoint_is_never_half_deleted_under_its_own_name(
+    job: Job, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill while step 2 is being removed, after step 4 is complete."""
+
+    def killed(folder: Path, **_) -> None:
+        if "step-000002" in str(folder):
+            (folder / "run.json").unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        job.here(stopped, "--resume auto")
+    monkeypatch.undo()
+    assert [path.name for path in checkpoint.checkpoints(stopped)] == ["step-000003", "step-000004"]
+    assert all((path / "run.json").is_file() for path in checkpoint.checkpoints(stopped))
+
+
+def test_a_finished_run_resumes_to_its_own_end(job: Job, uninterrupted: Path, tmp_path: Path) -> None:
+    again = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    assert job.here(again, "--resume auto") == 0
+    assert_same_run(again, uninterrupted)
+    assert checkpoint_names(again) == checkpoint_names(uninterrupted)
+
+
+def test_resume_of_a_checkpoint_into_another_folder(
+    job: Job, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The metrics go on where the checkpoint was; its own folder stays as it is."""
+    before = snapshot(uninterrupted)
+    source = uninterrupted / "checkpoints" / "step-000004"
+    assert job.here(tmp_path / "new", f"--resume {source}") == 0
+    assert metrics(tmp_path / "new") == metrics(uninterrupted)[4:]
+    assert same_bits(weights(tmp_path / "new"), weights(uninterrupted))
+    assert snapshot(uninterrupted) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seed 1"], r"another configuration: seed is 0 there and 1 here"),
+        (["--rollout.temperature 0.5"], r"another configuration: rollout\.temperature is 1\.0 there and 0\.5 here"),
+        (["--policy.path {wide}"], r"another model: elements is \d+ there and \d+ in '.*wide'"),
+        (["--resume {run}/checkpoints"], r"--resume '.*checkpoints' is not a complete checkpoint"),
+        (["--resume {run}/checkpoints/step-000099"], r"--resume '.*step-000099' is not a complete checkpoint"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(
+    job: Job, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture, options: list[str], message: str
+) -> None:
+    save_policy(tmp_path / "wide", hidden_size=64)
+    before = snapshot(stopped)
+    capsys.readouterr()
+    options = [option.format(run=stopped, wide=tmp_path / "wide") for option in options]
+    assert job.here(stopped, "--resume auto", *options) == 2
+    assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
+    assert snapshot(stopped) == before
+
+
+def test_a_checkpoint_of_another_number_of_ranks(job: Job, stopped: Path) -> None:
+    before = snapshot(stopped)
+    ended = job.torchrun(2, stopped, "--resume auto")
+    assert ended.returncode != 0
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "was written by 1 ranks, expected as many; this run has 2" in errors[0]
+    assert snapshot(stopped) == before
+
+
+def test_a_used_output_folder_is_left_alone(job: Job, stopped: Path, capsys: pytest.CaptureFixture) -> None:
+    before = snapshot(stopped)
+    capsys.readouterr()
+    assert job.here(stopped) == 2
+    assert re.fullmatch(r"error: --output_dir '.*' holds a run already, .*--resume auto.*\n", capsys.readouterr().err)
+    assert snapshot(stopped) == before
