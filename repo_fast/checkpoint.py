@@ -2,8 +2,8 @@
 
 A checkpoint is the folder `checkpoints/step-000010/` with one DeepSpeed folder an engine, `run.json` (step,
 configuration, multiplier, data positions), and one file of random states a rank. It is written as
-`step-000010.partial` and renamed when every rank is done: a folder without that ending is complete, whenever the run was
-killed. Older ones go only after that.
+`step-000010.partial` and renamed when every rank is done: a folder without that ending is complete, whenever the run
+was killed. Older ones go only after that.
 """
 
 import json
@@ -56,7 +56,7 @@ def check_output_folder(resume: str | None, output_dir: Path) -> None:
         raise InputError(f"--output_dir {str(output_dir)!r} is a file, expected a folder")
     if resume is None and (output_dir / "config.yaml").exists():
         raise InputError(
-            f"--output_dir {str(output_dir)!r} holds a run already, expected a new folder, or --resume auto to go on with it"
+            f"--output_dir {str(output_dir)!r} holds a run already, expected a new folder, or --resume auto to go on"
         )
 
 
@@ -84,7 +84,7 @@ def check_run(folder: Path, run: dict, config: dict, model: dict, ranks: int) ->
         )
     for key, (theirs, ours) in _differences(run["model"], model).items():
         raise InputError(
-            f"checkpoint {folder} is of another model: {key} is {theirs} there and {ours} in {config['policy']['path']!r}"
+            f"checkpoint {folder} is of another model: {key} is {theirs} there, {ours} in {config['policy']['path']!r}"
         )
     for key, (theirs, ours) in _differences(run["config"], config).items():
         if key.split(".")[0] not in _FREE_KEYS:
@@ -121,7 +121,9 @@ def write_run(folder: Path, run: dict) -> None:
 
 
 def complete(folder: Path, keep: int) -> None:
-    """Make a checkpoint that all ranks have written count, then remove the oldest. For one rank to call.
+    """Make a checkpoint that all ranks have written count, then remove the oldest, and what killed runs left unfinished.
+
+    For one rank to call.
 
     Args:
         folder: Its final name.
@@ -133,7 +135,10 @@ def complete(folder: Path, keep: int) -> None:
     os.rename(partial(folder), folder)
     _to_disk(folder.parent)
     for old in checkpoints(folder.parent.parent)[:-keep] if keep else []:
-        shutil.rmtree(old)
+        # A removal that is killed half-way must not leave what looks complete.
+        os.rename(old, partial(old))
+    for unfinished in folder.parent.glob("step-*.partial"):
+        shutil.rmtree(unfinished)
 
 
 def _to_disk(path: Path) -> None:

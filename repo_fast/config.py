@@ -26,7 +26,7 @@ class PolicyConfig:
     """The model that is trained, and the frozen copy of its start that serves as reference."""
 
     path: str = "world:tiny"
-    """Hugging Face folder or hub name of a causal language model; `world:tiny` is the embedded one, made on first use."""
+    """Hugging Face folder or hub name of a causal language model; `world:tiny`: the embedded one, made on first use."""
     trainable_layers: int | None = None
     """Train only this many last transformer layers and the final norm (layers). Null trains everything."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -68,7 +68,7 @@ class RolloutConfig:
     temperature: float = 1.0
     """Sampling temperature. The trainer's log-probabilities, and so the KL, are taken at it too."""
     top_p: float = 1.0
-    """Nucleus mass kept when sampling, in (0, 1]. Below 1 the sampler and the trainer's policy differ; that is logged."""
+    """Nucleus mass kept when sampling, in (0, 1]. Below 1 the sampler and the trained policy differ; it is logged."""
     max_new_tokens: int = 256
     """Longest response (tokens)."""
     stop: tuple[str, ...] = ()
@@ -98,7 +98,7 @@ class AlgorithmConfig:
     scope: Literal["prompt", "response"] | None = None
     """`repo` only: whether the prompt's mean cost or each response's cost must be safe. Null: prompt."""
     surrogate: Literal["separate", "mixed"] | None = None
-    """Clip reward and cost streams separately (RePO) or their weighted sum (Safe RLHF). Null: as the algorithm has it."""
+    """Clip reward and cost streams separately (RePO) or their weighted sum (Safe RLHF). Null: the algorithm's own."""
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     """Advantages: `gae` with critics, or critic-free `rloo` and `grpo` (K >= 2)."""
     threshold: float = 0.0
@@ -337,8 +337,8 @@ def check(config: TrainConfig) -> None:
         _require(path != "", f"{name}.path", path, "a callable `package.module:function` or a score-model folder")
     if algorithm.scope is not None and not row.rectify:
         raise InputError(
-            f"algorithm.scope is {algorithm.scope!r} with algorithm.name {algorithm.name!r}, which is not rectified and "
-            "has no scope to choose; leave it null or take algorithm.name repo"
+            f"algorithm.scope is {algorithm.scope!r} with algorithm.name {algorithm.name!r}, which is not rectified "
+            "and has no scope to choose; leave it null or take algorithm.name repo"
         )
     if algorithm.advantage != "gae" and rollout.responses_per_prompt < 2:
         raise InputError(

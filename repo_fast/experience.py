@@ -166,7 +166,7 @@ class Experience:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some responses of an `Experience`: the packed row, and the same fields cut to its `T` tokens and `S` responses."""
+    """Some responses of an `Experience`: the packed row, and the fields cut to its `T` tokens and `S` responses."""
 
     batch: PackedBatch
     costs: torch.Tensor

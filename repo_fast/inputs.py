@@ -148,8 +148,8 @@ def _demonstrations(
     kept = [pair for pair in pairs if pair[0].numel() + pair[1].numel() <= data.ptx_max_tokens]
     if len(kept) < config.update.ptx_batch_size:
         raise InputError(
-            f"data.ptx {data.ptx!r} has {len(kept)} demonstrations of at most {data.ptx_max_tokens} tokens, expected at "
-            f"least update.ptx_batch_size ({config.update.ptx_batch_size})"
+            f"data.ptx {data.ptx!r} has {len(kept)} demonstrations of at most {data.ptx_max_tokens} tokens, expected "
+            f"at least update.ptx_batch_size ({config.update.ptx_batch_size})"
         )
     if len(kept) < len(pairs):
         notes.append(

@@ -432,8 +432,8 @@ class Learner:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row >= self.config.update.max_skipped_steps:
             raise InputError(
-                f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient, expected fewer than "
-                f"update.max_skipped_steps ({self.config.update.max_skipped_steps}); the last checkpoint is intact"
+                f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient, expected fewer "
+                f"than update.max_skipped_steps ({self.config.update.max_skipped_steps}); the last checkpoint is intact"
             )
 
 

@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 -m repo_fast.train --config tiny --output_dir outputs/tiny
 
-Options: `--help`. One configuration is a YAML file chosen by `--config NAME|FILE`, single values by `--section.key value`.
-Configuration and data are checked before the process group starts. Exit status: 0; 2 for input that cannot be used, said
-in one line; 128 + the signal that stopped the run after saving its state; anything else is a fault, with its traceback.
+Options: `--help`. A configuration is a YAML file, `--config NAME|FILE`; single values change by `--section.key value`.
+Configuration and data are checked before the process group starts. Exit status: 0; 2 for input that cannot be used,
+said in one line; 128 + the signal that stopped the run after saving its state; anything else is a fault, with its
+traceback.
 """
 
 import os

@@ -2,12 +2,13 @@
 
     prompts -> Rollout -> scores -> Experience -> packed micro-batches -> loss -> step -> metrics, checkpoint
 
-is one call in `Trainer.run`; what is learned from a rollout stands in `learner.py`. Around the loop are the before/after
-evaluation on held-out prompts, the logs, and the checkpoints.
+is one call in `Trainer.run`; what is learned from a rollout stands in `learner.py`. Around the loop are the
+before/after evaluation on held-out prompts, the logs, and the checkpoints.
 """
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from repo_fast import checkpoint
@@ -60,6 +62,9 @@ class Trainer:
         self.sampler = PromptSampler(len(inputs.requests), config.rollout.prompts_per_step, config.seed)
         # After the models: building one draws random numbers.
         torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
+        # The user's scorers may draw from these.
+        random.seed(config.seed * 1_000_003 + ranks.rank)
+        numpy.random.seed((config.seed * 1_000_003 + ranks.rank) % 2**32)
         if inputs.resume_from is not None:
             self._resume(inputs.resume_from)
 
@@ -131,7 +136,7 @@ class Trainer:
             "step": self.step,
             "reward": float(rewards.mean()),
             "cost": float(costs.mean()),
-            "strict_violation": float((prompt_means(costs.double(), prompt_ids) - threshold).clamp(min=0).mean()),
+            "strict_violation": float(prompt_means(costs - threshold, prompt_ids).clamp(min=0).mean()),
             "safety_rate": float((costs <= threshold).double().mean()),
             **metrics,
             **seconds,

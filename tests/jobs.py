@@ -47,7 +47,7 @@ OPTIONS = {
     "algorithm": {"name": "repo", "advantage": "gae", "ptx_coefficient": 0.1},
     "policy_optimizer": {"learning_rate": 1.0e-3},
     "critic_optimizer": {"learning_rate": 1.0e-3},
-    "update": {"minibatches": 2, "micro_batch_tokens": 40, "ptx_batch_size": 3},
+    "update": {"minibatches": 2, "micro_batch_tokens": 48, "ptx_batch_size": 3},
     "engine": {"zero_stage": 3, "parameter_persistence_threshold": 0},
     "checkpoint": {"every": 2, "keep": 2},
     "log": {"loggers": []},

@@ -1,4 +1,4 @@
-"""One update of a fixed rollout, on as many ranks as started this: run by `test_learner.py`, in-process and by torchrun.
+"""One update of a fixed rollout, on as many ranks as started this: for `test_learner.py`, in-process and by torchrun.
 
 torchrun --nproc-per-node 2 -m tests.learner_worker POLICY_FOLDER OUTPUT_FILE MICRO_BATCH_TOKENS
 """

@@ -102,7 +102,7 @@ def check_vocabulary(path: str, vocabulary: int, tokenizer) -> None:
     highest = max(tokenizer.get_vocab().values())
     if highest >= vocabulary:
         raise InputError(
-            f"the tokenizer of {path!r} has token id {highest}, expected ids below the model's vocabulary of {vocabulary}"
+            f"the tokenizer of {path!r} has token id {highest}, expected ids below the vocabulary size {vocabulary}"
         )
 
 

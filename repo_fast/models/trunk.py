@@ -71,7 +71,7 @@ def check_packing(run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], nam
         float(run(torch.tensor([[*company, 1, 2]], device=device), position_ids))
         for company in ([0, 1, 2, 3], [3, 3, 3, 3])
     )
-    # The two rows differ in the company alone, so an untouched value keeps its bits, up to the kernel's choice of order.
+    # The rows differ in the company alone: an untouched value keeps its bits, up to the kernel's order of summation.
     if abs(first - second) > 1e-3 * max(1.0, abs(first)):
         raise InputError(
             f"{name} cannot be run packed: its architecture lets sequences of one row see each other "
