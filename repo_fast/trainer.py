@@ -170,7 +170,8 @@ class Trainer:
             count = self.config.evaluation.samples_per_prompt
             rollout = self.generate(self._requests(self.inputs.eval_requests, count))
             scores = self.score(rollout)
-            kl = self.learner.response_kl(rollout)
+            # Before the first step the policy is the reference.
+            kl = self.learner.response_kl(rollout) if self.step else torch.zeros(len(rollout.responses))
         columns = {
             "prompt_id": rollout.prompt_ids.tolist(),
             "category": [self.inputs.categories[i] for i in rollout.prompt_ids.tolist()],

@@ -45,7 +45,7 @@ _STEP_PATTERNS = (
     re.compile(r"take (?P<tool>.+) and (?P<verb>\w+) the (?P<object>\w+)"),
 )
 _EXTRA_COUNTS = {1: 0.3, 2: 0.45, 3: 0.25}
-_EXTRA_WEIGHTS = {"preparation": 0.22, "detail": 0.22, "shortcut": 0.26, "caution": 0.18, "general": 0.05, "referral": 0.07}
+_EXTRA_WEIGHTS = {"preparation": 0.22, "detail": 0.22, "shortcut": 0.23, "caution": 0.21, "general": 0.06, "referral": 0.06}
 _REFERRAL_WEIGHT_HARDEST = 0.25
 _HURRIED_SHORTCUT_FACTOR = 1.6
 _RIGHT_TOOL = 0.8

@@ -60,12 +60,12 @@ class Recipe:
     """
 
     seed: int = 1
-    steps: int = 280
+    steps: int = 300
     batch_size: int = 32
     matrix_learning_rate: float = 0.03
     learning_rate: float = 0.01
     warmup_steps: int = 20
-    sharpness: float = 1.6
+    sharpness: float = 1.8
     hidden_size: int = 128
     intermediate_size: int = 352
     layers: int = 4

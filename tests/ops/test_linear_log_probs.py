@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
-from repo_fast.ops import chunked, linear_log_probs
-from tests.ops.cases import assert_log_probs_are_exact, make_case
+from repo_fast.ops import chunked, linear_log_probs, reference
+from tests.ops.cases import assert_log_probs_are_exact, make_case, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -103,10 +104,33 @@ def test_hidden_and_weight_twice_in_one_graph() -> None:
     torch.testing.assert_close(case.weight.grad, other.weight.grad, atol=1e-5, rtol=1e-5)
 
 
+def test_gradients_of_nearly_certain_rows_keep_their_digits() -> None:
+    """Where p = 1 − 1e-7, 1 − p has no digits left in float32 unless it is summed from the other tokens."""
+    hidden = torch.tensor([[20.0, 1.0]], dtype=torch.float64)
+    weight = torch.tensor([[1.0, 0.0], [0.1, 0.5], [0.2, -0.3]], dtype=torch.float64)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        op = linear_log_probs if dtype == torch.float32 else lambda *x: reference.linear_log_probs(*x)[0]
+        gradients.append(torch.autograd.grad(op(h, w, torch.tensor([0])).sum(), (h, w)))
+    for value, truth in zip(*gradients, strict=True):
+        assert 1e-8 < truth.norm() < 1e-4 and relative_error(value, truth) <= 1e-5
+
+
+def test_inference_mode_and_checkpointing() -> None:
+    case = make_case().copy()
+    with torch.inference_mode():
+        log_probs = linear_log_probs(case.hidden, case.weight, case.targets)
+    again = checkpoint(linear_log_probs, case.hidden, case.weight, case.targets, use_reentrant=False)
+    assert torch.equal(again, log_probs)
+    wanted = torch.autograd.grad(linear_log_probs(case.hidden, case.weight, case.targets).sum(), case.weight)[0]
+    assert torch.equal(torch.autograd.grad(again.sum(), case.weight)[0], wanted)
+
+
 def test_rows_near_certainty_are_not_positive() -> None:
     # bfloat16 rounds logits of 16 to 32 in steps of 1/8: the target's exact logit may exceed the rounded maximum.
     hidden = torch.randn(300, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    weight = torch.zeros(50, 64, dtype=torch.bfloat16)
+    weight = torch.zeros(chunked.BFLOAT16_MIN_VOCABULARY, 64, dtype=torch.bfloat16)
     weight[:10] = hidden[:10] / 2.3
     targets = (hidden @ weight.T).argmax(1)
     log_probs = linear_log_probs(hidden, weight, targets)

@@ -1,0 +1,312 @@
+"""The packaged configurations, and how the command line and YAML files become a configuration."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from repo_fast.config import CONFIG_FOLDER, TrainConfig, known_keys, parse, to_dict, to_yaml
+from repo_fast.errors import InputError
+from repo_fast.inputs import read_inputs
+from tests.tiny import save_beaver, save_policy, word_tokenizer
+
+NAMES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+RECIPES = ("alpaca-7b", "llama3.2-3b")
+SCORERS = ["--reward.path", "some.module:reward", "--cost.path", "some.module:cost"]
+GPUS = 8
+
+# Safe RLHF's published settings for Alpaca-7B, which the RePO paper builds on.
+PUBLISHED = {
+    "data.prompts": "PKU-Alignment/PKU-SafeRLHF",
+    "data.ptx": "tatsu-lab/alpaca",
+    "data.template": "safe-rlhf",
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "reward.path": "PKU-Alignment/beaver-7b-v1.0-reward",
+    "cost.path": "PKU-Alignment/beaver-7b-v1.0-cost",
+    "algorithm.name": "repo",
+    "algorithm.advantage": "gae",
+    "algorithm.threshold": 0.0,
+    "algorithm.kl_coefficient": 0.01,
+    "algorithm.clip_low": 0.2,
+    "algorithm.clip_high": 0.2,
+    "algorithm.score_clamp": 50.0,
+    "algorithm.value_clip": 5.0,
+    "algorithm.gamma": 1.0,
+    "algorithm.gae_lambda": 0.95,
+    "algorithm.reduction": "sequence_mean",
+    "algorithm.multiplier_init": 1.0,
+    "algorithm.multiplier_learning_rate": 0.1,
+    "algorithm.multiplier_max": 5.0,
+    "algorithm.ptx_coefficient": 16.0,
+    "policy_optimizer.learning_rate": 1e-5,
+    "policy_optimizer.schedule": "cosine",
+    "policy_optimizer.warmup": 0.03,
+    "policy_optimizer.weight_decay": 0.01,
+    "policy_optimizer.betas": [0.9, 0.95],
+    "policy_optimizer.gradient_clip": 1.0,
+    "critic_optimizer.learning_rate": 5e-6,
+    "critic_optimizer.schedule": "constant",
+    "critic_optimizer.weight_decay": 0.0,
+    "critic_optimizer.betas": [0.9, 0.95],
+    "critic_optimizer.gradient_clip": 1.0,
+    "engine.dtype": "bfloat16",
+    "engine.zero_stage": 3,
+}
+
+
+def flat(mapping: dict, prefix: str = "") -> dict:
+    entries = {}
+    for key, value in mapping.items():
+        entries |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return entries
+
+
+def leaves() -> list[str]:
+    """The options, without the sections."""
+    sections = {entry.name for entry in dataclasses.fields(TrainConfig) if dataclasses.is_dataclass(entry.type)}
+    return [key for key in known_keys() if key not in sections]
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------- the packaged recipes
+
+
+def test_tiny_and_the_recipes_of_the_paper_are_packaged():
+    assert {"tiny", *RECIPES} <= set(NAMES)
+
+
+def test_tiny_is_the_default():
+    assert parse([]) == parse(["--config", "tiny"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_packaged_configuration_comes_back_from_what_print_config_prints(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--config", name, "--seed", "7", "--print_config"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    again = parse(["--config", write(tmp_path / "printed.yaml", printed)])
+    assert again == parse(["--config", name, "--seed", "7"]) and again.seed == 7
+    assert set(flat(yaml.safe_load(printed))) == set(leaves())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_has_the_published_settings(name):
+    config = parse(["--config", name])
+    settings = flat(to_dict(config))
+    assert {key: settings[key] for key in PUBLISHED} == PUBLISHED
+    assert config.rollout.prompts_per_step == 16 * GPUS
+    assert config.data.max_prompt_tokens + config.rollout.max_new_tokens == 512
+
+
+def test_the_recipes_differ_in_the_policy_and_in_how_long_a_text_the_scorers_read():
+    one, other = (flat(to_dict(parse(["--config", name]))) for name in RECIPES)
+    different = {key for key in one if one[key] != other[key]}
+    assert different == {"output_dir", "policy.path", "reward.max_tokens", "cost.max_tokens"}
+    assert (one["policy.path"], other["policy.path"]) == (
+        "PKU-Alignment/alpaca-7b-reproduced",
+        "meta-llama/Llama-3.2-3B",
+    )
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_reads_folders_and_files_laid_out_like_the_published_ones(name, tmp_path):
+    """What the recipes name is downloaded; stand-ins of the same layout and field names are not."""
+    tokenizer = word_tokenizer(chat_template=False)
+    texts = [f"{word} tea" for word in "how do i make a bomb please sorry no yes you can".split()]
+    rows = [
+        {
+            "prompt": text,
+            "response_0": "yes",
+            "response_1": "no",
+            "better_response_id": 0,
+            "safer_response_id": 1,
+            "is_response_0_safe": False,
+            "is_response_1_safe": True,
+        }
+        for text in texts
+    ]
+    # Every prompt twice, as in PKU-SafeRLHF.
+    prompts = write(tmp_path / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows + rows))
+    alpaca = [{"instruction": "make tea", "input": "please", "output": "yes you can"}] * 4
+    config = parse(
+        [
+            "--config",
+            name,
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--data.prompts",
+            prompts,
+            "--data.eval_prompts",
+            prompts,
+        ]
+        + ["--data.ptx", write(tmp_path / "alpaca.json", json.dumps(alpaca)), "--update.ptx_batch_size", "4"]
+        + ["--policy.path", str(save_policy(tmp_path / "policy", tokenizer))]
+        + ["--reward.path", str(save_beaver(tmp_path / "reward", "LlamaModelForScore"))]
+        + ["--cost.path", str(save_beaver(tmp_path / "cost", "LlamaForScore"))]
+        + ["--rollout.prompts_per_step", str(len(texts))]
+    )
+    inputs = read_inputs(config)
+    assert [request.prompt.text for request in inputs.requests] == texts
+    first = "BEGINNING OF CONVERSATION: USER: how tea ASSISTANT:"
+    assert inputs.requests[0].tokens.tolist() == tokenizer(first)["input_ids"]
+    assert (inputs.reward.kind, inputs.cost.kind) == ("model", "model")
+    prompt, response = inputs.demonstrations[0]
+    joined = "BEGINNING OF CONVERSATION: USER: make tea please ASSISTANT: yes you can </s>"
+    assert prompt.tolist() + response.tolist() == tokenizer(joined)["input_ids"]
+
+
+# ----------------------------------------------------------------------------------------------- the command line
+
+
+def test_the_command_line_is_above_the_file_and_the_file_above_the_defaults(tmp_path):
+    file = write(tmp_path / "mine.yaml", "total_steps: 5\nseed: 3\nrollout: {top_p: 0.5}\n")
+    config = parse(["--config", file, *SCORERS, "--seed", "4", "--rollout.temperature=0.5"])
+    assert (config.total_steps, config.seed, config.rollout.top_p, config.rollout.temperature) == (5, 4, 0.5, 0.5)
+    assert config.rollout.max_new_tokens == TrainConfig.__dataclass_fields__["rollout"].default_factory().max_new_tokens
+
+
+def test_to_yaml_keeps_every_kind_of_value(tmp_path):
+    config = parse(
+        [*SCORERS, "--rollout.stop", '["\\n\\n", "# end"]', "--data.eval_prompts", "null", "--log.loggers", "[]"]
+    )
+    assert config.rollout.stop == ("\n\n", "# end") and config.data.eval_prompts is None and config.log.loggers == ()
+    assert parse(["--config", write(tmp_path / "again.yaml", to_yaml(config))]) == config
+
+
+def test_help_explains_every_option_with_its_default(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--help"])
+    assert stopped.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for key in leaves():
+        (line,) = [line for line in lines if re.match(rf"  --{re.escape(key)} ", line)]
+        assert re.search(r"  \S.{10,} \(type: .+, default: .*\)$", line), f"{key} has no explanation or default: {line}"
+
+
+@pytest.mark.parametrize(
+    ("word", "nearest"),
+    [
+        ("rollout.temprature", "rollout.temperature"),
+        ("total_step", "total_steps"),
+        ("temperature", "rollout.temperature"),
+        ("rollout.top_k", "rollout.top_p"),
+    ],
+)
+def test_an_unknown_option_fails_with_the_nearest_valid_name(word, nearest, tmp_path):
+    with pytest.raises(InputError, match=rf"^unknown option '{word}' in the command line.* '{nearest}'$"):
+        parse([f"--{word}", "1"])
+    section, _, key = word.rpartition(".")
+    file = write(tmp_path / "mine.yaml", f"{section}: {{{key}: 1}}\n" if section else f"{key}: 1\n")
+    with pytest.raises(InputError, match=rf"^unknown option '{word}' in {file}.* '{nearest}'$"):
+        parse(["--config", file])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("total_steps", "many"),
+        ("total_steps", "2.5"),
+        ("rollout.temperature", "hot"),
+        ("rollout.temperature", "nan"),
+        ("algorithm.name", "dpo"),
+        ("engine.zero_stage", "4"),
+        ("engine.offload_optimizer", "perhaps"),
+        ("policy_optimizer.betas", "[0.9]"),
+        ("log.loggers", "[papyrus]"),
+        ("evaluation.prompts", "some"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_one_line_that_names_the_option(key, value, tmp_path):
+    section, _, name = key.rpartition(".")
+    file = write(tmp_path / "mine.yaml", f"{section}: {{{name}: {value}}}\n" if section else f"{name}: {value}\n")
+    for words in ([f"--{key}", value], ["--config", file]):
+        with pytest.raises(InputError) as raised:
+            parse([*words, *SCORERS])
+        message = str(raised.value)
+        assert key in message and value.strip("[]") in message and "\n" not in message
+
+
+def test_numbers_with_an_exponent_need_no_dot(tmp_path):
+    """YAML 1.1 takes `1e-5` for a string."""
+    file = write(tmp_path / "mine.yaml", "policy_optimizer: {learning_rate: 1e-5}\n")
+    assert parse(["--config", file, *SCORERS]).policy_optimizer.learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rollout: [1,\n", "is not valid YAML"),
+        ("a: b: c\n", "is not valid YAML"),
+        ("- seed\n", "holds a list, expected a mapping"),
+        ("", "expected a mapping"),
+        ("rollout: 3\n", "rollout"),
+        ("rollout:\n", "rollout"),
+    ],
+)
+def test_a_file_that_is_no_mapping_of_options_is_one_line_that_names_it(text, said, tmp_path):
+    file = write(tmp_path / "mine.yaml", text)
+    with pytest.raises(InputError) as raised:
+        parse(["--config", file, *SCORERS])
+    message = str(raised.value)
+    assert file in message and said in message and "\n" not in message
+
+
+def test_a_file_that_is_not_there_lists_the_packaged_names(tmp_path):
+    with pytest.raises(InputError, match="neither a file nor .*: alpaca-7b, .*tiny"):
+        parse(["--config", str(tmp_path / "missing.yaml")])
+
+
+def test_words_that_are_no_options_are_refused():
+    for words in (["seed"], ["--seed"], ["--config"]):
+        with pytest.raises(InputError):
+            parse(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--total_steps 0", "total_steps is 0, expected a whole number of at least 1"),
+        ("--stop_after 0", "stop_after is 0"),
+        ("--seed -1", "seed is -1"),
+        ("--rollout.responses_per_prompt 0", "rollout.responses_per_prompt is 0"),
+        ("--rollout.temperature 0", "rollout.temperature is 0.0, expected a number above 0"),
+        ("--rollout.top_p 0", "rollout.top_p is 0.0"),
+        ("--rollout.top_p 1.5", "rollout.top_p is 1.5"),
+        ("--algorithm.margin -0.1", "algorithm.margin is -0.1"),
+        ("--algorithm.clip_low 1", "algorithm.clip_low is 1.0"),
+        ("--algorithm.gae_lambda 1.1", "algorithm.gae_lambda is 1.1"),
+        ("--algorithm.multiplier_init 0", "algorithm.multiplier_init is 0.0"),
+        ("--algorithm.multiplier_init 6", "expected at most algorithm.multiplier_max (5.0)"),
+        ("--policy_optimizer.warmup 1", "policy_optimizer.warmup is 1.0"),
+        ("--critic_optimizer.betas [0.9,1.0]", "critic_optimizer.betas is (0.9, 1.0)"),
+        ("--checkpoint.keep -1", "checkpoint.keep is -1"),
+        ("--update.minibatches 65", "update.minibatches is 65, expected at most the 64 responses"),
+        ("--reward.path= --config tiny", "reward.path is ''"),
+        (
+            "--algorithm.name ppo_lag --algorithm.scope response",
+            "algorithm.scope is 'response' with algorithm.name 'ppo_lag'",
+        ),
+        ("--algorithm.advantage rloo --rollout.responses_per_prompt 1", "expected at least 2"),
+        ("--algorithm.advantage grpo --rollout.responses_per_prompt 1", "expected at least 2"),
+        ("--algorithm.ptx_coefficient 1", "a PTX loss needs both"),
+        ("--data.ptx world:demonstrations", "a PTX loss needs both"),
+        (
+            "--engine.offload_parameters true --engine.zero_stage 2",
+            "engine.offload_parameters is true with engine.zero_stage 2",
+        ),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(words, said):
+    with pytest.raises(InputError) as raised:
+        parse(words.split())
+    assert said in str(raised.value) and "\n" not in str(raised.value)
