@@ -112,8 +112,8 @@ class Learner:
         lengths = torch.tensor([tokens.numel() for tokens in rollout.response_tokens], dtype=torch.int64)
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
         sequence_ids = torch.repeat_interleave(torch.arange(lengths.numel()), lengths)
-        old_log_probs, entropy = self.log_probs(self.models.policy, rollout)
-        ref_log_probs, _ = self.log_probs(self.models.reference, rollout)
+        old_log_probs = self.log_probs(self.models.policy, rollout)
+        ref_log_probs = self.log_probs(self.models.reference, rollout)
         kl = old_log_probs - ref_log_probs
         kl_sums = kl.new_zeros(lengths.numel()).index_add_(0, sequence_ids, kl)
 
@@ -129,42 +129,14 @@ class Learner:
         constraint = self.multiplier.update(ranks.gather(cost), all_violations, prompt_ids)
         weights = alg.stream_weights(violations, self.multiplier.value, rectify=self.row.rectify)
 
+        # The streams' scores, and the sign of their KL penalty.
+        streams = {"reward": (reward, settings.kl_coefficient), "cost": (cost, -settings.kl_coefficient)}
         values: dict[str, torch.Tensor] = {}
-        advantages: dict[str, torch.Tensor] = {}
-        signed = {"reward": (reward, settings.kl_coefficient), "cost": (cost, -settings.kl_coefficient)}
         if settings.advantage == "gae":
-            for stream, critic in self.models.critics.items():
-                score, beta = signed[stream]
-                rewards = alg.token_rewards(score, kl, cu_seqlens, kl_coefficient=beta, clamp=settings.score_clamp)
-                values[f"{stream}_values"] = self.values(critic, rollout)
-                advantages[stream], values[f"{stream}_returns"] = (
-                    result.cpu()
-                    for result in generalized_advantages(
-                        rewards.to(ranks.device),
-                        values[f"{stream}_values"].to(ranks.device),
-                        cu_seqlens.to(ranks.device),
-                        gamma=settings.gamma,
-                        lam=settings.gae_lambda,
-                        backend=self.config.engine.ops_backend,
-                    )
-                )
+            advantages, values = self._gae_advantages(rollout, streams, kl, cu_seqlens)
         else:
-            sums = {
-                stream: alg.penalised_scores(score, kl_sums, kl_coefficient=beta, clamp=settings.score_clamp)
-                for stream, (score, beta) in signed.items()
-            }
-            both = alg.critic_free_advantages(
-                settings.advantage,
-                ranks.gather(sums["reward"]),
-                ranks.gather(sums["cost"]),
-                prompt_ids,
-                ranks.gather(weights[0]),
-                ranks.gather(weights[1]),
-            )
-            mine = self._my_part(lengths.numel())
-            advantages = {
-                stream: values_[mine][sequence_ids] for stream, values_ in zip(("reward", "cost"), both, strict=True)
-            }
+            per_response = self._critic_free_advantages(streams, kl_sums, prompt_ids, weights)
+            advantages = {stream: per_response[stream][sequence_ids] for stream in streams}
         if not self.row.has_cost_stream:
             advantages["cost"] = torch.zeros_like(kl)
         if settings.whiten:
@@ -180,81 +152,57 @@ class Learner:
             cost_advantages=advantages["cost"],
             **values,
         )
-        gap = torch.cat([old_log_probs.new_zeros(0), *rollout.sampler_log_probs]) - old_log_probs
-        tokens = [entropy.sum(), gap.sum(), gap.abs().sum(), torch.tensor(float(kl.numel()))]
-        responses = [kl_sums.sum(), rollout.finished.sum(), torch.tensor(float(lengths.numel()))]
-        entropies, gaps, absolute, n, kls, finished, count = ranks.sum(torch.stack([*tokens, *responses])).tolist()
-        return experience, {
+        return experience, self._rollout_metrics(rollout, old_log_probs, kl_sums) | {
             "multiplier": self.multiplier.value,
             "constraint": constraint,
             "unsafe_fraction": float((all_violations > 0).double().mean()),
-            "kl": kls / count,
-            "entropy": entropies / n,
-            "response_length": n / count,
-            "finished_share": finished / count,
-            "sampler_gap": gaps / n,
-            "sampler_gap_absolute": absolute / n,
         }
 
-    def log_probs(self, engine: Engine, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token log-probabilities and entropies (nats) of this rank's responses, at the rollout's temperature.
-
-        Returns:
-            float32 [T] each, packed, on the CPU.
-        """
-
-        def at_head(hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-            both = linear_log_probs(
-                hidden,
-                weight,
-                batch.targets,
-                temperature=self.config.rollout.temperature,
-                return_entropy=True,
+    def _gae_advantages(
+        self,
+        rollout: Rollout,
+        streams: dict[str, tuple[torch.Tensor, float]],
+        kl: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Token advantages by stream, and the values and returns that the critics learn from."""
+        settings, device = self.config.algorithm, self.ranks.device
+        advantages, values = {}, {}
+        for stream, critic in self.models.critics.items():
+            score, beta = streams[stream]
+            rewards = alg.token_rewards(score, kl, cu_seqlens, kl_coefficient=beta, clamp=settings.score_clamp)
+            values[f"{stream}_values"] = self.values(critic, rollout)
+            stream_advantages, returns = generalized_advantages(
+                rewards.to(device),
+                values[f"{stream}_values"].to(device),
+                cu_seqlens.to(device),
+                gamma=settings.gamma,
+                lam=settings.gae_lambda,
                 backend=self.config.engine.ops_backend,
             )
-            return torch.stack(both)
+            advantages[stream], values[f"{stream}_returns"] = stream_advantages.cpu(), returns.cpu()
+        return advantages, values
 
-        both = self._over_rollout(rollout, lambda batch: engine(batch, at_head), fields=2)
-        return both[0], both[1]
-
-    def values(self, critic: Engine, rollout: Rollout) -> torch.Tensor:
-        """The critic's value before each response token: float32 [T], packed, on the CPU."""
-        return self._over_rollout(
-            rollout, lambda batch: critic(batch.input_ids, batch.position_ids, batch.predictors)[None], fields=1
-        )[0]
-
-    def response_kl(self, rollout: Rollout) -> torch.Tensor:
-        """The sum over each response of log pi - log pi_ref (nats): float32 [S], on the CPU."""
-        kl = self.log_probs(self.models.policy, rollout)[0] - self.log_probs(self.models.reference, rollout)[0]
-        lengths = [tokens.numel() for tokens in rollout.response_tokens]
-        return torch.stack([part.sum() for part in kl.split(lengths)]) if lengths else kl.new_zeros(0)
-
-    @torch.no_grad()
-    def _over_rollout(
-        self, rollout: Rollout, compute: Callable[[PackedBatch], torch.Tensor], fields: int
-    ) -> torch.Tensor:
-        """Run packed micro-batches of a rollout, and put their [fields, T'] results back in order of the responses."""
-        lengths = [tokens.numel() for tokens in rollout.response_tokens]
-        totals = [prompt.numel() + length for prompt, length in zip(rollout.prompt_tokens, lengths, strict=True)]
-        rows = split_by_tokens(totals, self.config.update.micro_batch_tokens)
-        results: list[torch.Tensor] = [torch.empty(fields, 0)] * len(lengths)
-        for row in _in_step(rows, self.ranks):
-            if not row:
-                compute(idle_batch(self.ranks.device))
-                continue
-            batch = pack(
-                [rollout.prompt_tokens[i] for i in row], [rollout.response_tokens[i] for i in row], self.ranks.device
-            )
-            parts = compute(batch).float().cpu().split([lengths[i] for i in row], dim=1)
-            for i, part in zip(row, parts, strict=True):
-                results[i] = part
-        return torch.cat([torch.empty(fields, 0), *results], dim=1)
-
-    def _my_part(self, responses: int) -> slice:
-        """Where this rank's responses are among the gathered ones."""
-        counts = self.ranks.gather(torch.tensor([responses])).tolist()
-        start = sum(counts[: self.ranks.rank])
-        return slice(start, start + responses)
+    def _critic_free_advantages(
+        self,
+        streams: dict[str, tuple[torch.Tensor, float]],
+        kl_sums: torch.Tensor,
+        prompt_ids: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """Advantages of this rank's responses by stream, from those of all ranks; `prompt_ids` is of all ranks."""
+        settings, ranks = self.config.algorithm, self.ranks
+        sums = [
+            alg.penalised_scores(score, kl_sums, kl_coefficient=beta, clamp=settings.score_clamp)
+            for score, beta in streams.values()
+        ]
+        everyone = alg.critic_free_advantages(
+            settings.advantage, *(ranks.gather(part) for part in sums), prompt_ids, *(ranks.gather(w) for w in weights)
+        )
+        counts = ranks.gather(torch.tensor([kl_sums.numel()])).tolist()
+        start = sum(counts[: ranks.rank])
+        mine = slice(start, start + kl_sums.numel())
+        return {stream: part[mine] for stream, part in zip(streams, everyone, strict=True)}
 
     def _whitened(
         self, advantages: dict[str, torch.Tensor], weights: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor
@@ -267,6 +215,69 @@ class Learner:
             "reward": (advantages["reward"] - reward_centre) * factor,
             "cost": (advantages["cost"] - cost_centre) * factor,
         }
+
+    def _rollout_metrics(
+        self, rollout: Rollout, old_log_probs: torch.Tensor, kl_sums: torch.Tensor
+    ) -> dict[str, float]:
+        """Of all ranks: KL to the reference (nats a response), lengths, and how the sampler's log-probs differ."""
+        gap = torch.cat([old_log_probs.new_zeros(0), *rollout.sampler_log_probs]) - old_log_probs
+        sums = [gap.sum(), gap.abs().sum(), kl_sums.sum(), rollout.finished.sum()]
+        counts = [torch.tensor(float(gap.numel())), torch.tensor(float(kl_sums.numel()))]
+        gaps, absolute, kl, finished, tokens, responses = self.ranks.sum(torch.stack([*sums, *counts])).tolist()
+        return {
+            "kl": kl / responses,
+            "response_length": tokens / responses,
+            "finished_share": finished / responses,
+            "sampler_gap": gaps / tokens,
+            "sampler_gap_absolute": absolute / tokens,
+        }
+
+    def log_probs(self, engine: Engine, rollout: Rollout) -> torch.Tensor:
+        """Token log-probabilities (nats) of this rank's responses, at the rollout's temperature.
+
+        Returns:
+            float32 [T], packed, on the CPU.
+        """
+
+        def at_head(hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+            return linear_log_probs(
+                hidden,
+                weight,
+                batch.targets,
+                temperature=self.config.rollout.temperature,
+                backend=self.config.engine.ops_backend,
+            )
+
+        return self._over_rollout(rollout, lambda batch: engine(batch, at_head))
+
+    def values(self, critic: Engine, rollout: Rollout) -> torch.Tensor:
+        """The critic's value before each response token: float32 [T], packed, on the CPU."""
+        return self._over_rollout(rollout, lambda batch: critic(batch.input_ids, batch.position_ids, batch.predictors))
+
+    def response_kl(self, rollout: Rollout) -> torch.Tensor:
+        """The sum over each response of log pi - log pi_ref (nats): float32 [S], on the CPU."""
+        kl = self.log_probs(self.models.policy, rollout) - self.log_probs(self.models.reference, rollout)
+        lengths = [tokens.numel() for tokens in rollout.response_tokens]
+        return torch.stack([part.sum() for part in kl.split(lengths)]) if lengths else kl.new_zeros(0)
+
+    @torch.no_grad()
+    def _over_rollout(self, rollout: Rollout, compute: Callable[[PackedBatch], torch.Tensor]) -> torch.Tensor:
+        """Run packed micro-batches of a rollout, and put their results [T'] back in order of the responses: [T]."""
+        lengths = [tokens.numel() for tokens in rollout.response_tokens]
+        totals = [prompt.numel() + length for prompt, length in zip(rollout.prompt_tokens, lengths, strict=True)]
+        rows = split_by_tokens(totals, self.config.update.micro_batch_tokens)
+        results: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
+        for row in _in_step(rows, self.ranks):
+            if not row:
+                compute(idle_batch(self.ranks.device))
+                continue
+            batch = pack(
+                [rollout.prompt_tokens[i] for i in row], [rollout.response_tokens[i] for i in row], self.ranks.device
+            )
+            parts = compute(batch).float().cpu().split([lengths[i] for i in row])
+            for i, part in zip(row, parts, strict=True):
+                results[i] = part
+        return torch.cat([torch.empty(0), *results])
 
     # ------------------------------------------------------------------------------------------- 5 to 8: update
 
@@ -321,18 +332,19 @@ class Learner:
         metrics: dict[str, float] = {}
 
         ptx = self._ptx_batches()
-        totals = torch.zeros(3, dtype=torch.float64)
+        totals = torch.zeros(4, dtype=torch.float64)
         for batch, last in _with_last(batches, after=ptx):
             outputs = self.models.policy(batch.batch, self._policy_loss(batch, denominator))
             self.models.policy.backward(outputs.loss, last=last)
             valid = int((batch.batch.targets != -100).sum())
-            shares = [outputs.loss, outputs.clip_fraction * valid, outputs.approx_kl * valid]
+            shares = [outputs.loss, outputs.clip_fraction * valid, outputs.approx_kl * valid, outputs.entropy.sum()]
             totals += torch.stack([share.detach().double().cpu() for share in shares])
-        loss, clipped, approx_kl = ranks.sum(totals).tolist()
+        loss, clipped, approx_kl, entropy = ranks.sum(totals).tolist()
         metrics |= {
             "loss": loss,
             "clip_fraction": clipped / max(1.0, counts[1]),
             "approx_kl": approx_kl / max(1.0, counts[1]),
+            "entropy": entropy / max(1.0, counts[1]),
         }
         if ptx:
             metrics["ptx_loss"] = self._ptx_backward(ptx)

@@ -187,10 +187,11 @@ def test_help_explains_every_option_with_its_default(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(["--help"])
     assert stopped.value.code == 0
-    lines = capsys.readouterr().out.splitlines()
+    entries = {entry.split()[0]: entry for entry in re.split(r"\n  --", capsys.readouterr().out)[1:]}
     for key in leaves():
-        (line,) = [line for line in lines if re.match(rf"  --{re.escape(key)} ", line)]
-        assert re.search(r"  \S.{10,} \(type: .+, default: .*\)$", line), f"{key} has no explanation or default: {line}"
+        explained, _, typed = " ".join(entries[key].split()).rpartition(" (type: ")
+        name, metavar, words = explained.split(maxsplit=2)
+        assert name == key and len(words.split()) > 1 and ", default: " in typed, entries[key]
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,8 @@ def test_experience_with_critics_equals_a_naive_one(policy_folder, ranks):
     # A reference that differs from the policy, and critics with a head, so that no term vanishes.
     kl = torch.randn(sum(len(r) for r in rollout.response_tokens)) * 0.3
     values = {stream: torch.randn_like(kl) for stream in ("reward", "cost")}
-    old, entropy = learner.log_probs(learner.models.policy, rollout)
-    learner.log_probs = lambda engine, _: (old - kl * (engine is learner.models.reference), entropy)
+    old = learner.log_probs(learner.models.policy, rollout)
+    learner.log_probs = lambda engine, _: old - kl * (engine is learner.models.reference)
     learner.values = lambda engine, _: values["reward" if engine is learner.models.critics["reward"] else "cost"]
     experience, metrics = learner.experience(rollout, scores)
 

@@ -1,9 +1,12 @@
 """A run that was stopped, by an option, a signal or a kill, goes on as if it had not been."""
 
+import contextlib
+import io
 import os
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 from repo_fast import checkpoint
 from tests import scorers
-from tests.jobs import Job, metrics, run, same_bits, snapshot, weights
+from tests.jobs import Job, metrics, on_ranks, run, same_bits, snapshot, weights
 from tests.tiny import save_policy
 
 
@@ -23,11 +26,18 @@ def uninterrupted(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output_dir
 
 
-@pytest.fixture
-def stopped(job: Job, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def stopped_once(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps of six."""
-    assert job.here(tmp_path / "run", "--stop_after 3") == 0
-    return tmp_path / "run"
+    output_dir = tmp_path_factory.mktemp("stopped") / "run"
+    assert job.here(output_dir, "--stop_after 3") == 0
+    return output_dir
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A copy of it, to go on with."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "run"))
 
 
 def assert_same_run(ours: Path, theirs: Path) -> None:
@@ -51,16 +61,12 @@ def test_the_run_has_state_to_lose(uninterrupted: Path) -> None:
     """What the tests below compare does move, else they would show nothing."""
     rows = metrics(uninterrupted)
     for name in ("multiplier", "kl", "reward_value_loss", "cost_value_loss", "ptx_loss", "learning_rate", "loss"):
-        assert len({row[name] for row in rows}) > 3, name
-    start = torch.load(
-        uninterrupted / "checkpoints" / "step-000004" / "policy" / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
-        weights_only=False,
-    )
-    end = torch.load(
-        uninterrupted / "checkpoints" / "step-000006" / "policy" / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt",
-        weights_only=False,
-    )
-    assert not same_bits(start, end)
+        assert len({row[name] for row in rows}) > 1, name
+    shards = [
+        uninterrupted / "checkpoints" / name / "policy" / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        for name in ("step-000004", "step-000006")
+    ]
+    assert not same_bits(*(torch.load(path, weights_only=False) for path in shards))
 
 
 def test_stopped_by_the_option(job: Job, stopped: Path, uninterrupted: Path) -> None:
@@ -101,18 +107,61 @@ def test_a_signal_before_the_first_step_leaves_a_run_that_starts_anew(
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1]
 
 
-def test_two_ranks_stopped_by_the_option_and_by_torchrun(job: Job, tmp_path: Path) -> None:
-    """One run with all of ZeRO-3's shards, one stopped after step 2 by the option, then in step 4 by torchrun."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert job.torchrun(2, whole).returncode == 0
-    assert job.torchrun(2, parts, "--stop_after 2").returncode == 0
-    # Each process counts its own calls: the second one of the second process is in step 4.
-    ended = job.torchrun(2, parts, "--resume auto", environment={"TEST_TERMINATE_AT": "2"})
+def several_runs_on_two_ranks(folder: Path) -> dict:
+    """On each rank of a torchrun: the runs that need no launch of their own.
+
+    Args:
+        folder: Holds the job, a run on two ranks that torchrun ended, and a run of one rank.
+    """
+    from repo_fast import engine
+
+    # Ranks that leave a group and join another meet the addresses of the first in torchrun's store.
+    engine.stop_distributed = lambda: None
+    job = Job(folder)
+    statuses = {
+        "whole": job.here(folder / "whole"),
+        "stopped": job.here(folder / "stopped", "--stop_after 3"),
+        "resumed": job.here(folder / "stopped", "--resume auto"),
+        "resumed after torchrun": job.here(folder / "ended", "--resume auto"),
+    }
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        statuses["other ranks"] = job.here(folder / "one_rank", "--resume auto")
+    return {"statuses": statuses, "said": said.getvalue()}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(job: Job, stopped_once: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """All runs on two ranks with ZeRO-3, in two launches."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    shutil.copytree(stopped_once, folder / "one_rank")
+    shutil.copy(job.folder / "job.yaml", folder)
+    # The third call of a scorer is in step 3.
+    ended = job.torchrun(2, folder / "ended", environment={"TEST_TERMINATE_AT": "3"})
     assert ended.returncode != 0
-    assert [row["step"] for row in metrics(parts)] == [1, 2, 3, 4]
-    assert "stopped after step 4 of 6" in ended.stdout
-    assert job.torchrun(2, parts, "--resume auto").returncode == 0
-    assert_same_run(parts, whole)
+    assert "stopped after step 3 of 6" in ended.stdout, ended.stderr
+    return folder, on_ranks(2, "tests.test_resume:several_runs_on_two_ranks", folder)
+
+
+def test_two_ranks_stopped_by_the_option(two_ranks: tuple[Path, list[dict]]) -> None:
+    folder, returned = two_ranks
+    for rank in returned:
+        assert rank["statuses"] | {"other ranks": 0} == dict.fromkeys(rank["statuses"], 0)
+    assert_same_run(folder / "stopped", folder / "whole")
+
+
+def test_two_ranks_stopped_by_torchrun(two_ranks: tuple[Path, list[dict]]) -> None:
+    """SIGTERM to the launcher reaches the ranks; they end the step, save, and another launch goes on."""
+    folder, _ = two_ranks
+    assert_same_run(folder / "ended", folder / "whole")
+
+
+def test_a_checkpoint_of_another_number_of_ranks(two_ranks: tuple[Path, list[dict]], stopped_once: Path) -> None:
+    folder, returned = two_ranks
+    assert [rank["statuses"]["other ranks"] for rank in returned] == [2, 2]
+    expected = r"error: checkpoint .*step-000003 was written by 1 ranks, expected as many; this run has 2\n"
+    assert re.fullmatch(expected, returned[0]["said"])
+    assert returned[1]["said"] == ""
+    assert snapshot(folder / "one_rank") == snapshot(stopped_once)
 
 
 KILLED_WHILE_WRITING = """
@@ -133,8 +182,6 @@ main(sys.argv[1:])
 
 
 def test_killed_while_a_checkpoint_is_written(job: Job, uninterrupted: Path, tmp_path: Path) -> None:
-    import sys
-
     killed = run([sys.executable, "-c", KILLED_WHILE_WRITING, *job.words(tmp_path / "run")])
     assert killed.returncode == -signal.SIGKILL
     assert checkpoint_names(tmp_path / "run") == ["step-000002", "step-000004.partial"]
@@ -187,7 +234,7 @@ def test_resume_of_a_checkpoint_into_another_folder(
     [
         (["--seed 1"], r"another configuration: seed is 0 there and 1 here"),
         (["--rollout.temperature 0.5"], r"another configuration: rollout\.temperature is 1\.0 there and 0\.5 here"),
-        (["--policy.path {wide}"], r"another model: elements is \d+ there and \d+ in '.*wide'"),
+        (["--policy.path {wide}"], r"another model: elements is \d+ there, \d+ in '.*wide'"),
         (["--resume {run}/checkpoints"], r"--resume '.*checkpoints' is not a complete checkpoint"),
         (["--resume {run}/checkpoints/step-000099"], r"--resume '.*step-000099' is not a complete checkpoint"),
     ],
@@ -201,15 +248,6 @@ def test_a_checkpoint_that_does_not_fit(
     options = [option.format(run=stopped, wide=tmp_path / "wide") for option in options]
     assert job.here(stopped, "--resume auto", *options) == 2
     assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
-    assert snapshot(stopped) == before
-
-
-def test_a_checkpoint_of_another_number_of_ranks(job: Job, stopped: Path) -> None:
-    before = snapshot(stopped)
-    ended = job.torchrun(2, stopped, "--resume auto")
-    assert ended.returncode != 0
-    errors = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "was written by 1 ranks, expected as many; this run has 2" in errors[0]
     assert snapshot(stopped) == before
 
 

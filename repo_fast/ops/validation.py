@@ -109,7 +109,7 @@ def scalar(
 ) -> Tensor:
     """A number or 0-d tensor as a float32 0-d tensor on `device`. A tensor's value is never looked at."""
     if isinstance(value, Tensor):
-        if value.dim() != 0 or not value.dtype.is_floating_point:
+        if value.dim() != 0 or value.dtype.is_complex or value.dtype == torch.bool:
             raise TypeError(
                 f"{op}: {name} must be a number or a real 0-d tensor, got {value.dtype} {list(value.shape)}"
             )

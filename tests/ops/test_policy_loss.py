@@ -363,6 +363,20 @@ def test_float16_gradients_survive_a_large_vocabulary_and_denominator() -> None:
     assert gradient.any()
 
 
+def test_hidden_and_weight_twice_in_one_graph() -> None:
+    case, other, wide = make_case().copy(), make_case().copy(), make_case().wide().copy()
+    for inputs, op in (
+        (case, lambda *x, **y: fused_rectified_policy_loss(*x, **y).loss),
+        (other, lambda *x, **y: reference.fused_rectified_policy_loss(*x, **y)[0]),
+        (wide, lambda *x, **y: reference.fused_rectified_policy_loss(*x, **y)[0]),
+    ):
+        twice = Case(**(vars(inputs) | {"hidden": 2 * inputs.hidden, "weight": inputs.weight.flip(0)}))
+        (op(*inputs.arguments(), multiplier=1.0) - 3 * op(*twice.arguments(), multiplier=0.2)).backward()
+    for name in ("hidden", "weight"):
+        ours, plain, truth = (getattr(inputs, name).grad for inputs in (case, other, wide))
+        assert relative_error(ours, truth) <= max(1e-5, 2 * relative_error(plain, truth))
+
+
 def test_one_token_and_expanded_inputs() -> None:
     assert_fused_is_exact(make_case(T=1, S=1, ignored=0.0), {"multiplier": 1.0})
     case = make_case(T=9, ignored=0.0)

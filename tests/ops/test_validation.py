@@ -98,7 +98,7 @@ TABLE = [
     *bad(["rectified_policy_loss"], "sequence_ids", [integers(0, 0, 0, 0, 0, -2)], ValueError),
     *bad(LOSSES, "violations", [CASE.costs.double()], TypeError),
     *bad(LOSSES, "violations", [CASE.costs[None], CASE.costs.to(OTHER_DEVICE)], ValueError),
-    *bad(LOSSES, "multiplier", ["1", None, torch.tensor([1.0]), torch.tensor(1)], TypeError),
+    *bad(LOSSES, "multiplier", ["1", None, torch.tensor([1.0]), torch.tensor(True)], TypeError),
     *bad(LOSSES, "multiplier", [-0.1, NAN, float("inf")], ValueError),
     *bad(LOSSES, "rectify", [1, None, "yes"], TypeError),
     *bad(LOSSES, "surrogate", ["split", None], ValueError),
@@ -138,6 +138,8 @@ def test_good_arguments(op: str) -> None:
 def test_numbers_may_be_integers_and_clip_a_list() -> None:
     result = ops.rectified_policy_loss(**GOOD["rectified_policy_loss"] | {"multiplier": 1, "clip": [0, 1]})
     assert result.loss.isfinite()
+    counted = ops.rectified_policy_loss(**GOOD["rectified_policy_loss"], denominator=torch.tensor(4))
+    assert torch.equal(counted.loss, ops.rectified_policy_loss(**GOOD["rectified_policy_loss"], denominator=4).loss)
 
 
 def test_a_missing_reference_is_named() -> None:
