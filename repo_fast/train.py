@@ -8,6 +8,7 @@ said in one line; 128 + the signal that stopped the run after saving its state; 
 traceback.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,10 @@ from repo_fast.errors import InputError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
+    first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"
+    if first_on_host:
+        logging.basicConfig(stream=sys.stdout, format="%(message)s")
+        logging.getLogger("repo_fast").setLevel(logging.INFO)
     try:
         config = parse(None if arguments is None else list(arguments))
         # After the configuration is known to be good: these take seconds to import.
@@ -35,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop_distributed()
         return status
     except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if first_on_host:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
 

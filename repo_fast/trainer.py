@@ -132,6 +132,7 @@ class Trainer:
         rewards, costs = self.ranks.gather(scores["reward"]), self.ranks.gather(scores["cost"])
         threshold = self.config.algorithm.threshold
         tokens = metrics["response_length"] * rewards.numel()
+        truncated = self.ranks.sum(torch.tensor([scorer.truncated for scorer in self.scorers.values()]))
         record = {
             "step": self.step,
             "reward": float(rewards.mean()),
@@ -141,6 +142,7 @@ class Trainer:
             **metrics,
             **seconds,
             "tokens_per_second": tokens / sum(seconds.values()),
+            "truncated_scores": int(truncated.sum()),
         }
         everyone = None
         if self.step == 1 or self.step % self.config.log.samples_every == 0:

@@ -19,9 +19,11 @@ class Scorer(Protocol):
 
     Attributes:
         name: `reward` or `cost`, for messages.
+        truncated: Responses so far whose text was cut to fit the scorer.
     """
 
     name: str
+    truncated: int
 
     def score(self, rollout: Rollout) -> torch.Tensor:
         """The score of each of a rank's S responses: float32 [S], CPU."""

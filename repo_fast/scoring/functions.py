@@ -31,7 +31,7 @@ class FunctionScorer:
     """
 
     def __init__(self, path: str, name: str) -> None:
-        self.path, self.name = path, name
+        self.path, self.name, self.truncated = path, name, 0
         self._function = self._resolve()
 
     def score(self, rollout: Rollout) -> torch.Tensor:

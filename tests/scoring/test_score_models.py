@@ -185,7 +185,7 @@ def test_every_rank_runs_as_many_rows():
 
 def test_models_and_tokenizers_that_do_not_fit():
     template = PromptTemplate(word_tokenizer())
-    with pytest.raises(InputError, match="expected ids below the model's vocabulary of 10"):
+    with pytest.raises(InputError, match="expected ids below the vocabulary size 10"):
         scorer(Recorder(vocabulary=10), template)
     endless = word_tokenizer()
     endless.eos_token = None
