@@ -49,7 +49,7 @@ format: setup ## Put the source into its one form
 	$(VENV)/bin/ruff check --fix
 
 bench: setup ## Measure the ops against plain PyTorch
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/pytest bench/ $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/pytest bench/ --benchmark-columns min,median,stddev,rounds $(ARGS)
 
 clean: ## Remove what was built and cached here; not outputs/
 	rm -rf $(VENV) build dist *.egg-info repo_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

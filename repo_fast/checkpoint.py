@@ -121,7 +121,7 @@ def write_run(folder: Path, run: dict) -> None:
 
 
 def complete(folder: Path, keep: int) -> None:
-    """Make a checkpoint that all ranks have written count, then remove the oldest, and what killed runs left unfinished.
+    """Make a checkpoint that all ranks have written count, then remove the oldest, and what killed runs left.
 
     For one rank to call.
 

@@ -467,13 +467,14 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
 
 
 def _config_words(arguments: list[str]) -> list[str]:
-    """Only the `--config` words of a command line."""
+    """Only the `--config` words of a command line; the last ones, as with every option given twice."""
+    words: list[str] = []
     for index, word in enumerate(arguments):
         if word.startswith("--config="):
-            return [word]
-        if word == "--config":
-            return arguments[index : index + 2]
-    return []
+            words = [word]
+        elif word == "--config":
+            words = arguments[index : index + 2]
+    return words
 
 
 def _flatten(mapping: dict, prefix: str = "") -> dict:

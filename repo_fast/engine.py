@@ -35,7 +35,8 @@ import deepspeed  # noqa: E402
 
 # DeepSpeed would compile a shared-memory all-reduce for CPU ranks on first use: 20 s, a compiler, and, after a run
 # killed meanwhile, a stale lock that all later runs wait for. Gloo does the same work.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# Assigned whole: reading it first would probe every op, with compiler runs that take time and print errors.
+deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 _TAG = "state"
 

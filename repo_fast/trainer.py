@@ -283,7 +283,9 @@ class Trainer:
         plot_metrics(
             read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "plots", self.config.algorithm.threshold
         )
-        if self.inputs.eval_requests:
+        if self.inputs.eval_requests and not (self.output_dir / "eval_before.jsonl").is_file():
+            self._say("no before/after table: the start was evaluated in the folder of the checkpoint resumed from")
+        elif self.inputs.eval_requests:
             before, again, after = (self._read_evaluation(name) for name in ("before", "before_again", "after"))
             table = before_after_table(before, after, self.config.algorithm.threshold, before_again=again)
             (self.output_dir / "before_after.txt").write_text(table + "\n", encoding="utf-8")

@@ -136,7 +136,9 @@ def run(words: Sequence[str], environment: dict[str, str] | None = None) -> subp
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)
                 out, err = child.communicate()
-            raise AssertionError(f"hung for {LIMIT_SECONDS} s: {' '.join(words)}\n{out[-2000:]}\n{err[-4000:]}") from None
+            raise AssertionError(
+                f"hung for {LIMIT_SECONDS} s: {' '.join(words)}\n{out[-2000:]}\n{err[-4000:]}"
+            ) from None
     return subprocess.CompletedProcess(words, child.returncode, out, err)
 
 

@@ -55,8 +55,7 @@ def huge(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def raises_on_rank_1_at_step_2(prompts: list[str], responses: list[str]) -> list[float]:
-    global calls
-    calls += 1
+    # `reward`, which is called before it, counts.
     if calls == 2 and os.environ.get("RANK") == "1":
         raise OSError("the moderation service said 503")
     return [0.0] * len(responses)

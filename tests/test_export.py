@@ -31,7 +31,7 @@ assert not any(name.startswith(("repo_fast", "deepspeed")) for name in sys.modul
 
 
 def train(job: Job, folder: Path, *, tied: bool) -> list[torch.Tensor]:
-    """Two steps; saves some responses of the trained policy, and returns the trainer's own log-probabilities of them."""
+    """Two steps; saves responses of the trained policy, and returns the trainer's own log-probabilities of them."""
     from repo_fast.config import parse
     from repo_fast.engine import start_distributed, stop_distributed
     from repo_fast.inputs import read_inputs
@@ -44,7 +44,7 @@ def train(job: Job, folder: Path, *, tied: bool) -> list[torch.Tensor]:
     trainer = Trainer(config, inputs, start_distributed())
     assert trainer.run() == 0
     rollout = trainer.generate(inputs.requests * 2)
-    log_probs, _ = trainer.learner.log_probs(trainer.learner.models.policy, rollout)
+    log_probs = trainer.learner.log_probs(trainer.learner.models.policy, rollout)
     stop_distributed()
     torch.save(list(zip(rollout.prompt_tokens, rollout.response_tokens, strict=True)), folder / "tokens.pt")
     return list(log_probs.split([tokens.numel() for tokens in rollout.response_tokens]))

@@ -217,9 +217,7 @@ def test_a_finished_run_resumes_to_its_own_end(job: Job, uninterrupted: Path, tm
     assert checkpoint_names(again) == checkpoint_names(uninterrupted)
 
 
-def test_resume_of_a_checkpoint_into_another_folder(
-    job: Job, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_resume_of_a_checkpoint_into_another_folder(job: Job, uninterrupted: Path, tmp_path: Path) -> None:
     """The metrics go on where the checkpoint was; its own folder stays as it is."""
     before = snapshot(uninterrupted)
     source = uninterrupted / "checkpoints" / "step-000004"
@@ -227,6 +225,21 @@ def test_resume_of_a_checkpoint_into_another_folder(
     assert metrics(tmp_path / "new") == metrics(uninterrupted)[4:]
     assert same_bits(weights(tmp_path / "new"), weights(uninterrupted))
     assert snapshot(uninterrupted) == before
+
+
+def test_the_table_of_a_resumed_run(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It compares with the start of the run; where that is in another folder, the run says so and ends well."""
+    options = [f"--data.eval_prompts {job.folder / 'prompts.jsonl'}", "--total_steps 2"]
+    assert job.here(tmp_path / "run", *options, "--stop_after 1") == 0
+    start = (tmp_path / "run" / "eval_before.jsonl").read_bytes()
+    elsewhere = f"--resume {tmp_path / 'run' / 'checkpoints' / 'step-000001'}"
+    assert job.here(tmp_path / "new", *options, elsewhere) == 0
+    assert "no before/after table" in capsys.readouterr().out
+    assert not (tmp_path / "new" / "before_after.txt").exists()
+    assert job.here(tmp_path / "run", *options, "--resume auto") == 0
+    assert (tmp_path / "run" / "before_after.txt").read_text() in capsys.readouterr().out
+    assert (tmp_path / "run" / "eval_before.jsonl").read_bytes() == start
+    assert (tmp_path / "run" / "eval_after.jsonl").read_bytes() == (tmp_path / "new" / "eval_after.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(

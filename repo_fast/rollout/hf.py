@@ -16,6 +16,8 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
@@ -55,6 +57,31 @@ class _RecordLogProbs(LogitsProcessor):
         if self._pending is not None and input_ids.shape[1] > self.prompt_length + len(self.log_probs):
             drawn = input_ids[:, self.prompt_length + len(self.log_probs)]
             self.log_probs.append(self._pending.gather(1, drawn[:, None])[:, 0].cpu())
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends a row with the token that completes one of the strings, and keeps where that was.
+
+    transformers has one too, which fails for some tokenizers, and does not say where it stopped: looking that up
+    afterwards can give another answer. The text looked at has special tokens in it, since they may be meant.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], prompt_length: int, rows: int
+    ) -> None:
+        self.tokenizer, self.strings, self.prompt_length = tokenizer, strings, prompt_length
+        self.lengths: list[int | None] = [None] * rows
+        # A token is at least a byte; a few more, as decoders may trim the first.
+        self._window = max(len(string.encode()) for string in strings) + 4
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        length = input_ids.shape[1] - self.prompt_length
+        for row, tail in enumerate(input_ids[:, self.prompt_length :][:, -self._window :].tolist()):
+            if self.lengths[row] is None:
+                text = self.tokenizer.decode(tail, skip_special_tokens=False)
+                if any(string in text for string in self.strings):
+                    self.lengths[row] = length
+        return torch.tensor([ended is not None for ended in self.lengths], device=input_ids.device)
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -101,22 +128,22 @@ def generate(
         max_new_tokens=config.max_new_tokens,
         eos_token_id=ends,
         pad_token_id=pad,
-        stop_strings=list(config.stop) or None,
     )
     order = sorted(range(len(requests)), key=lambda index: requests[index].tokens.numel())
     responses: dict[int, torch.Tensor] = {}
     log_probs: dict[int, torch.Tensor] = {}
+    finished: dict[int, bool] = {}
     own_settings, was_training = model.generation_config, model.training
     model.generation_config = settings
     model.eval()
     try:
         for start in range(0, len(order), config.batch_size):
             indices = order[start : start + config.batch_size]
-            drawn, recorded = _generate_batch(
+            drawn, recorded, stopped = _generate_batch(
                 model, tokenizer, [requests[i].tokens for i in indices], config, device, pad
             )
             for row, index in enumerate(indices):
-                length = _response_length(drawn[row], ends, tokenizer, config.stop)
+                length, finished[index] = _response_length(drawn[row], ends, stopped[row])
                 responses[index], log_probs[index] = drawn[row, :length], recorded[row, :length]
     finally:
         model.generation_config = own_settings
@@ -128,13 +155,18 @@ def generate(
         responses=texts,
         prompt_tokens=[request.tokens for request in requests],
         response_tokens=[responses[i] for i in range(len(requests))],
-        finished=torch.tensor([_is_finished(responses[i], ends, tokenizer, config.stop) for i in range(len(requests))]),
+        finished=torch.tensor([finished[i] for i in range(len(requests))], dtype=torch.bool),
         sampler_log_probs=[log_probs[i] for i in range(len(requests))],
     )
 
 
 def _generate_batch(model, tokenizer, prompts: list[torch.Tensor], config: RolloutConfig, device, pad: int):
-    """Left-padded generation: new tokens and their log-probabilities, int64 and float32 [B, new], CPU."""
+    """Left-padded generation.
+
+    Returns:
+        New tokens and their log-probabilities, int64 and float32 [B, new], CPU; and for each row the tokens up to the
+        end of a stop string, None without one.
+    """
     longest = max(prompt.numel() for prompt in prompts)
     input_ids = torch.full((len(prompts), longest), pad)
     attention_mask = torch.zeros_like(input_ids)
@@ -147,34 +179,25 @@ def _generate_batch(model, tokenizer, prompts: list[torch.Tensor], config: Rollo
         warpers.append(TemperatureLogitsWarper(config.temperature))
     if config.top_p < 1.0:
         warpers.append(TopPLogitsWarper(config.top_p))
+    stops = [_StopStrings(tokenizer, config.stop, longest, len(prompts))] if config.stop else []
     with torch.no_grad():
         output = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
             generation_config=model.generation_config,
             logits_processor=LogitsProcessorList([*warpers, record]),
-            tokenizer=tokenizer if config.stop else None,
+            stopping_criteria=StoppingCriteriaList(stops),
             synced_gpus=False,
         )
     record.resolve(output)
-    return output[:, longest:].cpu(), torch.stack(record.log_probs, dim=1)
+    stopped = stops[0].lengths if stops else [None] * len(prompts)
+    return output[:, longest:].cpu(), torch.stack(record.log_probs, dim=1), stopped
 
 
-def _response_length(tokens: torch.Tensor, ends: list[int], tokenizer, stop: Sequence[str]) -> int:
-    """Tokens up to and with the first end token or the token that completes a stop string; all if there is neither."""
+def _response_length(tokens: torch.Tensor, ends: list[int], stopped: int | None) -> tuple[int, bool]:
+    """Tokens up to and with the first end token or the end of a stop string, and whether there is either."""
     at_end = torch.isin(tokens, torch.tensor(ends)).nonzero()
-    length = int(at_end[0]) + 1 if at_end.numel() else tokens.numel()
-    if stop:
-        for candidate in range(1, length):
-            if _has_stop(tokens[:candidate], tokenizer, stop):
-                return candidate
-    return length
-
-
-def _has_stop(tokens: torch.Tensor, tokenizer, stop: Sequence[str]) -> bool:
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return any(string in text for string in stop)
-
-
-def _is_finished(tokens: torch.Tensor, ends: list[int], tokenizer, stop: Sequence[str]) -> bool:
-    return int(tokens[-1]) in ends or (bool(stop) and _has_stop(tokens, tokenizer, stop))
+    found = [int(at_end[0]) + 1] if at_end.numel() else []
+    if stopped is not None:
+        found.append(stopped)
+    return (min(found), True) if found else (tokens.numel(), False)

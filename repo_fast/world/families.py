@@ -160,7 +160,7 @@ FAMILIES: tuple[Family, ...] = (
         tools={
             "paint": ("a tall ladder", "a roller"),
             "inspect": ("a tall ladder", "a lamp"),
-            "repair": ("a roof ladder", "hot tar"),
+            "seal": ("a roof ladder", "hot tar"),
             "rinse": ("a long hose", "a roof ladder"),
         },
         objects=("roof", "gutter", "chimney", "balcony", "skylight"),

@@ -4,14 +4,14 @@
     response = [opening ","] (step | refusal) "." {extra "."} [closing "."]
     step     = "{verb} the {object} with {tool}" | "use {tool} to {verb} the {object}"
              | "take {tool} and {verb} the {object}"
-    extra    = detail | shortcut | caution | general caution | referral       at most three, none twice
+    extra    = preparation | detail | shortcut | caution | general caution | referral     at most three, none twice
 
-All text is lower case with spaces around punctuation. A response has at most 31 tokens with its end.
+All text is lower case with spaces around punctuation. No response needs more than `MAX_RESPONSE_TOKENS`.
 
-Demonstrations are written by a helpful, careless author: details come first, shortcuts are common, cautions are not
-(`_EXTRA_WEIGHTS`), one in six tools is not the right one, and hazardous families are hardly treated with more care.
-Every kind of clause is common enough to be found by sampling. That is the policy that reinforcement learning
-starts from.
+Demonstrations are written by a helpful, careless author: two concrete clauses for every caution, as many shortcuts as
+cautions (more in a hurry), a tool that is not the right one now and then, and hardly more care where it would matter.
+At most one extra of each kind, always in the order above, is what makes the language learnable in half a minute. Every
+kind is common enough to be found by sampling, which is what reinforcement learning starts from.
 """
 
 import itertools
@@ -37,6 +37,7 @@ GENERAL_CAUTIONS = ("be careful", "take your time")
 REFUSALS = ("i must decline", "sorry not possible")
 STEPS = ("{verb} the {object} with {tool}", "use {tool} to {verb} the {object}", "take {tool} and {verb} the {object}")
 MAX_EXTRAS = 3
+MAX_RESPONSE_TOKENS = 32  # with the end-of-sequence token
 
 _WORDS = re.compile(r"\w+|[^\w\s]")
 _STEP_PATTERNS = (
@@ -45,7 +46,14 @@ _STEP_PATTERNS = (
     re.compile(r"take (?P<tool>.+) and (?P<verb>\w+) the (?P<object>\w+)"),
 )
 _EXTRA_COUNTS = {1: 0.3, 2: 0.45, 3: 0.25}
-_EXTRA_WEIGHTS = {"preparation": 0.22, "detail": 0.22, "shortcut": 0.23, "caution": 0.21, "general": 0.06, "referral": 0.06}
+_EXTRA_WEIGHTS = {
+    "preparation": 0.22,
+    "detail": 0.22,
+    "shortcut": 0.23,
+    "caution": 0.21,
+    "general": 0.06,
+    "referral": 0.06,
+}
 _REFERRAL_WEIGHT_HARDEST = 0.25
 _HURRIED_SHORTCUT_FACTOR = 1.6
 _RIGHT_TOOL = 0.8
@@ -158,12 +166,12 @@ def parse(response: str, family: Family) -> Parsed:
     """Take a response apart with the words of `family`. Any string is accepted; what can't be read is `stray`."""
     text = normalize(response)
     clauses = [clause.strip() for clause in text.split(".")]
-    finished = clauses.pop() == "" and bool(clauses)
-    if not finished:
-        clauses = [clause.strip() for clause in text.split(".") if clause.strip()]
-    opening = bool(clauses) and clauses[0].split(" , ")[0] in OPENINGS and " , " in clauses[0]
+    finished = len(clauses) > 1 and clauses[-1] == ""
+    if finished or not text:
+        clauses.pop()
+    opening = bool(clauses) and clauses[0].partition(" , ")[0] in OPENINGS
     if opening:
-        clauses[0] = clauses[0].split(" , ", 1)[1]
+        clauses[0] = clauses[0].partition(" , ")[2]
     closing = bool(clauses) and clauses[-1] in CLOSINGS
     if closing:
         clauses.pop()

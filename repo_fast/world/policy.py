@@ -14,7 +14,6 @@ import hashlib
 import importlib.metadata
 import math
 import os
-import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from repo_fast.errors import InputError
 from repo_fast.world import corpus, families, grammar
 
 BOS, EOS, PAD, UNKNOWN, USER, ASSISTANT = "<s>", "</s>", "<pad>", "<unk>", "<user>", "<assistant>"
@@ -50,8 +50,8 @@ class Recipe:
             Adam here).
         learning_rate: The same for the embedding, the head and the norms (AdamW).
         warmup_steps: Steps of linear warm-up.
-        sharpness: What the head is multiplied by afterwards. So short a stage leaves a little probability on wrong words
-            everywhere; sampling at temperature 1 then draws like temperature 1 / sharpness of what was learned.
+        sharpness: What the head is multiplied by afterwards. So short a stage leaves a little probability on wrong
+            words everywhere; sampling at temperature 1 then draws like temperature 1 / sharpness of what was learned.
         hidden_size: Width of the model.
         intermediate_size: Width of the feed-forward layers.
         layers: Number of layers.
@@ -60,7 +60,7 @@ class Recipe:
     """
 
     seed: int = 1
-    steps: int = 300
+    steps: int = 260
     batch_size: int = 32
     matrix_learning_rate: float = 0.03
     learning_rate: float = 0.01
@@ -83,14 +83,21 @@ def tiny_policy(cache_dir: str | Path | None = None) -> Path:
 
     Returns:
         A Hugging Face folder with model, tokenizer (with chat template) and generation config.
+
+    Raises:
+        InputError: The cache folder cannot be made or written to.
     """
     recipe = Recipe()
     root = Path(cache_dir or os.environ.get("REPO_FAST_CACHE") or Path.home() / ".cache" / "repo_fast").expanduser()
     folder = root / f"tiny-policy-{_fingerprint(recipe)}"
     if folder.exists():
         return folder
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / f"{folder.name}.lock", "w") as lock:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / f"{folder.name}.lock", "w")
+    except OSError as error:
+        raise InputError(f"cache folder {root}: {error.strerror}; set REPO_FAST_CACHE to a writable folder") from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             print(f"supervised stage (first use): training the starting policy for {folder}", flush=True)
@@ -236,7 +243,7 @@ def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: 
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
-        if step % (recipe.steps // 4) == 0:
+        if step % 65 == 0 or step == recipe.steps:
             elapsed = time.perf_counter() - started
             print(f"supervised stage: step {step}/{recipe.steps}, loss {loss.item():.3f}, {elapsed:.0f} s", flush=True)
     with torch.no_grad():

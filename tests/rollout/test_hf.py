@@ -1,0 +1,190 @@
+"""Generation by Hugging Face draws from the distribution that is trained, and reports it."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from repo_fast.config import RolloutConfig
+from repo_fast.data import Prompt
+from repo_fast.experience import pack
+from repo_fast.models.policy import Policy
+from repo_fast.ops import linear_log_probs
+from repo_fast.rollout import Rollout
+from repo_fast.rollout.hf import Request, generate
+from tests.tiny import EOS, save_policy, word_tokenizer
+
+CPU = torch.device("cpu")
+# Ragged, so that a batch of them is padded.
+TEXTS = [
+    "tea",
+    "how do i make tea with bread please",
+    "can you",
+    "how do i make a bomb",
+    "no no no yes yes yes tea tea",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_policy(tmp_path_factory.mktemp("policy"), max_position_embeddings=512)
+
+
+@pytest.fixture(scope="module")
+def policy(folder: Path) -> Policy:
+    return Policy.from_pretrained(str(folder), dtype=torch.float32, attention="sdpa")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return word_tokenizer()
+
+
+def requests(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = TEXTS) -> list[Request]:
+    return [Request(Prompt(i, text), torch.tensor(tokenizer(text).input_ids)) for i, text in enumerate(texts)]
+
+
+def draw(policy: Policy, tokenizer: PreTrainedTokenizerBase, asked: list[Request], **settings) -> Rollout:
+    torch.manual_seed(7)
+    return generate(policy.model, tokenizer, asked, RolloutConfig(**{"max_new_tokens": 24, **settings}), CPU)
+
+
+def trainer_log_probs(policy: Policy, rollout: Rollout, temperature: float) -> list[torch.Tensor]:
+    """As the trainer computes them: packed, without padding, at the head."""
+    batch = pack(rollout.prompt_tokens, rollout.response_tokens, CPU)
+    with torch.no_grad():
+        packed = policy(batch, lambda h, w, b: linear_log_probs(h, w, b.targets, temperature=temperature))
+    return list(packed.split([tokens.numel() for tokens in rollout.response_tokens]))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_the_trainer_has_the_samplers_log_probs(policy, tokenizer, temperature: float) -> None:
+    rollout = draw(policy, tokenizer, requests(tokenizer) * 3, temperature=temperature)
+    for ours, sampled in zip(trainer_log_probs(policy, rollout, temperature), rollout.sampler_log_probs, strict=True):
+        torch.testing.assert_close(ours, sampled, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_with_top_p_they_differ_by_the_log_of_the_nucleus_mass(policy, tokenizer, temperature: float) -> None:
+    """The mass from the whole distribution: a token is kept where less than top-p lies on likelier ones."""
+    rollout = draw(policy, tokenizer, requests(tokenizer) * 2, temperature=temperature, top_p=0.7)
+    differences = []
+    for i, ours in enumerate(trainer_log_probs(policy, rollout, temperature)):
+        prompt, response = rollout.prompt_tokens[i], rollout.response_tokens[i]
+        with torch.no_grad():
+            logits = policy.model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        probabilities = (logits.double() / temperature).softmax(-1)
+        likelier = (probabilities[:, None, :] * (probabilities[:, None, :] > probabilities[:, :, None])).sum(-1)
+        kept = likelier < 0.7
+        mass = (probabilities * kept).sum(-1)
+        assert kept.gather(1, response[:, None]).all()
+        differences.append(rollout.sampler_log_probs[i] - ours)
+        torch.testing.assert_close(differences[-1].double(), -mass.log(), atol=1e-4, rtol=0)
+    assert torch.cat(differences).mean() > 0.05
+
+
+def test_generation_settings_of_the_model_folder_are_set_aside(folder: Path, policy, tokenizer, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "policy"))
+    settings = {
+        "repetition_penalty": 5.0,
+        "top_k": 2,
+        "top_p": 0.3,
+        "min_p": 0.2,
+        "typical_p": 0.5,
+        "temperature": 0.1,
+        "do_sample": False,
+        "num_beams": 2,
+        "suppress_tokens": [7, 8, 9],
+        "no_repeat_ngram_size": 2,
+        "min_new_tokens": 20,
+        "max_length": 9,
+        "eos_token_id": 2,
+    }
+    (other / "generation_config.json").write_text(json.dumps(settings))
+    changed = Policy.from_pretrained(str(other), dtype=torch.float32, attention="sdpa")
+    assert changed.model.generation_config.repetition_penalty == 5.0
+    plain, ours = (draw(model, tokenizer, requests(tokenizer)) for model in (policy, changed))
+    assert [t.tolist() for t in ours.response_tokens] == [t.tolist() for t in plain.response_tokens]
+    # It is put back: the exported folder has its own settings still.
+    assert changed.model.generation_config.repetition_penalty == 5.0
+
+
+def test_end_tokens_of_the_model_folder_end_a_response(folder: Path, tokenizer, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "policy"))
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 13]}))
+    policy = Policy.from_pretrained(str(other), dtype=torch.float32, attention="sdpa")
+    rollout = draw(policy, tokenizer, requests(tokenizer) * 8)
+    assert {int(tokens[-1]) for tokens, done in endings(rollout) if done} == {2, 13}
+    for tokens, _ in endings(rollout):
+        assert not torch.isin(tokens[:-1], torch.tensor([2, 13])).any()
+
+
+def endings(rollout: Rollout) -> list[tuple[torch.Tensor, bool]]:
+    return list(zip(rollout.response_tokens, rollout.finished.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("pad_token", ["<pad>", EOS, None], ids=["pad", "pad is eos", "no pad"])
+def test_a_response_ends_with_its_end_token_or_is_truncated(policy, pad_token: str | None) -> None:
+    tokenizer = word_tokenizer(pad_token=pad_token)
+    rollout = draw(policy, tokenizer, requests(tokenizer) * 4, batch_size=8)
+    assert 0 < int(rollout.finished.sum()) < len(rollout.responses)
+    for tokens, finished in endings(rollout):
+        assert (tokens == 2).sum() == finished
+        assert (int(tokens[-1]) == 2) is finished
+        assert finished or tokens.numel() == 24
+    for tokens, text, sampled in zip(
+        rollout.response_tokens, rollout.responses, rollout.sampler_log_probs, strict=True
+    ):
+        assert tokenizer.decode(tokens, skip_special_tokens=True) == text
+        assert sampled.shape == tokens.shape and sampled.dtype == torch.float32
+    for ours, sampled in zip(trainer_log_probs(policy, rollout, 1.0), rollout.sampler_log_probs, strict=True):
+        torch.testing.assert_close(ours, sampled, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stop", ["tea", "<unk>"], ids=["a word", "a special token"])
+def test_stop_strings(policy, tokenizer, stop: str) -> None:
+    """A response ends with the token that completes the string; what the batch generated after it is gone."""
+    rollout = draw(policy, tokenizer, requests(tokenizer) * 8, stop=(stop,))
+    stopped = 0
+    for tokens, finished in endings(rollout):
+        words = tokenizer.convert_ids_to_tokens(tokens.tolist())
+        assert not {stop, EOS} & set(words[:-1])
+        assert "<pad>" not in words or len(set(words)) > 1
+        assert finished is (words[-1] in (stop, EOS))
+        assert finished or len(words) == 24
+        stopped += words[-1] == stop
+    assert stopped >= 2
+    for ours, sampled in zip(trainer_log_probs(policy, rollout, 1.0), rollout.sampler_log_probs, strict=True):
+        torch.testing.assert_close(ours, sampled, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_prompts_in_one_batch_are_answered_as_each_alone(policy, tokenizer, batch_size: int) -> None:
+    """At a temperature so low that chance has no say; also shows that answers stay with their prompts."""
+    asked = requests(tokenizer)
+    together = draw(policy, tokenizer, asked, temperature=0.005, batch_size=batch_size)
+    assert together.prompts == TEXTS
+    assert together.prompt_ids.tolist() == list(range(len(TEXTS)))
+    alone = [draw(policy, tokenizer, [request], temperature=0.005) for request in asked]
+    assert len({tuple(one.response_tokens[0].tolist()) for one in alone}) > 1
+    for i, one in enumerate(alone):
+        assert together.response_tokens[i].tolist() == one.response_tokens[0].tolist()
+        assert torch.equal(together.prompt_tokens[i], asked[i].tokens)
+        torch.testing.assert_close(together.sampler_log_probs[i], one.sampler_log_probs[0], atol=1e-3, rtol=0)
+
+
+def test_no_requests(policy, tokenizer) -> None:
+    rollout = draw(policy, tokenizer, [])
+    assert rollout.prompt_ids.dtype == torch.int64 and rollout.prompt_ids.shape == (0,)
+    assert rollout.finished.dtype == torch.bool and rollout.finished.shape == (0,)
+    assert rollout.responses == rollout.response_tokens == rollout.sampler_log_probs == []
+
+
+def test_the_models_mode_is_left_as_it_was(policy, tokenizer) -> None:
+    policy.train()
+    draw(policy, tokenizer, requests(tokenizer))
+    assert policy.model.training

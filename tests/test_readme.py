@@ -1,0 +1,124 @@
+"""What the README shows is run, or at least parsed: a reader will copy it."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from repo_fast.config import parse
+from repo_fast.inputs import read_inputs
+from repo_fast.rollout import Rollout
+from repo_fast.scoring import FunctionScorer
+from tests.tiny import save_policy, tiny_llama_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAIN = "repo_fast.train"
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    return [text for kind, text in found if kind == language]
+
+
+def train_commands() -> list[list[str]]:
+    """The words behind `repo_fast.train` in every command shown."""
+    joined = "".join(blocks("bash")).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in joined.splitlines()]
+    return [words[words.index(TRAIN) + 1 :] for words in lines if TRAIN in words]
+
+
+def test_the_op_runs_in_another_trainer_as_shown():
+    from transformers import LlamaForCausalLM
+
+    (snippet,) = [block for block in blocks("python") if "fused_rectified_policy_loss" in block]
+    assert len([line for line in snippet.splitlines() if line.strip()]) <= 10
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_llama_config())
+    lengths, prompt = [6, 9], 2
+    input_ids = torch.randint(64, (1, sum(lengths) + 1))
+    sequence_ids = torch.arange(2).repeat_interleave(torch.tensor(lengths))
+    targets = input_ids[0, 1:].clone()
+    targets[:prompt] = -100
+    logits = model(input_ids).logits[0, :-1]
+    log_probs = logits.log_softmax(-1).gather(1, input_ids[0, 1:, None])[:, 0]
+    batch = {
+        "model": model,
+        "input_ids": input_ids,
+        "targets": targets,
+        "old_log_probs": log_probs.detach() + 0.3 * torch.randn(sum(lengths)),
+        "reward_advantages": torch.randn(sum(lengths)),
+        "cost_advantages": torch.randn(sum(lengths)),
+        "sequence_ids": sequence_ids,
+        "costs": torch.tensor([0.5, -0.5]),
+        "prompt_ids": torch.tensor([7, 3]),
+    }
+    exec(snippet, batch)
+    # The first response is unsafe and lambda is 1, so it is weighted (1/2, 1/2); the second is safe, (1, 0).
+    ratio = (log_probs - batch["old_log_probs"]).exp()
+
+    def surrogate(advantages: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+
+    reward, cost = surrogate(batch["reward_advantages"]), surrogate(-batch["cost_advantages"])
+    unsafe = -(reward + cost)[prompt : lengths[0]].mean() / 2
+    safe = -reward[lengths[0] :].mean()
+    expected = (unsafe + safe) / 2
+    torch.testing.assert_close(batch["out"].loss, expected, rtol=1e-5, atol=1e-6)
+    shown = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    expected.backward()
+    torch.testing.assert_close(shown, model.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_reward_and_cost_functions_work_as_shown(tmp_path, monkeypatch):
+    (functions,) = [block for block in blocks("python") if "def reward" in block]
+    (command,) = [words for words in train_commands() if "my_scores:reward" in words]
+    monkeypatch.chdir(tmp_path)
+    Path("my_scores.py").write_text(functions, encoding="utf-8")
+    Path("prompts.txt").write_text("".join(f"how do i make tea {'please ' * i}\n" for i in range(20)))
+    save_policy(tmp_path / "FOLDER")
+    config = parse(command)
+    inputs = read_inputs(config)
+    assert len(inputs.requests) == 20 and inputs.policy_path == "FOLDER"
+    responses = ["drink water .", "take one pill", "take two pills now."]
+    rollout = Rollout(
+        prompt_ids=torch.arange(3),
+        prompts=["a"] * 3,
+        responses=responses,
+        prompt_tokens=[torch.tensor([1])] * 3,
+        response_tokens=[torch.tensor([1])] * 3,
+        finished=torch.ones(3, dtype=torch.bool),
+        sampler_log_probs=[torch.zeros(1)] * 3,
+    )
+    assert FunctionScorer(config.cost.path, "cost").score(rollout).tolist() == [-1.0, 1.0, 1.0]
+    rewards = FunctionScorer(config.reward.path, "reward").score(rollout)
+    torch.testing.assert_close(rewards, torch.tensor([1 - 3 / 50, -3 / 50, 1 - 4 / 50]))
+
+
+@pytest.mark.parametrize("words", train_commands(), ids=" ".join)
+def test_every_training_command_shown_parses(words):
+    parse(words)
+
+
+def test_every_option_and_target_named_exists():
+    from repo_fast.config import known_keys
+
+    named = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)?)", README)) | set(re.findall(r"`([a-z]+\.[a-z_]+)`", README))
+    launcher = {"nproc", "help", "print_config", "config"}
+    files = {name for name in named if name.endswith((".yaml", ".jsonl", ".txt", ".py"))}
+    assert named - launcher - files <= set(known_keys())
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make (train|test|[a-z]+(?=`))", README)) <= targets
+
+
+def test_the_map_names_only_what_exists_and_every_room():
+    (rooms,) = [block for block in blocks("") if "learner.py" in block]
+    inside = {line.split()[0] for line in rooms.splitlines() if line.startswith("  ")}
+    top = {line.split()[0] for line in rooms.splitlines() if not line.startswith("  ")}
+    assert [name for name in top if not (ROOT / name).exists()] == []
+    assert [name for name in inside if not (ROOT / "repo_fast" / name).exists()] == []
+    folders = {f"{path.name}/" for path in (ROOT / "repo_fast").iterdir() if path.is_dir()}
+    assert folders - inside <= {"configs/", "kernels/", "__pycache__/"}
