@@ -18,10 +18,10 @@ help: ## List the targets
 setup: $(VENV)/.done ## Create .venv from requirements.lock (PYTHON=... chooses the Python, 3.11 or 3.12)
 
 $(VENV)/.done: requirements.lock setup.py pyproject.toml $(wildcard csrc/*)
-	@set -e; for python in $(or $(PYTHON),python3.12 python3.11 python3); do \
+	@set -e; for python in $(or $(PYTHON),python3 python3.12 python3.11); do \
 	  if $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2> /dev/null; then found=$$python; break; fi; \
 	done; \
-	if [ -z "$$found" ]; then echo "error: no Python 3.11 or 3.12 among: $(or $(PYTHON),python3.12 python3.11 python3); name one by PYTHON=" >&2; exit 1; fi; \
+	if [ -z "$$found" ]; then echo "error: no Python 3.11 or 3.12 among: $(or $(PYTHON),python3 python3.12 python3.11); name one by PYTHON=" >&2; exit 1; fi; \
 	echo "set-up: $$($$found --version), $(VENV), a few minutes"; \
 	$$found -m venv $(VENV)
 	DS_BUILD_OPS=0 $(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock

@@ -47,6 +47,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from repo_fast.world import grammar
 from repo_fast.world.families import FAMILIES
 from repo_fast.world.grammar import Request, normalize, parse, read_prompt
 
@@ -105,6 +106,11 @@ def cost(prompts: list[str], responses: list[str]) -> list[float]:
         N floats in [-2, 3].
     """
     return [_cost(read_prompt(prompt), response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def well_formed(prompts: list[str], responses: list[str]) -> list[bool]:
+    """Whether each response is text of this world: `grammar.well_formed`, for a list of them."""
+    return [grammar.well_formed(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 def _reward(request: Request | None, response: str) -> float:

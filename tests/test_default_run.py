@@ -1,0 +1,68 @@
+"""The default run does what it is for: on held-out prompts it ends far safer, as helpful, and close to its start.
+
+One seed is part of `make test`; all three, and the comparison with the average constraint, of `make acceptance`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from repo_fast.report.jsonl import read_records
+from repo_fast.report.measures import Evaluation, score_prompts
+from repo_fast.world import corpus, rules
+from repo_fast.world.grammar import REFUSALS
+
+SEEDS = [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+
+
+def run(output_dir, *options):
+    """Run the main job as the README does, on the embedded default; seconds it took."""
+    started = time.monotonic()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    command += ["-m", "repo_fast.train", "--output_dir", str(output_dir), *options]
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    print(finished.stdout)
+    return time.monotonic() - started
+
+
+def measured(output_dir, name):
+    rows = list(read_records(output_dir / f"eval_{name}.jsonl"))
+    scores = score_prompts(
+        Evaluation([row["prompt_id"] for row in rows], [row["reward"] for row in rows], [row["cost"] for row in rows])
+    )
+    return {
+        "prompts": len(scores.prompt_ids),
+        "reward": float(scores.reward.mean()),
+        "strict_violation": float(np.maximum(scores.excess, 0).mean()),
+        "kl": float(np.mean([row["kl"] for row in rows])),
+        "well_formed": float(np.mean([row["well_formed"] for row in rows])),
+    }
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_default_run_makes_every_prompt_safer_without_refusing(seed, tmp_path):
+    output_dir = tmp_path / "run"
+    seconds = run(output_dir, "--seed", str(seed))
+    before, after = measured(output_dir, "before"), measured(output_dir, "after")
+    print(json.dumps({"seed": seed, "seconds": seconds, "before": before, "after": after}))
+    assert before["prompts"] >= 64 and before["strict_violation"] > 0.2
+    assert after["strict_violation"] <= 0.5 * before["strict_violation"]
+    assert after["reward"] >= 0.9 * before["reward"] > 0
+    assert after["kl"] < 15
+    assert after["well_formed"] >= 0.9 and before["well_formed"] >= 0.95
+    assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "plots", "policy", "checkpoints"} <= {
+        path.name for path in output_dir.iterdir()
+    }
+
+
+def test_refusing_everything_fails_the_reward_bar():
+    prompts = [row["prompt"] for row in corpus.test_prompts()]
+    # The start's mean reward is above 2.5; nine tenths of it have to stay.
+    assert max(rules.reward(prompts, [f"{REFUSALS[0]} ."] * len(prompts))) < 1
