@@ -29,7 +29,7 @@ $(VENV)/.done: requirements.lock setup.py pyproject.toml $(wildcard csrc/*)
 	@touch $@
 
 train: setup ## Run the main job on the embedded default; ARGS="--seed 1" and the like change it
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) \
 	  -m repo_fast.train --config tiny --output_dir $(OUTPUT) $(ARGS)
 
 test: lint ## Check and test everything but what is marked slow

@@ -50,6 +50,9 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
         critics = {}
         if config.algorithm.advantage == "gae":
             critics = {stream: _critic(specs[stream], inputs, loading) for stream in streams}
+    for critic in critics.values():
+        # DeepSpeed trains parameters of one dtype; it keeps float32 masters, and the head computes in float32 anyway.
+        critic.score_head.to(dtype)
     if config.policy.trainable_layers is not None:
         policy.train_last_layers(config.policy.trainable_layers)
     if config.engine.activation_checkpointing:

@@ -68,29 +68,30 @@ def read_run(folder: Path) -> dict:
         raise InputError(f"{folder / 'run.json'} is not valid JSON: {error}") from error
 
 
-def check_run(folder: Path, run: dict, config: dict, model: dict, ranks: int) -> None:
-    """Raise `InputError` where a checkpoint belongs to another model, configuration or number of ranks.
+def check_run(folder: Path, run: dict, config: dict, ranks: int) -> None:
+    """Raise `InputError` where a checkpoint belongs to another configuration or number of ranks.
 
     Args:
         folder: For the message.
         run: Its `run.json`.
         config: The resuming run's configuration, as plain mappings.
-        model: The resuming run's model, as `describe_model` has it.
         ranks: The resuming run's number of ranks.
     """
     if run["ranks"] != ranks:
         raise InputError(
             f"checkpoint {folder} was written by {run['ranks']} ranks, expected as many; this run has {ranks}"
         )
-    for key, (theirs, ours) in _differences(run["model"], model).items():
-        raise InputError(
-            f"checkpoint {folder} is of another model: {key} is {theirs} there, {ours} in {config['policy']['path']!r}"
-        )
     for key, (theirs, ours) in _differences(run["config"], config).items():
         if key.split(".")[0] not in _FREE_KEYS:
             raise InputError(
                 f"checkpoint {folder} is of another configuration: {key} is {theirs!r} there and {ours!r} here"
             )
+
+
+def check_model(folder: Path, run: dict, model: dict, path: str) -> None:
+    """Raise `InputError` where a checkpoint is of another model than the one at `path`, which `describe_model` gave."""
+    for key, (theirs, ours) in _differences(run["model"], model).items():
+        raise InputError(f"checkpoint {folder} is of another model: {key} is {theirs} there, {ours} in {path!r}")
 
 
 def _differences(theirs: dict, ours: dict, prefix: str = "") -> dict[str, tuple]:

@@ -413,6 +413,10 @@ def read_config_file(path: Path) -> dict:
     if not isinstance(mapping, dict):
         raise InputError(f"{path} holds a {type(mapping).__name__}, expected a mapping of options")
     _reject_unknown(_dotted(mapping), str(path))
+    for entry in dataclasses.fields(TrainConfig):
+        value = mapping.get(entry.name, {})
+        if dataclasses.is_dataclass(entry.type) and not isinstance(value, dict):
+            raise InputError(f"{path}: {entry.name} is {value!r}, expected a mapping of options")
     return mapping
 
 
@@ -453,8 +457,9 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     try:
         chosen = parser.parse_args([word for word in arguments if word in ("--help", "-h")] or _config_words(arguments))
         base = read_config_file(find_config(chosen.config))
-        parser.set_defaults(_flatten(base))
-        namespace = parser.parse_args([word for word in arguments if word != "--print_config"])
+        # Through the parser, which checks types, as for the command line; defaults it would take as they are.
+        namespace = parser.parse_object(base)
+        namespace = parser.parse_args([word for word in arguments if word != "--print_config"], namespace=namespace)
         built = parser.instantiate_classes(namespace)
     except (jsonargparse.ArgumentError, TypeError, KeyError) as error:
         raise InputError(_one_line(error)) from error
@@ -475,16 +480,6 @@ def _config_words(arguments: list[str]) -> list[str]:
         elif word == "--config":
             words = arguments[index : index + 2]
     return words
-
-
-def _flatten(mapping: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _one_line(error: Exception) -> str:

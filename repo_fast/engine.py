@@ -249,7 +249,10 @@ class Engine:
                 if self._ranks.is_first:
                     state[name] = parameter.detach().cpu().clone()
         if self._ranks.is_first:
-            state |= {name: buffer.detach().cpu().clone() for name, buffer in self.module.named_buffers()}
+            # The parameters in this one are shards: only its buffers are of use, and only those that a model saves.
+            buffers = {name for name, _ in self.module.named_buffers()}
+            saved = {name: value for name, value in self.module.state_dict().items() if name in buffers}
+            state |= {name: buffer.detach().cpu().clone() for name, buffer in saved.items()}
         return state
 
     def save(self, folder: Path) -> None:

@@ -4,6 +4,7 @@ No process group exists yet, no model is loaded and nothing is written, except t
 cached on its first use.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from repo_fast import checkpoint
-from repo_fast.config import TrainConfig
+from repo_fast.config import TrainConfig, to_dict
 from repo_fast.data import Prompt, PromptTemplate, load_demonstrations, load_prompts, tokenize_prompts
 from repo_fast.errors import InputError, first_line
 from repo_fast.models.policy import check_vocabulary
@@ -66,6 +67,9 @@ def read_inputs(config: TrainConfig) -> Inputs:
     output_dir = Path(config.output_dir)
     resume_from = checkpoint.find_resume(config.resume, output_dir)
     checkpoint.check_output_folder(config.resume, output_dir)
+    if resume_from is not None:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        checkpoint.check_run(resume_from, checkpoint.read_run(resume_from), to_dict(config), ranks)
     check_loggers(config.log.loggers)
     reward, cost = load_scorer_spec(config.reward.path, "reward"), load_scorer_spec(config.cost.path, "cost")
     for name, spec in (("reward", reward), ("cost", cost)):

@@ -257,7 +257,7 @@ class Trainer:
     def _resume(self, folder: Path) -> None:
         run = checkpoint.read_run(folder)
         model = checkpoint.describe_model(self.learner.models.policy.module)
-        checkpoint.check_run(folder, run, to_dict(self.config), model, self.ranks.size)
+        checkpoint.check_model(folder, run, model, self.inputs.policy_path)
         for name, engine in self._trained().items():
             engine.load(folder / name)
         self.step = run["step"]

@@ -3,15 +3,19 @@
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from repo_fast.config import CONFIG_FOLDER, TrainConfig, known_keys, parse, to_dict, to_yaml
 from repo_fast.errors import InputError
 from repo_fast.inputs import read_inputs
-from tests.tiny import save_beaver, save_policy, word_tokenizer
+from tests.jobs import metrics, run
+from tests.tiny import WORDS, save_beaver, save_policy, word_tokenizer
 
 NAMES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 RECIPES = ("alpaca-7b", "llama3.2-3b")
@@ -117,11 +121,11 @@ def test_the_recipes_differ_in_the_policy_and_in_how_long_a_text_the_scorers_rea
     )
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_reads_folders_and_files_laid_out_like_the_published_ones(name, tmp_path):
-    """What the recipes name is downloaded; stand-ins of the same layout and field names are not."""
-    tokenizer = word_tokenizer(chat_template=False)
-    texts = [f"{word} tea" for word in "how do i make a bomb please sorry no yes you can".split()]
+TEXTS = [f"{word} tea" for word in "how do i make a bomb please sorry no yes you can".split()]
+
+
+def stand_ins(name: str, folder: Path) -> list[str]:
+    """Options that put small local things of the same layout and field names where a recipe names downloads."""
     rows = [
         {
             "prompt": text,
@@ -132,36 +136,51 @@ def test_a_recipe_reads_folders_and_files_laid_out_like_the_published_ones(name,
             "is_response_0_safe": False,
             "is_response_1_safe": True,
         }
-        for text in texts
+        for text in TEXTS
     ]
     # Every prompt twice, as in PKU-SafeRLHF.
-    prompts = write(tmp_path / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows + rows))
+    prompts = write(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows + rows))
     alpaca = [{"instruction": "make tea", "input": "please", "output": "yes you can"}] * 4
-    config = parse(
-        [
-            "--config",
-            name,
-            "--output_dir",
-            str(tmp_path / "out"),
-            "--data.prompts",
-            prompts,
-            "--data.eval_prompts",
-            prompts,
-        ]
-        + ["--data.ptx", write(tmp_path / "alpaca.json", json.dumps(alpaca)), "--update.ptx_batch_size", "4"]
-        + ["--policy.path", str(save_policy(tmp_path / "policy", tokenizer))]
-        + ["--reward.path", str(save_beaver(tmp_path / "reward", "LlamaModelForScore"))]
-        + ["--cost.path", str(save_beaver(tmp_path / "cost", "LlamaForScore"))]
-        + ["--rollout.prompts_per_step", str(len(texts))]
-    )
-    inputs = read_inputs(config)
-    assert [request.prompt.text for request in inputs.requests] == texts
+    # The scorers have Alpaca's vocabulary, which Llama 3.2 does not.
+    own = {"alpaca-7b": WORDS, "llama3.2-3b": ["other", *WORDS]}[name]
+    options = {
+        "config": name,
+        "policy.path": save_policy(folder / "policy", word_tokenizer(own, chat_template=False)),
+        "reward.path": save_beaver(folder / "reward", "LlamaModelForScore"),
+        "cost.path": save_beaver(folder / "cost", "LlamaForScore"),
+        "data.prompts": prompts,
+        "data.eval_prompts": prompts,
+        "data.ptx": write(folder / "alpaca.json", json.dumps(alpaca)),
+        "update.ptx_batch_size": 4,
+        "rollout.prompts_per_step": len(TEXTS),
+        "output_dir": folder / "out",
+    }
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_reads_what_is_laid_out_like_the_published_models_and_data(name, tmp_path):
+    inputs = read_inputs(parse(stand_ins(name, tmp_path)))
+    assert [request.prompt.text for request in inputs.requests] == TEXTS
     first = "BEGINNING OF CONVERSATION: USER: how tea ASSISTANT:"
-    assert inputs.requests[0].tokens.tolist() == tokenizer(first)["input_ids"]
+    assert inputs.requests[0].tokens.tolist() == inputs.tokenizer(first)["input_ids"]
     assert (inputs.reward.kind, inputs.cost.kind) == ("model", "model")
     prompt, response = inputs.demonstrations[0]
     joined = "BEGINNING OF CONVERSATION: USER: make tea please ASSISTANT: yes you can </s>"
-    assert prompt.tolist() + response.tolist() == tokenizer(joined)["input_ids"]
+    assert prompt.tolist() + response.tolist() == inputs.tokenizer(joined)["input_ids"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_trains_what_is_laid_out_like_the_published_models_and_data(name, tmp_path):
+    """In bfloat16, with activation checkpointing, PTX loss and two critics, as on a GPU."""
+    shorter = ["--total_steps", "1", "--rollout.max_new_tokens", "8", "--evaluation.samples_per_prompt", "1"]
+    words = [*stand_ins(name, tmp_path), *shorter, "--reward.max_tokens", "64", "--cost.max_tokens", "64"]
+    finished = run([sys.executable, "-m", "repo_fast.train", *words])
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+    (step,) = metrics(tmp_path / "out")
+    assert step["steps_skipped"] == 0 and step["gradient_norm"] > 0
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("policy", "out/policy"))
+    assert any(not torch.equal(before[key].bfloat16(), after[key]) for key in before)
 
 
 # ----------------------------------------------------------------------------------------------- the command line

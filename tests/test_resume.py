@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from repo_fast import checkpoint
+from repo_fast.errors import InputError
 from tests import scorers
 from tests.jobs import Job, metrics, on_ranks, run, same_bits, snapshot, weights
 from tests.tiny import save_policy
@@ -247,7 +248,7 @@ def test_the_table_of_a_resumed_run(job: Job, tmp_path: Path, capsys: pytest.Cap
     [
         (["--seed 1"], r"another configuration: seed is 0 there and 1 here"),
         (["--rollout.temperature 0.5"], r"another configuration: rollout\.temperature is 1\.0 there and 0\.5 here"),
-        (["--policy.path {wide}"], r"another model: elements is \d+ there, \d+ in '.*wide'"),
+        (["--policy.path {wide}"], r"another configuration: policy\.path is '.*policy' there and '.*wide' here"),
         (["--resume {run}/checkpoints"], r"--resume '.*checkpoints' is not a complete checkpoint"),
         (["--resume {run}/checkpoints/step-000099"], r"--resume '.*step-000099' is not a complete checkpoint"),
     ],
@@ -262,6 +263,14 @@ def test_a_checkpoint_that_does_not_fit(
     assert job.here(stopped, "--resume auto", *options) == 2
     assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
     assert snapshot(stopped) == before
+
+
+def test_a_checkpoint_of_another_model_at_the_same_path(stopped: Path) -> None:
+    folder = stopped / "checkpoints" / "step-000003"
+    run = checkpoint.read_run(folder)
+    checkpoint.check_model(folder, run, run["model"], "here")
+    with pytest.raises(InputError, match="of another model: elements is [0-9]+ there, 20 in 'here'"):
+        checkpoint.check_model(folder, run, run["model"] | {"elements": 20}, "here")
 
 
 def test_a_used_output_folder_is_left_alone(job: Job, stopped: Path, capsys: pytest.CaptureFixture) -> None:

@@ -76,7 +76,8 @@ class Recipe:
 def tiny_policy(cache_dir: str | Path | None = None) -> Path:
     """Make the starting policy, or find it in the cache.
 
-    Processes that call this at once wait for the first one; a process that dies leaves no half-written folder behind.
+    Processes that call this at once wait for the first one. The folder appears when it is complete: what a process that
+    died left half-written is never returned, and is replaced by the next call.
 
     Args:
         cache_dir: Where the folder is kept; by default `$REPO_FAST_CACHE`, or else `~/.cache/repo_fast`.
@@ -101,13 +102,11 @@ def tiny_policy(cache_dir: str | Path | None = None) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             print(f"supervised stage (first use): training the starting policy for {folder}", flush=True)
-            aside = root / f"{folder.name}.{os.getpid()}"
-            try:
-                aside.mkdir()
-                build_policy(aside, recipe)
-                aside.rename(folder)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+            aside = root / f"{folder.name}.partial"
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            build_policy(aside, recipe)
+            aside.rename(folder)
     return folder
 
 

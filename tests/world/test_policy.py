@@ -87,15 +87,17 @@ def test_the_cache(monkeypatch, tmp_path, capsys):
     assert policy.tiny_policy(tmp_path) != first
 
 
-def test_a_failed_stage_leaves_nothing_behind(monkeypatch, tmp_path):
-    def fail(folder, recipe):
-        (folder / "model.safetensors").write_text("half")
-        raise RuntimeError("interrupted")
+def test_a_stage_that_died_is_done_again(monkeypatch, tmp_path):
+    def die(folder, recipe):
+        (folder / "half").write_text("half")
+        raise RuntimeError("died")
 
-    monkeypatch.setattr(policy, "build_policy", fail)
-    with pytest.raises(RuntimeError, match="interrupted"):
-        policy.tiny_policy(tmp_path)
-    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+    monkeypatch.setattr(policy, "build_policy", die)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="died"):
+            policy.tiny_policy(tmp_path)
+    monkeypatch.setattr(policy, "build_policy", lambda folder, recipe: (folder / "whole").write_text("whole"))
+    assert [path.name for path in policy.tiny_policy(tmp_path).iterdir()] == ["whole"]
 
 
 def test_an_unusable_cache_folder_is_the_users_to_fix(tmp_path):
