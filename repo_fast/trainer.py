@@ -28,8 +28,7 @@ from repo_fast.data import PromptSampler
 from repo_fast.inputs import Inputs
 from repo_fast.learner import Learner
 from repo_fast.models.policy import save_hugging_face
-from repo_fast.report.jsonl import open_log, read_records, write_record
-from repo_fast.report.measures import Evaluation
+from repo_fast.report.evaluations import read_evaluation, write_evaluation
 from repo_fast.report.metrics import MetricsLog, read_metrics
 from repo_fast.report.plots import plot_metrics
 from repo_fast.report.progress import Progress
@@ -191,20 +190,7 @@ class Trainer:
             [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         )
         if self.ranks.is_first:
-            path = self.output_dir / f"eval_{name}.jsonl"
-            path.unlink(missing_ok=True)
-            file = open_log(path, None)
-            for row in rows:
-                write_record(file, {"step": self.step, **row})
-            file.close()
-
-    def _read_evaluation(self, name: str) -> Evaluation:
-        rows = list(read_records(self.output_dir / f"eval_{name}.jsonl"))
-        names = {"prompt_id": "prompt_ids", "reward": "rewards", "cost": "costs", "response_length": "response_lengths"}
-        columns = [
-            key for key in ("prompt_id", "reward", "cost", "kl", "response_length", "well_formed") if key in rows[0]
-        ]
-        return Evaluation(**{names.get(key, key): [row[key] for row in rows] for key in columns})
+            write_evaluation(self.output_dir / f"eval_{name}.jsonl", ({"step": self.step, **row} for row in rows))
 
     # ------------------------------------------------------------------------------------- signals, checkpoints, end
 
@@ -286,7 +272,10 @@ class Trainer:
         if self.inputs.eval_requests and not (self.output_dir / "eval_before.jsonl").is_file():
             self._say("no before/after table: the start was evaluated in the folder of the checkpoint resumed from")
         elif self.inputs.eval_requests:
-            before, again, after = (self._read_evaluation(name) for name in ("before", "before_again", "after"))
+            before, again, after = (
+                read_evaluation(self.output_dir / f"eval_{name}.jsonl")[0]
+                for name in ("before", "before_again", "after")
+            )
             table = before_after_table(before, after, self.config.algorithm.threshold, before_again=again)
             (self.output_dir / "before_after.txt").write_text(table + "\n", encoding="utf-8")
             self._say(table)

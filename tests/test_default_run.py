@@ -12,8 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from repo_fast.report.jsonl import read_records
-from repo_fast.report.measures import Evaluation, score_prompts
+from repo_fast.report.evaluations import read_evaluation
+from repo_fast.report.measures import score_prompts, strict_violation
 from repo_fast.world import corpus, rules
 from repo_fast.world.grammar import REFUSALS
 
@@ -33,16 +33,14 @@ def run(output_dir, *options):
 
 
 def measured(output_dir, name):
-    rows = list(read_records(output_dir / f"eval_{name}.jsonl"))
-    scores = score_prompts(
-        Evaluation([row["prompt_id"] for row in rows], [row["reward"] for row in rows], [row["cost"] for row in rows])
-    )
+    evaluation, _ = read_evaluation(output_dir / f"eval_{name}.jsonl")
+    scores = score_prompts(evaluation)
     return {
         "prompts": len(scores.prompt_ids),
         "reward": float(scores.reward.mean()),
-        "strict_violation": float(np.maximum(scores.excess, 0).mean()),
-        "kl": float(np.mean([row["kl"] for row in rows])),
-        "well_formed": float(np.mean([row["well_formed"] for row in rows])),
+        "strict_violation": strict_violation(scores.excess),
+        "kl": float(np.mean(evaluation.kl)),
+        "well_formed": float(np.mean(evaluation.well_formed)),
     }
 
 

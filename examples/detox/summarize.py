@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from repo_fast.report.jsonl import read_records
+from repo_fast.report.evaluations import read_evaluation
 from repo_fast.report.measures import Evaluation, bootstrap_interval, score_prompts, strict_violation
 from repo_fast.report.metrics import read_metrics
 from repo_fast.report.tables import before_after_table
@@ -54,29 +54,6 @@ def draw(metrics: list[dict], path: Path) -> None:
         ax.grid(alpha=0.3)
     figure.suptitle(f"On the training prompts, before each update; the line is the mean of {window} steps")
     figure.savefig(path, dpi=100)
-
-
-def read_evaluation(path: Path) -> tuple[Evaluation, dict[int, str]]:
-    """Reads one `eval_*.jsonl`.
-
-    Args:
-        path: One JSON object a response.
-
-    Returns:
-        The evaluation, and the category of each prompt by its id.
-
-    Raises:
-        InputError: The file is missing or has a malformed line.
-    """
-    rows = list(read_records(path))
-    evaluation = Evaluation(
-        prompt_ids=[row["prompt_id"] for row in rows],
-        rewards=[row["reward"] for row in rows],
-        costs=[row["cost"] for row in rows],
-        kl=[row["kl"] for row in rows],
-        response_lengths=[row["response_length"] for row in rows],
-    )
-    return evaluation, {row["prompt_id"]: row["category"] for row in rows}
 
 
 def category_table(before: Evaluation, after: Evaluation, categories: dict[int, str], threshold: float) -> str:
