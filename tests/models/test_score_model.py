@@ -25,11 +25,17 @@ from transformers import (
 )
 
 from repo_fast.errors import InputError
-from repo_fast.models.score_model import ScoreModel, check_packing
+from repo_fast.models.score_model import ScoreModel
+from repo_fast.models.trunk import check_packing
 from tests.tiny import save_beaver, save_policy, save_sequence_classifier
 
 CPU = torch.device("cpu")
 SEQUENCES = [torch.tensor(ids) for ids in ([1, 12, 13], [7], [1, 9, 8, 2], [5, 5, 5, 5, 5, 5, 0], [2, 2])]
+
+
+def reading_last(model):
+    """A model as `check_packing` runs it: scored at the end of its row of six tokens."""
+    return lambda ids, positions: model(ids, positions, torch.tensor([5]))
 
 
 def packed(sequences):
@@ -119,7 +125,7 @@ def test_sequence_classifiers_score_as_their_own_class_does(tmp_path, kind):
         expected = torch.cat([reference(s[None]).logits[:, 0] for s in SEQUENCES if s[-1] != 0])
     got = scores(load(path))
     torch.testing.assert_close(got[[0, 1, 2, 4]], expected, rtol=1e-4, atol=1e-5)
-    check_packing(load(path), "the model", CPU)
+    check_packing(reading_last(load(path)), "the model", CPU)
 
 
 def test_company_does_not_change_a_score(tmp_path):
@@ -154,8 +160,8 @@ def test_a_trunk_that_cannot_be_packed_is_refused():
         def forward(self, input_ids, position_ids, attention_mask, use_cache):
             return self.bloom(input_ids=input_ids, use_cache=False)
 
-    with pytest.raises(InputError, match="the cost model cannot be scored packed"):
-        check_packing(ScoreModel(IgnoresPositions(), torch.randn(1, 32)).eval(), "the cost model", CPU)
+    with pytest.raises(InputError, match="the cost model cannot be run packed"):
+        check_packing(reading_last(ScoreModel(IgnoresPositions(), torch.randn(1, 32)).eval()), "the cost model", CPU)
 
 
 def test_bfloat16_scores_are_computed_in_float32(tmp_path):
@@ -250,9 +256,12 @@ def test_pickled_code_is_never_run(tmp_path, monkeypatch):
 
 
 ZERO3 = """
-import sys, torch, deepspeed
+import sys, torch
+import repo_fast.engine  # keeps DeepSpeed from compiling its all-reduce for CPUs
+import deepspeed
 from transformers.integrations import HfDeepSpeedConfig
-from repo_fast.models.score_model import ScoreModel, check_packing
+from repo_fast.models.score_model import ScoreModel
+from repo_fast.models.trunk import check_packing
 deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": {
     "stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0}}
@@ -263,7 +272,8 @@ for path, out in zip(sys.argv[1::2], sys.argv[2::2]):
     sharded = model.trunk.embed_tokens.weight.numel() == 0
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
-    check_packing(engine, "model", torch.device("cpu"))
+    last = torch.tensor([5])
+    check_packing(lambda ids, positions: engine(ids, positions, last), "model", torch.device("cpu"))
     ids, positions, last = torch.load("packed.pt")
     with torch.no_grad():
         scores = engine(ids, positions, last)
