@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from tests import scorers
 from tests.jobs import Job
@@ -11,6 +12,8 @@ from tests.jobs import Job
 def pytest_configure() -> None:
     # A spinning thread pool slows every other process of a test that starts several.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # As the processes that tests start: runs of one and of two threads differ in their last bits.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
