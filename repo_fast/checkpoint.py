@@ -54,7 +54,15 @@ def check_output_folder(resume: str | None, output_dir: Path) -> None:
     """Raise `InputError` where a new run would write over an old one."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {str(output_dir)!r} is a file, expected a folder")
-    if resume is None and (output_dir / "config.yaml").exists():
+    used = (output_dir / "config.yaml").exists()
+    if used and resume not in (None, "auto"):
+        newest = checkpoints(output_dir)[-1:]
+        if [path.resolve() for path in newest] != [Path(resume).resolve()]:
+            raise InputError(
+                f"--resume {resume!r} into --output_dir {str(output_dir)!r}, which holds another run or newer "
+                "checkpoints, expected a new folder, or --resume auto"
+            )
+    if resume is None and used:
         raise InputError(
             f"--output_dir {str(output_dir)!r} holds a run already, expected a new folder, or --resume auto to go on"
         )

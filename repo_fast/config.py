@@ -249,7 +249,7 @@ class TrainConfig:
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     policy_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic_optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(learning_rate=5e-6, schedule="constant", weight_decay=0.0)
+        default_factory=lambda: OptimizerConfig(learning_rate=5e-6, schedule="constant", warmup=0.0, weight_decay=0.0)
     )
     update: UpdateConfig = field(default_factory=UpdateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

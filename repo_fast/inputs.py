@@ -67,8 +67,8 @@ def read_inputs(config: TrainConfig) -> Inputs:
     output_dir = Path(config.output_dir)
     resume_from = checkpoint.find_resume(config.resume, output_dir)
     checkpoint.check_output_folder(config.resume, output_dir)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if resume_from is not None:
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
         checkpoint.check_run(resume_from, checkpoint.read_run(resume_from), to_dict(config), ranks)
     check_loggers(config.log.loggers)
     reward, cost = load_scorer_spec(config.reward.path, "reward"), load_scorer_spec(config.cost.path, "cost")
@@ -100,6 +100,12 @@ def read_inputs(config: TrainConfig) -> Inputs:
         raise InputError(
             f"rollout.prompts_per_step is {config.rollout.prompts_per_step}, expected at most the {len(requests)} "
             f"prompts of {data.prompts}"
+        )
+    responses = config.rollout.prompts_per_step * config.rollout.responses_per_prompt
+    if config.update.minibatches > responses // ranks:
+        raise InputError(
+            f"update.minibatches is {config.update.minibatches}, expected at most the {responses // ranks} responses "
+            f"that each of {ranks} ranks has in a step"
         )
     eval_requests = tokenized(held_out, str(data.eval_prompts)) if held_out else []
     demonstrations = _demonstrations(config, template, notes) if data.ptx is not None else []

@@ -25,6 +25,7 @@ from repo_fast.assembly import build_models
 from repo_fast.collectives import Ranks
 from repo_fast.config import TrainConfig, to_dict, to_yaml
 from repo_fast.data import PromptSampler
+from repo_fast.errors import InputError
 from repo_fast.inputs import Inputs
 from repo_fast.learner import Learner
 from repo_fast.models.policy import save_hugging_face
@@ -122,6 +123,8 @@ class Trainer:
         for name, scorer in self.scorers.items():
             with self.ranks.together(f"the {name}"):
                 scores[name] = scorer.score(rollout)
+                if not scores[name].isfinite().all():
+                    raise InputError(f"the {name} model gave a score that is not finite, expected numbers")
         return scores
 
     def _log_step(

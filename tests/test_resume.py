@@ -279,3 +279,15 @@ def test_a_used_output_folder_is_left_alone(job: Job, stopped: Path, capsys: pyt
     assert job.here(stopped) == 2
     assert re.fullmatch(r"error: --output_dir '.*' holds a run already, .*--resume auto.*\n", capsys.readouterr().err)
     assert snapshot(stopped) == before
+
+
+def test_a_checkpoint_is_not_resumed_into_another_runs_folder(
+    job: Job, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("seed: 7\n")
+    capsys.readouterr()
+    newest = checkpoint.checkpoints(stopped)[-1]
+    assert job.here(tmp_path / "other", f"--resume {newest}") == 2
+    assert re.fullmatch(r"error: --resume .* holds another run or newer checkpoints, .*\n", capsys.readouterr().err)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["config.yaml"]
