@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repo_fast.ops.chunked import gradient_dtype
 from repo_fast.ops.dispatch import implementation
+from repo_fast.ops.sweep import gradient_dtype
 
 
 def _dispatched(function: Callable[..., Any]) -> Any:

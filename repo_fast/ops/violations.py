@@ -40,6 +40,22 @@ def prompt_violations(costs: Tensor, prompt_ids: Tensor, scope: str, threshold: 
     return means - threshold
 
 
+def response_violations(
+    op: str,
+    costs: Tensor | None,
+    prompt_ids: Tensor | None,
+    scope: str,
+    threshold: float,
+    violations: Tensor | None,
+) -> Tensor:
+    """The violations that the fused op works with: a copy of those given, or those of `costs` and `prompt_ids`."""
+    if violations is not None:
+        return violations.clone()  # an output of the op must not be one of its inputs
+    if costs is None or prompt_ids is None:
+        raise ValueError(f"{op}: give violations, or costs and prompt_ids")
+    return prompt_violations(costs, prompt_ids, scope, threshold)
+
+
 def gather_responses(costs: Tensor, prompt_ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, slice]:
     """All ranks' costs and prompt ids in rank order, and where this rank's are. Ranks may differ in S, even be 0."""
     world = dist.get_world_size(group)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from repo_fast.ops import chunked
+from repo_fast.ops import chunked, sweep
 
 
 @pytest.fixture(params=["one chunk", "many chunks"])
@@ -14,7 +14,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def split_finely(monkeypatch: pytest.MonkeyPatch, rows: int = 8) -> None:
-    monkeypatch.setattr(chunked, "CPU_MIN_ROWS", rows)
-    monkeypatch.setattr(chunked, "CPU_CHUNK_ROWS", rows)
+    monkeypatch.setattr(sweep, "CPU_MIN_ROWS", rows)
+    monkeypatch.setattr(sweep, "CPU_CHUNK_ROWS", rows)
     monkeypatch.setattr(chunked, "CPU_BLOCK_ELEMENTS", 100)
-    monkeypatch.setattr(chunked, "SLAB_ELEMENTS", 1000)
+    monkeypatch.setattr(sweep, "SLAB_ELEMENTS", 1000)

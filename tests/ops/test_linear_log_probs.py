@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from repo_fast.ops import chunked, linear_log_probs, reference
+from repo_fast.ops import chunked, linear_log_probs, reference, sweep
 from tests.ops.cases import assert_log_probs_are_exact, make_case, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,8 +31,8 @@ def test_exact(dtype: torch.dtype, V: int, logits: str, chunks: str) -> None:
 )
 def test_exact_at_any_shape(T: int, D: int, V: int, ignored: float, temperature: float, logits: str, seed: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "CPU_MIN_ROWS", 1 + seed % 7)
-        patch.setattr(chunked, "CPU_CHUNK_ROWS", 1 + seed % 7)
+        patch.setattr(sweep, "CPU_MIN_ROWS", 1 + seed % 7)
+        patch.setattr(sweep, "CPU_CHUNK_ROWS", 1 + seed % 7)
         patch.setattr(chunked, "CPU_BLOCK_ELEMENTS", 2 * V)
         assert_log_probs_are_exact(make_case(seed, T, D, V, logits=logits, ignored=ignored), temperature)
 
@@ -130,7 +130,7 @@ def test_inference_mode_and_checkpointing() -> None:
 def test_rows_near_certainty_are_not_positive() -> None:
     # bfloat16 rounds logits of 16 to 32 in steps of 1/8: the target's exact logit may exceed the rounded maximum.
     hidden = torch.randn(300, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    weight = torch.zeros(chunked.BFLOAT16_MIN_VOCABULARY, 64, dtype=torch.bfloat16)
+    weight = torch.zeros(sweep.BFLOAT16_MIN_VOCABULARY, 64, dtype=torch.bfloat16)
     weight[:10] = hidden[:10] / 2.3
     targets = (hidden @ weight.T).argmax(1)
     log_probs = linear_log_probs(hidden, weight, targets)

@@ -16,6 +16,7 @@ from repo_fast.ops import (
     prompt_violations,
     rectified_policy_loss,
     reference,
+    sweep,
 )
 from tests.ops.cases import (
     Case,
@@ -74,8 +75,8 @@ def test_fused_is_exact_at_any_shape(
     T: int, D: int, V: int, S: int, ignored: float, options: dict[str, Any], logits: str, seed: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "CPU_MIN_ROWS", 1 + seed % 7)
-        patch.setattr(chunked, "CPU_CHUNK_ROWS", 1 + seed % 7)
+        patch.setattr(sweep, "CPU_MIN_ROWS", 1 + seed % 7)
+        patch.setattr(sweep, "CPU_CHUNK_ROWS", 1 + seed % 7)
         patch.setattr(chunked, "CPU_BLOCK_ELEMENTS", 2 * V)
         assert_fused_is_exact(make_case(seed, T, D, V, S, logits=logits, ignored=ignored), options)
 
@@ -315,8 +316,8 @@ def test_any_chunk_size_gives_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> 
     scale = loss_scale(case, options)
     whole = run_fused(case, options)
     for rows, elements in ((1, 1), (7, 1000), (64, 10**6), (199, 301)):
-        monkeypatch.setattr(chunked, "CPU_MIN_ROWS", rows)
-        monkeypatch.setattr(chunked, "CPU_CHUNK_ROWS", rows)
+        monkeypatch.setattr(sweep, "CPU_MIN_ROWS", rows)
+        monkeypatch.setattr(sweep, "CPU_CHUNK_ROWS", rows)
         monkeypatch.setattr(chunked, "CPU_BLOCK_ELEMENTS", elements)
         split = run_fused(case, options)
         assert abs(split[0].loss.item() - whole[0].loss.item()) <= 1e-6 * scale

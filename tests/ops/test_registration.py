@@ -16,6 +16,7 @@ from repo_fast.ops import (
     linear_log_probs,
     prompt_violations,
     rectified_policy_loss,
+    sweep,
 )
 from tests.ops.cases import Case, make_case
 
@@ -209,7 +210,7 @@ def test_all_logits_never_exist(dtype: torch.dtype) -> None:
     largest = [
         watch_fused(make_case(T=T, V=V, D=D, dtype=dtype, ignored=0.0), True, True).largest for T in (1024, 4096)
     ]
-    assert largest[0] == largest[1] == chunked.chunk_rows(torch.device("cpu"), V) * V
+    assert largest[0] == largest[1] == sweep.chunk_rows(torch.device("cpu"), V) * V
 
 
 def test_rows_that_are_ignored_cost_no_product() -> None:

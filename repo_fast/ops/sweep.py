@@ -1,0 +1,168 @@
+"""The loop over rows that the linear ops run, whatever their backend: the products are PyTorch's, and what happens to a
+chunk of logits between them is the backend's *row pass*. The [T, V] logits never exist:
+
+    rows with a target are compacted, then taken a chunk at a time:
+        logits = h·Wᵀ                        one product into one reused buffer [chunk, V]
+        row_pass(logits, h, start, stop)     statistics of each row; its logits overwritten by their gradient
+        dh = dlogits·W,  dW += dlogitsᵀ·h    two more products, each only if it is asked for
+
+Where the derivatives of the loss follow from the row itself (the fused policy loss), three products suffice;
+`linear_log_probs` learns them in its backward and computes the logits again: four. All ops and both directions use this
+loop and the same statistics, so one row gives the same bits in each of them.
+
+Precision. Row passes compute in float32, and sums over chunks are float32. In bfloat16 the product rounds the logits to
+8 bits; row passes therefore replace the target's logit by its own float32 dot product, *before* the maximum and the
+sum: mixing the two would make log-probabilities positive. In float16 operands are widened to float32 a slab of the
+vocabulary at a time and the logits' gradient stays float32: in float16 p/(V·T) would be 0, and PyTorch's float16
+products on CPUs take seconds. So no scaling by powers of two is needed here.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from repo_fast.ops.loss import select, valid_rows
+from repo_fast.ops.validation import IGNORED, check_range
+
+# A CPU chunk must be tall enough to hide the pass over dW that each chunk costs; a GPU wants ~4096 rows to be busy.
+CPU_CHUNK_ROWS = 512
+CPU_CHUNK_ELEMENTS = 1 << 24
+CPU_MIN_ROWS = 256
+GPU_CHUNK_ROWS = 4096
+GPU_CHUNK_ELEMENTS = 1 << 29
+# On a GPU rows of logits start at multiples of this: V = 32001 would leave them unaligned for vector loads and TMA.
+GPU_ALIGNMENT_BYTES = 128
+# With fewer columns, bfloat16 operands are widened as well: that costs little, and rounding errors do not average out.
+BFLOAT16_MIN_VOCABULARY = 1024
+# Elements of the weight that are widened at a time.
+SLAB_ELEMENTS = 1 << 22
+
+RowPass = Callable[[Tensor, Tensor, int, int], None]
+"""`row_pass(logits, hidden, start, stop)` for valid rows start to stop, of which there are R: logits [R, V] with unit
+stride along V, in `product_dtype`; hidden [R, D] in the same dtype. Overwrites the logits if a gradient is wanted.
+"""
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that the fused op keeps gradients in until the backward knows their scale: float16 would lose them."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of the operands of the products, and of the buffer of logits."""
+    wide = weight.dtype != torch.bfloat16 or weight.shape[0] < BFLOAT16_MIN_VOCABULARY
+    return torch.float32 if wide else torch.bfloat16
+
+
+def chunk_rows(device: torch.device, V: int) -> int:
+    """Rows of logits that are held at a time. Depends on nothing else, so that all ops split rows alike."""
+    if device.type == "cpu":
+        return max(CPU_MIN_ROWS, min(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // V))
+    return max(1, min(GPU_CHUNK_ROWS, GPU_CHUNK_ELEMENTS // V))
+
+
+def logits_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised [rows, V] with unit stride along V, whose rows a GPU can load in whole vectors."""
+    if device.type == "cpu":
+        return torch.empty(rows, V, dtype=dtype, device=device)
+    alignment = GPU_ALIGNMENT_BYTES // dtype.itemsize
+    return torch.empty(rows, -(-V // alignment) * alignment, dtype=dtype, device=device)[:, :V]
+
+
+def find_rows(op: str, targets: Tensor, V: int) -> Tensor | None:
+    """Indices of the rows that are not ignored, None if all. Reads their number back to the host, the one time.
+
+    Raises:
+        ValueError: a target of theirs is outside [0, V). Not looked at on a GPU.
+    """
+    rows = valid_rows(targets != IGNORED)
+    check_range(op, "targets that are not -100", select(targets, rows), 0, V, "V")
+    return rows
+
+
+def sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor | None,
+    row_pass: RowPass,
+    need_hidden: bool = False,
+    need_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Takes the valid rows of `hidden` [T, D] (None: all) past `weight` [V, D], a chunk at a time.
+
+    Returns:
+        (grad_hidden [T, D], grad_weight [V, D]), or empty where not needed. Both are in `gradient_dtype`, or in float32
+        where rounding must wait.
+    """
+    (V, D), device = weight.shape, hidden.device
+    N = hidden.shape[0] if rows is None else rows.numel()
+    dtype = product_dtype(weight)
+    chunk = max(1, min(chunk_rows(device, V), N))
+    one_product = 0 < N <= chunk
+
+    grad_hidden = torch.empty(0, dtype=gradient_dtype(hidden.dtype), device=device)
+    grad_weight = torch.empty(0, dtype=gradient_dtype(weight.dtype), device=device)
+    if need_hidden:
+        new_hidden = torch.empty if rows is None else torch.zeros
+        grad_hidden = new_hidden(hidden.shape, dtype=grad_hidden.dtype, device=device)
+    if need_weight:
+        new_weight = torch.empty if one_product else torch.zeros
+        grad_weight = new_weight((V, D), dtype=dtype if one_product else torch.float32, device=device)
+
+    logits = logits_buffer(chunk, V, dtype, device)
+    for start in range(0, N, chunk):
+        stop = min(start + chunk, N)
+        h = (hidden[start:stop] if rows is None else hidden.index_select(0, rows[start:stop])).to(dtype)
+        z = logits[: stop - start]
+        for part, w in _slabs(weight):
+            torch.mm(h, w.t(), out=z[:, part])
+        row_pass(z, h, start, stop)
+        if need_hidden:
+            _store_grad_hidden(grad_hidden, z, weight, start, stop, rows)
+        if need_weight:
+            if one_product:
+                torch.mm(z.t(), h, out=grad_weight)
+            else:
+                _add_product(grad_weight, z.t(), h)
+    return grad_hidden, grad_weight
+
+
+def _slabs(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in the dtype of the products: itself, or widened slabs of its rows."""
+    V, D = weight.shape
+    if weight.dtype == product_dtype(weight):
+        yield slice(0, V), weight
+        return
+    step = max(1, SLAB_ELEMENTS // max(D, 1))
+    for start in range(0, V, step):
+        part = slice(start, min(start + step, V))
+        yield part, weight[part].float()
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, where `total` is float32 and the operands may be narrower."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:  # no product with a wider result on CPUs: each chunk's is rounded once, their sum is not
+        total.add_(left @ right)
+
+
+def _store_grad_hidden(
+    grad_hidden: Tensor, dz: Tensor, weight: Tensor, start: int, stop: int, rows: Tensor | None
+) -> None:
+    """grad_hidden[valid rows start to stop] = dz @ weight."""
+    own = slice(start, stop)
+    direct = rows is None and grad_hidden.dtype == dz.dtype
+    product = grad_hidden[own] if direct else dz.new_empty(stop - start, grad_hidden.shape[1])
+    for part, w in _slabs(weight):
+        if part.start == 0:
+            torch.mm(dz[:, part], w, out=product)
+        else:
+            product.addmm_(dz[:, part], w)
+    if rows is not None:
+        grad_hidden.index_copy_(0, rows[own], product.to(grad_hidden.dtype))
+    elif not direct:
+        grad_hidden[own] = product
