@@ -2,10 +2,12 @@
 
 The extension is optional: without a working C++ compiler the installation says so on one line and goes on, and
 `repo_fast.ops` then runs its PyTorch backend on the CPU. No -march flag: a wheel must run on CPUs other than the
-builder's.
+builder's. Sources that need more than the baseline name their instruction set themselves, and are only called on CPUs
+that have it.
 """
 
 import sys
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
@@ -26,15 +28,22 @@ class OptionalBuildExt(build_ext):
             )
 
 
+def in_csrc(pattern: str) -> list[str]:
+    """Files in csrc/, relative to this one, as setuptools wants them."""
+    root = Path(__file__).parent
+    return sorted(path.relative_to(root).as_posix() for path in (root / "csrc").glob(pattern))
+
+
 setup(
     ext_modules=[
         Pybind11Extension(
             "repo_fast._C",
-            ["csrc/bindings.cpp", "csrc/generalized_advantages.cpp"],
-            depends=["csrc/generalized_advantages.h"],
+            in_csrc("*.cpp"),
+            depends=in_csrc("*.h"),
             include_dirs=["csrc"],
             cxx_std=17,
-            extra_compile_args=["/O2"] if sys.platform == "win32" else ["-O3"],
+            extra_compile_args=["/O2"] if sys.platform == "win32" else ["-O3", "-pthread"],
+            extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
             optional=True,
         )
     ],

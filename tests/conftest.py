@@ -5,8 +5,17 @@ import os
 import pytest
 import torch
 
-from tests import scorers
-from tests.jobs import Job
+# Triton decides when a kernel is defined whether its interpreter runs it. Its own (gluon's are imported by the first
+# launch) must be defined likewise; processes that tests start are not to inherit it.
+os.environ["TRITON_INTERPRET"] = "1"
+import triton.experimental.gluon  # noqa: E402, F401
+
+import repo_fast.ops.triton  # noqa: E402, F401
+
+del os.environ["TRITON_INTERPRET"]
+
+from tests import scorers  # noqa: E402
+from tests.jobs import Job  # noqa: E402
 
 
 def pytest_configure() -> None:

@@ -24,6 +24,7 @@ from repo_fast.ops.dispatch import available_backends, resolve
 from repo_fast.ops.validation import (
     check_choice,
     check_clip,
+    check_device,
     check_flag,
     check_linear,
     check_number,
@@ -172,15 +173,15 @@ def generalized_advantages(
     δ_t = r_t + γ·V_{t+1} − V_t and A_t = δ_t + γλ·A_{t+1}, where V and A are 0 past the end of the response.
 
     Args:
-        rewards: [T] float32, reward (or cost) of each token.
-        values: [T] float32, the critic's value of each token. No gradient flows.
+        rewards: [T] float32, reward (or cost) of each token; or [C, T], the streams of C critics in one call.
+        values: Like `rewards`, the critic's value of each token. No gradient flows.
         cu_seqlens: [S+1] int32: response i is tokens cu_seqlens[i] to cu_seqlens[i+1]; starts with 0 and ends with T.
         gamma: Discount γ in [0, 1].
         lam: λ_GAE in [0, 1].
         backend: "auto", or one of `available_backends("generalized_advantages")`.
 
     Returns:
-        (advantages [T], returns [T] = advantages + values), float32.
+        (advantages, returns = advantages + values), float32, each in the shape of `rewards`.
 
     Raises:
         TypeError: An argument of the wrong type or dtype.
@@ -188,13 +189,14 @@ def generalized_advantages(
             values of `cu_seqlens` are not looked at: if they are wrong, the results are NaN.
     """
     op = "generalized_advantages"
-    check_tensor(op, "rewards", rewards, (torch.float32,), ("T",))
-    check_vectors(op, rewards.shape[0], "T", rewards.device, values=values)
+    streams = isinstance(rewards, Tensor) and rewards.dim() == 2
+    check_tensor(op, "rewards", rewards, (torch.float32,), ("C", "T") if streams else ("T",))
+    check_tensor(op, "values", values, (torch.float32,), tuple(rewards.shape))
+    check_device(op, "values", values, rewards.device)
     check_tensor(op, "cu_seqlens", cu_seqlens, (torch.int32,), ("S+1",))
     if cu_seqlens.shape[0] == 0:
         raise ValueError(f"{op}: cu_seqlens must have at least one entry, 0, got shape [0]")
-    if cu_seqlens.device != rewards.device:
-        raise ValueError(f"{op}: cu_seqlens must be on {rewards.device} like rewards, got {cu_seqlens.device}")
+    check_device(op, "cu_seqlens", cu_seqlens, rewards.device)
     check_number(op, "gamma", gamma, 0.0, 1.0)
     check_number(op, "lam", lam, 0.0, 1.0)
     chosen = resolve(op, backend, rewards.device)

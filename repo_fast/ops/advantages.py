@@ -15,8 +15,8 @@ from repo_fast.ops.validation import check_cu_seqlens
 def generalized_advantages(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Implements the registered op in plain PyTorch: (advantages [T], returns [T])."""
-    T = rewards.numel()
+    """Implements the registered op in plain PyTorch: (advantages, returns), [T] or [C, T]."""
+    T = rewards.shape[-1]
     check_cu_seqlens("generalized_advantages", cu_seqlens, T)
     if T == 0:
         return torch.empty_like(rewards), torch.empty_like(rewards)
@@ -25,14 +25,14 @@ def generalized_advantages(
     ends = cu_seqlens[torch.searchsorted(cu_seqlens, positions, right=True).clamp_(max=cu_seqlens.numel() - 1)]
 
     next_values = torch.zeros_like(values)
-    next_values[:-1] = torch.where(positions[1:] < ends[:-1], values[1:], 0.0)
+    next_values[..., :-1] = torch.where(positions[1:] < ends[:-1], values[..., 1:], 0.0)
     advantages = rewards + gamma * next_values - values
     reach = 1
     decay = gamma * lam
     while reach < T:
         inside = positions[reach:] < ends[:-reach]
-        later = torch.where(inside, advantages[reach:], 0.0)
-        advantages = torch.cat([advantages[:-reach] + decay * later, advantages[-reach:]])
+        later = torch.where(inside, advantages[..., reach:], 0.0)
+        advantages = torch.cat([advantages[..., :-reach] + decay * later, advantages[..., -reach:]], dim=-1)
         decay *= decay
         reach *= 2
     if rewards.is_cuda:  # on the CPU it has been checked

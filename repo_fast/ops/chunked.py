@@ -16,7 +16,7 @@ from torch import Tensor
 
 from repo_fast.ops.loss import Objective, gather_tokens, select, token_loss, unsafe_fraction
 from repo_fast.ops.sweep import find_rows, gradient_dtype, sweep
-from repo_fast.ops.violations import response_violations
+from repo_fast.ops.violations import given_or_computed, prompt_violations
 
 # float32 elements of a block, small enough for two such buffers to stay in the cache of a CPU: the passes over the rows
 # take 54 ms instead of the 107 ms of one whole chunk (256 x 32001, one Zen 4 core). A GPU is filled by more.
@@ -198,7 +198,7 @@ def fused_rectified_policy_loss_and_gradients(
     op = "fused_rectified_policy_loss"
     objective = Objective(rectify, surrogate, clip_low, clip_high, kl_coefficient, reduction, entropy_coefficient)
     rows = find_rows(op, targets, weight.shape[0])
-    violations = response_violations(op, costs, prompt_ids, scope, threshold, violations)
+    violations = given_or_computed(violations, prompt_violations, costs, prompt_ids, scope, threshold)
     tokens = gather_tokens(
         op,
         rows,

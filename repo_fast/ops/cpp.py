@@ -1,22 +1,273 @@
-"""The CPU backend in C++: hands contiguous buffers to the extension `repo_fast._C` (sources in `csrc/`)."""
+"""The CPU backend in C++: hands buffers to the extension `repo_fast._C` (sources in `csrc/`). The matrix products stay
+PyTorch's (`sweep.py`); what happens to a chunk of logits between them, and everything on tokens and responses, is C++.
+
+Arrays are [T], read and written at the tokens in question: nothing is compacted but the rows of the products. As many
+threads run as PyTorch would use; results do not depend on their number.
+"""
 
 import importlib
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from repo_fast.ops.loss import valid_rows
+from repo_fast.ops.sweep import RowPass, find_rows, gradient_dtype, product_dtype, sweep
 from repo_fast.ops.validation import check_cu_seqlens
+from repo_fast.ops.violations import given_or_computed
 
 _C = importlib.import_module("repo_fast._C")
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory; bfloat16, which NumPy does not have, as uint16."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _vector(tensor: Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else _array(tensor.contiguous())
+
+
+def _matrix(tensor: Tensor) -> np.ndarray:
+    """As above, with unit stride along the rows."""
+    return _array(tensor if tensor.stride(1) == 1 else tensor.contiguous())
+
+
+def _linear_rows(weight: Tensor, targets: Tensor, rows: Tensor | None, temperature: float) -> Any:
+    narrow = product_dtype(weight) == torch.bfloat16
+    return _C.LinearRows(
+        _vector(targets),
+        _vector(rows),
+        _matrix(weight) if narrow else None,
+        weight.shape[0],
+        temperature,
+        torch.get_num_threads(),
+    )
+
+
+def _row_pass(function: Any, *arguments: Any) -> RowPass:
+    """function(*arguments, logits, hidden, start) on tensors; only bfloat16 logits need the hidden states."""
+
+    def run(logits: Tensor, hidden: Tensor, start: int, stop: int) -> None:
+        narrow = logits.dtype == torch.bfloat16
+        function(*arguments, _array(logits), _matrix(hidden) if narrow else None, start)
+
+    return run
+
+
+def linear_log_probs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Implements the registered op: (log_probs [T], entropy [T] or empty), one product."""
+    rows = find_rows("linear_log_probs", targets, weight.shape[0])
+    log_probs = torch.zeros(targets.shape, dtype=torch.float32)
+    entropy = torch.zeros(targets.shape if return_entropy else 0, dtype=torch.float32)
+    linear = _linear_rows(weight, targets, rows, temperature)
+    outputs = _array(log_probs), _array(entropy) if return_entropy else None
+    sweep(hidden, weight, rows, _row_pass(linear.log_probs, *outputs))
+    return log_probs, entropy
+
+
+def linear_log_probs_backward(
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Implements the registered op: (grad_hidden [T, D] or empty, grad_weight [V, D] or empty)."""
+    rows = find_rows("linear_log_probs", targets, weight.shape[0])
+    linear = _linear_rows(weight, targets, rows, temperature)
+    row_pass = _row_pass(linear.backward, _vector(grad_log_probs), _vector(grad_entropy))
+    grad_hidden, grad_weight = sweep(hidden, weight, rows, row_pass, need_hidden, need_weight)
+    return grad_hidden.to(hidden.dtype), grad_weight.to(hidden.dtype)
+
+
+def _policy_tokens(
+    op: str,
+    rows: Tensor | None,
+    old_log_probs: Tensor | None,
+    reward_advantages: Tensor,
+    cost_advantages: Tensor,
+    sequence_ids: Tensor,
+    violations: Tensor,
+    multiplier: Tensor,
+    rectify: bool,
+    surrogate: str,
+    clip_low: float,
+    clip_high: float,
+    ref_log_probs: Tensor | None,
+    kl_coefficient: float,
+    reduction: str,
+    denominator: Tensor | None,
+    importance_weights: Tensor | None,
+) -> Any:
+    return _C.PolicyTokens(
+        op,
+        _vector(rows),
+        _vector(old_log_probs),
+        _vector(reward_advantages),
+        _vector(cost_advantages),
+        _vector(sequence_ids),
+        _vector(violations),
+        multiplier.item(),
+        rectify,
+        surrogate == "mixed",
+        clip_low,
+        clip_high,
+        _vector(ref_log_probs) if kl_coefficient > 0 else None,
+        kl_coefficient,
+        reduction,
+        None if denominator is None else denominator.item(),
+        _vector(importance_weights),
+    )
+
+
+def rectified_policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    reward_advantages: Tensor,
+    cost_advantages: Tensor,
+    sequence_ids: Tensor,
+    violations: Tensor,
+    multiplier: Tensor,
+    rectify: bool,
+    surrogate: str,
+    clip_low: float,
+    clip_high: float,
+    ref_log_probs: Tensor | None,
+    kl_coefficient: float,
+    reduction: str,
+    denominator: Tensor | None,
+    importance_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Implements the registered op: (loss, clip_fraction, approx_kl, unsafe_fraction, d loss / d log_probs [T])."""
+    tokens = _policy_tokens(
+        "rectified_policy_loss",
+        valid_rows(sequence_ids != -1),
+        old_log_probs,
+        reward_advantages,
+        cost_advantages,
+        sequence_ids,
+        violations,
+        multiplier,
+        rectify,
+        surrogate,
+        clip_low,
+        clip_high,
+        ref_log_probs,
+        kl_coefficient,
+        reduction,
+        denominator,
+        importance_weights,
+    )
+    gradient = torch.zeros(log_probs.shape, dtype=torch.float32)
+    results = _C.rectified_policy_loss(tokens, _vector(log_probs), _array(gradient))
+    return *_scalars(results), gradient
+
+
+def _scalars(results: tuple[float, float, float, float]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, clip_fraction, approx_kl, unsafe_fraction) as float32 tensors."""
+    loss, clip_fraction, approx_kl, unsafe_fraction = (torch.tensor(result, dtype=torch.float32) for result in results)
+    return loss, clip_fraction, approx_kl, unsafe_fraction
+
+
+def fused_rectified_policy_loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_log_probs: Tensor | None,
+    reward_advantages: Tensor,
+    cost_advantages: Tensor,
+    sequence_ids: Tensor,
+    costs: Tensor | None,
+    prompt_ids: Tensor | None,
+    multiplier: Tensor,
+    scope: str,
+    threshold: float,
+    rectify: bool,
+    surrogate: str,
+    clip_low: float,
+    clip_high: float,
+    temperature: float,
+    ref_log_probs: Tensor | None,
+    kl_coefficient: float,
+    entropy_coefficient: float,
+    reduction: str,
+    denominator: Tensor | None,
+    violations: Tensor | None,
+    importance_weights: Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Implements the registered op, whose results it returns."""
+    op = "fused_rectified_policy_loss"
+    rows = find_rows(op, targets, weight.shape[0])
+    violations = given_or_computed(violations, prompt_violations, costs, prompt_ids, scope, threshold)
+    tokens = _policy_tokens(
+        op,
+        rows,
+        old_log_probs,
+        reward_advantages,
+        cost_advantages,
+        sequence_ids,
+        violations,
+        multiplier,
+        rectify,
+        surrogate,
+        clip_low,
+        clip_high,
+        ref_log_probs,
+        kl_coefficient,
+        reduction,
+        denominator,
+        importance_weights,
+    )
+    log_probs = torch.zeros(targets.shape, dtype=torch.float32)
+    entropy = torch.zeros_like(log_probs)
+    fused = _C.FusedPolicyLoss(
+        _linear_rows(weight, targets, rows, temperature),
+        tokens,
+        entropy_coefficient,
+        need_hidden or need_weight,
+        _array(log_probs),
+        _array(entropy),
+    )
+    grad_hidden, grad_weight = sweep(hidden, weight, rows, _row_pass(fused.row_pass), need_hidden, need_weight)
+    loss, clip_fraction, approx_kl, unsafe_fraction = _scalars(fused.results())
+    kept = gradient_dtype(hidden.dtype)
+    return (
+        loss,
+        log_probs,
+        entropy,
+        violations,
+        clip_fraction,
+        approx_kl,
+        unsafe_fraction,
+        grad_hidden.to(kept),
+        grad_weight.to(kept),
+    )
+
+
+def prompt_violations(costs: Tensor, prompt_ids: Tensor, scope: str, threshold: float) -> Tensor:
+    """Implements the registered op: [S] -> [S]."""
+    violations = torch.empty(costs.shape, dtype=torch.float32)
+    _C.prompt_violations(_vector(costs), _vector(prompt_ids), scope, threshold, _array(violations))
+    return violations
 
 
 def generalized_advantages(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Implements the registered op: (advantages [T], returns [T]), one backward loop over the tokens."""
-    check_cu_seqlens("generalized_advantages", cu_seqlens, rewards.numel())
+    """Implements the registered op: (advantages, returns), [T] or [C, T], one backward loop over the tokens of each."""
+    check_cu_seqlens("generalized_advantages", cu_seqlens, rewards.shape[-1])
     advantages = torch.empty(rewards.shape, dtype=torch.float32)
     returns = torch.empty(rewards.shape, dtype=torch.float32)
-    inputs = (tensor.detach().contiguous().numpy() for tensor in (rewards, values, cu_seqlens))
-    _C.generalized_advantages(*inputs, gamma, lam, advantages.numpy(), returns.numpy())
+    inputs = (_vector(tensor.reshape(-1)) for tensor in (rewards, values, cu_seqlens))
+    _C.generalized_advantages(*inputs, gamma, lam, _array(advantages.view(-1)), _array(returns.view(-1)))
     return advantages, returns

@@ -1,11 +1,13 @@
 """Which backend runs an op: the table of implementations, what can run here, and the choice behind `backend="auto"`.
 
 Every op is registered once (`registration.py`), whatever its backends; the registered op looks its implementation up
-here, so a new backend is a new row of `_MODULES` and the code it names. Implementations are imported when
-first used: importing `repo_fast.ops` needs neither Triton nor the C++ extension.
+here, so a new backend is a new row of `_MODULES` and the code it names. Implementations are imported when first used:
+importing `repo_fast.ops` needs neither Triton nor the C++ extension.
 """
 
 import importlib
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -16,16 +18,17 @@ import torch
 
 BACKENDS = ("triton", "cpp", "torch")
 
-# (public op, backend) -> the module that has it: there, a function with the name and the signature, without `backend`,
-# of each registered op that belongs to the public one, which are itself and those with the suffixes below.
-_MODULES = {
-    ("linear_log_probs", "torch"): "repo_fast.ops.chunked",
-    ("fused_rectified_policy_loss", "torch"): "repo_fast.ops.chunked",
-    ("rectified_policy_loss", "torch"): "repo_fast.ops.loss",
-    ("prompt_violations", "torch"): "repo_fast.ops.violations",
-    ("generalized_advantages", "torch"): "repo_fast.ops.advantages",
-    ("generalized_advantages", "cpp"): "repo_fast.ops.cpp",
+# Public op -> the module that implements it on the torch backend. Those of the other backends are one module each. In
+# it is a function with the name and the signature, without `backend`, of each registered op that belongs to the public
+# one, which are itself and those with the suffixes below.
+_TORCH_MODULES = {
+    "fused_rectified_policy_loss": "repo_fast.ops.chunked",
+    "generalized_advantages": "repo_fast.ops.advantages",
+    "linear_log_probs": "repo_fast.ops.chunked",
+    "prompt_violations": "repo_fast.ops.violations",
+    "rectified_policy_loss": "repo_fast.ops.loss",
 }
+_MODULES = {"triton": "repo_fast.ops.triton", "cpp": "repo_fast.ops.cpp"}
 _SUFFIXES = ("_backward", "_and_gradients")
 
 _AUTO_ORDER = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}  # ROCm devices are also called "cuda"
@@ -49,11 +52,18 @@ except ImportError as error:
     warnings.warn(f"{_CPP_MISSING}; until then backend='auto' uses torch on the CPU", stacklevel=2)
 
 
+_TRITON_MISSING = None
+if importlib.util.find_spec("triton") is None:
+    _TRITON_MISSING = "Triton is not installed: run `pip install triton` (Linux)"
+# Triton's interpreter runs kernels on CPU tensors: right, and a thousand times slower.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def available_backends(op: str | None = None) -> list[str]:
     """Lists the backends that can run on this machine.
 
     Args:
-        op: Name of a public op, such as `"linear_log_probs"`. Without it: the backends that can run at least one op.
+        op: Name of a public op, such as `"linear_log_probs"`. Every backend has every op: it is only checked.
 
     Returns:
         Names that `backend=` accepts besides `"auto"`, the preferred one first.
@@ -61,21 +71,15 @@ def available_backends(op: str | None = None) -> list[str]:
     Raises:
         ValueError: `op` is not the name of a public op.
     """
-    ops = {name for name, _ in _MODULES}
-    if op is not None and op not in ops:
-        raise ValueError(f"available_backends: op must be one of {sorted(ops)}, got {op!r}")
-    chosen = ops if op is None else {op}
-    return [backend for backend in BACKENDS if any(_why_not(name, backend) is None for name in chosen)]
+    if op is not None and op not in _TORCH_MODULES:
+        raise ValueError(f"available_backends: op must be one of {list(_TORCH_MODULES)}, got {op!r}")
+    on_gpu = torch.cuda.is_available() or INTERPRETED
+    return [name for name in BACKENDS if _why_not(name) is None and (name != "triton" or on_gpu)]
 
 
-def _why_not(op: str, backend: str) -> str | None:
-    """The reason why `backend` cannot run `op` on this machine, with what to do about it; None if it can."""
-    if (op, backend) not in _MODULES:
-        have = [name for name in BACKENDS if (op, name) in _MODULES]
-        return f"this version of repo_fast has no {backend} implementation of {op}: use backend='auto' or one of {have}"
-    if backend == "cpp":
-        return _CPP_MISSING
-    return None
+def _why_not(backend: str) -> str | None:
+    """The reason why `backend` is not installed, with what to do about it; None if it is."""
+    return {"cpp": _CPP_MISSING, "triton": _TRITON_MISSING}.get(backend)
 
 
 def resolve(op: str, backend: str, device: torch.device) -> str:
@@ -86,16 +90,18 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
     """
     if backend == "auto":
         for name in _AUTO_ORDER.get(device.type, ("torch",)):
-            if _why_not(op, name) is None:
+            if _why_not(name) is None:
                 return name
         return "torch"
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    reason = _why_not(op, backend)
+    reason = _why_not(backend)
     if reason is not None:
         raise ValueError(f"{op}: backend={backend!r} cannot run here: {reason}")
-    if backend == "cpp" and device.type != "cpu":
-        raise ValueError(f"{op}: backend='cpp' needs CPU tensors, got tensors on {device}: use backend='auto'")
+    needed = {"cpp": ("cpu",), "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",)}.get(backend)
+    if needed is not None and device.type not in needed:
+        kind = "CPU tensors" if backend == "cpp" else "tensors on a CUDA or ROCm GPU"
+        raise ValueError(f"{op}: backend={backend!r} needs {kind}, got tensors on {device}: use backend='auto'")
     return backend
 
 
@@ -105,6 +111,7 @@ def implementation(registered_op: str, backend: str) -> Callable[..., Any]:
     public_op = registered_op
     for suffix in _SUFFIXES:
         public_op = public_op.removesuffix(suffix)
-    if (public_op, backend) not in _MODULES:
-        raise ValueError(f"torch.ops.repo_fast.{registered_op}: no implementation for backend {backend!r}")
-    return getattr(importlib.import_module(_MODULES[public_op, backend]), registered_op)
+    if backend not in BACKENDS:
+        raise ValueError(f"torch.ops.repo_fast.{registered_op}: backend must be one of {BACKENDS}, got {backend!r}")
+    module = _MODULES.get(backend) or _TORCH_MODULES[public_op]
+    return getattr(importlib.import_module(module), registered_op)

@@ -50,7 +50,7 @@ def _(costs, prompt_ids, scope, threshold, backend):
 def generalized_advantages(
     rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, lam: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """-> advantages [T], returns [T]."""
+    """-> advantages, returns, each [T] or [C, T] like `rewards`."""
 
 
 @generalized_advantages.register_fake
@@ -212,8 +212,13 @@ def _(hidden, weight, targets, *others):
     return (*results, gradient(hidden, need_hidden), gradient(weight, need_weight))
 
 
-def _scale_in_place(buffer: Tensor, scale: Tensor) -> None:
-    """buffer *= scale, computed in float32. On the CPU, where looking costs nothing, a scale of 1 does nothing."""
+def _scale_in_place(buffer: Tensor, scale: Tensor, backend: str) -> None:
+    """buffer *= scale, computed in float32; nothing is done where that is 1. It is not read back from a GPU."""
+    if backend == "triton":
+        from repo_fast.ops.triton import scale_gradient
+
+        scale_gradient(buffer, scale)
+        return
     if buffer.is_cpu and scale.item() == 1.0:
         return
     if buffer.dtype == torch.float32:
@@ -229,7 +234,7 @@ class _FusedRectifiedPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         *arguments, backend = inputs
-        ctx.dtype = inputs[0].dtype
+        ctx.dtype, ctx.backend = inputs[0].dtype, backend
         ctx.needed = ctx.needs_input_grad[:2]
         *results, grad_hidden, grad_weight = fused_rectified_policy_loss_and_gradients(*arguments, *ctx.needed, backend)
         # Not among the saved tensors, so that the backward can let go of them.
@@ -255,7 +260,7 @@ class _FusedRectifiedPolicyLoss(torch.autograd.Function):
             if not ctx.needed[i]:
                 continue
             if type(buffer) is Tensor:
-                _scale_in_place(buffer, grad_loss)
+                _scale_in_place(buffer, grad_loss, ctx.backend)
                 gradients[i] = buffer.to(ctx.dtype)
             else:  # a tracer's tensor: compilers want no mutation, and reuse the memory by themselves
                 gradients[i] = (buffer.float() * grad_loss).to(ctx.dtype)

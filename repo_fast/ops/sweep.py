@@ -62,12 +62,10 @@ def chunk_rows(device: torch.device, V: int) -> int:
     return max(1, min(GPU_CHUNK_ROWS, GPU_CHUNK_ELEMENTS // V))
 
 
-def logits_buffer(rows: int, V: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised [rows, V] with unit stride along V, whose rows a GPU can load in whole vectors."""
-    if device.type == "cpu":
-        return torch.empty(rows, V, dtype=dtype, device=device)
-    alignment = GPU_ALIGNMENT_BYTES // dtype.itemsize
-    return torch.empty(rows, -(-V // alignment) * alignment, dtype=dtype, device=device)[:, :V]
+def row_pitch(V: int, dtype: torch.dtype, device: torch.device) -> int:
+    """From one row of logits to the next, in elements."""
+    alignment = 1 if device.type == "cpu" else GPU_ALIGNMENT_BYTES // dtype.itemsize
+    return -(-V // alignment) * alignment
 
 
 def find_rows(op: str, targets: Tensor, V: int) -> Tensor | None:
@@ -99,7 +97,7 @@ def sweep(
     N = hidden.shape[0] if rows is None else rows.numel()
     dtype = product_dtype(weight)
     chunk = max(1, min(chunk_rows(device, V), N))
-    one_product = 0 < N <= chunk
+    one_product = N <= chunk
 
     grad_hidden = torch.empty(0, dtype=gradient_dtype(hidden.dtype), device=device)
     grad_weight = torch.empty(0, dtype=gradient_dtype(weight.dtype), device=device)
@@ -107,10 +105,10 @@ def sweep(
         new_hidden = torch.empty if rows is None else torch.zeros
         grad_hidden = new_hidden(hidden.shape, dtype=grad_hidden.dtype, device=device)
     if need_weight:
-        new_weight = torch.empty if one_product else torch.zeros
+        new_weight = torch.empty if N > 0 else torch.zeros
         grad_weight = new_weight((V, D), dtype=dtype if one_product else torch.float32, device=device)
 
-    logits = logits_buffer(chunk, V, dtype, device)
+    logits = torch.empty(chunk, row_pitch(V, dtype, device), dtype=dtype, device=device)[:, :V]
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
         h = (hidden[start:stop] if rows is None else hidden.index_select(0, rows[start:stop])).to(dtype)
@@ -121,10 +119,7 @@ def sweep(
         if need_hidden:
             _store_grad_hidden(grad_hidden, z, weight, start, stop, rows)
         if need_weight:
-            if one_product:
-                torch.mm(z.t(), h, out=grad_weight)
-            else:
-                _add_product(grad_weight, z.t(), h)
+            _add_product(grad_weight, z.t(), h, first=start == 0)
     return grad_hidden, grad_weight
 
 
@@ -140,14 +135,17 @@ def _slabs(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, weight[part].float()
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, where `total` is float32 and the operands may be narrower."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total += left @ right, or, for the first of several, total = left @ right."""
+    if left.dtype == total.dtype:
+        torch.mm(left, right, out=total) if first else total.addmm_(left, right)
     elif left.is_cuda:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        if first:
+            torch.mm(left, right, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:  # no product with a wider result on CPUs: each chunk's is rounded once, their sum is not
-        total.add_(left @ right)
+        total.copy_(left @ right) if first else total.add_(left @ right)
 
 
 def _store_grad_hidden(

@@ -6,6 +6,7 @@ Every rank then adds the same numbers in the same order, so all ranks hold the s
 serves one rank and many.
 """
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -40,20 +41,20 @@ def prompt_violations(costs: Tensor, prompt_ids: Tensor, scope: str, threshold: 
     return means - threshold
 
 
-def response_violations(
-    op: str,
+def given_or_computed(
+    violations: Tensor | None,
+    compute: Callable[[Tensor, Tensor, str, float], Tensor],
     costs: Tensor | None,
     prompt_ids: Tensor | None,
     scope: str,
     threshold: float,
-    violations: Tensor | None,
 ) -> Tensor:
-    """The violations that the fused op works with: a copy of those given, or those of `costs` and `prompt_ids`."""
+    """The violations that the fused op works with: a copy of those given, or what a backend computes of the costs."""
     if violations is not None:
         return violations.clone()  # an output of the op must not be one of its inputs
     if costs is None or prompt_ids is None:
-        raise ValueError(f"{op}: give violations, or costs and prompt_ids")
-    return prompt_violations(costs, prompt_ids, scope, threshold)
+        raise ValueError("fused_rectified_policy_loss: give violations, or costs and prompt_ids")
+    return compute(costs, prompt_ids, scope, threshold)
 
 
 def gather_responses(costs: Tensor, prompt_ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, slice]:

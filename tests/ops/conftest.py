@@ -1,8 +1,17 @@
 """Fixtures of the ops' tests."""
 
+import numpy as np
 import pytest
+import torch
+import triton.language as tl
+from hypothesis import HealthCheck, settings
+from triton.runtime import interpreter
 
-from repo_fast.ops import chunked, sweep
+from repo_fast.ops import chunked, dispatch, sweep
+
+# A backend is chosen once for all the examples of a test.
+settings.register_profile("ops", suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("ops")
 
 
 @pytest.fixture(params=["one chunk", "many chunks"])
@@ -18,3 +27,25 @@ def split_finely(monkeypatch: pytest.MonkeyPatch, rows: int = 8) -> None:
     monkeypatch.setattr(sweep, "CPU_CHUNK_ROWS", rows)
     monkeypatch.setattr(chunked, "CPU_BLOCK_ELEMENTS", 100)
     monkeypatch.setattr(sweep, "SLAB_ELEMENTS", 1000)
+
+
+@pytest.fixture(params=["torch", "cpp", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test on each backend: `auto` means this one. Triton runs in its interpreter."""
+    if request.param == "cpp" and dispatch._CPP_MISSING is not None:
+        pytest.skip(dispatch._CPP_MISSING)
+    monkeypatch.setattr(dispatch, "_AUTO_ORDER", {"cpu": (request.param,)})
+    if request.param == "triton":
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", _truncate_float)
+    return request.param
+
+
+_cast = interpreter.InterpreterBuilder.cast_impl
+
+
+def _truncate_float(builder, source, to):
+    """As on a GPU, bfloat16 is rounded to the nearest; Triton's interpreter cuts the low bits off."""
+    if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.uint16).numpy()
+        return interpreter.TensorHandle(rounded, tl.bfloat16)
+    return _cast(builder, source, to)

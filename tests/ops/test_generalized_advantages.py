@@ -15,7 +15,7 @@ def lengths_to_offsets(lengths: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=30)
 @given(
     lengths=st.lists(st.integers(0, 40), max_size=8),
     gamma=st.sampled_from([1.0, 0.9, 0.0]),
@@ -63,6 +63,16 @@ def test_strided_inputs_and_no_gradient(backend: str) -> None:
     two = generalized_advantages(rewards[::2].clone(), values[::2].clone(), offsets.clone(), backend=backend)
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
     assert not one[0].requires_grad and not one[1].requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_streams_of_one_call_are_those_of_calls_of_their_own(backend: str) -> None:
+    rewards, values = torch.randn(2, 30).T[::2].T, torch.randn(15, 2).T
+    offsets = torch.tensor([0, 4, 4, 15], dtype=torch.int32)
+    both = generalized_advantages(rewards, values, offsets, backend=backend)
+    for stream in range(2):
+        one = generalized_advantages(rewards[stream], values[stream], offsets, backend=backend)
+        assert torch.equal(both[0][stream], one[0]) and torch.equal(both[1][stream], one[1])
 
 
 @pytest.mark.skipif("cpp" not in BACKENDS, reason="the C++ extension is not built")

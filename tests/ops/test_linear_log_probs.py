@@ -9,6 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from repo_fast.ops import chunked, linear_log_probs, reference, sweep
 from tests.ops.cases import assert_log_probs_are_exact, make_case, relative_error
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -29,6 +29,8 @@ from tests.ops.cases import (
     with_token_options,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS: list[dict[str, Any]] = [
     {"multiplier": 1.0},

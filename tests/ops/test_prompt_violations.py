@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from repo_fast.ops import prompt_violations, reference
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 SCOPES = ["prompt", "response", "batch"]
 
 

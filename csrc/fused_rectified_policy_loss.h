@@ -1,0 +1,65 @@
+// The row pass of fused_rectified_policy_loss: from a row's statistics straight to the gradient of the policy loss.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "linear_rows.h"
+#include "rectified_policy_loss.h"
+
+namespace repo_fast {
+
+class FusedPolicyLoss {
+public:
+    // Log-probabilities and entropies are written to arrays [T], at the tokens of each chunk.
+    FusedPolicyLoss(LinearRows linear, PolicyTokens tokens, float entropy_coefficient, bool need_gradient,
+                    float* log_probs, float* entropy)
+        : linear_(linear),
+          tokens_(std::move(tokens)),
+          entropy_coefficient_(entropy_coefficient),
+          need_gradient_(need_gradient),
+          log_probs_(log_probs),
+          entropy_(entropy),
+          terms_(linear.N) {}
+
+    // Overwrites the logits by the gradient of the loss, if that is needed.
+    template <typename Element>
+    void row_pass(const Chunk<Element>& chunk) {
+        for_each_row(linear_, chunk, [this](std::int64_t i, std::int64_t t, const SoftmaxRow& row) {
+            log_probs_[t] = static_cast<float>(row.log_prob);
+            entropy_[t] = static_cast<float>(row.entropy);
+            TokenLoss& term = terms_[i];
+            term = token_loss(tokens_, t, log_probs_[t]);
+            double entropy_slope = 0.0;
+            if (entropy_coefficient_ > 0) {
+                term.loss -= entropy_coefficient_ * entropy_[t];
+                entropy_slope = -entropy_coefficient_ * term.factor;
+            }
+            const Slopes slopes{term.slope * term.factor, entropy_slope};
+            return need_gradient_ ? std::optional<Slopes>(slopes) : std::nullopt;
+        });
+    }
+
+    // After all chunks. Adds row after row, whatever the threads and chunks were.
+    LossTotals totals() const {
+        LossTotals totals;
+        for (const TokenLoss& term : terms_) {
+            totals.add(term);
+        }
+        return totals;
+    }
+
+    const LinearRows& linear() const { return linear_; }
+
+private:
+    LinearRows linear_;
+    PolicyTokens tokens_;
+    float entropy_coefficient_;
+    bool need_gradient_;
+    float* log_probs_;
+    float* entropy_;
+    std::vector<TokenLoss> terms_;  // [N]
+};
+
+}  // namespace repo_fast

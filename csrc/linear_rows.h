@@ -1,0 +1,120 @@
+// What the linear ops do with a chunk of logits between the matrix products: softmax statistics of each row, then,
+// where a gradient is wanted, the row overwritten by it. Rows are independent, and each is worked on by one thread.
+//
+// For 512 rows of 32001 logits, D = 1024, in ms of one Zen 4 core: statistics 8, and with the gradient 13 to 14, beside
+// three matrix products of 530 in bfloat16 and 1300 in float32.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <type_traits>
+
+#include "instruction_set.h"
+#include "parallel.h"
+#include "softmax_row.h"
+
+namespace repo_fast {
+
+// What all chunks of one call share: T tokens, of which N have a target.
+struct LinearRows {
+    const std::int64_t* targets;  // [T]
+    const std::int64_t* tokens;   // [N] the token of each valid row; null: row i is token i
+    const Bfloat16* weight;       // [V, D]; null where the logits are float32
+    std::int64_t weight_stride;
+    std::int64_t N;
+    std::int64_t V;
+    std::int64_t D;
+    float inverse_temperature;
+    int threads;
+};
+
+// Logits [rows, V] of valid rows start to start + rows, and their hidden states [rows, D] if the logits are bfloat16.
+template <typename Element>
+struct Chunk {
+    Element* logits;
+    std::int64_t stride;
+    const Bfloat16* hidden;
+    std::int64_t hidden_stride;
+    std::int64_t start;
+    std::int64_t rows;
+};
+
+// Statistics of a row's softmax, in double: they are few.
+struct SoftmaxRow {
+    float maximum;
+    double others;  // sum of exp(t_j), j != target; t and `maximum` as in RowSums
+    double total;   // with the target
+    double log_total;
+    double log_prob;  // of the target, never positive
+    double entropy;
+};
+
+// Derivatives of the loss in a row's log-probability and entropy.
+struct Slopes {
+    double log_prob;
+    double entropy;
+};
+
+template <typename Element>
+const RowFunctions<Element>& row_functions() {
+    if constexpr (std::is_same_v<Element, float>) {
+        return row_kernels().float32;
+    } else {
+        return row_kernels().bfloat16;
+    }
+}
+
+// bfloat16 logits are off by up to 2^-9 of their size, which clip ranges see: the target's is taken from its own dot
+// product. It takes part in maximum and sum, else log-probabilities would come out positive.
+template <typename Element>
+SoftmaxRow softmax_row(const LinearRows& linear, const Chunk<Element>& chunk, std::int64_t i, std::int64_t target) {
+    Element* row = chunk.logits + i * chunk.stride;
+    float target_logit;
+    if constexpr (std::is_same_v<Element, float>) {
+        target_logit = row[target];
+    } else {
+        target_logit = row_kernels().dot(chunk.hidden + i * chunk.hidden_stride,
+                                         linear.weight + target * linear.weight_stride, linear.D);
+    }
+    const RowSums sums = row_functions<Element>().sums(row, linear.V, target, target_logit, linear.inverse_temperature);
+    const double t = (target_logit - sums.maximum) * linear.inverse_temperature;
+    const double target_exp = std::exp(t);
+    // The maximum's 1 is either target_exp or within the others: this is never below log 1.
+    const double log_total = std::log1p(sums.others + (target_exp - 1.0));
+    const double total = sums.others + target_exp;
+    const double entropy = log_total - (sums.weighted + target_exp * t) / total;
+    return {sums.maximum, sums.others, total, log_total, t - log_total, entropy};
+}
+
+// Overwrites the row by d loss / d logit_j = (a [j = target] - p_j (a + b (log p_j + H))) / temperature.
+template <typename Element>
+void overwrite_by_gradient(const LinearRows& linear, const Chunk<Element>& chunk, std::int64_t i, std::int64_t target,
+                           const SoftmaxRow& row, const Slopes& slopes) {
+    const double a = slopes.log_prob * linear.inverse_temperature;
+    const double b = slopes.entropy * linear.inverse_temperature;
+    const double at_target = a * row.others / row.total - b * std::exp(row.log_prob) * (row.log_prob + row.entropy);
+    const double constant = -(a + b * (row.entropy - row.log_total)) / row.total;
+    row_functions<Element>().gradient(chunk.logits + i * chunk.stride, linear.V, target, row.maximum,
+                                      linear.inverse_temperature, static_cast<float>(constant),
+                                      static_cast<float>(-b / row.total), static_cast<float>(at_target));
+}
+
+// Calls slopes_of(i, t, row) -> std::optional<Slopes> for each row of the chunk: valid row i, token t. Called from
+// several threads at once.
+template <typename Element, typename Function>
+void for_each_row(const LinearRows& linear, const Chunk<Element>& chunk, Function&& slopes_of) {
+    parallel_for(chunk.rows, linear.V, linear.threads, [&](std::int64_t first, std::int64_t last) {
+        for (std::int64_t r = first; r < last; ++r) {
+            const std::int64_t i = chunk.start + r;
+            const std::int64_t t = linear.tokens ? linear.tokens[i] : i;
+            const std::int64_t target = linear.targets[t];
+            const SoftmaxRow row = softmax_row(linear, chunk, r, target);
+            if (const std::optional<Slopes> slopes = slopes_of(i, t, row)) {
+                overwrite_by_gradient(linear, chunk, r, target, row, *slopes);
+            }
+        }
+    });
+}
+
+}  // namespace repo_fast

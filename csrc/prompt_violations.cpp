@@ -1,0 +1,36 @@
+#include "prompt_violations.h"
+
+#include <unordered_map>
+
+namespace repo_fast {
+namespace {
+
+struct Mean {
+    double sum = 0.0;
+    std::int64_t count = 0;
+
+    void add(float cost) {
+        sum += cost;
+        ++count;
+    }
+    float value() const { return static_cast<float>(sum / static_cast<double>(count)); }
+};
+
+}  // namespace
+
+void prompt_violations(const float* costs, const std::int64_t* prompt_ids, std::int64_t S, Scope scope, float threshold,
+                       float* violations) {
+    std::unordered_map<std::int64_t, Mean> means;
+    // For the batch all responses answer the same prompt.
+    const auto key = [=](std::int64_t s) { return scope == Scope::batch ? 0 : prompt_ids[s]; };
+    if (scope != Scope::response) {
+        for (std::int64_t s = 0; s < S; ++s) {
+            means[key(s)].add(costs[s]);
+        }
+    }
+    for (std::int64_t s = 0; s < S; ++s) {
+        violations[s] = (scope == Scope::response ? costs[s] : means[key(s)].value()) - threshold;
+    }
+}
+
+}  // namespace repo_fast

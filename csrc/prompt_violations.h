@@ -1,0 +1,15 @@
+// How far each response's cost is above the threshold: its own, its prompt's mean, or the batch's mean.
+#pragma once
+
+#include <cstdint>
+
+namespace repo_fast {
+
+enum class Scope { prompt, response, batch };
+
+// costs, prompt_ids and violations are [S]. Costs are added in the order given, in double: all ranks that hold the same
+// responses in the same order get the same bits. A NaN cost makes its mean NaN, and no other.
+void prompt_violations(const float* costs, const std::int64_t* prompt_ids, std::int64_t S, Scope scope, float threshold,
+                       float* violations);
+
+}  // namespace repo_fast

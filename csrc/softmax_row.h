@@ -1,0 +1,45 @@
+// The vectorised passes over one row of logits, compiled once for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__GNUC__) && defined(__x86_64__)
+#define REPO_FAST_X86
+#endif
+
+namespace repo_fast {
+
+using Bfloat16 = std::uint16_t;  // the upper half of a float's bits
+
+// Sums over a row z of V logits without its target, whose part in them is for the caller to add: on a row that is sure
+// of its target, what the others add would be lost beside the target's 1. With t_j = (z_j - maximum) / temperature:
+struct RowSums {
+    float maximum;    // of the whole row, target included
+    double others;    // sum of exp(t_j), j != target
+    double weighted;  // sum of exp(t_j) * t_j, j != target
+};
+
+template <typename Element>
+struct RowFunctions {
+    // Overwrites row[target] by -infinity; its logit is passed beside the row.
+    RowSums (*sums)(Element* row, std::int64_t V, std::int64_t target, float target_logit, float inverse_temperature);
+    // After `sums`: row[j] = exp(t_j) * (constant + linear * t_j), but row[target] = at_target.
+    void (*gradient)(Element* row, std::int64_t V, std::int64_t target, float maximum, float inverse_temperature,
+                     float constant, float linear, float at_target);
+};
+
+struct RowKernels {
+    const char* name;  // of the instruction set
+    RowFunctions<float> float32;
+    RowFunctions<Bfloat16> bfloat16;
+    float (*dot)(const Bfloat16* left, const Bfloat16* right, std::int64_t D);  // in float32
+};
+
+extern const RowKernels baseline_kernels;
+#ifdef REPO_FAST_X86
+extern const RowKernels avx2_kernels;
+extern const RowKernels avx512_kernels;
+extern const RowKernels avx512_bf16_kernels;
+#endif
+
+}  // namespace repo_fast

@@ -1,0 +1,10 @@
+// The passes over a row for x86 CPUs with AVX-512 F, BW, DQ and VL.
+#include "softmax_row.h"
+
+#ifdef REPO_FAST_X86
+#define REPO_FAST_TARGET "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl"
+#define REPO_FAST_VECTOR_BYTES 64
+#define REPO_FAST_KERNELS avx512_kernels
+#define REPO_FAST_NAME "avx512"
+#include "softmax_row_impl.h"
+#endif
