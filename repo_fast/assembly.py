@@ -38,7 +38,7 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
         InputError: A model cannot be used.
     """
     dtype = resolve_dtype(config.engine, ranks.device)
-    loading = {"dtype": dtype, "attention": attention_implementation(config.policy.attention, ranks.device)}
+    loading = {"dtype": dtype, "attention": attention_implementation(config.policy.attention, ranks.device, dtype)}
     steps = config.total_steps * config.update.epochs * config.update.minibatches
     specs = {"reward": inputs.reward, "cost": inputs.cost}
     settings = {"reward": config.reward, "cost": config.cost}

@@ -17,6 +17,7 @@ from repo_fast.data import Prompt, PromptTemplate, load_demonstrations, load_pro
 from repo_fast.errors import InputError, first_line
 from repo_fast.models.policy import check_vocabulary
 from repo_fast.models.trunk import load_config
+from repo_fast.ops.dispatch import resolve
 from repo_fast.report.metrics import check_loggers
 from repo_fast.rollout.hf import Request
 from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
@@ -71,6 +72,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     if resume_from is not None:
         checkpoint.check_run(resume_from, checkpoint.read_run(resume_from), to_dict(config), ranks)
     check_loggers(config.log.loggers)
+    _check_ops_backend(config.engine.ops_backend)
     reward, cost = load_scorer_spec(config.reward.path, "reward"), load_scorer_spec(config.cost.path, "cost")
     for name, spec in (("reward", reward), ("cost", cost)):
         if spec.kind == "function":
@@ -122,6 +124,15 @@ def read_inputs(config: TrainConfig) -> Inputs:
         resume_from=resume_from,
         notes=notes,
     )
+
+
+def _check_ops_backend(choice: str) -> None:
+    """Raise `InputError` where the ops cannot run on that backend here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolve("fused_rectified_policy_loss", choice, device)
+    except ValueError as error:
+        raise InputError(f"engine.ops_backend is {choice!r}: {first_line(error)}") from error
 
 
 def _policy_path(path: str) -> str:

@@ -29,6 +29,7 @@ from repo_fast.ops import (
     linear_log_probs,
     prompt_violations,
 )
+from repo_fast.ops.dispatch import resolve
 from repo_fast.rollout import Rollout
 
 
@@ -65,6 +66,7 @@ class Learner:
         demonstrations: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
     ) -> None:
         self.config, self.models, self.ranks, self.demonstrations = config, models, ranks, demonstrations
+        self.ops_backend = resolve("fused_rectified_policy_loss", config.engine.ops_backend, ranks.device)
         settings = config.algorithm
         self.row = alg.ALGORITHMS[settings.name]
         self.multiplier = alg.Multiplier(
@@ -167,21 +169,23 @@ class Learner:
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Token advantages by stream, and the values and returns that the critics learn from."""
         settings, device = self.config.algorithm, self.ranks.device
-        advantages, values = {}, {}
-        for stream, critic in self.models.critics.items():
-            score, beta = streams[stream]
-            rewards = alg.token_rewards(score, kl, cu_seqlens, kl_coefficient=beta, clamp=settings.score_clamp)
-            values[f"{stream}_values"] = self.values(critic, rollout)
-            stream_advantages, returns = generalized_advantages(
-                rewards.to(device),
-                values[f"{stream}_values"].to(device),
-                cu_seqlens.to(device),
-                gamma=settings.gamma,
-                lam=settings.gae_lambda,
-                backend=self.config.engine.ops_backend,
-            )
-            advantages[stream], values[f"{stream}_returns"] = stream_advantages.cpu(), returns.cpu()
-        return advantages, values
+        names = list(self.models.critics)
+        rewards = []
+        for name in names:
+            score, beta = streams[name]
+            rewards.append(alg.token_rewards(score, kl, cu_seqlens, kl_coefficient=beta, clamp=settings.score_clamp))
+        values = torch.stack([self.values(critic, rollout) for critic in self.models.critics.values()])
+        advantages, returns = generalized_advantages(
+            torch.stack(rewards).to(device),
+            values.to(device),
+            cu_seqlens.to(device),
+            gamma=settings.gamma,
+            lam=settings.gae_lambda,
+            backend=self.ops_backend,
+        )
+        learned = {f"{name}_values": value for name, value in zip(names, values, strict=True)}
+        learned |= {f"{name}_returns": value for name, value in zip(names, returns.cpu(), strict=True)}
+        return dict(zip(names, advantages.cpu(), strict=True)), learned
 
     def _critic_free_advantages(
         self,
@@ -245,7 +249,7 @@ class Learner:
                 weight,
                 batch.targets,
                 temperature=self.config.rollout.temperature,
-                backend=self.config.engine.ops_backend,
+                backend=self.ops_backend,
             )
 
         return self._over_rollout(rollout, lambda batch: engine(batch, at_head))
@@ -380,7 +384,7 @@ class Learner:
                 entropy_coefficient=settings.entropy_coefficient,
                 reduction=settings.reduction,
                 denominator=denominator,
-                backend=self.config.engine.ops_backend,
+                backend=self.ops_backend,
             )
 
         return at_head
@@ -400,7 +404,7 @@ class Learner:
         scale = self.config.algorithm.ptx_coefficient / float(tokens)
 
         def at_head(hidden: torch.Tensor, weight: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-            return -linear_log_probs(hidden, weight, packed.targets, backend=self.config.engine.ops_backend).sum()
+            return -linear_log_probs(hidden, weight, packed.targets, backend=self.ops_backend).sum()
 
         total = torch.zeros((), dtype=torch.float64)
         for row, last in _with_last(rows):

@@ -145,6 +145,7 @@ class Trainer:
             **seconds,
             "tokens_per_second": tokens / sum(seconds.values()),
             "truncated_scores": int(truncated.sum()),
+            "ops_backend": self.learner.ops_backend,
         }
         everyone = None
         if self.step == 1 or self.step % self.config.log.samples_every == 0:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from repo_fast.ops import dispatch
 from repo_fast.train import main
 from tests.jobs import PROMPTS, Job, metrics, write_lines
 from tests.tiny import save_policy, save_sequence_classifier, word_tokenizer
@@ -60,6 +61,12 @@ def test_refused_before_anything_is_written(
 def test_an_unknown_configuration(tmp_path: Path, capsys: pytest.CaptureFixture, earlier: list[str]) -> None:
     assert main([*earlier, "--config", "nowhere.yaml", "--output_dir", str(tmp_path / "run")]) == 2
     assert re.fullmatch(r"error: --config 'nowhere\.yaml' is neither a file nor .*: .*tiny\n", capsys.readouterr().err)
+
+
+def test_a_backend_that_cannot_run_here(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    message = r"engine\.ops_backend is 'triton': .*needs tensors on a CUDA or ROCm GPU, got tensors on cpu"
+    assert_refused(job, tmp_path / "run", capsys, message, "--engine.ops_backend triton")
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,18 @@ def norm_wise(actual, expected):
     return float((difference / scale).sqrt())
 
 
+def test_every_backend_of_the_ops_learns_the_same(policy_folder, ranks):
+    """Policy, critics and PTX under ZeRO-3, in several micro-batches; Triton in its interpreter."""
+    results = {}
+    for backend in ("torch", "cpp", "triton"):
+        config = worker.make_config(worker.SETTINGS["gae"], 40, data=DataConfig(ptx="given"))
+        config = replace(config, engine=replace(config.engine, ops_backend=backend))
+        results[backend] = worker.one_update(worker.make_learner(config, policy_folder, ranks), ranks)
+    for backend in ("cpp", "triton"):
+        for part in ("gradients", "weights"):
+            assert norm_wise(results[backend][part], results["torch"][part]) <= 1e-5, (backend, part)
+
+
 def test_the_update_does_not_depend_on_ranks_or_micro_batches(policy_folder, ranks, tmp_path):
     """1 rank x 1 micro-batch, 1 x several, 2 ranks x several; a prompt's responses lie on both ranks."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -18,7 +18,13 @@ from repo_fast.models.loss_head import LossHead
 from repo_fast.models.trunk import disable_dropout, load_config
 
 # Settings by which a model changes its logits after the head. The loss head would leave them out.
-_LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1, "lm_head_multiplier": 1}
+_LOGIT_SETTINGS = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "lm_head_multiplier": 1,
+    "output_multiplier": 1,
+}
 
 
 class Policy(nn.Module):

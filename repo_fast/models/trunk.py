@@ -23,7 +23,7 @@ def load_config(path: str) -> PretrainedConfig:
     return config
 
 
-def attention_implementation(choice: str, device: torch.device) -> str:
+def attention_implementation(choice: str, device: torch.device, dtype: torch.dtype) -> str:
     """Resolve `auto`: FlashAttention 2 where it can run, else torch's scaled dot-product attention.
 
     Raises:
@@ -31,11 +31,11 @@ def attention_implementation(choice: str, device: torch.device) -> str:
     """
     from transformers.utils import is_flash_attn_2_available
 
-    flash = device.type == "cuda" and is_flash_attn_2_available()
+    flash = device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available()
     if choice == "flash_attention_2" and not flash:
         raise InputError(
-            f"policy.attention is 'flash_attention_2' on device {device.type}, expected 'sdpa' or 'auto': "
-            "it needs a CUDA device and the flash-attn package (pip install flash-attn)"
+            f"policy.attention is 'flash_attention_2' on device {device.type} in {dtype}, expected 'sdpa' or 'auto': "
+            "it needs a CUDA device, bfloat16, and the flash-attn package (pip install flash-attn)"
         )
     if choice == "auto":
         return "flash_attention_2" if flash else "sdpa"
