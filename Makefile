@@ -48,8 +48,10 @@ format: setup ## Put the source into its one form
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/ruff check --fix
 
-bench: setup ## Measure the ops against plain PyTorch
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/pytest bench/ --benchmark-columns min,median,stddev,rounds $(ARGS)
+bench: setup ## Measure the loss head beside its peers and the bare products; ARGS=--full for every size
+	mkdir -p outputs/bench
+	$(VENV)/bin/pytest bench/ --disable-warnings --benchmark-quiet --benchmark-json outputs/bench/run.json $(ARGS); \
+	  status=$$?; $(VENV)/bin/python -m bench.report outputs/bench/run.json --out outputs/bench && exit $$status
 
 clean: ## Remove what was built and cached here; not outputs/
 	rm -rf $(VENV) build dist *.egg-info repo_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

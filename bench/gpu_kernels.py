@@ -1,0 +1,307 @@
+"""The loss head on a device beside its peers and the bare products: time, memory, where the time goes, and what other
+settings would make of it.
+
+Shapes are those of Alpaca-7B's head and of Llama-3's vocabulary. Peers that compile for a minute run where a target
+asks for them; elsewhere ours is measured beside plain PyTorch.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench.cases import Case, make_case
+from bench.check import check
+from bench.measure import Task, peak_scratch, synchronize, time_interleaved
+from bench.peers import PEERS, PRODUCTS
+from bench.tables import at_least, render
+from repo_fast.ops import sweep
+
+OURS, PLAIN = "repo_fast", "plain"
+# The kernels of kernels/ that pass over rows of logits, and how often each moves a logit.
+ROW_KERNELS = {"_policy_kernel": 2, "_gradient_kernel": 2, "_log_probs_kernel": 1}
+TOP_KERNELS = 12
+
+
+@dataclass(frozen=True)
+class Shape:
+    T: int
+    D: int
+    V: int
+    ignored: float = 0.0
+
+    def __str__(self) -> str:
+        return f"T {self.T}, V {self.V}" + (f", {self.ignored:.0%} ignored" if self.ignored else "")
+
+    def case(self, device: torch.device) -> Case:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        return make_case(self.T, self.D, self.V, dtype, device, ignored=self.ignored)
+
+
+ALPACA, LLAMA = Shape(16384, 4096, 32001), Shape(16384, 4096, 128256)
+HALF_IGNORED = Shape(16384, 4096, 32001, ignored=0.5)
+SWEEP = [Shape(1024, 4096, 32001), Shape(4096, 4096, 32001), Shape(1024, 4096, 128256), Shape(4096, 4096, 128256)]
+TINY, TINY_HALF_IGNORED = Shape(64, 32, 301), Shape(64, 32, 301, ignored=0.5)
+
+
+# ------------------------------------------------------------------------------------------------ beside peers
+
+
+def compare(
+    shape: Shape, computation: str, names: tuple[str, ...], device: torch.device, budget_s: float
+) -> dict[str, Any]:
+    """One computation by those of the named that can run it.
+
+    Returns:
+        `shape`, `computation`, and `peers` by name: `first_s`, the first call, which compiles where anything does;
+        `ms`, the median, and `spread_ms`; `share`, the floor's time over its own; `tflops` (TFLOP/s) of the products
+        that the mathematics needs; `scratch_mib` at the peak; or `why_not`.
+    """
+    case = shape.case(device)
+    rows: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, Task] = {}
+    for name in names:
+        why_not = PEERS[name].unavailable(device)
+        if why_not is not None:
+            rows[name] = {"why_not": why_not}
+            continue
+        try:
+            tasks[name], rows[name] = _start(name, computation, case)
+        except Exception as error:  # a peer that cannot compute this must not take the others with it
+            if name == OURS:
+                raise
+            rows[name] = {"why_not": _first_line(error)}
+    floor = PRODUCTS.task(computation, case)
+    for name, timing in time_interleaved(tasks, floor, device, budget_s).items():
+        rows[name] |= {
+            "ms": timing.median_ms,
+            "spread_ms": timing.spread_ms,
+            "share": timing.share_of_floor,
+            "tflops": 1e-9 * case.flop(computation) / timing.median_ms,
+        }
+    return {"shape": asdict(shape), "computation": computation, "peers": rows}
+
+
+def _start(name: str, computation: str, case: Case) -> tuple[Task, dict[str, Any]]:
+    """A peer's task, called once, its result checked, and its memory."""
+    start = time.perf_counter()
+    task = PEERS[name].task(computation, case)
+    results = task.run(*task.setup())
+    synchronize(case.device)
+    seconds = time.perf_counter() - start
+    if PEERS[name].objective is not None:
+        check(PEERS[name], computation, case, results)
+    del results
+    return task, {"first_s": seconds, "scratch_mib": peak_scratch(task, case.device)}
+
+
+def judge(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The targets of the loss head against what `compare` found, by name: `value`, `target` and whether `met`."""
+    targets: dict[str, Any] = {}
+    for result in results.values():
+        peers = {name: row for name, row in result.get("peers", {}).items() if "ms" in row}
+        if OURS not in peers:
+            continue
+        shape, ours = Shape(**result["shape"]), peers[OURS]
+        if shape not in (ALPACA, LLAMA, HALF_IGNORED):
+            continue
+        if result["computation"] == "log_probs":
+            targets[f"one product / log-probs, {shape}"] = at_least(ours["share"], 0.90)
+        if result["computation"] == "policy_loss":
+            targets[f"three products / fused op, {shape}"] = at_least(ours["share"], 0.93 if shape == ALPACA else 0.90)
+            for name, row in peers.items():
+                if name not in (OURS, PRODUCTS.name):
+                    targets[f"time of {name} / fused op, {shape}"] = at_least(row["ms"] / ours["ms"], 1.0)
+            if PLAIN in peers:
+                share = peers[PLAIN]["scratch_mib"] / ours["scratch_mib"]
+                targets[f"scratch of plain / fused op, {shape}"] = at_least(share, 6.0)
+    return targets
+
+
+# --------------------------------------------------------------------------------------- where the time goes
+
+
+def breakdown(shape: Shape, computation: str, device: torch.device) -> dict[str, Any]:
+    """Kernels (on a CPU: operators) of our op by their own time, and what bandwidth the row pass has.
+
+    Returns:
+        `total_ms`; `kernels`, the slowest first: `name`, `calls`, `ms`, and `gb_s` of those that pass over the logits,
+        counting each logit's read and write once.
+    """
+    case = shape.case(device)
+    task = PEERS[OURS].task(computation, case)
+    task.run(*task.setup())
+    arguments = task.setup()
+    synchronize(device)
+    on_gpu = device.type != "cpu"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        task.run(*arguments)
+        synchronize(device)
+    kernels = []
+    for event in profiler.key_averages():
+        if (event.device_type == DeviceType.CPU) == on_gpu:
+            continue
+        ms = 1e-3 * (event.self_device_time_total if on_gpu else event.self_cpu_time_total)
+        row = {"name": event.key, "calls": event.count, "ms": ms}
+        moves = ROW_KERNELS.get(event.key)
+        if moves is not None:
+            logits = case.rows.numel() * shape.V * sweep.product_dtype(case.weight).itemsize
+            row["gb_s"] = 1e-6 * moves * logits / ms
+        kernels.append(row)
+    kernels.sort(key=lambda row: -row["ms"])
+    return {"total_ms": sum(row["ms"] for row in kernels), "kernels": kernels[:TOP_KERNELS]}
+
+
+# --------------------------------------------------------------------------------------------------- tuning
+
+
+def settings(device: torch.device) -> list[tuple[ModuleType, str, tuple[int, ...]]]:
+    """Constants that decide the speed, and values to try: module, name, values."""
+    if device.type == "cpu":
+        return [(sweep, "CPU_CHUNK_ROWS", (256, 512))]
+    from repo_fast.kernels import linear_log_probs as rows
+
+    return [
+        (sweep, "GPU_CHUNK_ROWS", (1024, 2048, 4096, 8192, 16384)),
+        (sweep, "GPU_ALIGNMENT_BYTES", (2, 128, 1024)),  # 2: rows of V logits without padding
+        (rows, "ROW_TILE", (2048, 4096, 8192, 16384)),
+        (rows, "ELEMENTS_PER_THREAD", (8, 16, 32)),
+        (rows, "WIDE_ROW_BYTES", (32 * 1024, 128 * 1024, 1024 * 1024)),
+    ]
+
+
+def tune(shape: Shape, device: torch.device, budget_s: float) -> dict[str, Any]:
+    """Our policy loss, forward and backward, with one constant changed at a time.
+
+    Returns:
+        By constant and value: `shipped`, whether it is the value in the source; `ms`; `speed`, the time of the shipped
+        settings over its own, by pairs; or `why_not`.
+    """
+    case = shape.case(device)
+    shipped = PEERS[OURS].task("policy_loss", case)
+    rows: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, Task] = {}
+    for module, constant, values in settings(device):
+        for value in values:
+            changes = [(module, constant, value)]
+            if constant == "GPU_CHUNK_ROWS":  # the limit on a chunk's elements would hide tall ones
+                changes.append((sweep, "GPU_CHUNK_ELEMENTS", 1 << 31))
+            name = f"{constant} = {value}"
+            rows[name] = {"shipped": getattr(module, constant) == value}
+            task = Task(partial(_run_with, changes, shipped))
+            try:
+                task.run()
+                synchronize(device)
+            except Exception as error:  # a tile may need more registers or shared memory than there are
+                rows[name]["why_not"] = _first_line(error)
+                continue
+            tasks[name] = task
+    for name, timing in time_interleaved(tasks, shipped, device, budget_s).items():
+        rows[name] |= {"ms": timing.median_ms, "speed": timing.share_of_floor}
+    return {"shape": asdict(shape), "settings": rows}
+
+
+def _run_with(changes: list[tuple[ModuleType, str, int]], task: Task) -> Any:
+    with ExitStack() as stack:
+        for module, constant, value in changes:
+            stack.enter_context(mock.patch.object(module, constant, value))
+        return task.run()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+# ---------------------------------------------------------------------------------------------------- units
+
+
+def units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """The measurements, those that targets ask for first: their names, and functions that make them.
+
+    Args:
+        device: Where to measure.
+        tiny: Shapes of no interest, for a test.
+        budget_s: Seconds for all rounds of all of them.
+    """
+    everyone, two = tuple(PEERS), (OURS, PLAIN)
+    if tiny:
+        asked = [(TINY, "policy_loss", two), (TINY, "log_probs", two), (TINY_HALF_IGNORED, "policy_loss", two)]
+        profiled, sweep_over = [TINY], [TINY]
+    else:
+        asked = [
+            (ALPACA, "policy_loss", everyone),
+            (LLAMA, "policy_loss", everyone),
+            (HALF_IGNORED, "policy_loss", two),
+            (ALPACA, "log_probs", everyone),
+            (LLAMA, "log_probs", two),
+        ]
+        profiled, sweep_over = [ALPACA, LLAMA], SWEEP
+    more = [(shape, "policy_loss", two) for shape in sweep_over] + [(profiled[0], "log_probs_backward", two)]
+    share = budget_s / (len(asked) + len(more) + 2 * len(profiled))  # tuning takes as long as two
+
+    def comparison(shape: Shape, computation: str, names: tuple[str, ...]) -> tuple[str, Callable]:
+        return f"{computation}, {shape}", partial(compare, shape, computation, names, device, share)
+
+    for measurement in asked:
+        yield comparison(*measurement)
+    for shape in profiled:
+        for computation in ("policy_loss", "log_probs"):
+            yield f"breakdown of {computation}, {shape}", partial(breakdown, shape, computation, device)
+    for shape in profiled:
+        yield f"tuning, {shape}", partial(tune, shape, device, 2 * share)
+    for measurement in more:
+        yield comparison(*measurement)
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """What `units` found, as text."""
+    comparisons: list[list[str]] = []
+    kernels: list[list[str]] = []
+    tuning: list[list[str]] = []
+    for name, result in results.items():
+        if "peers" in result:
+            comparisons += _section(name, result["peers"], _peer_cells)
+        elif "kernels" in result:
+            kernels += _section(name, {row["name"]: row for row in result["kernels"]}, _kernel_cells)
+        elif "settings" in result:
+            tuning += _section(name, result["settings"], _setting_cells)
+    tables = [
+        (["", "ms", "spread", "of floor", "TFLOP/s", "scratch MiB", "first call s"], comparisons),
+        (["own time of kernels", "ms", "calls", "GB/s"], kernels),
+        (["one setting changed", "ms", "speed", ""], tuning),
+    ]
+    return "\n\n".join(render(header, rows) for header, rows in tables if rows)
+
+
+def _section(
+    name: str, rows: dict[str, dict[str, Any]], cells: Callable[[dict[str, Any]], list[str]]
+) -> list[list[str]]:
+    """A heading, and a line for each row: what it is, and its cells, or the reason why there are none."""
+    lines = [[f"  {key}", *cells(row)] for key, row in rows.items()]
+    return [[name, *[""] * (len(lines[0]) - 1)], *lines] if lines else []
+
+
+def _peer_cells(row: dict[str, Any]) -> list[str]:
+    if "why_not" in row:
+        return [row["why_not"][:40], *[""] * 5]
+    cells = [f"{row['ms']:.2f}", f"{row['spread_ms']:.2f}", f"{row['share']:.3f}", f"{row['tflops']:.1f}"]
+    return [*cells, f"{row['scratch_mib']:.0f}", f"{row['first_s']:.1f}"]
+
+
+def _kernel_cells(row: dict[str, Any]) -> list[str]:
+    return [f"{row['ms']:.3f}", str(row["calls"]), f"{row['gb_s']:.0f}" if "gb_s" in row else ""]
+
+
+def _setting_cells(row: dict[str, Any]) -> list[str]:
+    if "why_not" in row:
+        return [row["why_not"][:40], "", ""]
+    return [f"{row['ms']:.2f}", f"{row['speed']:.3f}", "shipped" if row["shipped"] else ""]

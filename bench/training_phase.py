@@ -1,0 +1,508 @@
+"""The policy update of a training step: packed rows and the fused loss head beside padded rows with full logits.
+
+    python -m bench.training_phase
+
+One optimizer step (forward, backward and AdamW) on a rank's responses, on four paths that compute the same loss:
+
+    padded, full logits     one batch, every prompt padded to the longest one, every response likewise, logits of every
+                            position in float32: the way of Safe RLHF and most PPO trainers
+    packed, full logits     no padding, logits of the response tokens
+    packed, fused           no padding, the fused loss head: what the trainer runs, in the same micro-batches
+    packed, varlen, fused   the same with torch's variable-length FlashAttention in place of a dense block-diagonal mask
+                            (bfloat16 on CUDA only)
+
+Lengths are evenly spaced, so the mean is half the longest. Model FLOPs are those of the matrix products and of causal
+attention on real tokens, with a head at the response tokens only, three times the forward's: padding and recomputation
+are not counted as work. A model too large for one device is measured at two depths, as deep as fits and half of that;
+its full depth is their straight line and is called scaled.
+
+transformers computes the layers, in all four paths alike.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+from bench.measure import Task, Timing, peak_scratch, time_interleaved
+from bench.tables import at_least, render, render_targets
+from repo_fast.experience import Experience, MicroBatch, split_by_tokens
+from repo_fast.ops import fused_rectified_policy_loss, prompt_violations, rectified_policy_loss
+from repo_fast.rollout import Rollout
+
+MULTIPLIER = 0.7
+RESPONSES_PER_PROMPT = 4
+BASELINE = "padded, full logits"
+# Weights and gradients in bfloat16; masters, their gradients and two moments in float32.
+STATE_BYTES = 2 + 2 + 4 + 4 + 8
+# Dense bfloat16 FLOP/s by NVIDIA's data sheets, by the name that the driver gives.
+DATASHEET_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A Llama, and the responses of one optimizer step.
+
+    Attributes:
+        width, heads, intermediate, vocabulary, layers: Of the model.
+        sequences: Responses in the step.
+        prompts, responses: Shortest and longest, tokens.
+        micro_batch_tokens: Of a packed row, at most.
+    """
+
+    width: int
+    heads: int
+    intermediate: int
+    vocabulary: int
+    layers: int
+    sequences: int
+    prompts: tuple[int, int]
+    responses: tuple[int, int]
+    micro_batch_tokens: int
+
+    def config(self, layers: int) -> LlamaConfig:
+        return LlamaConfig(
+            hidden_size=self.width,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            intermediate_size=self.intermediate,
+            vocab_size=self.vocabulary,
+            num_hidden_layers=layers,
+            max_position_embeddings=self.prompts[1] + self.responses[1],
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of the matrices of one layer."""
+        return 4 * self.width**2 + 3 * self.width * self.intermediate
+
+    def flop(self, layers: int, lengths: list[int], head_tokens: int) -> int:
+        """Of forward and backward: matrix products and causal attention over sequences of `lengths` tokens."""
+        body = 2 * layers * self.layer_parameters * sum(lengths)
+        attention = 2 * layers * self.width * sum(length**2 for length in lengths)
+        head = 2 * self.width * self.vocabulary * head_tokens
+        return 3 * (body + attention + head)
+
+
+GEOMETRIES = {
+    # A rank's share of a step in repo_fast/configs/alpaca-7b.yaml.
+    "alpaca-7b": Geometry(4096, 32, 11008, 32001, 32, 16, (1, 128), (1, 384), micro_batch_tokens=8192),
+    "cpu": Geometry(256, 4, 688, 32001, 4, 32, (16, 64), (1, 256), micro_batch_tokens=512),
+    "tiny": Geometry(64, 2, 160, 301, 2, 8, (1, 8), (1, 24), micro_batch_tokens=64),
+}
+
+
+@dataclass(frozen=True)
+class Path:
+    """How the loss is computed: rows packed or padded, logits formed or not, and which attention."""
+
+    packed: bool
+    fused: bool
+    attention: str = "sdpa"
+
+
+PATHS = {
+    BASELINE: Path(packed=False, fused=False),
+    "packed, full logits": Path(packed=True, fused=False),
+    "packed, fused": Path(packed=True, fused=True),
+    "packed, varlen, fused": Path(packed=True, fused=True, attention="varlen"),
+}
+
+
+def available_paths(device: torch.device) -> dict[str, Path]:
+    """The paths that can run on the device."""
+    return {name: path for name, path in PATHS.items() if path.attention == "sdpa" or device.type == "cuda"}
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence of a packed row, as transformers calls it: [1, H, N, d] -> [1, N, H, d]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    out = varlen_attn(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0)
+    )
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register("varlen", varlen_attention)
+
+
+def make_experience(geometry: Geometry) -> Experience:
+    """Random prompts and responses, with random values of all that the policy loss needs of them."""
+    g = torch.Generator().manual_seed(0)
+    S = geometry.sequences
+
+    def draw(shortest: int, longest: int) -> list[Tensor]:
+        lengths = torch.linspace(shortest, longest, S).round().long()[torch.randperm(S, generator=g)]
+        return [torch.randint(geometry.vocabulary, (length,), generator=g) for length in lengths.tolist()]
+
+    prompts, responses = draw(*geometry.prompts), draw(*geometry.responses)
+    cu_seqlens = torch.tensor([0, *map(len, responses)]).cumsum(0).int()
+    T = int(cu_seqlens[-1])
+    prompt_ids, costs = torch.arange(S) // RESPONSES_PER_PROMPT, torch.randn(S, generator=g)
+    return Experience(
+        rollout=Rollout(
+            prompt_ids=prompt_ids,
+            prompts=[""] * S,
+            responses=[""] * S,
+            prompt_tokens=prompts,
+            response_tokens=responses,
+            finished=torch.ones(S, dtype=torch.bool),
+            sampler_log_probs=[],
+        ),
+        cu_seqlens=cu_seqlens,
+        costs=costs,
+        violations=prompt_violations(costs, prompt_ids),
+        # Near those of a fresh model.
+        old_log_probs=0.2 * torch.randn(T, generator=g) - math.log(geometry.vocabulary),
+        reward_advantages=torch.randn(T, generator=g),
+        cost_advantages=torch.randn(T, generator=g),
+    )
+
+
+@dataclass(frozen=True)
+class Padded:
+    """An experience's responses as a rectangle, prompts padded on their left and responses on their right.
+
+    Attributes:
+        input_ids, attention_mask: int64 [S, W].
+        response_mask: bool [S, longest response], which of the last columns hold a response token.
+        old_log_probs, reward_advantages, cost_advantages: float32 [T], the response tokens in order.
+        sequence_ids: int64 [T].
+        violations: float32 [S].
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    response_mask: Tensor
+    old_log_probs: Tensor
+    reward_advantages: Tensor
+    cost_advantages: Tensor
+    sequence_ids: Tensor
+    violations: Tensor
+
+    @classmethod
+    def of(cls, experience: Experience, device: torch.device) -> "Padded":
+        prompts, responses = experience.rollout.prompt_tokens, experience.rollout.response_tokens
+        start = max(map(len, prompts))
+        input_ids = torch.zeros(len(prompts), start + max(map(len, responses)), dtype=torch.int64)
+        mask = torch.zeros_like(input_ids)
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            own = slice(start - len(prompt), start + len(response))
+            input_ids[row, own] = torch.cat([prompt, response])
+            mask[row, own] = 1
+        response_mask = mask[:, start:].bool()
+        fields = (
+            input_ids,
+            mask,
+            response_mask,
+            experience.old_log_probs,
+            experience.reward_advantages,
+            experience.cost_advantages,
+            response_mask.nonzero()[:, 0],
+            experience.violations,
+        )
+        return cls(*(field.to(device) for field in fields))
+
+
+class MasterAdamW:
+    """AdamW on float32 masters of bfloat16 parameters, as DeepSpeed's bf16 engine keeps them."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
+        self.masters = [p.detach().float() for p in parameters]
+        self.adam = torch.optim.AdamW(self.masters, lr=1e-6, fused=True)
+
+    def step(self) -> None:
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            master.grad = parameter.grad.float()
+        self.adam.step()
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            parameter.detach().copy_(master)
+            master.grad = None
+
+
+class Update:
+    """A freshly initialised policy, and optimizer steps on the same responses.
+
+    Args:
+        geometry: Of the model and the responses.
+        layers: How deep the model is built.
+        device: float32 on a CPU, bfloat16 elsewhere.
+        checkpointing: Recompute a layer's activations in the backward.
+    """
+
+    def __init__(self, geometry: Geometry, layers: int, device: torch.device, checkpointing: bool) -> None:
+        torch.manual_seed(0)
+        with torch.device(device):
+            self.model = LlamaForCausalLM(geometry.config(layers))
+        parameters = list(self.model.parameters())
+        if device.type == "cpu":
+            self.optimizer: Any = torch.optim.AdamW(parameters, lr=1e-6)
+        else:
+            self.model.to(torch.bfloat16)
+            self.optimizer = MasterAdamW(parameters)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.train()
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.experience = make_experience(geometry)
+        rows = split_by_tokens(self.experience.lengths(), geometry.micro_batch_tokens)
+        self.micro_batches = [self.experience.select(row, device) for row in rows]
+        self.varlen_arguments = [_varlen_arguments(micro_batch) for micro_batch in self.micro_batches]
+        self.padded = Padded.of(self.experience, device)
+
+    def losses(self, path: Path) -> Iterator[Tensor]:
+        """RePO's policy loss, a scalar for each micro-batch; they add up to that of the step."""
+        if not path.packed:
+            yield self._padded_loss()
+            return
+        self.model.set_attn_implementation(path.attention)
+        loss = self._fused_loss if path.fused else self._full_loss
+        for micro_batch, arguments in zip(self.micro_batches, self.varlen_arguments, strict=True):
+            outputs = self.model.base_model(
+                input_ids=micro_batch.batch.input_ids,
+                position_ids=micro_batch.batch.position_ids,
+                use_cache=False,
+                **(arguments if path.attention == "varlen" else {}),
+            )
+            yield loss(outputs.last_hidden_state[0, micro_batch.batch.predictors], micro_batch)
+
+    def backward(self, path: Path) -> Tensor:
+        """Forward and backward of all micro-batches, into gradients that are there already; the loss."""
+        total = torch.zeros((), device=self.padded.violations.device)
+        for loss in self.losses(path):
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def step(self, path: Path) -> None:
+        """Forward, backward and the optimizer's step."""
+        for parameter in self.model.parameters():
+            parameter.grad.zero_()
+        self.backward(path)
+        self.optimizer.step()
+
+    def _fused_loss(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        return fused_rectified_policy_loss(
+            hidden,
+            self.model.lm_head.weight,
+            micro_batch.batch.targets,
+            micro_batch.old_log_probs,
+            micro_batch.reward_advantages,
+            micro_batch.cost_advantages,
+            micro_batch.batch.sequence_ids,
+            micro_batch.costs,
+            micro_batch.prompt_ids,
+            violations=micro_batch.violations,
+            multiplier=MULTIPLIER,
+            denominator=self.experience.responses,
+        ).loss
+
+    def _full_loss(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+        log_probs = _gather_log_probs(self.model.lm_head(hidden), micro_batch.batch.targets)
+        return self._loss(log_probs, micro_batch, micro_batch.batch.sequence_ids)
+
+    def _padded_loss(self) -> Tensor:
+        padded = self.padded
+        self.model.set_attn_implementation("sdpa")
+        logits = self.model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits
+        log_probs = _gather_log_probs(logits[:, :-1], padded.input_ids[:, 1:])
+        own = log_probs[:, -padded.response_mask.shape[1] :][padded.response_mask]
+        return self._loss(own, padded, padded.sequence_ids)
+
+    def _loss(self, log_probs: Tensor, tokens: MicroBatch | Padded, sequence_ids: Tensor) -> Tensor:
+        return rectified_policy_loss(
+            log_probs,
+            tokens.old_log_probs,
+            tokens.reward_advantages,
+            tokens.cost_advantages,
+            sequence_ids,
+            tokens.violations,
+            multiplier=MULTIPLIER,
+            denominator=self.experience.responses,
+        ).loss
+
+
+def _varlen_arguments(micro_batch: MicroBatch) -> dict[str, Any]:
+    """What transformers hands on to `varlen_attention`."""
+    ends = micro_batch.batch.last + 1
+    cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
+    return {"cu_seq_lens_q": cu_seqlens, "max_length_q": int(cu_seqlens.diff().max())}
+
+
+def _gather_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax in float32 of logits [..., V], at targets [...]."""
+    return logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def layers_that_fit(geometry: Geometry, device: torch.device) -> int:
+    """Layers whose states, with those of embedding and head, take half of the free device memory; all on a CPU."""
+    if device.type == "cpu":
+        return geometry.layers
+    free, _ = torch.cuda.mem_get_info(device)
+    parameters = free // (2 * STATE_BYTES) - 2 * geometry.width * geometry.vocabulary
+    return max(2, min(geometry.layers, parameters // geometry.layer_parameters))
+
+
+def measure(
+    geometry: Geometry, layers: int, device: torch.device, checkpointing: bool, budget_s: float
+) -> dict[str, Any]:
+    """Times the paths beside the baseline, and takes their memory.
+
+    Returns:
+        What was measured, with `paths` by name: `loss`; `ms` a step, the median, and `spread_ms`; `tokens_per_s`, real
+        tokens, prompts included; `speedup` on the baseline; `model_tflops` (TFLOP/s) and `mfu`, their share of the
+        data sheet's (None where it is not known); `scratch_mib`, activations and logits at the peak of forward and
+        backward, and its `scratch_share` of the baseline's.
+    """
+    update = Update(geometry, layers, device, checkpointing)
+    experience, (S, W) = update.experience, update.padded.input_ids.shape
+    lengths, response_tokens = experience.lengths(), int(experience.cu_seqlens[-1])
+    paths = available_paths(device)
+    # Before the first step, which moves the weights.
+    losses = {name: update.backward(path).item() for name, path in paths.items()}
+    scratch = {name: peak_scratch(Task(partial(update.backward, path)), device) for name, path in paths.items()}
+    tasks = {name: Task(partial(update.step, path)) for name, path in paths.items()}
+    baseline = tasks.pop(BASELINE)
+    timings = time_interleaved(tasks, baseline, device, budget_s)
+    own = [ms for timing in timings.values() for ms in timing.floor_milliseconds]
+    timings = {BASELINE: Timing(own, own)} | timings
+
+    flop = geometry.flop(layers, lengths, response_tokens)
+    peak = DATASHEET_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    rows = {}
+    for name, timing in timings.items():
+        seconds = 1e-3 * timing.median_ms
+        rows[name] = {
+            "loss": losses[name],
+            "ms": timing.median_ms,
+            "spread_ms": timing.spread_ms,
+            "tokens_per_s": sum(lengths) / seconds,
+            "speedup": timing.share_of_floor,
+            "model_tflops": 1e-12 * flop / seconds,
+            "mfu": None if peak is None else flop / seconds / peak,
+            "scratch_mib": scratch[name],
+            "scratch_share": scratch[name] / scratch[BASELINE],
+        }
+    return {
+        "geometry": asdict(geometry),
+        "layers": layers,
+        "parameters": sum(p.numel() for p in update.model.parameters()),
+        "dtype": str(update.model.dtype).removeprefix("torch."),
+        "activation_checkpointing": checkpointing,
+        "tokens": sum(lengths),
+        "response_tokens": response_tokens,
+        "padded_tokens": S * W,
+        "speedup_by_flop": geometry.flop(layers, [W] * S, S * W) / flop,
+        "paths": rows,
+    }
+
+
+def scale(geometry: Geometry, deep: dict[str, Any], shallow: dict[str, Any]) -> dict[str, Any]:
+    """A step of the full depth, in ms and tokens/s, on the straight line through two depths that were measured."""
+    scaled = {}
+    for name, row in deep["paths"].items():
+        slope = (row["ms"] - shallow["paths"][name]["ms"]) / (deep["layers"] - shallow["layers"])
+        ms = row["ms"] + slope * (geometry.layers - deep["layers"])
+        scaled[name] = {"scaled_ms": ms, "scaled_tokens_per_s": 1e3 * deep["tokens"] / ms}
+    baseline = scaled[BASELINE]["scaled_ms"]
+    for row in scaled.values():
+        row["scaled_speedup"] = baseline / row["scaled_ms"]
+    return {"layers": geometry.layers, "measured_layers": [shallow["layers"], deep["layers"]], "paths": scaled}
+
+
+def units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """The measurements one after the other: their names, and functions that make them and return what they found.
+
+    Args:
+        device: Where to measure.
+        tiny: A geometry of no interest, for a test.
+        budget_s: Seconds for all rounds of all of them.
+    """
+    name = "tiny" if tiny else "alpaca-7b" if device.type == "cuda" else "cpu"
+    geometry = GEOMETRIES[name]
+    layers = layers_that_fit(geometry, device)
+    depths = [layers] if layers == geometry.layers else [layers, layers // 2]
+    found: dict[tuple[int, bool], dict[str, Any]] = {}
+
+    def one(depth: int, checkpointing: bool) -> Callable[[], dict[str, Any]]:
+        def run() -> dict[str, Any]:
+            found[depth, checkpointing] = measure(geometry, depth, device, checkpointing, budget_s / (2 * len(depths)))
+            return found[depth, checkpointing]
+
+        return run
+
+    # On a CPU it is not memory that limits a step.
+    for checkpointing in (False,) if name == "cpu" else (False, True):
+        suffix = ", activations recomputed" if checkpointing else ""
+        for depth in depths:
+            yield f"{name}, {depth} layers{suffix}", one(depth, checkpointing)
+        if len(depths) == 2 and all((depth, checkpointing) in found for depth in depths):
+            deep, shallow = (found[depth, checkpointing] for depth in depths)
+            yield f"{name}, scaled to {geometry.layers} layers{suffix}", partial(scale, geometry, deep, shallow)
+
+
+def judge(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The targets of the update phase against what `measure` found, by name: `value`, `target` and whether `met`."""
+    targets: dict[str, Any] = {}
+    for name, result in results.items():
+        fused = [path for path in result["paths"] if PATHS[path].fused]
+        if "speedup_by_flop" not in result or result["geometry"] == asdict(GEOMETRIES["tiny"]):
+            continue
+        for path in fused:
+            row = result["paths"][path]
+            large = result["geometry"] == asdict(GEOMETRIES["alpaca-7b"])
+            targets[f"tokens/s, {path} / padded, {name}"] = at_least(row["speedup"], 1.8 if large else 2.2)
+            if large:
+                targets[f"scratch, padded / {path}, {name}"] = at_least(1 / row["scratch_share"], 4.0)
+            else:
+                share = row["speedup"] / result["speedup_by_flop"]
+                targets[f"speed-up / speed-up by FLOP, {path}, {name}"] = at_least(share, 0.9)
+            if row["mfu"] is not None:
+                targets[f"model FLOP utilisation, {path}, {name}"] = at_least(row["mfu"], 0.5)
+    return targets
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """What `units` found, as text."""
+    header = ["", "ms a step", "tokens/s", "x padded", "x by FLOP", "MFU", "scratch MiB", "of padded's"]
+    rows = []
+    for name, result in results.items():
+        rows.append([name, *[""] * (len(header) - 1)])
+        for path, row in result["paths"].items():
+            if "scaled_ms" in row:
+                cells = [f"{row['scaled_ms']:.1f}", f"{row['scaled_tokens_per_s']:.0f}", f"{row['scaled_speedup']:.2f}"]
+                cells += [""] * 4
+            else:
+                allowed = f"{result['speedup_by_flop']:.2f}" if path != BASELINE else ""
+                mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+                cells = [f"{row['ms']:.1f}", f"{row['tokens_per_s']:.0f}", f"{row['speedup']:.2f}", allowed, mfu]
+                cells += [f"{row['scratch_mib']:.0f}", f"{row['scratch_share']:.2f}"]
+            rows.append([f"  {path}", *cells])
+    return render(header, rows)
+
+
+if __name__ == "__main__":
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = {name: run() for name, run in units(device, tiny=False, budget_s=120)}
+    print(table(results), render_targets(judge(results)), sep="\n\n")

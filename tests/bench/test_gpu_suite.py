@@ -1,0 +1,245 @@
+"""The GPU suite on the CPU: it runs whole, its checks can fail, and a run that is cut off leaves what it measured."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import gpu_correctness, gpu_kernels, gpu_suite, training_phase
+from bench.gpu_suite import PARTS, Part
+from repo_fast.ops import linear_log_probs
+from tests.jobs import REPOSITORY
+
+CPU = torch.device("cpu")
+TINY = training_phase.GEOMETRIES["tiny"]
+
+
+def test_runs_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_suite.main(["--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for name in PARTS:
+        record = json.loads((tmp_path / f"{name}.json").read_text())
+        assert record["status"] == "done" and record["results"] and not record["failures"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["checks_passed"] > 90 and summary["checks_failed"] == []
+    assert (tmp_path / "tables.md").read_text() in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"tables.md", "summary.json", *(f"{n}.json" for n in PARTS)}
+
+
+def test_needs_no_extension_and_no_deepspeed(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules |= {'repo_fast._C': None, 'deepspeed': None}; from bench import gpu_suite;"
+        f"sys.exit(gpu_suite.main(['--out', {str(tmp_path)!r}, '--parts', 'environment', 'limits']))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert json.loads((tmp_path / "limits.json").read_text())["status"] == "done"
+
+
+def units(*measures: Callable[[], dict[str, Any]]) -> Part:
+    def generate(device: torch.device, tiny: bool, budget_s: float) -> Iterator[tuple[str, Callable]]:
+        yield from ((f"unit {i}", measure) for i, measure in enumerate(measures))
+
+    return Part(generate, str, seconds=60)
+
+
+def run(part: Part, out: Path, seconds: float = 60.0) -> dict[str, Any]:
+    return gpu_suite.run_part("part", part, CPU, True, time.monotonic() + seconds, out)
+
+
+def test_a_failure_is_kept_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = run(units(lambda: {"a": 1}, lambda: {"b": 1 / 0}, lambda: {"c": 3}), tmp_path)
+    assert record["status"] == "failed" and list(record["results"]) == ["unit 0", "unit 2"]
+    assert "ZeroDivisionError" in record["failures"]["unit 1"]
+    assert json.loads((tmp_path / "part.json").read_text()) == record
+    monkeypatch.setitem(PARTS, "environment", units(lambda: {"b": 1 / 0}))
+    assert gpu_suite.main(["--out", str(tmp_path), "--parts", "environment"]) == 1
+
+
+def test_what_was_measured_is_on_disk_before_the_next_unit(tmp_path: Path) -> None:
+    found = []
+
+    def killed() -> dict[str, Any]:
+        found.append(json.loads((tmp_path / "part.json").read_text()))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(units(lambda: {"a": 1}, killed), tmp_path)
+    assert found[0]["status"] == "running" and found[0]["results"] == {"unit 0": {"a": 1}}
+
+
+def test_units_past_the_deadline_are_named(tmp_path: Path) -> None:
+    record = run(units(lambda: {"a": 1}, lambda: {"b": 2}), tmp_path, seconds=-1)
+    assert record["status"] == "out of time" and record["left_out"] == ["unit 0", "unit 1"] and not record["results"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_units_have_names_of_their_own_on_a_gpu(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (78 << 30, 80 << 30))
+    names = [name for name, _ in PARTS[part].units(torch.device("cuda"), False, 1.0)]
+    assert names and len(set(names)) == len(names)
+
+
+# -------------------------------------------------------------------------------------------------- correctness
+
+
+def failed(unit: str) -> list[str]:
+    """The quantities of a check that are further off than allowed."""
+    result = dict(gpu_correctness.units(CPU, True, 1.0))[unit]()
+    wrong = [quantity for quantity, (error, bound) in result["errors"].items() if not error <= bound]
+    assert result["passed"] == (not wrong)
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_wrong_log_probs_are_found(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        result = linear_log_probs(*args, **kwargs)
+        return (0.99 * result[0], result[1]) if isinstance(result, tuple) else 0.99 * result
+
+    unit = f"log-probs, {dtype}, flat logits, V 301"
+    assert failed(unit) == [] and failed(f"ratio is one, {dtype}, flat logits") == []
+    monkeypatch.setattr(gpu_correctness, "linear_log_probs", wrong)
+    assert any(quantity.startswith("log-probs") for quantity in failed(unit))
+    assert "log-probs that differ" in failed(f"ratio is one, {dtype}, flat logits")
+
+
+def test_nan_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_correctness, "run_bits", lambda case, options: (case.hidden * torch.nan,))
+    assert failed("uninitialised memory, float32, flat logits") == ["NaN"]
+    assert failed("same bits twice, float32, flat logits") == ["bits that differ"]
+
+
+# ------------------------------------------------------------------------------------------------------ kernels
+
+
+def test_what_is_tuned_and_looked_for_exists() -> None:
+    from repo_fast.kernels import fused_rectified_policy_loss, linear_log_probs
+
+    for module, constant, values in gpu_kernels.settings(torch.device("cuda")):
+        assert getattr(module, constant) in values
+    for kernel in gpu_kernels.ROW_KERNELS:
+        assert hasattr(fused_rectified_policy_loss, kernel) or hasattr(linear_log_probs, kernel)
+
+
+def test_targets_are_judged() -> None:
+    def row(ms: float, share: float, scratch_mib: float) -> dict[str, float]:
+        return {"ms": ms, "share": share, "scratch_mib": scratch_mib}
+
+    peers = {
+        "repo_fast": row(10, 0.92, 100),
+        "plain": row(20, 0.5, 700),
+        "cce": row(9, 1.1, 1),
+        "liger": {"why_not": ""},
+    }
+    result = {"shape": vars(gpu_kernels.ALPACA), "computation": "policy_loss", "peers": peers}
+    assert {name: target["met"] for name, target in gpu_kernels.judge({"unit": result}).items()} == {
+        "three products / fused op, T 16384, V 32001": False,
+        "time of plain / fused op, T 16384, V 32001": True,
+        "time of cce / fused op, T 16384, V 32001": False,
+        "scratch of plain / fused op, T 16384, V 32001": True,
+    }
+
+
+def test_a_peer_with_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(peer: Any, computation: str, case: Any, results: Any) -> None:
+        assert peer.name != bad, "wrong"
+
+    monkeypatch.setattr(gpu_kernels, "check", wrong)
+    names = ("repo_fast", "plain")
+    bad = "plain"
+    peers = gpu_kernels.compare(gpu_kernels.TINY, "policy_loss", names, CPU, 0.1)["peers"]
+    assert "ms" in peers["repo_fast"] and peers["plain"] == {"why_not": "AssertionError: wrong"}
+    bad = "repo_fast"
+    with pytest.raises(AssertionError, match="wrong"):
+        gpu_kernels.compare(gpu_kernels.TINY, "policy_loss", names, CPU, 0.1)
+
+
+# ----------------------------------------------------------------------------------------------------- training
+
+
+def varlen_by_loop(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):  # noqa: ANN001, ANN201
+    """Stands for torch.nn.attention.varlen.varlen_attn, which has no CPU kernel: [N, H, d] -> [N, H, d]."""
+    assert window_size == (-1, 0)
+    parts = []
+    for start, stop in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
+        assert stop - start <= max_q == max_k
+        own = (x[start:stop].transpose(0, 1) for x in (q, k, v))
+        parts.append(F.scaled_dot_product_attention(*own, is_causal=True, scale=scale).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_all_paths_compute_the_same_loss_and_gradients(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_loop)
+    update = training_phase.Update(TINY, 2, CPU, checkpointing)
+    losses, gradients = {}, {}
+    for name, path in training_phase.PATHS.items():
+        update.model.zero_grad()
+        losses[name] = update.backward(path).item()
+        gradients[name] = {n: p.grad.clone() for n, p in update.model.named_parameters()}
+    truth = gradients[training_phase.BASELINE]
+    assert losses[training_phase.BASELINE] != 0
+    for name in training_phase.PATHS:
+        assert losses[name] == pytest.approx(losses[training_phase.BASELINE], abs=1e-5)
+        for parameter, gradient in gradients[name].items():
+            assert (gradient - truth[parameter]).norm() <= 1e-5 * truth[parameter].norm()
+
+
+def test_lengths_have_half_the_longest_as_their_mean() -> None:
+    experience = training_phase.make_experience(training_phase.GEOMETRIES["alpaca-7b"])
+    padded = training_phase.Padded.of(experience, CPU)
+    lengths = experience.lengths()
+    assert padded.input_ids.shape == (16, 512) and padded.attention_mask.sum() == sum(lengths)
+    assert sum(lengths) / 16 == pytest.approx(512 / 2, abs=1.5)
+    assert padded.response_mask.sum() == padded.old_log_probs.numel() == experience.cu_seqlens[-1]
+
+
+def test_model_flop_are_those_of_the_products_that_run() -> None:
+    update = training_phase.Update(TINY, 2, CPU, False)
+    with FlopCounterMode(display=False) as counter:
+        update.backward(training_phase.PATHS["packed, full logits"])
+    lengths = update.experience.lengths()
+    attention = 3 * 2 * 2 * TINY.width * sum(length**2 for length in lengths)
+    products = TINY.flop(2, lengths, update.padded.old_log_probs.numel()) - attention
+    assert len(update.micro_batches) > 1
+    assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == products
+
+
+def test_scaled_figures_lie_on_a_line() -> None:
+    def at(layers: int) -> dict[str, Any]:
+        paths = {training_phase.BASELINE: {"ms": 10.0 + 4 * layers}, "packed, fused": {"ms": 4.0 + 2 * layers}}
+        return {"layers": layers, "tokens": 1000, "paths": paths}
+
+    scaled = training_phase.scale(training_phase.GEOMETRIES["alpaca-7b"], at(8), at(4))
+    assert scaled["layers"] == 32 and scaled["measured_layers"] == [4, 8]
+    assert scaled["paths"]["packed, fused"]["scaled_ms"] == pytest.approx(68.0)
+    assert scaled["paths"]["packed, fused"]["scaled_speedup"] == pytest.approx(138 / 68)
+    assert "scaled to 32 layers" in training_phase.table({"alpaca-7b, scaled to 32 layers": scaled})
+
+
+def test_states_leave_room_for_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = training_phase.GEOMETRIES["alpaca-7b"]
+    for gib in (40, 78, 139):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, gib=gib: (gib << 30, gib << 30))
+        layers = training_phase.layers_that_fit(geometry, torch.device("cuda"))
+        parameters = layers * geometry.layer_parameters + 2 * geometry.width * geometry.vocabulary
+        assert 2 <= layers <= 32 and parameters * training_phase.STATE_BYTES <= gib << 29
+
+
+def test_masters_keep_steps_that_bfloat16_would_round_away() -> None:
+    parameter = torch.ones(4, dtype=torch.bfloat16)
+    optimizer = training_phase.MasterAdamW([parameter])
+    optimizer.adam.param_groups[0]["lr"] = 1e-3
+    for _ in range(20):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert parameter.max() < 0.99  # a step of 0.001 from 1 is less than half of bfloat16's 1/256 below it

@@ -1,0 +1,84 @@
+"""How the benchmarks take time and memory, on work whose time and memory are known."""
+
+import time
+
+import pytest
+import torch
+
+from bench import measure
+from bench.measure import MIB, Task, Timing, elapsed_ms, peak_scratch, time_interleaved
+
+CPU = torch.device("cpu")
+BLOCK = MIB // 4  # float32 elements of a MiB
+
+
+def test_ratios_are_paired_by_round():
+    # The machine is ten times slower in the last two rounds; the task is always half as fast as the floor.
+    timing = Timing([2.0, 20.0, 2.0, 20.0, 2.0], [1.0, 10.0, 1.0, 10.0, 1.0])
+    assert timing.share_of_floor == 0.5
+    assert timing.median_ms == 2.0
+    assert timing.spread_ms == 18.0
+
+
+def test_only_the_run_is_timed_and_gets_what_the_setup_made():
+    got = []
+    task = Task(lambda *arguments: got.append(arguments), lambda: (time.sleep(0.2), "made"))
+    assert elapsed_ms(task, CPU) < 200
+    assert got == [(None, "made")]
+
+
+def test_tasks_are_interleaved_each_after_the_floor():
+    calls = []
+    tasks = {name: Task(lambda name=name: calls.append(name)) for name in "ab"}
+    timings = time_interleaved(tasks, Task(lambda: calls.append("floor")), CPU, budget_s=0.0)
+    rounds = ["floor", "a", "floor", "b"] * measure.MIN_ROUNDS
+    assert calls[-len(rounds) :] == rounds
+    assert {name: len(timing.milliseconds) for name, timing in timings.items()} == dict.fromkeys(
+        "ab", measure.MIN_ROUNDS
+    )
+
+
+def test_a_slower_task_has_a_smaller_share():
+    tasks = {"same": Task(lambda: time.sleep(0.01)), "slow": Task(lambda: time.sleep(0.05))}
+    timings = time_interleaved(tasks, tasks["same"], CPU, budget_s=0.0)
+    assert timings["slow"].share_of_floor < timings["same"].share_of_floor
+    assert timings["slow"].median_ms >= 50
+
+
+def test_scratch_is_what_is_held_beside_inputs_and_results():
+    inputs = torch.ones(BLOCK)
+
+    def run() -> torch.Tensor:
+        first = torch.ones(4 * BLOCK)
+        result = inputs + 1
+        del first
+        second = torch.ones(2 * BLOCK)
+        third = torch.ones(3 * BLOCK)
+        return result.add_(second[0] + third[0])
+
+    assert peak_scratch(Task(run), CPU) == pytest.approx(5, rel=1e-3)
+
+
+def test_a_result_that_reuses_freed_memory_is_no_scratch_but_what_was_there_before_it_is():
+    def run() -> tuple[torch.Tensor, ...]:
+        torch.ones(6 * BLOCK)  # freed at once; the allocator may give the same address to a result
+        return torch.ones(6 * BLOCK), torch.ones(6 * BLOCK)
+
+    assert peak_scratch(Task(run), CPU) == pytest.approx(6, rel=1e-3)
+
+
+def test_what_a_forward_keeps_for_the_backward_counts():
+    x = torch.ones(BLOCK, requires_grad=True)
+    task = Task(lambda y: torch.autograd.grad(y, x, torch.ones_like(y)), lambda: (x.exp().exp(),))
+    # Both exponentials are kept; the incoming gradient and the inner derivative come on top, the outer one is x's own.
+    assert peak_scratch(task, CPU) == pytest.approx(4, rel=1e-3)
+
+
+def test_freed_inputs_do_not_make_room():
+    inputs = [torch.ones(8 * BLOCK)]
+
+    def run() -> torch.Tensor:
+        inputs.clear()
+        return torch.ones(2 * BLOCK).sum()
+
+    assert peak_scratch(Task(run), CPU) == pytest.approx(2, rel=1e-3)
