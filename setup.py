@@ -15,17 +15,23 @@ from setuptools.errors import BaseError, CCompilerError
 
 
 class OptionalBuildExt(build_ext):
-    """Builds what can be built."""
+    """Builds what can be built: with OpenMP, else without, else nothing."""
 
     def build_extension(self, extension: Pybind11Extension) -> None:
-        try:
-            super().build_extension(extension)
-        except (BaseError, CCompilerError, OSError) as error:
-            print(
-                f"repo_fast: {extension.name} was not built ({str(error):.60}); installing without it: "
-                "the CPU ops will run on the torch backend. Install a C++ compiler (C++17) and reinstall to get it.",
-                file=sys.stderr,
-            )
+        compile_args, link_args = extension.extra_compile_args, extension.extra_link_args
+        for openmp in [[]] if sys.platform == "win32" else [["-fopenmp"], []]:
+            extension.extra_compile_args = [*compile_args, *openmp]
+            extension.extra_link_args = [*link_args, *openmp]
+            try:
+                super().build_extension(extension)
+                return
+            except (BaseError, CCompilerError, OSError) as error:
+                reason = error
+        print(
+            f"repo_fast: {extension.name} was not built ({str(reason):.60}); installing without it: "
+            "the CPU ops will run on the torch backend. Install a C++ compiler (C++17) and reinstall to get it.",
+            file=sys.stderr,
+        )
 
 
 def in_csrc(pattern: str) -> list[str]:

@@ -172,7 +172,7 @@ def settings(device: torch.device) -> list[tuple[ModuleType, str, tuple[int, ...
 
     return [
         (sweep, "GPU_CHUNK_ROWS", (1024, 2048, 4096, 8192, 16384)),
-        (sweep, "GPU_ALIGNMENT_BYTES", (2, 128, 1024)),  # 2: rows of V logits without padding
+        (sweep, "ROW_ALIGNMENT_BYTES", (2, 128, 1024)),  # 2: rows of V logits without padding
         (rows, "ROW_TILE", (2048, 4096, 8192, 16384)),
         (rows, "ELEMENTS_PER_THREAD", (8, 16, 32)),
         (rows, "WIDE_ROW_BYTES", (32 * 1024, 128 * 1024, 1024 * 1024)),

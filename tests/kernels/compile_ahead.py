@@ -75,7 +75,7 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     needed = floats, floats, floats, ids, violations, counts, number
     for dtype, V in SHAPES:
         name = f"{str(dtype).removeprefix('torch.')} V={V}"
-        logits = torch.zeros(T, row_pitch(V, dtype, torch.device("cuda")), dtype=dtype)[:, :V]
+        logits = torch.zeros(T, row_pitch(V, dtype), dtype=dtype)[:, :V]
         chunk = logits, torch.zeros(T, D, dtype=dtype), torch.zeros(1, D, dtype=dtype).expand(V, D), ids, ids, 0, 1.0
         for entropies in (None, floats):
             case = name if entropies is None else f"{name}, entropy"

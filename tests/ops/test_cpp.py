@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from repo_fast.ops import dispatch
+from repo_fast.ops.sweep import add_product
 from tests.ops.cases import assert_fused_is_exact, make_case, relative_error
 
 _C = pytest.importorskip("repo_fast._C")
@@ -206,10 +207,19 @@ def test_instruction_sets_agree() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, 1003, 1 << 20])
 def test_add_product(size: int) -> None:
-    total, product = torch.randn(size), torch.randn(size).bfloat16()
-    expected = total + product.float()
-    _C.add_product(total.numpy(), array(product), 2)
-    assert torch.equal(total, expected)
+    """A sum of 50 products: `high` is its rounded value, up to what 16 bits leave open, and it is that of PyTorch's."""
+    high, low = torch.zeros(2, size).bfloat16().unbind()
+    plain = high.clone(), low.clone()
+    truth, magnitude = torch.zeros(2, size, dtype=torch.float64).unbind()
+    for _ in range(50):
+        product = torch.randn(size).bfloat16()
+        _C.add_product(array(high), array(low), array(product), 2)
+        add_product(*plain, product)
+        truth += product.double()
+        magnitude = torch.maximum(magnitude, truth.abs())
+    assert torch.equal(high, plain[0]) and torch.equal(low, plain[1])
+    # Each addition is off by at most half a unit of the last of 16 bits, of sums that were this large at their largest.
+    assert ((high.double() + low.double() - truth).abs() <= 50 * 2.0**-17 * magnitude).all()
 
 
 T, R, D, V, S = 4, 3, 6, 5, 2
