@@ -108,7 +108,8 @@ def one_update(learner: Learner, ranks: Ranks) -> dict:
 
         def observed(name=name, engine=engine, step=step):
             for parameter_name, parameter in engine.module.named_parameters():
-                gradients[f"{name}/{parameter_name}"] = safe_get_full_grad(parameter).clone()
+                if parameter.requires_grad:
+                    gradients[f"{name}/{parameter_name}"] = safe_get_full_grad(parameter).clone()
             return step()
 
         engine.step = observed  # type: ignore[method-assign]

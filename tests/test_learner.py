@@ -196,6 +196,18 @@ def test_every_backend_of_the_ops_learns_the_same(policy_folder, ranks):
             assert norm_wise(results[backend][part], results["torch"][part]) <= 1e-5, (backend, part)
 
 
+def test_checkpointing_and_a_frozen_head_change_no_gradient(policy_folder, ranks):
+    base = worker.make_config(worker.SETTINGS["gae"], 40, data=DataConfig(ptx="given"))
+    plain = worker.one_update(worker.make_learner(base, policy_folder, ranks), ranks)["gradients"]
+    checkpointed = replace(base, engine=replace(base.engine, activation_checkpointing=True))
+    frozen = replace(base, policy=replace(base.policy, trainable_layers=1))
+    last_layer = {name for name in plain if not name.startswith("policy/") or ".layers.1." in name or ".norm." in name}
+    for config, trained in ((checkpointed, set(plain)), (frozen, last_layer)):
+        gradients = worker.one_update(worker.make_learner(config, policy_folder, ranks), ranks)["gradients"]
+        assert set(gradients) == trained
+        assert norm_wise(gradients, {name: plain[name] for name in gradients}) <= 1e-5
+
+
 def test_the_update_does_not_depend_on_ranks_or_micro_batches(policy_folder, ranks, tmp_path):
     """1 rank x 1 micro-batch, 1 x several, 2 ranks x several; a prompt's responses lie on both ranks."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repo_fast.ops.loss import Objective, gather_tokens, select, token_loss, unsafe_fraction
+from repo_fast.ops.arguments import FusedArguments
+from repo_fast.ops.loss import gather_tokens, select, token_loss, unsafe_fraction
 from repo_fast.ops.sweep import find_rows, gradient_dtype, sweep
 from repo_fast.ops.violations import given_or_computed, prompt_violations
 
@@ -166,69 +167,28 @@ def linear_log_probs_backward(
     return grad_hidden.to(hidden.dtype), grad_weight.to(hidden.dtype)
 
 
-def fused_rectified_policy_loss_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    old_log_probs: Tensor | None,
-    reward_advantages: Tensor,
-    cost_advantages: Tensor,
-    sequence_ids: Tensor,
-    costs: Tensor | None,
-    prompt_ids: Tensor | None,
-    multiplier: Tensor,
-    scope: str,
-    threshold: float,
-    rectify: bool,
-    surrogate: str,
-    clip_low: float,
-    clip_high: float,
-    temperature: float,
-    ref_log_probs: Tensor | None,
-    kl_coefficient: float,
-    entropy_coefficient: float,
-    reduction: str,
-    denominator: Tensor | None,
-    violations: Tensor | None,
-    importance_weights: Tensor | None,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor, ...]:
     """Implements the registered op, whose results it returns."""
     op = "fused_rectified_policy_loss"
-    objective = Objective(rectify, surrogate, clip_low, clip_high, kl_coefficient, reduction, entropy_coefficient)
-    rows = find_rows(op, targets, weight.shape[0])
-    violations = given_or_computed(violations, prompt_violations, costs, prompt_ids, scope, threshold)
-    tokens = gather_tokens(
-        op,
-        rows,
-        old_log_probs,
-        reward_advantages,
-        cost_advantages,
-        sequence_ids,
-        violations,
-        multiplier,
-        ref_log_probs,
-        denominator,
-        importance_weights,
-        objective,
-    )
-    entropy_slopes = -entropy_coefficient * tokens.factors if entropy_coefficient > 0 else None
+    rows = find_rows(op, a.targets, a.weight.shape[0])
+    violations = given_or_computed(a, prompt_violations)
+    tokens = gather_tokens(op, rows, a, violations)
+    entropy_slopes = -a.entropy_coefficient * tokens.factors if a.entropy_coefficient > 0 else None
 
     def slopes(start: int, stop: int, log_probs: Tensor, entropy: Tensor | None) -> Slopes:
         part = tokens.part(start, stop)
         b = None if entropy_slopes is None else entropy_slopes[start:stop]
-        return token_loss(log_probs, part, objective).slope * part.factors, b
+        return token_loss(log_probs, part, a).slope * part.factors, b
 
-    chosen = select(targets, rows)
-    row_pass = _Rows(weight, chosen, temperature, True, slopes if need_hidden or need_weight else None)
-    grad_hidden, grad_weight = sweep(hidden, weight, rows, row_pass, need_hidden, need_weight)
+    chosen = select(a.targets, rows)
+    row_pass = _Rows(a.weight, chosen, a.temperature, True, slopes if a.need_hidden or a.need_weight else None)
+    grad_hidden, grad_weight = sweep(a.hidden, a.weight, rows, row_pass, a.need_hidden, a.need_weight)
     assert row_pass.entropy is not None
-    terms = token_loss(row_pass.log_probs, tokens, objective)
+    terms = token_loss(row_pass.log_probs, tokens, a)
     per_token = terms.loss
-    if entropy_coefficient > 0:
-        per_token = per_token - entropy_coefficient * row_pass.entropy
-    N, T, kept = chosen.numel(), targets.numel(), gradient_dtype(hidden.dtype)
+    if a.entropy_coefficient > 0:
+        per_token = per_token - a.entropy_coefficient * row_pass.entropy
+    N, T, kept = chosen.numel(), a.targets.numel(), gradient_dtype(a.hidden.dtype)
     return (
         (per_token * tokens.factors).sum(),
         _expand(row_pass.log_probs, rows, T),

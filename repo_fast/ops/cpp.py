@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repo_fast.ops.arguments import FusedArguments, PolicyArguments, RectifiedArguments
 from repo_fast.ops.loss import valid_rows
 from repo_fast.ops.sweep import RowPass, find_rows, gradient_dtype, product_dtype, sweep
 from repo_fast.ops.validation import check_cu_seqlens
@@ -97,86 +98,33 @@ def linear_log_probs_backward(
     return grad_hidden.to(hidden.dtype), grad_weight.to(hidden.dtype)
 
 
-def _policy_tokens(
-    op: str,
-    rows: Tensor | None,
-    old_log_probs: Tensor | None,
-    reward_advantages: Tensor,
-    cost_advantages: Tensor,
-    sequence_ids: Tensor,
-    violations: Tensor,
-    multiplier: Tensor,
-    rectify: bool,
-    surrogate: str,
-    clip_low: float,
-    clip_high: float,
-    ref_log_probs: Tensor | None,
-    kl_coefficient: float,
-    reduction: str,
-    denominator: Tensor | None,
-    importance_weights: Tensor | None,
-) -> Any:
+def _policy_tokens(op: str, rows: Tensor | None, a: PolicyArguments, violations: Tensor) -> Any:
     return _C.PolicyTokens(
         op,
         _vector(rows),
-        _vector(old_log_probs),
-        _vector(reward_advantages),
-        _vector(cost_advantages),
-        _vector(sequence_ids),
+        _vector(a.old_log_probs),
+        _vector(a.reward_advantages),
+        _vector(a.cost_advantages),
+        _vector(a.sequence_ids),
         _vector(violations),
-        multiplier.item(),
-        rectify,
-        surrogate == "mixed",
-        clip_low,
-        clip_high,
-        _vector(ref_log_probs) if kl_coefficient > 0 else None,
-        kl_coefficient,
-        reduction,
-        None if denominator is None else denominator.item(),
-        _vector(importance_weights),
+        a.multiplier.item(),
+        a.rectify,
+        a.surrogate == "mixed",
+        a.clip_low,
+        a.clip_high,
+        _vector(a.ref_log_probs) if a.kl_coefficient > 0 else None,
+        a.kl_coefficient,
+        a.reduction,
+        None if a.denominator is None else a.denominator.item(),
+        _vector(a.importance_weights),
     )
 
 
-def rectified_policy_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    reward_advantages: Tensor,
-    cost_advantages: Tensor,
-    sequence_ids: Tensor,
-    violations: Tensor,
-    multiplier: Tensor,
-    rectify: bool,
-    surrogate: str,
-    clip_low: float,
-    clip_high: float,
-    ref_log_probs: Tensor | None,
-    kl_coefficient: float,
-    reduction: str,
-    denominator: Tensor | None,
-    importance_weights: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def rectified_policy_loss(a: RectifiedArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Implements the registered op: (loss, clip_fraction, approx_kl, unsafe_fraction, d loss / d log_probs [T])."""
-    tokens = _policy_tokens(
-        "rectified_policy_loss",
-        valid_rows(sequence_ids != -1),
-        old_log_probs,
-        reward_advantages,
-        cost_advantages,
-        sequence_ids,
-        violations,
-        multiplier,
-        rectify,
-        surrogate,
-        clip_low,
-        clip_high,
-        ref_log_probs,
-        kl_coefficient,
-        reduction,
-        denominator,
-        importance_weights,
-    )
-    gradient = torch.zeros(log_probs.shape, dtype=torch.float32)
-    results = _C.rectified_policy_loss(tokens, _vector(log_probs), _array(gradient))
+    tokens = _policy_tokens("rectified_policy_loss", valid_rows(a.sequence_ids != -1), a, a.violations)
+    gradient = torch.zeros(a.log_probs.shape, dtype=torch.float32)
+    results = _C.rectified_policy_loss(tokens, _vector(a.log_probs), _array(gradient))
     return *_scalars(results), gradient
 
 
@@ -186,70 +134,24 @@ def _scalars(results: tuple[float, float, float, float]) -> tuple[Tensor, Tensor
     return loss, clip_fraction, approx_kl, unsafe_fraction
 
 
-def fused_rectified_policy_loss_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    old_log_probs: Tensor | None,
-    reward_advantages: Tensor,
-    cost_advantages: Tensor,
-    sequence_ids: Tensor,
-    costs: Tensor | None,
-    prompt_ids: Tensor | None,
-    multiplier: Tensor,
-    scope: str,
-    threshold: float,
-    rectify: bool,
-    surrogate: str,
-    clip_low: float,
-    clip_high: float,
-    temperature: float,
-    ref_log_probs: Tensor | None,
-    kl_coefficient: float,
-    entropy_coefficient: float,
-    reduction: str,
-    denominator: Tensor | None,
-    violations: Tensor | None,
-    importance_weights: Tensor | None,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor, ...]:
     """Implements the registered op, whose results it returns."""
     op = "fused_rectified_policy_loss"
-    rows = find_rows(op, targets, weight.shape[0])
-    violations = given_or_computed(violations, prompt_violations, costs, prompt_ids, scope, threshold)
-    tokens = _policy_tokens(
-        op,
-        rows,
-        old_log_probs,
-        reward_advantages,
-        cost_advantages,
-        sequence_ids,
-        violations,
-        multiplier,
-        rectify,
-        surrogate,
-        clip_low,
-        clip_high,
-        ref_log_probs,
-        kl_coefficient,
-        reduction,
-        denominator,
-        importance_weights,
-    )
-    log_probs = torch.zeros(targets.shape, dtype=torch.float32)
+    rows = find_rows(op, a.targets, a.weight.shape[0])
+    violations = given_or_computed(a, prompt_violations)
+    log_probs = torch.zeros(a.targets.shape, dtype=torch.float32)
     entropy = torch.zeros_like(log_probs)
     fused = _C.FusedPolicyLoss(
-        _linear_rows(weight, targets, rows, temperature),
-        tokens,
-        entropy_coefficient,
-        need_hidden or need_weight,
+        _linear_rows(a.weight, a.targets, rows, a.temperature),
+        _policy_tokens(op, rows, a, violations),
+        a.entropy_coefficient,
+        a.need_hidden or a.need_weight,
         _array(log_probs),
         _array(entropy),
     )
-    grad_hidden, grad_weight = _sweep(hidden, weight, rows, _row_pass(fused.row_pass), need_hidden, need_weight)
+    grad_hidden, grad_weight = _sweep(a.hidden, a.weight, rows, _row_pass(fused.row_pass), a.need_hidden, a.need_weight)
     loss, clip_fraction, approx_kl, unsafe_fraction = _scalars(fused.results())
-    kept = gradient_dtype(hidden.dtype)
+    kept = gradient_dtype(a.hidden.dtype)
     return (
         loss,
         log_probs,

@@ -16,21 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from repo_fast.ops.arguments import PolicyArguments, RectifiedArguments
 from repo_fast.ops.validation import check_range
 
 LOG_RATIO_BOUND = 20.0  # keeps exp() far from float32's overflow
-
-
-class Objective(NamedTuple):
-    """The settings of the loss that are plain numbers."""
-
-    rectify: bool
-    surrogate: str
-    clip_low: float
-    clip_high: float
-    kl_coefficient: float
-    reduction: str
-    entropy_coefficient: float = 0.0
 
 
 class Tokens(NamedTuple):
@@ -113,55 +102,42 @@ def token_factors(sequence_index: Tensor, S: int, reduction: str, denominator: T
     return 1 / (counts[sequence_index] * denominator)
 
 
-def gather_tokens(
-    op: str,
-    rows: Tensor | None,
-    old_log_probs: Tensor | None,
-    reward_advantages: Tensor,
-    cost_advantages: Tensor,
-    sequence_ids: Tensor,
-    violations: Tensor,
-    multiplier: Tensor,
-    ref_log_probs: Tensor | None,
-    denominator: Tensor | None,
-    importance_weights: Tensor | None,
-    objective: Objective,
-) -> Tokens:
+def gather_tokens(op: str, rows: Tensor | None, a: PolicyArguments, violations: Tensor) -> Tokens:
     """Compacts [T] inputs to the valid rows and looks up each token's weights and share in the reduction.
 
     Raises:
         ValueError: a valid token's sequence id is outside [0, S). On a GPU its weights become NaN instead.
     """
     S = violations.numel()
-    ids = select(sequence_ids, rows)
+    ids = select(a.sequence_ids, rows)
     check_range(op, "sequence_ids of the valid tokens", ids, 0, S, "S")
     # One more entry, NaN, is where ids that are out of range point to.
     index = torch.where((ids >= 0) & (ids < S), ids, S)
-    reward_weights, cost_weights = stream_weights(violations, multiplier, objective.rectify)
+    reward_weights, cost_weights = stream_weights(violations, a.multiplier, a.rectify)
     nan = violations.new_full((1,), torch.nan)
-    factors = token_factors(index, S, objective.reduction, denominator, reward_advantages)
-    if importance_weights is not None:
-        factors = factors * select(importance_weights, rows)
+    factors = token_factors(index, S, a.reduction, a.denominator, a.reward_advantages)
+    if a.importance_weights is not None:
+        factors = factors * select(a.importance_weights, rows)
     return Tokens(
-        None if old_log_probs is None else select(old_log_probs, rows),
-        select(reward_advantages, rows),
-        select(cost_advantages, rows),
+        None if a.old_log_probs is None else select(a.old_log_probs, rows),
+        select(a.reward_advantages, rows),
+        select(a.cost_advantages, rows),
         torch.cat([reward_weights, nan])[index],
         torch.cat([cost_weights, nan])[index],
-        select(ref_log_probs, rows) if ref_log_probs is not None and objective.kl_coefficient > 0 else None,
+        select(a.ref_log_probs, rows) if a.ref_log_probs is not None and a.kl_coefficient > 0 else None,
         factors,
     )
 
 
-def token_loss(log_probs: Tensor, tokens: Tokens, objective: Objective) -> TokenLoss:
+def token_loss(log_probs: Tensor, tokens: Tokens, a: PolicyArguments) -> TokenLoss:
     """Evaluates ℓ_t and its derivative for [N] tokens."""
     old = log_probs if tokens.old_log_probs is None else tokens.old_log_probs
     raw = log_probs - old
     log_ratio = raw.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = log_ratio.exp()
-    bounded = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    bounded = ratio.clamp(1 - a.clip_low, 1 + a.clip_high)
     streams: list[tuple[Tensor | None, Tensor]]
-    if objective.surrogate == "separate":
+    if a.surrogate == "separate":
         streams = [(tokens.reward_weights, tokens.reward_advantages), (tokens.cost_weights, -tokens.cost_advantages)]
     else:
         mixed = tokens.reward_weights * tokens.reward_advantages - tokens.cost_weights * tokens.cost_advantages
@@ -189,8 +165,8 @@ def token_loss(log_probs: Tensor, tokens: Tokens, objective: Objective) -> Token
     if tokens.ref_log_probs is not None:
         d = tokens.ref_log_probs - log_probs
         excess = d.expm1()
-        loss += objective.kl_coefficient * (excess - d)
-        slope -= objective.kl_coefficient * excess
+        loss += a.kl_coefficient * (excess - d)
+        slope -= a.kl_coefficient * excess
     return TokenLoss(loss, slope, clipped, log_ratio.expm1() - log_ratio)
 
 
@@ -200,50 +176,19 @@ def unsafe_fraction(violations: Tensor) -> Tensor:
     return unsafe.sum() / max(violations.numel(), 1)
 
 
-def rectified_policy_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    reward_advantages: Tensor,
-    cost_advantages: Tensor,
-    sequence_ids: Tensor,
-    violations: Tensor,
-    multiplier: Tensor,
-    rectify: bool,
-    surrogate: str,
-    clip_low: float,
-    clip_high: float,
-    ref_log_probs: Tensor | None,
-    kl_coefficient: float,
-    reduction: str,
-    denominator: Tensor | None,
-    importance_weights: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def rectified_policy_loss(a: RectifiedArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Implements the registered op: (loss, clip_fraction, approx_kl, unsafe_fraction, d loss / d log_probs [T])."""
-    objective = Objective(rectify, surrogate, clip_low, clip_high, kl_coefficient, reduction)
-    rows = valid_rows(sequence_ids != -1)
-    tokens = gather_tokens(
-        "rectified_policy_loss",
-        rows,
-        old_log_probs,
-        reward_advantages,
-        cost_advantages,
-        sequence_ids,
-        violations,
-        multiplier,
-        ref_log_probs,
-        denominator,
-        importance_weights,
-        objective,
-    )
-    terms = token_loss(select(log_probs, rows), tokens, objective)
+    rows = valid_rows(a.sequence_ids != -1)
+    tokens = gather_tokens("rectified_policy_loss", rows, a, a.violations)
+    terms = token_loss(select(a.log_probs, rows), tokens, a)
     gradient = terms.slope * tokens.factors
     if rows is not None:
-        gradient = torch.zeros_like(log_probs).index_copy_(0, rows, gradient)
+        gradient = torch.zeros_like(a.log_probs).index_copy_(0, rows, gradient)
     N = max(terms.loss.numel(), 1)
     return (
         (terms.loss * tokens.factors).sum(),
         terms.clipped.sum() / N,
         terms.divergence.sum() / N,
-        unsafe_fraction(violations),
+        unsafe_fraction(a.violations),
         gradient,
     )

@@ -10,11 +10,13 @@ implementation of the op.
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from inspect import Parameter, Signature
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
+from repo_fast.ops.arguments import FusedArguments, PolicyArguments, RectifiedArguments
 from repo_fast.ops.dispatch import implementation
 from repo_fast.ops.sweep import gradient_dtype
 
@@ -26,14 +28,32 @@ def _dispatched(function: Callable[..., Any]) -> Any:
     @wraps(function)
     def run(*args: Any) -> Any:
         *inputs, backend = args
-        device_type = inputs[0].device.type
-        if torch.is_autocast_enabled(device_type):
-            # Autocast reaches into a custom op, where it would turn float32 products into narrower ones.
-            with torch.autocast(device_type, enabled=False):
-                return implementation(name, backend)(*inputs)
-        return implementation(name, backend)(*inputs)
+        return _run(implementation(name, backend), args[0].device.type, *inputs)
 
     return torch.library.custom_op(f"repo_fast::{name}", run, mutates_args=())
+
+
+def _policy_loss(name: str, arguments: Callable[..., PolicyArguments], outputs: int) -> Any:
+    """Registers an op that takes the fields of `arguments` and returns tensors; implementations take them as one."""
+
+    def run(*args: Any) -> tuple[Tensor, ...]:
+        *inputs, backend = args
+        return _run(implementation(name, backend), args[0].device.type, arguments(*inputs))
+
+    fields = {**get_type_hints(arguments), "backend": str}
+    run.__signature__ = Signature(  # type: ignore[attr-defined]
+        [Parameter(field, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for field, kind in fields.items()],
+        return_annotation=tuple[(Tensor,) * outputs],  # type: ignore[misc]
+    )
+    return torch.library.custom_op(f"repo_fast::{name}", run, mutates_args=())
+
+
+def _run(function: Callable[..., Any], device_type: str, *inputs: Any) -> Any:
+    """function(*inputs). Autocast reaches into a custom op, where it would turn float32 products into narrower ones."""
+    if torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return function(*inputs)
+    return function(*inputs)
 
 
 @_dispatched
@@ -120,27 +140,8 @@ def _differentiate_linear_log_probs(
 linear_log_probs.register_autograd(_differentiate_linear_log_probs, setup_context=_save_linear_log_probs)
 
 
-@_dispatched
-def rectified_policy_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    reward_advantages: Tensor,
-    cost_advantages: Tensor,
-    sequence_ids: Tensor,
-    violations: Tensor,
-    multiplier: Tensor,
-    rectify: bool,
-    surrogate: str,
-    clip_low: float,
-    clip_high: float,
-    ref_log_probs: Tensor | None,
-    kl_coefficient: float,
-    reduction: str,
-    denominator: Tensor | None,
-    importance_weights: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss, clip_fraction, approx_kl, unsafe_fraction, d loss / d log_probs [T]."""
+# -> loss, clip_fraction, approx_kl, unsafe_fraction, d loss / d log_probs [T].
+rectified_policy_loss = _policy_loss("rectified_policy_loss", RectifiedArguments, 5)
 
 
 @rectified_policy_loss.register_fake
@@ -164,39 +165,9 @@ def _differentiate_rectified(ctx: Any, grad_loss: Tensor | None, *unused: Tensor
 rectified_policy_loss.register_autograd(_differentiate_rectified, setup_context=_save_rectified)
 
 
-@_dispatched
-def fused_rectified_policy_loss_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    old_log_probs: Tensor | None,
-    reward_advantages: Tensor,
-    cost_advantages: Tensor,
-    sequence_ids: Tensor,
-    costs: Tensor | None,
-    prompt_ids: Tensor | None,
-    multiplier: Tensor,
-    scope: str,
-    threshold: float,
-    rectify: bool,
-    surrogate: str,
-    clip_low: float,
-    clip_high: float,
-    temperature: float,
-    ref_log_probs: Tensor | None,
-    kl_coefficient: float,
-    entropy_coefficient: float,
-    reduction: str,
-    denominator: Tensor | None,
-    violations: Tensor | None,
-    importance_weights: Tensor | None,
-    need_hidden: bool,
-    need_weight: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss, log_probs [T], entropy [T], violations [S], clip_fraction, approx_kl, unsafe_fraction, and the gradients
-    of the loss: grad_hidden [T, D] or empty, grad_weight [V, D] or empty, both in `gradient_dtype`.
-    """
+# -> loss, log_probs [T], entropy [T], violations [S], clip_fraction, approx_kl, unsafe_fraction, and the gradients of
+# the loss: grad_hidden [T, D] or empty, grad_weight [V, D] or empty, both in `gradient_dtype`.
+fused_rectified_policy_loss_and_gradients = _policy_loss("fused_rectified_policy_loss_and_gradients", FusedArguments, 9)
 
 
 @fused_rectified_policy_loss_and_gradients.register_fake

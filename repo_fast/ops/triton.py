@@ -5,6 +5,7 @@ tested without a GPU.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from repo_fast.kernels.linear_log_probs import gradient_rows, log_prob_rows
 from repo_fast.kernels.prompt_violations import mean_violations
 from repo_fast.kernels.rectified_policy_loss import count_tokens, loss_of_tokens
 from repo_fast.kernels.scale_in_place import scale_in_place
+from repo_fast.ops.arguments import FusedArguments, PolicyArguments, RectifiedArguments
 from repo_fast.ops.loss import select, unsafe_fraction
 from repo_fast.ops.sweep import find_rows, gradient_dtype, sweep
 from repo_fast.ops.validation import check_cu_seqlens, check_range
@@ -46,58 +48,43 @@ def generalized_advantages(
     return advantages.view(rewards.shape), returns.view(rewards.shape)
 
 
-def rectified_policy_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    reward_advantages: Tensor,
-    cost_advantages: Tensor,
-    sequence_ids: Tensor,
-    violations: Tensor,
-    multiplier: Tensor,
-    rectify: bool,
-    surrogate: str,
-    clip_low: float,
-    clip_high: float,
-    ref_log_probs: Tensor | None,
-    kl_coefficient: float,
-    reduction: str,
-    denominator: Tensor | None,
-    importance_weights: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def rectified_policy_loss(a: RectifiedArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Implements the registered op. Nothing is read back to the host."""
-    S = violations.numel()
-    if sequence_ids.is_cpu:
-        check_range(
-            "rectified_policy_loss",
-            "sequence_ids of the valid tokens",
-            sequence_ids[sequence_ids != -1],
-            0,
-            S,
-            "S",
-        )
-    ids = sequence_ids.contiguous()
-    with _device_of(log_probs):
+    S, ids = a.violations.numel(), a.sequence_ids.contiguous()
+    if ids.is_cpu:
+        check_range("rectified_policy_loss", "sequence_ids of the valid tokens", ids[ids != -1], 0, S, "S")
+    with _device_of(a.log_probs):
         counts = count_tokens(ids, None, S)
-        sums, gradient = loss_of_tokens(
-            log_probs.contiguous(),
-            _solid(old_log_probs),
-            reward_advantages.contiguous(),
-            cost_advantages.contiguous(),
-            ids,
-            violations.contiguous(),
-            counts,
-            multiplier,
-            denominator,
-            _solid(ref_log_probs) if kl_coefficient > 0 else None,
-            _solid(importance_weights),
-            clip=(clip_low, clip_high),
-            kl_coefficient=kl_coefficient,
-            rectify=rectify,
-            mixed=surrogate == "mixed",
-            reduction=reduction,
-        )
-    loss, clip_fraction, approx_kl = _statistics(sums, counts)
-    return loss, clip_fraction, approx_kl, unsafe_fraction(violations), gradient
+        tokens, options = _token_arguments(a, ids, a.violations.contiguous(), counts)
+        sums, gradient = loss_of_tokens(a.log_probs.contiguous(), *tokens, **options)
+        loss, clip_fraction, approx_kl = _statistics(sums, counts)
+    return loss, clip_fraction, approx_kl, unsafe_fraction(a.violations), gradient
+
+
+def _token_arguments(
+    a: PolicyArguments, ids: Tensor, violations: Tensor, counts: Tensor
+) -> tuple[list[Any], dict[str, Any]]:
+    """What the kernels of both policy losses take of the tokens, and the options of the loss."""
+    tokens = [
+        _solid(a.old_log_probs),
+        a.reward_advantages.contiguous(),
+        a.cost_advantages.contiguous(),
+        ids,
+        violations,
+        counts,
+        a.multiplier,
+        a.denominator,
+        _solid(a.ref_log_probs) if a.kl_coefficient > 0 else None,
+        _solid(a.importance_weights),
+    ]
+    options = {
+        "clip": (a.clip_low, a.clip_high),
+        "kl_coefficient": a.kl_coefficient,
+        "rectify": a.rectify,
+        "mixed": a.surrogate == "mixed",
+        "reduction": a.reduction,
+    }
+    return tokens, options
 
 
 def scale_gradient(gradient: Tensor, factor: Tensor) -> None:
@@ -156,84 +143,31 @@ def linear_log_probs_backward(
     return grad_hidden.to(hidden.dtype), grad_weight.to(hidden.dtype)
 
 
-def fused_rectified_policy_loss_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    old_log_probs: Tensor | None,
-    reward_advantages: Tensor,
-    cost_advantages: Tensor,
-    sequence_ids: Tensor,
-    costs: Tensor | None,
-    prompt_ids: Tensor | None,
-    multiplier: Tensor,
-    scope: str,
-    threshold: float,
-    rectify: bool,
-    surrogate: str,
-    clip_low: float,
-    clip_high: float,
-    temperature: float,
-    ref_log_probs: Tensor | None,
-    kl_coefficient: float,
-    entropy_coefficient: float,
-    reduction: str,
-    denominator: Tensor | None,
-    violations: Tensor | None,
-    importance_weights: Tensor | None,
-    need_hidden: bool,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor, ...]:
     """Implements the registered op, whose results it returns."""
     op = "fused_rectified_policy_loss"
-    rows = find_rows(op, targets, weight.shape[0])
-    violations = given_or_computed(violations, prompt_violations, costs, prompt_ids, scope, threshold).contiguous()
-    T, S = targets.numel(), violations.numel()
-    if sequence_ids.is_cpu:
-        check_range(op, "sequence_ids of the valid tokens", select(sequence_ids, rows), 0, S, "S")
-    targets, ids = targets.contiguous(), sequence_ids.contiguous()
-    log_probs = torch.zeros(T, dtype=torch.float32, device=hidden.device)
+    rows = find_rows(op, a.targets, a.weight.shape[0])
+    violations = given_or_computed(a, prompt_violations).contiguous()
+    T, S = a.targets.numel(), violations.numel()
+    if a.sequence_ids.is_cpu:
+        check_range(op, "sequence_ids of the valid tokens", select(a.sequence_ids, rows), 0, S, "S")
+    targets, ids = a.targets.contiguous(), a.sequence_ids.contiguous()
+    log_probs = torch.zeros(T, dtype=torch.float32, device=targets.device)
     entropy = torch.zeros_like(log_probs)
-    terms = torch.zeros(3, T, dtype=torch.float32, device=hidden.device)
-    tokens = (
-        _solid(old_log_probs),
-        reward_advantages.contiguous(),
-        cost_advantages.contiguous(),
-        ids,
-        violations,
-    )
-    options = multiplier, denominator, _solid(ref_log_probs) if kl_coefficient > 0 else None, _solid(importance_weights)
-
-    with _device_of(hidden):
+    terms = log_probs.new_zeros(3, T)
+    with _device_of(targets):
         counts = count_tokens(ids, targets, S)
+        tokens, options = _token_arguments(a, ids, violations, counts)
+        options |= {"entropy_coefficient": a.entropy_coefficient, "gradient": a.need_hidden or a.need_weight}
 
         def row_pass(logits: Tensor, h: Tensor, start: int, stop: int) -> None:
-            policy_rows(
-                logits,
-                h,
-                weight,
-                targets,
-                rows,
-                start,
-                temperature,
-                *tokens,
-                counts,
-                *options,
-                log_probs,
-                entropy,
-                terms,
-                clip=(clip_low, clip_high),
-                kl_coefficient=kl_coefficient,
-                entropy_coefficient=entropy_coefficient,
-                rectify=rectify,
-                mixed=surrogate == "mixed",
-                reduction=reduction,
-                gradient=need_hidden or need_weight,
-            )
+            chunk = [logits, h, a.weight, targets, rows, start, a.temperature]
+            everything: list[Any] = [*chunk, *tokens, log_probs, entropy, terms]
+            policy_rows(*everything, **options)
 
-        grad_hidden, grad_weight = sweep(hidden, weight, rows, row_pass, need_hidden, need_weight)
-    loss, clip_fraction, approx_kl = _statistics(terms.sum(1), counts)
-    kept = gradient_dtype(hidden.dtype)
+        grad_hidden, grad_weight = sweep(a.hidden, a.weight, rows, row_pass, a.need_hidden, a.need_weight)
+        loss, clip_fraction, approx_kl = _statistics(terms.sum(1), counts)
+    kept = gradient_dtype(a.hidden.dtype)
     return (
         loss,
         log_probs,

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from repo_fast.ops.arguments import FusedArguments
 from repo_fast.ops.loss import sum_by_index
 
 
@@ -41,20 +42,13 @@ def prompt_violations(costs: Tensor, prompt_ids: Tensor, scope: str, threshold: 
     return means - threshold
 
 
-def given_or_computed(
-    violations: Tensor | None,
-    compute: Callable[[Tensor, Tensor, str, float], Tensor],
-    costs: Tensor | None,
-    prompt_ids: Tensor | None,
-    scope: str,
-    threshold: float,
-) -> Tensor:
+def given_or_computed(a: FusedArguments, compute: Callable[[Tensor, Tensor, str, float], Tensor]) -> Tensor:
     """The violations that the fused op works with: a copy of those given, or what a backend computes of the costs."""
-    if violations is not None:
-        return violations.clone()  # an output of the op must not be one of its inputs
-    if costs is None or prompt_ids is None:
+    if a.violations is not None:
+        return a.violations.clone()  # an output of the op must not be one of its inputs
+    if a.costs is None or a.prompt_ids is None:
         raise ValueError("fused_rectified_policy_loss: give violations, or costs and prompt_ids")
-    return compute(costs, prompt_ids, scope, threshold)
+    return compute(a.costs, a.prompt_ids, a.scope, a.threshold)
 
 
 def gather_responses(costs: Tensor, prompt_ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, slice]:

@@ -293,6 +293,22 @@ def test_ratio_is_exactly_one_on_policy(dtype: torch.dtype, chunks: str) -> None
     assert torch.equal(grad_hidden, implied_hidden) and torch.equal(grad_weight, implied_weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_memory_held_before_is_never_used(dtype: torch.dtype, chunks: str) -> None:
+    """With PyTorch's deterministic mode new memory is full of NaN: logits, the padding of their rows, gradients."""
+    case = make_case(T=50, V=1031, dtype=dtype)
+    options = {"multiplier": 1.0, "entropy_coefficient": 0.1}
+    clean = run_fused(case, options)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        dirty = run_fused(case, options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, two in zip((*clean[0], *clean[1:]), (*dirty[0], *dirty[1:]), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_given_violations_override_costs() -> None:
     case = make_case()
     violations = torch.linspace(-1, 1, 5)

@@ -17,6 +17,7 @@ from repo_fast.ops import (
     rectified_policy_loss,
     sweep,
 )
+from repo_fast.ops.arguments import FusedArguments
 from repo_fast.ops.dispatch import implementation
 from tests.ops.cases import Case, make_case
 
@@ -173,7 +174,9 @@ class Watch(TorchDispatchMode):
 def watch_fused(case: Case, backend: str, need_hidden: bool, need_weight: bool) -> Watch:
     *inputs, backend = fused_inputs(case, False, backend)
     with Watch() as watch:
-        implementation("fused_rectified_policy_loss_and_gradients", backend)(*inputs, need_hidden, need_weight)
+        implementation("fused_rectified_policy_loss_and_gradients", backend)(
+            FusedArguments(*inputs, need_hidden, need_weight)
+        )
     return watch
 
 
