@@ -25,7 +25,7 @@ from .linear_log_probs import open_row, row_arguments, row_statistics, write_gra
 from .rectified_policy_loss import token_factor, token_terms
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "T", "S"])
 def _policy_kernel(
     logits, pitch, hidden, hidden_stride_t, hidden_stride_d, weight, weight_stride_v, weight_stride_d, targets, rows,
     start, V, D, scale,
@@ -69,11 +69,11 @@ def _policy_kernel(
         loss -= entropy_coefficient * entropy
     tl.store(terms + token, loss * factor)
     tl.store(terms + T + token, clipped.to(tl.float32))
-    tl.store(terms + 2 * T.to(tl.int64) + token, divergence)
+    tl.store(terms + T + T + token, divergence)
 
     if GRADIENT:
         write_gradient(
-            row, pitch, V, target, own, scale, maximum, others, total, log_total, log_prob, entropy,
+            row, pitch, V, target, scale, maximum, others, total, log_total, log_prob, entropy,
             slope * factor, -entropy_coefficient * factor, ENTROPY, TILE,
         )  # fmt: skip
 

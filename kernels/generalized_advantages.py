@@ -22,7 +22,7 @@ def _after(later_c, later_x, c, x):
     return later_c * c, x + c * later_x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def _advantages_kernel(
     rewards, values, cu_seqlens, advantages, returns, T, S, gamma, decay, TILE: tl.constexpr, LENGTHS: tl.constexpr
 ):

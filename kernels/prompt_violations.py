@@ -16,14 +16,14 @@ BLOCK = 32
 TILE = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _violations_kernel(
     costs, prompt_ids, violations, S, threshold, WHOLE_BATCH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     my_ids = tl.load(prompt_ids + mine, mask=mine < S, other=0)
-    sums = tl.zeros([BLOCK], tl.float32)
-    counts = tl.zeros([BLOCK], tl.float32)
+    sums = tl.zeros([BLOCK, TILE], tl.float32)
+    counts = tl.zeros([BLOCK, TILE], tl.float32)
     for start in range(0, S, TILE):
         others = start + tl.arange(0, TILE)
         ids = tl.load(prompt_ids + others, mask=others < S, other=0)
@@ -31,9 +31,10 @@ def _violations_kernel(
         match = (others < S)[None, :] & (mine < S)[:, None]
         if not WHOLE_BATCH:
             match = match & (my_ids[:, None] == ids[None, :])
-        sums += tl.sum(tl.where(match, cost[None, :], 0.0), axis=1)
-        counts += tl.sum(match.to(tl.float32), axis=1)
-    tl.store(violations + mine, sums / tl.maximum(counts, 1.0) - threshold, mask=mine < S)
+        sums += tl.where(match, cost[None, :], 0.0)
+        counts += match.to(tl.float32)
+    means = tl.sum(sums, axis=1) / tl.maximum(tl.sum(counts, axis=1), 1.0)
+    tl.store(violations + mine, means - threshold, mask=mine < S)
 
 
 def mean_violations(

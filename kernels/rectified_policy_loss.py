@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 512
+BLOCK = 256
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def token_factor(counts, sequence, known, denominator, S, REDUCTION: tl.constexp
             return 1.0 / (count * tl.load(denominator))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def _count_kernel(sequence_ids, targets, counts, T, S, BLOCK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     sequence = tl.load(sequence_ids + t, mask=t < T, other=-1)
@@ -120,7 +120,7 @@ def _count_kernel(sequence_ids, targets, counts, T, S, BLOCK: tl.constexpr):
     tl.atomic_add(counts + S + 1, tl.sum(valid.to(tl.int32)), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "S"])
 def _loss_kernel(
     log_probs, old_log_probs, reward_advantages, cost_advantages, sequence_ids, violations, counts, multiplier,
     denominator, ref_log_probs, importance_weights, gradient, partial_sums, T, S, clip_low, clip_high, kl_coefficient,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 8192
+BLOCK = 4096
 
 
 @triton.jit

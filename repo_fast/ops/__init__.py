@@ -86,7 +86,7 @@ def linear_log_probs(
     """Log-probabilities of the targets under log softmax(hidden @ weight.T / temperature), without holding the logits.
 
     One matrix product in the forward; the backward does not know its incoming gradient before, and recomputes: four
-    in all. A row gives the same bits here and in `fused_rectified_policy_loss`.
+    in all. A row gives the same bits here and in `fused_rectified_policy_loss`, in calls with the same rows.
 
     Args:
         hidden: [T, D] float32, bfloat16 or float16.

@@ -82,7 +82,7 @@ def rectified_policy_loss(
     old = log_prob.detach() if old_log_probs is None else old_log_probs[valid]
     reward_advantage, cost_advantage = reward_advantages[valid], cost_advantages[valid]
 
-    multiplier = torch.as_tensor(multiplier, dtype=log_probs.dtype)
+    multiplier = torch.as_tensor(multiplier, dtype=log_probs.dtype, device=log_probs.device)
     w_r = (1 / (1 + multiplier)).expand_as(violations)
     w_c = (multiplier / (1 + multiplier)).expand_as(violations)
     if rectify:

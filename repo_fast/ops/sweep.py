@@ -8,13 +8,15 @@ chunk of logits between them is the backend's *row pass*. The [T, V] logits neve
 
 Where the derivatives of the loss follow from the row itself (the fused policy loss), three products suffice;
 `linear_log_probs` learns them in its backward and computes the logits again: four. All ops and both directions use this
-loop and the same statistics, so one row gives the same bits in each of them.
+loop and the same statistics, so a row gives the same bits in each of them, in calls with the same rows: the libraries'
+products may differ with the number of rows.
 
 Precision. Row passes compute in float32, and sums over chunks are float32. In bfloat16 the product rounds the logits to
 8 bits; row passes therefore replace the target's logit by its own float32 dot product, *before* the maximum and the
 sum: mixing the two would make log-probabilities positive. In float16 operands are widened to float32 a slab of the
 vocabulary at a time and the logits' gradient stays float32: in float16 p/(V·T) would be 0, and PyTorch's float16
-products on CPUs take seconds. So no scaling by powers of two is needed here.
+products on CPUs take seconds. So no scaling by powers of two is needed here; it is exact, and slow on a GPU. Products
+in float32 are as exact as `torch.set_float32_matmul_precision` lets them be.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +32,7 @@ CPU_CHUNK_ROWS = 512
 CPU_CHUNK_ELEMENTS = 1 << 24
 CPU_MIN_ROWS = 256
 GPU_CHUNK_ROWS = 4096
-GPU_CHUNK_ELEMENTS = 1 << 29
+GPU_CHUNK_ELEMENTS = 5 << 27
 # Rows of logits start at multiples of this. V = 32001 would leave them unaligned for a GPU's vector loads and TMA; on a
 # CPU its float32 product takes 1.4 times as long (one Zen 4 core).
 ROW_ALIGNMENT_BYTES = 128
@@ -60,7 +62,8 @@ def chunk_rows(device: torch.device, V: int) -> int:
     """Rows of logits that are held at a time. Depends on nothing else, so that all ops split rows alike."""
     if device.type == "cpu":
         return max(CPU_MIN_ROWS, min(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // V))
-    return max(1, min(GPU_CHUNK_ROWS, GPU_CHUNK_ELEMENTS // V))
+    rows = min(GPU_CHUNK_ROWS, max(1, GPU_CHUNK_ELEMENTS // V))
+    return rows - rows % 256 if rows > 256 else rows
 
 
 def row_pitch(V: int, dtype: torch.dtype) -> int:
@@ -83,7 +86,8 @@ def find_rows(op: str, targets: Tensor, V: int) -> Tensor | None:
         ValueError: a target of theirs is outside [0, V). Not looked at on a GPU.
     """
     rows = valid_rows(targets != IGNORED)
-    check_range(op, "targets that are not -100", select(targets, rows), 0, V, "V")
+    if targets.is_cpu:
+        check_range(op, "targets that are not -100", select(targets, rows), 0, V, "V")
     return rows
 
 
@@ -139,8 +143,9 @@ def sweep(
 class _ProductSum:
     """total = the sum over chunks of dzᵀ·h [V, D], to 16 bits at least.
 
-    One product needs no sum. A GPU adds to float32 within the product. On a CPU bfloat16 products come rounded: they
-    are made a slab of V at a time, which stays in the cache, and added to a pair of bfloat16 numbers, total and low.
+    One product needs no sum. CUDA adds to float32 within the product. On CPUs and ROCm bfloat16 products come rounded:
+    they are made a slab of V at a time, which stays in a CPU's cache, and added to a pair of bfloat16 numbers, total
+    and low.
     """
 
     def __init__(
@@ -154,7 +159,7 @@ class _ProductSum:
         self.first = True
         self.low = None
         rounded = several and dtype != torch.float32
-        if rounded and device.type == "cpu":
+        if rounded and (device.type == "cpu" or torch.version.hip is not None):
             self.low = torch.empty(shape, dtype=dtype, device=device)
             self.slab = max(1, SLAB_ELEMENTS // max(shape[1], 1))
             self.product = torch.empty(min(self.slab, shape[0]), shape[1], dtype=dtype, device=device)

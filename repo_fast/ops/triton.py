@@ -146,11 +146,8 @@ def linear_log_probs_backward(
 def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor, ...]:
     """Implements the registered op, whose results it returns."""
     op = "fused_rectified_policy_loss"
-    rows = find_rows(op, a.targets, a.weight.shape[0])
     violations = given_or_computed(a, prompt_violations).contiguous()
     T, S = a.targets.numel(), violations.numel()
-    if a.sequence_ids.is_cpu:
-        check_range(op, "sequence_ids of the valid tokens", select(a.sequence_ids, rows), 0, S, "S")
     targets, ids = a.targets.contiguous(), a.sequence_ids.contiguous()
     log_probs = torch.zeros(T, dtype=torch.float32, device=targets.device)
     entropy = torch.zeros_like(log_probs)
@@ -159,6 +156,9 @@ def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor
         counts = count_tokens(ids, targets, S)
         tokens, options = _token_arguments(a, ids, violations, counts)
         options |= {"entropy_coefficient": a.entropy_coefficient, "gradient": a.need_hidden or a.need_weight}
+        rows = find_rows(op, targets, a.weight.shape[0])  # the one wait for the device, after what it can do meanwhile
+        if ids.is_cpu:
+            check_range(op, "sequence_ids of the valid tokens", select(ids, rows), 0, S, "S")
 
         def row_pass(logits: Tensor, h: Tensor, start: int, stop: int) -> None:
             chunk = [logits, h, a.weight, targets, rows, start, a.temperature]

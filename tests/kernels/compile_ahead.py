@@ -89,6 +89,33 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             *chunk, *needed, number, floats, floats, floats, floats, floats.expand(3, T), **full,
             entropy_coefficient=0.1, gradient=True,
         )  # fmt: skip
+    # A batch of one token, whose sizes are all 1: Triton makes constants of such arguments.
+    one, first = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    row = torch.zeros(1, 512), torch.zeros(1, D), torch.zeros(500, D), first, None, 0, 0.7
+    single = one, one, one, first, one, torch.zeros(3, dtype=torch.int32), number
+    summed = plain | {"reduction": "sum"}
+    yield "one token", lambda: log_prob_rows(*row, one, one)
+    yield "one token", lambda: gradient_rows(*row, one, one)
+    yield (
+        "one token",
+        lambda: policy_rows(
+            *row,
+            *single,
+            None,
+            None,
+            None,
+            one,
+            one,
+            one.expand(3, 1),
+            **summed,
+            entropy_coefficient=0.0,
+            gradient=True,
+        ),
+    )
+    yield "one token", lambda: loss_of_tokens(one, *single, None, None, None, **summed)
+    yield "one token", lambda: count_tokens(first, None, 1)
+    yield "one token", lambda: mean_violations(one, first, 0.0, whole_batch=False)
+    yield "one token", lambda: scan_advantages(one[None], one[None], torch.zeros(2, dtype=torch.int32), 1.0, 0.95)
     for dtype in (torch.float32, torch.bfloat16):
         yield str(dtype), lambda dtype=dtype: scale_in_place(torch.zeros(T, D, dtype=dtype), number)
     yield "targets", lambda: count_tokens(ids, ids, S)
