@@ -22,6 +22,7 @@ from repo_fast.data import PromptSampler
 from repo_fast.engine import Engine, StepResult
 from repo_fast.errors import InputError
 from repo_fast.experience import Experience, MicroBatch, PackedBatch, idle_batch, pack, split_by_tokens
+from repo_fast.models.loss_head import summed_cross_entropy
 from repo_fast.ops import (
     PolicyLoss,
     fused_rectified_policy_loss,
@@ -404,7 +405,7 @@ class Learner:
         scale = self.config.algorithm.ptx_coefficient / float(tokens)
 
         def at_head(hidden: torch.Tensor, weight: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-            return -linear_log_probs(hidden, weight, packed.targets, backend=self.ops_backend).sum()
+            return summed_cross_entropy(hidden, weight, packed.targets, backend=self.ops_backend)
 
         total = torch.zeros((), dtype=torch.float64)
         for row, last in _with_last(rows):

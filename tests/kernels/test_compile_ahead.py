@@ -15,14 +15,15 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> list[Usage]:
-    """From a process of its own: in this one kernels are defined for the interpreter."""
+def table(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> list[Usage]:
+    """From a process of its own: in this one kernels are defined for the interpreter. Shown, whatever comes of it."""
     folder = tmp_path_factory.mktemp("compiled")
     command = [sys.executable, "-m", "tests.kernels.compile_ahead", "--json", folder / "table.json"]
     environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "cache")}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    print(run.stdout)
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{run.stdout}")
     return [Usage(**row) for row in json.loads((folder / "table.json").read_text())]
 
 
