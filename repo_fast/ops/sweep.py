@@ -11,12 +11,13 @@ Where the derivatives of the loss follow from the row itself (the fused policy l
 loop and the same statistics, so a row gives the same bits in each of them, in calls with the same rows: the libraries'
 products may differ with the number of rows.
 
-Precision. Row passes compute in float32, and sums over chunks are float32. In bfloat16 the product rounds the logits to
-8 bits; row passes therefore replace the target's logit by its own float32 dot product, *before* the maximum and the
-sum: mixing the two would make log-probabilities positive. In float16 operands are widened to float32 a slab of the
-vocabulary at a time and the logits' gradient stays float32: in float16 p/(V·T) would be 0, and PyTorch's float16
-products on CPUs take seconds. So no scaling by powers of two is needed here; it is exact, and slow on a GPU. Products
-in float32 are as exact as `torch.set_float32_matmul_precision` lets them be.
+Precision. Row passes compute in float32. Sums over chunks are float32, or, where bfloat16 products come rounded anyway
+(`_ProductSum`), 16 bits wide. In bfloat16 the product rounds the logits to 8 bits; row passes therefore replace the
+target's logit by its own float32 dot product, *before* the maximum and the sum: mixing the two would make
+log-probabilities positive. In float16 operands are widened to float32 a slab of the vocabulary at a time and the
+logits' gradient stays float32: in float16 p/(V·T) would be 0, and PyTorch's float16 products on CPUs take seconds. So
+no scaling by powers of two is needed here; it is exact, and slow on a GPU. Products in float32 are as exact as
+`torch.set_float32_matmul_precision` lets them be.
 """
 
 from collections.abc import Callable, Iterator
@@ -103,7 +104,8 @@ def sweep(
     """Takes the valid rows of `hidden` [T, D] (None: all) past `weight` [V, D], a chunk at a time.
 
     Args:
-        hidden, weight, rows: As above.
+        hidden, weight: float32, bfloat16 or float16, of one dtype.
+        rows: As from `find_rows`, int64 [N].
         row_pass: What happens to each chunk.
         need_hidden, need_weight: Which gradients are wanted.
         add_product: What does the same as the function of this name.
