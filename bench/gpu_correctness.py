@@ -68,11 +68,6 @@ def off(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu()
 
 
-def on_device(options: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """With λ where the tensors are: the reference computes with it there."""
-    return options | {"multiplier": torch.tensor(options["multiplier"], device=device)}
-
-
 def chunks_of(rows: int) -> AbstractContextManager:
     """While this is open, the linear ops take so many rows of logits at a time."""
     return mock.patch.multiple(sweep, GPU_CHUNK_ROWS=rows, CPU_CHUNK_ROWS=rows, CPU_MIN_ROWS=1)
@@ -92,10 +87,9 @@ def bits_that_differ(one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
 
 def fused_errors(case: Case, options: dict[str, Any], device: torch.device) -> Errors:
     """Values and gradients of the fused op."""
-    own = on_device(options, device)
-    result, *gradients = run_fused(on(case, device), own)
+    result, *gradients = run_fused(on(case, device), options)
     (loss, log_probs, entropy, violations), *truths = run_reference(case.wide(), options)
-    plain, *plain_gradients = run_reference(on(case, device), own)
+    plain, *plain_gradients = run_reference(on(case, device), options)
     scale = loss_scale(case, options)
     ours, ordinary = [off(x) for x in result[:4]], [off(x) for x in plain[:3]]
     errors = _row_errors(case, ours[1:3], (log_probs, entropy), ordinary[1:3], options.get("temperature", 1.0))
