@@ -9,7 +9,7 @@ OUTPUT = $(shell n=; while [ -e outputs/tiny$$n ]; do n=$$(($${n:-0} - 1)); done
 # A waiting OpenMP thread that spins takes the core of the thread it waits for: up to 30 times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup train test acceptance lint format bench clean
+.PHONY: help setup train pipeline test acceptance lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -31,6 +31,9 @@ $(VENV)/.done: requirements.lock setup.py pyproject.toml $(wildcard csrc/*)
 train: setup ## Run the main job on the embedded default; ARGS="--seed 1" and the like change it
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) \
 	  -m repo_fast.train --config tiny --output_dir $(OUTPUT) $(ARGS)
+
+pipeline: setup ## From demonstrations and preferences to a safer policy: SFT, reward and cost model, RePO, a table
+	$(VENV)/bin/python -m repo_fast.pipeline --output_dir outputs/pipeline --ranks $(RANKS) $(ARGS)
 
 test: lint ## Check and test everything but what is marked slow
 	$(VENV)/bin/pytest -m "not slow" $(ARGS)

@@ -1,18 +1,27 @@
 """Puts a run's models together: policy, reference, critics and scorers, each under an engine."""
 
+import logging
+from typing import Any
+
 import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from repo_fast.algorithm import ALGORITHMS
 from repo_fast.collectives import Ranks
-from repo_fast.config import ScorerConfig, TrainConfig
-from repo_fast.data import PromptTemplate
+from repo_fast.config import EngineConfig, LoraConfig, ModelConfig, ScorerConfig, TrainConfig
+from repo_fast.data import PromptTemplate, load_tokenizer
 from repo_fast.engine import Engine, resolve_dtype, sharded_loading
+from repo_fast.errors import InputError
 from repo_fast.experience import PackedBatch
-from repo_fast.inputs import Inputs, load_tokenizer
+from repo_fast.inputs import Inputs
 from repo_fast.learner import Models
+from repo_fast.models.critic import Critic
+from repo_fast.models.lora import adapters_off, add_lora, describe
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
-from repo_fast.models.trunk import attention_implementation, check_packing
+from repo_fast.models.trunk import attention_implementation, check_packing, load_config, train_last_layers
+from repo_fast.models.vocabulary import fit_vocabulary
 from repo_fast.scoring import (
     ClassifierScorer,
     EncoderClassifier,
@@ -20,16 +29,20 @@ from repo_fast.scoring import (
     ModelScorer,
     Scorer,
     ScorerSpec,
+    check_expected_score,
     load_score_model,
+    score_text,
 )
 from repo_fast.scoring.score_models import same_tokens
+
+log = logging.getLogger(__name__)
 
 
 def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Models, dict[str, Scorer]]:
     """Load every model of a run; under ZeRO-3 straight into shards. All ranks must call it.
 
     A critic starts from its stream's score model where that is a decoder with the policy's vocabulary, else from the
-    policy's trunk with a zero head.
+    policy's trunk with a zero head. Under LoRA the reference is the policy with its adapters off.
 
     Returns:
         The engines, and the scorers `reward` and `cost`.
@@ -37,50 +50,174 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
     Raises:
         InputError: A model cannot be used.
     """
-    dtype = resolve_dtype(config.engine, ranks.device)
-    loading = {"dtype": dtype, "attention": attention_implementation(config.policy.attention, ranks.device, dtype)}
+    loading = _loading(config.policy, config.engine, ranks)
     steps = config.total_steps * config.update.epochs * config.update.minibatches
     specs = {"reward": inputs.reward, "cost": inputs.cost}
     settings = {"reward": config.reward, "cost": config.cost}
     streams = ("reward", "cost") if ALGORITHMS[config.algorithm.name].has_cost_stream else ("reward",)
+    policy = load_policy(inputs.policy_path, inputs.tokenizer, config.policy, config.engine, ranks)
     with sharded_loading(config.engine, ranks.device):
-        policy = Policy.from_pretrained(inputs.policy_path, **loading)
-        reference = Policy.from_pretrained(inputs.policy_path, **loading)
+        reference = None
+        if not config.policy.lora.rank:
+            reference = Policy.from_pretrained(inputs.policy_path, **loading)
+            _fit_vocabulary(reference.model, inputs.tokenizer, config.policy)
         scorers = {name: _scorer(name, specs[name], settings[name], config, inputs, ranks, loading) for name in specs}
-        critics = {}
-        if config.algorithm.advantage == "gae":
-            critics = {stream: _critic(specs[stream], inputs, loading) for stream in streams}
-    for critic in critics.values():
-        # DeepSpeed trains parameters of one dtype; it keeps float32 masters, and the head computes in float32 anyway.
-        critic.score_head.to(dtype)
-    if config.policy.trainable_layers is not None:
-        policy.train_last_layers(config.policy.trainable_layers)
-    if config.engine.activation_checkpointing:
-        for module in (policy.model, *(critic.trunk for critic in critics.values())):
-            # Re-entrant: the other kind compares shapes with those of the first forward, and ZeRO-3 has released them.
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-            module.enable_input_require_grads()
+        critics = _critics(streams, specs, config, inputs, loading) if config.algorithm.advantage == "gae" else {}
+    policy_engine = Engine(policy, config.engine, ranks, config.policy_optimizer, steps)
     models = Models(
-        policy=Engine(policy, config.engine, ranks, config.policy_optimizer, steps),
-        reference=Engine(reference, config.engine, ranks),
+        policy=policy_engine,
+        reference=WithoutAdapters(policy_engine) if reference is None else Engine(reference, config.engine, ranks),
         critics={
-            stream: Engine(critic, config.engine, ranks, config.critic_optimizer, steps)
-            for stream, critic in critics.items()
+            name: Engine(critic, config.engine, ranks, config.critic_optimizer, steps)
+            for name, critic in critics.items()
         },
     )
-    check_packing(lambda ids, positions: _last_state(models.policy, ids, positions), "the policy", ranks.device)
+    check_policy_packing(models.policy, ranks)
     return models, scorers
 
 
-def _last_state(policy: Engine, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """One number of the state that would predict a token after the row."""
-    last = torch.tensor([input_ids.numel() - 1], device=input_ids.device)
-    batch = PackedBatch(input_ids, position_ids, predictors=last, targets=last, sequence_ids=last * 0, last=last)
-    return policy(batch, lambda hidden, weight, _: hidden[0, 0].float())
+class WithoutAdapters:
+    """A frozen model inside one with LoRA adapters: called like it, computed by the base weights alone."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, *args: Any) -> Any:
+        with adapters_off(self._engine.module):
+            return self._engine(*args)
 
 
-def _critic(spec: ScorerSpec, inputs: Inputs, loading: dict) -> ScoreModel:
-    if spec.kind == "model" and same_tokens(load_tokenizer(spec.path), inputs.tokenizer):
+def load_policy(
+    path: str, tokenizer: PreTrainedTokenizerBase, settings: ModelConfig, engine: EngineConfig, ranks: Ranks
+) -> Policy:
+    """A causal language model to train; under ZeRO-3 as shards. All ranks must call it.
+
+    Args:
+        path: Folder or hub name.
+        tokenizer: Its own; gets the pad token that the settings ask for.
+        settings: What of it is trained, and how large its vocabulary is.
+        engine: Stage, dtype, activation checkpointing.
+        ranks: This process among all.
+
+    Raises:
+        InputError: The model cannot be used.
+    """
+    with sharded_loading(engine, ranks.device):
+        policy = Policy.from_pretrained(path, **_loading(settings, engine, ranks))
+        _fit_vocabulary(policy.model, tokenizer, settings)
+    _prepare_training(policy.model, settings.trainable_layers, settings.lora, engine)
+    _say_what_is_trained(path, policy)
+    return policy
+
+
+def check_policy_packing(policy: Engine, ranks: Ranks) -> None:
+    """Raise `InputError` where the policy's architecture lets packed sequences see each other."""
+
+    def last_state(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """One number of the state that would predict a token after the row."""
+        last = torch.tensor([input_ids.numel() - 1], device=input_ids.device)
+        batch = PackedBatch(input_ids, position_ids, predictors=last, targets=last, sequence_ids=last * 0, last=last)
+        return policy(batch, lambda hidden, weight, _: hidden[0, 0].float())
+
+    check_packing(last_state, "the policy", ranks.device)
+
+
+def load_trained_score_model(
+    path: str,
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ModelConfig,
+    engine: EngineConfig,
+    ranks: Ranks,
+) -> ScoreModel:
+    """A score model to train: one that is gone on with, or the trunk of a language model with a zero head.
+
+    Args:
+        path: Folder or hub name.
+        kind: `reward` or `cost`.
+        tokenizer, settings, engine, ranks: As for `load_policy`.
+
+    Raises:
+        InputError: The model cannot be used; it is a score model of the other kind, or an encoder.
+    """
+    loading = _loading(settings, engine, ranks)
+    with sharded_loading(engine, ranks.device):
+        if is_score_model(path):
+            model = load_score_model(path, role=kind, **loading)  # type: ignore[arg-type]
+            if not isinstance(model, ScoreModel):
+                raise InputError(f"model.path {path!r} is an encoder, expected a decoder: packed rows need one")
+        else:
+            model = ScoreModel.from_policy(path, **loading)
+        _fit_vocabulary(model.trunk, tokenizer, settings)
+    # DeepSpeed trains parameters of one dtype; it keeps float32 masters, and the head computes in float32 anyway.
+    model.score_head.to(loading["dtype"])
+    _prepare_training(model.trunk, settings.trainable_layers, settings.lora, engine)
+    _say_what_is_trained(path, model)
+    return model
+
+
+def is_score_model(path: str) -> bool:
+    """Whether a model folder's architecture is one with a scalar head."""
+    return (load_config(path).architectures or [""])[0].endswith(("ForScore", "ForSequenceClassification"))
+
+
+def _loading(settings: ModelConfig, engine: EngineConfig, ranks: Ranks) -> dict[str, Any]:
+    dtype = resolve_dtype(engine, ranks.device)
+    return {"dtype": dtype, "attention": attention_implementation(settings.attention, ranks.device, dtype)}
+
+
+def _fit_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: ModelConfig) -> None:
+    fit_vocabulary(model, tokenizer, pad_token=settings.pad_token, multiple=settings.pad_vocabulary_to)
+
+
+def _prepare_training(
+    transformer: nn.Module, trainable_layers: int | None, lora: LoraConfig, engine: EngineConfig
+) -> None:
+    """Freeze what is not trained, add adapters, and set up the recomputation of activations."""
+    if trainable_layers is not None:
+        train_last_layers(transformer, trainable_layers)
+    if lora.rank:
+        add_lora(transformer, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    if engine.activation_checkpointing:
+        # Re-entrant: the other kind compares shapes with those of the first forward, and ZeRO-3 has released them.
+        transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        transformer.enable_input_require_grads()
+
+
+def _say_what_is_trained(path: str, module: nn.Module) -> None:
+    if not all(parameter.requires_grad for parameter in module.parameters()):
+        log.info("%s: %s", path, describe(module))
+
+
+def _critics(
+    streams: tuple[str, ...], specs: dict[str, ScorerSpec], config: TrainConfig, inputs: Inputs, loading: dict
+) -> dict[str, Critic]:
+    """By name: one for each stream, or one for all."""
+    groups = [streams] if config.critics.shared_trunk else [(stream,) for stream in streams]
+    critics = {}
+    for group in groups:
+        model = _critic_start(specs[group[0]], inputs, loading)
+        critic = critics["_".join(group)] = Critic(model, group, loading["dtype"])
+        _prepare_training(critic.trunk, None, config.critics.lora, config.engine)
+        if len(group) > 1:
+            log.info("%s", _saved_by_sharing(critic, loading["dtype"]))
+    return critics
+
+
+def _saved_by_sharing(critic: Critic, dtype: torch.dtype) -> str:
+    """What a second trunk would take over all ranks: weights, and where they are trained gradients and Adam's state."""
+    weight = torch.finfo(dtype).bits // 8
+    trained = 12 if weight == 4 else 16
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in critic.trunk.parameters()]
+    size = sum(count * (weight + trained * trains) for count, trains in sizes)
+    return (
+        f"the critics share one trunk of {sum(count for count, _ in sizes):,} parameters: {size / 1e9:.3g} GB saved "
+        "over all ranks (weights, gradients, optimizer), and a forward and backward an update"
+    )
+
+
+def _critic_start(spec: ScorerSpec, inputs: Inputs, loading: dict) -> ScoreModel:
+    if spec.kind == "model" and same_tokens(load_tokenizer(spec.path), inputs.template.tokenizer):
         model = load_score_model(spec.path, **loading)
         if isinstance(model, ScoreModel):
             return model
@@ -94,11 +231,11 @@ def _scorer(
     config: TrainConfig,
     inputs: Inputs,
     ranks: Ranks,
-    loading: dict[str, torch.dtype | str],
+    loading: dict[str, Any],
 ) -> Scorer:
     if spec.kind == "function":
         return FunctionScorer(spec.path, name)
-    model = load_score_model(spec.path, **loading)
+    model = load_score_model(spec.path, role=name, **loading)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(spec.path)
     common = {
         "name": name,
@@ -108,6 +245,9 @@ def _scorer(
         "agree_on_count": ranks.max,
     }
     module = Engine(model, config.engine, ranks).frozen_module
+    if settings.expect is not None:
+        text, expected = settings.expect
+        check_expected_score(lambda text: score_text(module, tokenizer, text, ranks.device), text, expected, name)
     if isinstance(model, EncoderClassifier):
         return ClassifierScorer(module, tokenizer, **common)
     return ModelScorer(module, PromptTemplate(tokenizer, settings.template), inputs.template, **common)

@@ -18,7 +18,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -288,3 +288,14 @@ def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
             (decayed if dimensions > 1 else exempt).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+@contextlib.contextmanager
+def whole_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """While this is open, those that are ZeRO-3 shards are whole, on every rank; for models that have no engine yet.
+
+    All ranks must open it. Changes to the parameters are lost.
+    """
+    shards = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(shards, enabled=bool(shards)):
+        yield

@@ -4,11 +4,13 @@ Packing puts sequences one after the other in a single row, `position_ids` start
 goes to padding. Only the positions whose hidden state predicts a response token ever reach a head: `predictors`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
+from repo_fast.collectives import Ranks
 from repo_fast.rollout import Rollout
 
 
@@ -97,6 +99,17 @@ def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
         if all(total <= budget or len(row) == 1 for row, total in zip(filled, totals, strict=True)):
             break
     return [sorted(row) for row in filled if row]
+
+
+def in_step(rows: list[list], ranks: Ranks) -> list[list]:
+    """The rows, followed by empty ones up to the number that the rank with most has."""
+    return rows + [[]] * (ranks.max(len(rows)) - len(rows))
+
+
+def with_last(items: Sequence[Any], after: Sequence[Any] = ()) -> Iterator[tuple[Any, bool]]:
+    """Each item, and whether it is the step's last; with `after`, more will follow."""
+    for index, item in enumerate(items):
+        yield item, index == len(items) - 1 and not after
 
 
 @dataclass(frozen=True)

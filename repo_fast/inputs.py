@@ -4,17 +4,26 @@ No process group exists yet, no model is loaded and nothing is written, except t
 cached on its first use.
 """
 
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from repo_fast import checkpoint
-from repo_fast.config import TrainConfig, to_dict
-from repo_fast.data import Prompt, PromptTemplate, load_demonstrations, load_prompts, tokenize_prompts
+from repo_fast.config import ModelConfig, RunConfig, TrainConfig, to_dict
+from repo_fast.data import (
+    Prompt,
+    PromptTemplate,
+    load_demonstrations,
+    load_prompts,
+    load_tokenizer,
+    tokenize_prompts,
+)
 from repo_fast.errors import InputError, first_line
+from repo_fast.imitation import TokenPair
 from repo_fast.models.policy import check_vocabulary
 from repo_fast.models.trunk import load_config
 from repo_fast.ops.dispatch import resolve
@@ -45,7 +54,7 @@ class Inputs:
     template: PromptTemplate
     requests: list[Request]
     eval_requests: list[Request]
-    demonstrations: list[tuple[torch.Tensor, torch.Tensor]]
+    demonstrations: list[TokenPair]
     reward: ScorerSpec
     cost: ScorerSpec
     well_formed: FunctionScorer | None
@@ -65,14 +74,8 @@ def read_inputs(config: TrainConfig) -> Inputs:
         InputError: The first thing that cannot be used.
     """
     notes: list[str] = []
-    output_dir = Path(config.output_dir)
-    resume_from = checkpoint.find_resume(config.resume, output_dir)
-    checkpoint.check_output_folder(config.resume, output_dir)
+    resume_from = check_start(config)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if resume_from is not None:
-        checkpoint.check_run(resume_from, checkpoint.read_run(resume_from), to_dict(config), ranks)
-    check_loggers(config.log.loggers)
-    _check_ops_backend(config.engine.ops_backend)
     reward, cost = load_scorer_spec(config.reward.path, "reward"), load_scorer_spec(config.cost.path, "cost")
     for name, spec in (("reward", reward), ("cost", cost)):
         if spec.kind == "function":
@@ -85,11 +88,9 @@ def read_inputs(config: TrainConfig) -> Inputs:
     held_out = []
     if data.eval_prompts is not None:
         held_out = load_prompts(data.eval_prompts, split=data.eval_split, limit=config.evaluation.prompts)
-    policy_path = _policy_path(config.policy.path)
-    tokenizer = load_tokenizer(policy_path)
-    model_config = load_config(policy_path)
-    check_vocabulary(policy_path, model_config.vocab_size, tokenizer)
-    template = PromptTemplate(tokenizer, data.template)
+    policy_path, tokenizer = find_model(config.policy)
+    # Its own copy: a pad token that the run adds to the policy's must not make it another tokenizer than the scorers'.
+    template = PromptTemplate(copy.deepcopy(tokenizer), data.template)
 
     def tokenized(prompts: list[Prompt], source: str) -> list[Request]:
         kept, dropped = tokenize_prompts(prompts, template, data.max_prompt_tokens)
@@ -126,54 +127,72 @@ def read_inputs(config: TrainConfig) -> Inputs:
     )
 
 
-def _check_ops_backend(choice: str) -> None:
-    """Raise `InputError` where the ops cannot run on that backend here."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolve("fused_rectified_policy_loss", choice, device)
-    except ValueError as error:
-        raise InputError(f"engine.ops_backend is {choice!r}: {first_line(error)}") from error
+def check_start(config: RunConfig) -> Path | None:
+    """Check what every job needs before it starts: where it writes, what it resumes, loggers, the ops' backend.
 
-
-def _policy_path(path: str) -> str:
-    if path != "world:tiny":
-        return path
-    from repo_fast.world.policy import tiny_policy
-
-    return str(tiny_policy())
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub name.
+    Returns:
+        The checkpoint folder to go on from; None for a new run.
 
     Raises:
-        InputError: There is none, or it has no end-of-sequence token.
+        InputError: One of them cannot be.
     """
+    output_dir = Path(config.output_dir)
+    resume_from = checkpoint.find_resume(config.resume, output_dir)
+    checkpoint.check_output_folder(config.resume, output_dir)
+    if resume_from is not None:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        checkpoint.check_run(resume_from, checkpoint.read_run(resume_from), to_dict(config), ranks)
+    check_loggers(config.log.loggers)
+    backend, device = config.engine.ops_backend, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path!r} has no tokenizer that transformers can load: {first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {path!r} has no eos_token, expected one: responses would never end")
-    return tokenizer
+        resolve("fused_rectified_policy_loss", backend, device)
+    except ValueError as error:
+        raise InputError(f"engine.ops_backend is {backend!r}: {first_line(error)}") from error
+    return resume_from
 
 
-def _demonstrations(
-    config: TrainConfig, template: PromptTemplate, notes: list[str]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    data = config.data
+def find_model(config: ModelConfig) -> tuple[str, PreTrainedTokenizerBase]:
+    """The folder or hub name of a model to train, and its tokenizer; the embedded ones are made on first use.
+
+    Raises:
+        InputError: There is no model with a tokenizer that fits it.
+    """
+    path = config.path
+    if path in ("world:tiny", "world:base"):
+        from repo_fast.world.policy import base_policy, tiny_policy
+
+        path = str(tiny_policy() if path == "world:tiny" else base_policy())
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(path, load_config(path).vocab_size, tokenizer)
+    return path, tokenizer
+
+
+def tokenize_demonstrations(
+    source: str, split: str, template: PromptTemplate, max_tokens: int, notes: list[str]
+) -> list[TokenPair]:
+    """Read demonstrations and tokenise them; longer ones are dropped, and a note says how many.
+
+    Raises:
+        InputError: The source cannot be read, or no demonstration fits.
+    """
     pairs = [
         (torch.tensor(template.encode_prompt(shown.prompt)), torch.tensor(template.encode_response(shown.response)))
-        for shown in load_demonstrations(str(data.ptx), split=data.ptx_split)
+        for shown in load_demonstrations(source, split=split)
     ]
-    kept = [pair for pair in pairs if pair[0].numel() + pair[1].numel() <= data.ptx_max_tokens]
+    kept = [pair for pair in pairs if pair[0].numel() + pair[1].numel() <= max_tokens]
+    if not kept:
+        raise InputError(f"{source}: all {len(pairs)} demonstrations are longer than {max_tokens} tokens")
+    if len(kept) < len(pairs):
+        notes.append(f"{source}: {len(pairs) - len(kept)} demonstrations dropped, longer than {max_tokens} tokens")
+    return kept
+
+
+def _demonstrations(config: TrainConfig, template: PromptTemplate, notes: list[str]) -> list[TokenPair]:
+    data = config.data
+    kept = tokenize_demonstrations(str(data.ptx), data.ptx_split, template, data.ptx_max_tokens, notes)
     if len(kept) < config.update.ptx_batch_size:
         raise InputError(
             f"data.ptx {data.ptx!r} has {len(kept)} demonstrations of at most {data.ptx_max_tokens} tokens, expected "
             f"at least update.ptx_batch_size ({config.update.ptx_batch_size})"
-        )
-    if len(kept) < len(pairs):
-        notes.append(
-            f"{data.ptx}: {len(pairs) - len(kept)} demonstrations dropped, longer than {data.ptx_max_tokens} tokens"
         )
     return kept

@@ -9,7 +9,7 @@ Responses are dealt over the ranks without regard to prompts. What an algorithm 
 of the whole batch, is one number a response, gathered from all ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,17 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import TrainConfig
 from repo_fast.data import PromptSampler
 from repo_fast.engine import Engine, StepResult
-from repo_fast.errors import InputError
-from repo_fast.experience import Experience, MicroBatch, PackedBatch, idle_batch, pack, split_by_tokens
-from repo_fast.models.loss_head import summed_cross_entropy
+from repo_fast.experience import (
+    Experience,
+    MicroBatch,
+    PackedBatch,
+    idle_batch,
+    in_step,
+    pack,
+    split_by_tokens,
+    with_last,
+)
+from repo_fast.imitation import imitation_backward
 from repo_fast.ops import (
     PolicyLoss,
     fused_rectified_policy_loss,
@@ -32,6 +40,7 @@ from repo_fast.ops import (
 )
 from repo_fast.ops.dispatch import resolve
 from repo_fast.rollout import Rollout
+from repo_fast.run import SkippedSteps
 
 
 @dataclass(frozen=True)
@@ -41,11 +50,12 @@ class Models:
     Attributes:
         policy: Under training.
         reference: Its frozen start.
-        critics: By stream, `reward` and `cost`; only with `gae`, and only of the streams the algorithm has.
+        critics: Engines around `Critic`s, only with `gae`: by stream, `reward` and `cost`, those that the algorithm
+            has; or one for both, `reward_cost`.
     """
 
     policy: Engine
-    reference: Engine
+    reference: Callable[..., Any]
     critics: dict[str, Engine]
 
 
@@ -82,22 +92,21 @@ class Learner:
         self.ptx_sampler = None
         if demonstrations:
             self.ptx_sampler = PromptSampler(len(demonstrations), config.update.ptx_batch_size, config.seed)
-        self.skipped = 0
-        self.skipped_in_a_row = 0
+        self.skipped = SkippedSteps(config.update.max_skipped_steps, "update.max_skipped_steps")
 
     def state_dict(self) -> dict:
         """The state that a resumed run needs beside the engines', as plain numbers and lists."""
         return {
             "multiplier": self.multiplier.state_dict(),
             "ptx_sampler": None if self.ptx_sampler is None else self.ptx_sampler.state_dict(),
-            "skipped": [self.skipped, self.skipped_in_a_row],
+            "skipped": self.skipped.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.multiplier.load_state_dict(state["multiplier"])
         if self.ptx_sampler is not None:
             self.ptx_sampler.load_state_dict(state["ptx_sampler"])
-        self.skipped, self.skipped_in_a_row = state["skipped"]
+        self.skipped.load_state_dict(state["skipped"])
 
     # --------------------------------------------------------------------------------------- 3, 4, 9: experience
 
@@ -170,12 +179,12 @@ class Learner:
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Token advantages by stream, and the values and returns that the critics learn from."""
         settings, device = self.config.algorithm, self.ranks.device
-        names = list(self.models.critics)
+        names = [stream for critic in self.models.critics.values() for stream in critic.module.streams]
         rewards = []
         for name in names:
             score, beta = streams[name]
             rewards.append(alg.token_rewards(score, kl, cu_seqlens, kl_coefficient=beta, clamp=settings.score_clamp))
-        values = torch.stack([self.values(critic, rollout) for critic in self.models.critics.values()])
+        values = torch.cat([self.values(critic, rollout) for critic in self.models.critics.values()])
         advantages, returns = generalized_advantages(
             torch.stack(rewards).to(device),
             values.to(device),
@@ -237,7 +246,7 @@ class Learner:
             "sampler_gap_absolute": absolute / tokens,
         }
 
-    def log_probs(self, engine: Engine, rollout: Rollout) -> torch.Tensor:
+    def log_probs(self, engine: Callable[..., Any], rollout: Rollout) -> torch.Tensor:
         """Token log-probabilities (nats) of this rank's responses, at the rollout's temperature.
 
         Returns:
@@ -256,8 +265,11 @@ class Learner:
         return self._over_rollout(rollout, lambda batch: engine(batch, at_head))
 
     def values(self, critic: Engine, rollout: Rollout) -> torch.Tensor:
-        """The critic's value before each response token: float32 [T], packed, on the CPU."""
-        return self._over_rollout(rollout, lambda batch: critic(batch.input_ids, batch.position_ids, batch.predictors))
+        """The critic's values before each response token: float32 [C, T] of its C streams, packed, on the CPU."""
+        values = self._over_rollout(
+            rollout, lambda batch: critic(batch.input_ids, batch.position_ids, batch.predictors)
+        )
+        return values.reshape(len(critic.module.streams), -1)
 
     def response_kl(self, rollout: Rollout) -> torch.Tensor:
         """The sum over each response of log pi - log pi_ref (nats): float32 [S], on the CPU."""
@@ -267,22 +279,22 @@ class Learner:
 
     @torch.no_grad()
     def _over_rollout(self, rollout: Rollout, compute: Callable[[PackedBatch], torch.Tensor]) -> torch.Tensor:
-        """Run packed micro-batches of a rollout, and put their results [T'] back in order of the responses: [T]."""
+        """Run packed micro-batches of a rollout, and put their results [..., T'] in the responses' order: [..., T]."""
         lengths = [tokens.numel() for tokens in rollout.response_tokens]
         totals = [prompt.numel() + length for prompt, length in zip(rollout.prompt_tokens, lengths, strict=True)]
         rows = split_by_tokens(totals, self.config.update.micro_batch_tokens)
         results: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
-        for row in _in_step(rows, self.ranks):
+        for row in in_step(rows, self.ranks):
             if not row:
                 compute(idle_batch(self.ranks.device))
                 continue
             batch = pack(
                 [rollout.prompt_tokens[i] for i in row], [rollout.response_tokens[i] for i in row], self.ranks.device
             )
-            parts = compute(batch).float().cpu().split([lengths[i] for i in row])
+            parts = compute(batch).float().cpu().split([lengths[i] for i in row], dim=-1)
             for i, part in zip(row, parts, strict=True):
                 results[i] = part
-        return torch.cat([torch.empty(0), *results])
+        return torch.cat(results, dim=-1) if results else torch.empty(0)
 
     # ------------------------------------------------------------------------------------------- 5 to 8: update
 
@@ -294,7 +306,7 @@ class Learner:
         """
         settings = self.config.update
         steps = []
-        skipped = self.skipped
+        skipped = self.skipped.total
         for _ in range(settings.epochs):
             order = list(range(experience.responses))
             if settings.minibatches > 1:
@@ -303,8 +315,8 @@ class Learner:
                 bounds = [experience.responses * i // settings.minibatches for i in (part, part + 1)]
                 steps.append(self.optimizer_step(experience, sorted(order[bounds[0] : bounds[1]])))
         return {key: sum(step[key] for step in steps) / len(steps) for key in steps[0]} | {
-            "steps_skipped": self.skipped - skipped,
-            "skipped_steps": self.skipped,
+            "steps_skipped": self.skipped.total - skipped,
+            "skipped_steps": self.skipped.total,
             "learning_rate": steps[-1]["learning_rate"],
         }
 
@@ -330,7 +342,7 @@ class Learner:
             [indices[i] for i in row]
             for row in split_by_tokens([lengths[i] for i in indices], self.config.update.micro_batch_tokens)
         ]
-        batches = [experience.select(row, ranks.device) for row in _in_step(rows, ranks)]
+        batches = [experience.select(row, ranks.device) for row in in_step(rows, ranks)]
         tokens = sum(experience.rollout.response_tokens[i].numel() for i in indices)
         counts = ranks.sum(torch.tensor([len(indices), tokens])).tolist()
         denominator = max(1.0, counts[0] if settings.reduction == "sequence_mean" else counts[1])
@@ -338,7 +350,7 @@ class Learner:
 
         ptx = self._ptx_batches()
         totals = torch.zeros(4, dtype=torch.float64)
-        for batch, last in _with_last(batches, after=ptx):
+        for batch, last in with_last(batches, after=ptx):
             outputs = self.models.policy(batch.batch, self._policy_loss(batch, denominator))
             self.models.policy.backward(outputs.loss, last=last)
             valid = int((batch.batch.targets != -100).sum())
@@ -356,10 +368,11 @@ class Learner:
         step = self.models.policy.step()
         metrics |= {"gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate}
         applied = [step]
-        for stream in self.models.critics:
-            metrics[f"{stream}_value_loss"], critic_step = self._critic_step(stream, batches, denominator)
+        for critic in self.models.critics.values():
+            losses, critic_step = self._critic_step(critic, batches, denominator)
+            metrics |= losses
             applied.append(critic_step)
-        self._count_skipped(all(step.applied for step in applied))
+        self.skipped.count(all(step.applied for step in applied))
         return metrics
 
     def _policy_loss(self, batch: MicroBatch, denominator: float) -> Callable[..., PolicyLoss]:
@@ -397,69 +410,45 @@ class Learner:
         mine = self.ranks.share([self.demonstrations[i] for i in self.ptx_sampler.next()])
         totals = [prompt.numel() + response.numel() for prompt, response in mine]
         rows = split_by_tokens(totals, self.config.update.micro_batch_tokens)
-        return [[mine[i] for i in row] for row in _in_step(rows, self.ranks)]
+        return [[mine[i] for i in row] for row in in_step(rows, self.ranks)]
 
     def _ptx_backward(self, rows: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> float:
         """Step 8: cross-entropy on demonstrations, token mean over the global batch, temperature 1."""
         tokens = self.ranks.sum(torch.tensor(sum(response.numel() for row in rows for _, response in row)))
         scale = self.config.algorithm.ptx_coefficient / float(tokens)
-
-        def at_head(hidden: torch.Tensor, weight: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-            return summed_cross_entropy(hidden, weight, packed.targets, backend=self.ops_backend)
-
-        total = torch.zeros((), dtype=torch.float64)
-        for row, last in _with_last(rows):
-            batch = pack(*zip(*row, strict=True), self.ranks.device) if row else idle_batch(self.ranks.device)
-            loss = self.models.policy(batch, at_head)
-            self.models.policy.backward(loss * scale, last=last)
-            total += loss.detach().double().cpu()
+        total = imitation_backward(self.models.policy, rows, scale, self.ranks.device, self.ops_backend)
         return float(self.ranks.sum(total) / tokens)
 
-    def _critic_step(self, stream: str, batches: Sequence[MicroBatch], denominator: float) -> tuple[float, StepResult]:
-        """Step 7: the clipped value loss of one stream, and its optimizer step."""
-        settings, critic = self.config.algorithm, self.models.critics[stream]
-        total = torch.zeros((), dtype=torch.float64)
-        for batch, last in _with_last(batches):
+    def _critic_step(
+        self, critic: Engine, batches: Sequence[MicroBatch], denominator: float
+    ) -> tuple[dict[str, float], StepResult]:
+        """Step 7: the clipped value losses of a critic's streams, and its optimizer step."""
+        settings, streams = self.config.algorithm, critic.module.streams
+        totals = torch.zeros(len(streams), dtype=torch.float64)
+        for batch, last in with_last(batches):
             packed = batch.batch
             values = critic(packed.input_ids, packed.position_ids, packed.predictors)
-            losses = alg.clipped_value_losses(
-                values,
-                getattr(batch, f"{stream}_values"),
-                getattr(batch, f"{stream}_returns"),
-                clip=settings.value_clip,
-            )
             # An idle batch has no valid token: an empty sum is 0 and keeps the graph.
             valid = packed.targets != -100
-            loss = alg.reduce_tokens(
-                losses[valid],
-                packed.sequence_ids[valid],
-                reduction=settings.reduction,
-                sequences=packed.sequences,
-                denominator=denominator,
-            )
-            critic.backward(loss, last=last)
-            total += loss.detach().double().cpu()
-        return float(self.ranks.sum(total)), critic.step()
-
-    def _count_skipped(self, applied: bool) -> None:
-        if applied:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= self.config.update.max_skipped_steps:
-            raise InputError(
-                f"{self.skipped_in_a_row} optimizer steps in a row had a non-finite loss or gradient, expected fewer "
-                f"than update.max_skipped_steps ({self.config.update.max_skipped_steps}); the last checkpoint is intact"
-            )
-
-
-def _in_step(rows: list[list], ranks: Ranks) -> list[list]:
-    """The rows, followed by empty ones up to the number that the rank with most has."""
-    return rows + [[]] * (ranks.max(len(rows)) - len(rows))
-
-
-def _with_last(items: Sequence[Any], after: Sequence[Any] = ()) -> Iterator[tuple[Any, bool]]:
-    """Each item, and whether it is the step's last; with `after`, more will follow."""
-    for index, item in enumerate(items):
-        yield item, index == len(items) - 1 and not after
+            losses = []
+            for stream, value in zip(streams, values, strict=True):
+                token_losses = alg.clipped_value_losses(
+                    value,
+                    getattr(batch, f"{stream}_values"),
+                    getattr(batch, f"{stream}_returns"),
+                    clip=settings.value_clip,
+                )
+                losses.append(
+                    alg.reduce_tokens(
+                        token_losses[valid],
+                        packed.sequence_ids[valid],
+                        reduction=settings.reduction,
+                        sequences=packed.sequences,
+                        denominator=denominator,
+                    )
+                )
+            by_stream = torch.stack(losses)
+            critic.backward(by_stream.sum(), last=last)
+            totals += by_stream.detach().double().cpu()
+        names = [f"{stream}_value_loss" for stream in streams]
+        return dict(zip(names, self.ranks.sum(totals).tolist(), strict=True)), critic.step()

@@ -6,43 +6,45 @@ is one call in `Trainer.run`; what is learned from a rollout stands in `learner.
 before/after evaluation on held-out prompts, the logs, and the checkpoints.
 """
 
-import contextlib
-import os
-import random
-import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import numpy
 import torch
 
-from repo_fast import checkpoint
 from repo_fast.algorithm import prompt_means
 from repo_fast.assembly import build_models
 from repo_fast.collectives import Ranks
-from repo_fast.config import TrainConfig, to_dict, to_yaml
+from repo_fast.config import TrainConfig
 from repo_fast.data import PromptSampler
+from repo_fast.engine import Engine
 from repo_fast.errors import InputError
 from repo_fast.inputs import Inputs
 from repo_fast.learner import Learner
-from repo_fast.models.policy import save_hugging_face
+from repo_fast.models.policy import save_policy
+from repo_fast.models.vocabulary import never_drawn
 from repo_fast.report.evaluations import read_evaluation, write_evaluation
-from repo_fast.report.metrics import MetricsLog, read_metrics
+from repo_fast.report.metrics import read_metrics
 from repo_fast.report.plots import plot_metrics
-from repo_fast.report.progress import Progress
 from repo_fast.report.samples import SampleLog
 from repo_fast.report.tables import batch_size_table, before_after_table
 from repo_fast.rollout import Rollout
-from repo_fast.rollout.hf import Request, generate
+from repo_fast.rollout.hf import Request, end_tokens, generate
+from repo_fast.run import Run
+
+# What the display shows of a step: the metric, its label, its format.
+_SHOWN = (
+    ("reward", "reward", ".3f"),
+    ("cost", "cost", ".3f"),
+    ("strict_violation", "violation", ".3f"),
+    ("multiplier", "lambda", ".3f"),
+    ("kl", "kl", ".3f"),
+    ("tokens_per_second", "tokens/s", ",.0f"),
+)
 
 # Sampling of the evaluations: the same for every run and resume of a seed, and apart from training's.
 _EVALUATION_SEEDS = {"before": 1, "before_again": 2, "after": 3}
 
 
-class Trainer:
+class Trainer(Run):
     """One training run, from loaded models to the last checkpoint.
 
     Args:
@@ -51,22 +53,26 @@ class Trainer:
         ranks: This process among those of the run.
     """
 
+    config: TrainConfig
+
     def __init__(self, config: TrainConfig, inputs: Inputs, ranks: Ranks) -> None:
-        self.config, self.inputs, self.ranks = config, inputs, ranks
-        self.output_dir = Path(config.output_dir)
-        self.step = 0
-        self.stop_signal: int | None = None
-        torch.manual_seed(config.seed)
+        super().__init__(config, ranks, config.total_steps, _SHOWN)
+        self.inputs = inputs
         models, self.scorers = build_models(config, inputs, ranks)
         self.learner = Learner(config, models, ranks, inputs.demonstrations)
         self.sampler = PromptSampler(len(inputs.requests), config.rollout.prompts_per_step, config.seed)
-        # After the models: building one draws random numbers.
-        torch.manual_seed(config.seed * 1_000_003 + ranks.rank)
-        # The user's scorers may draw from these.
-        random.seed(config.seed * 1_000_003 + ranks.rank)
-        numpy.random.seed((config.seed * 1_000_003 + ranks.rank) % 2**32)
-        if inputs.resume_from is not None:
-            self._resume(inputs.resume_from)
+        self.start(inputs.resume_from, inputs.policy_path)
+
+    def trained(self) -> dict[str, Engine]:
+        models = self.learner.models
+        return {"policy": models.policy} | {f"{name}_critic": engine for name, engine in models.critics.items()}
+
+    def state_dict(self) -> dict:
+        return {"learner": self.learner.state_dict(), "sampler": self.sampler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.learner.load_state_dict(state["learner"])
+        self.sampler.load_state_dict(state["sampler"])
 
     def run(self) -> int:
         """Train to the last step, or to where the run is stopped; evaluate before and after; write the policy.
@@ -74,18 +80,22 @@ class Trainer:
         Returns:
             The exit status: 0, or 128 + the signal that stopped the run.
         """
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note_signal)
-        with self._reports():
+        self.listen()
+        with self.reports() as stack:
+            if self.ranks.is_first:
+                self.sample_log = SampleLog(self.output_dir, self.resume_step)
+                stack.callback(self.sample_log.close)
+                for text in (self._batch_sizes(), *self.inputs.notes):
+                    self.say(text)
             self._evaluate_before()
-            while self.step < self.config.total_steps and not self._must_stop():
-                with self._phase("generate") as generate_seconds:
+            while self.step < self.total_steps and not self.must_stop():
+                with self.phase("generate") as generate_seconds:
                     rollout = self.generate(self._next_requests())
-                with self._phase("score") as score_seconds:
+                with self.phase("score") as score_seconds:
                     scores = self.score(rollout)
-                with self._phase("experience") as experience_seconds:
+                with self.phase("experience") as experience_seconds:
                     experience, rollout_metrics = self.learner.experience(rollout, scores)
-                with self._phase("update") as update_seconds:
+                with self.phase("update") as update_seconds:
                     update_metrics = self.learner.update(experience)
                 self.step += 1
                 seconds = {
@@ -95,12 +105,10 @@ class Trainer:
                     "update_seconds": update_seconds(),
                 }
                 self._log_step(rollout, scores, rollout_metrics | update_metrics, seconds)
-                self._checkpoint_if_due()
-            if self.step == self.config.total_steps:
+                self.checkpoint_if_due()
+            if self.step == self.total_steps:
                 self._finish()
-                return 0
-        self._say(f"stopped after step {self.step} of {self.config.total_steps}; go on with --resume auto")
-        return 0 if self.stop_signal is None else 128 + self.stop_signal
+        return self.exit_status()
 
     # ----------------------------------------------------------------------------------------------------- a step
 
@@ -115,7 +123,14 @@ class Trainer:
     def generate(self, requests: Sequence[Request]) -> Rollout:
         """Draw a response for each of this rank's requests from the current policy."""
         with self.learner.models.policy.gathered() as policy, self.ranks.together("generation"):
-            return generate(policy.model, self.inputs.tokenizer, requests, self.config.rollout, self.ranks.device)
+            model, tokenizer = policy.model, self.inputs.tokenizer
+            never = never_drawn(
+                model.config.vocab_size,
+                tokenizer,
+                end_tokens(model, tokenizer),
+                pad=self.config.policy.pad_token is not None,
+            )
+            return generate(model, tokenizer, requests, self.config.rollout, self.ranks.device, never)
 
     def score(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """Rewards and costs of this rank's responses: float32 [S] each, on the CPU."""
@@ -151,10 +166,7 @@ class Trainer:
         if self.step == 1 or self.step % self.config.log.samples_every == 0:
             everyone = self.ranks.gather_list(list(zip(rollout.prompts, rollout.responses, strict=True)))
         if self.ranks.is_first:
-            self.metrics_log.write(record)
-            self.progress.step(record)
-            if metrics["steps_skipped"]:
-                self._say(f"step {self.step}: a loss or gradient was not finite; that optimizer step was skipped")
+            self.log(record)
             if everyone is not None:
                 prompts, responses = zip(*everyone, strict=True)
                 self.sample_log.write(self.step, prompts, responses, rewards, costs, prompt_ids)
@@ -170,7 +182,7 @@ class Trainer:
     def _evaluate(self, name: str) -> None:
         """Sample and score the held-out prompts, into `eval_NAME.jsonl`. Leaves the random state as it was."""
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
-        with self._phase(f"evaluate {name}"), torch.random.fork_rng(devices=devices):
+        with self.phase(f"evaluate {name}"), torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.config.seed * 1_000_003 + _EVALUATION_SEEDS[name] * 10_007 + self.ranks.rank)
             count = self.config.evaluation.samples_per_prompt
             rollout = self.generate(self._requests(self.inputs.eval_requests, count))
@@ -196,85 +208,25 @@ class Trainer:
         if self.ranks.is_first:
             write_evaluation(self.output_dir / f"eval_{name}.jsonl", ({"step": self.step, **row} for row in rows))
 
-    # ------------------------------------------------------------------------------------- signals, checkpoints, end
-
-    def _note_signal(self, number: int, frame: Any) -> None:
-        self.stop_signal = number
-
-    def _must_stop(self) -> bool:
-        """Whether the run ends here, before its last step; if so, its state is saved. The same on all ranks."""
-        self.stop_signal = self.ranks.max(self.stop_signal or 0) or None
-        stop = self.stop_signal is not None or (
-            self.config.stop_after is not None and self.step >= self.config.stop_after
-        )
-        if stop:
-            self._save_checkpoint()
-        return stop
-
-    def _checkpoint_if_due(self) -> None:
-        every = self.config.checkpoint.every
-        if self.step == self.config.total_steps or (every and self.step % every == 0):
-            self._save_checkpoint()
-
-    def _save_checkpoint(self) -> None:
-        folder = self.output_dir / "checkpoints" / f"step-{self.step:06d}"
-        if self.step == 0 or folder.is_dir():
-            return
-        if self.ranks.is_first:
-            checkpoint.begin(folder)
-        self.ranks.barrier()
-        partial = checkpoint.partial(folder)
-        for name, engine in self._trained().items():
-            engine.save(partial / name)
-        checkpoint.save_random_state(partial, self.ranks.rank)
-        if self.ranks.is_first:
-            checkpoint.write_run(
-                partial,
-                {
-                    "step": self.step,
-                    "ranks": self.ranks.size,
-                    "config": to_dict(self.config),
-                    "model": checkpoint.describe_model(self.learner.models.policy.module),
-                    "learner": self.learner.state_dict(),
-                    "sampler": self.sampler.state_dict(),
-                },
-            )
-        self.ranks.barrier()
-        if self.ranks.is_first:
-            checkpoint.complete(folder, self.config.checkpoint.keep)
-        self.ranks.barrier()
-
-    def _resume(self, folder: Path) -> None:
-        run = checkpoint.read_run(folder)
-        model = checkpoint.describe_model(self.learner.models.policy.module)
-        checkpoint.check_model(folder, run, model, self.inputs.policy_path)
-        for name, engine in self._trained().items():
-            engine.load(folder / name)
-        self.step = run["step"]
-        self.learner.load_state_dict(run["learner"])
-        self.sampler.load_state_dict(run["sampler"])
-        checkpoint.load_random_state(folder, self.ranks.rank)
-
-    def _trained(self) -> dict[str, Any]:
-        models = self.learner.models
-        return {"policy": models.policy} | {f"{stream}_critic": engine for stream, engine in models.critics.items()}
+    # -------------------------------------------------------------------------------------------------------- end
 
     def _finish(self) -> None:
         """Evaluate, write the policy as a Hugging Face folder, draw the plots, print the table."""
         if self.inputs.eval_requests:
             self._evaluate("after")
-        with self._phase("save policy"):
+        with self.phase("save policy"):
             policy = self.learner.models.policy
             state = policy.whole_state()
             if self.ranks.is_first:
-                self._write_policy({name.removeprefix("model."): value for name, value in state.items()})
+                tokenizer, base = self.inputs.tokenizer, self.inputs.policy_path
+                self.write_folder("policy", lambda folder: save_policy(folder, policy.module, state, tokenizer, base))
         if not self.ranks.is_first:
             return
         plot_metrics(
             read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "plots", self.config.algorithm.threshold
         )
         if self.inputs.eval_requests and not (self.output_dir / "eval_before.jsonl").is_file():
-            self._say("no before/after table: the start was evaluated in the folder of the checkpoint resumed from")
+            self.say("no before/after table: the start was evaluated in the folder of the checkpoint resumed from")
         elif self.inputs.eval_requests:
             before, again, after = (
                 read_evaluation(self.output_dir / f"eval_{name}.jsonl")[0]
@@ -282,37 +234,8 @@ class Trainer:
             )
             table = before_after_table(before, after, self.config.algorithm.threshold, before_again=again)
             (self.output_dir / "before_after.txt").write_text(table + "\n", encoding="utf-8")
-            self._say(table)
-        self._say(f"policy: {self.output_dir / 'policy'}   metrics: {self.output_dir / 'metrics.jsonl'}")
-
-    def _write_policy(self, state: dict[str, torch.Tensor]) -> None:
-        final, aside = self.output_dir / "policy", self.output_dir / "policy.partial"
-        shutil.rmtree(aside, ignore_errors=True)
-        save_hugging_face(aside, self.learner.models.policy.module.model, state, self.inputs.tokenizer)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(aside, final)
-
-    # ---------------------------------------------------------------------------------------------------- reports
-
-    @contextlib.contextmanager
-    def _reports(self) -> Iterator[None]:
-        """Open the logs and the display, on the first rank; close them however the run ends."""
-        with contextlib.ExitStack() as stack:
-            if self.ranks.is_first:
-                resume_step = self.step if self.config.resume is not None else None
-                self.output_dir.mkdir(parents=True, exist_ok=True)
-                (self.output_dir / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-                self.metrics_log = MetricsLog(
-                    self.output_dir, self.config.log.loggers, to_dict(self.config), resume_step
-                )
-                stack.callback(self.metrics_log.close)
-                self.sample_log = SampleLog(self.output_dir, resume_step)
-                stack.callback(self.sample_log.close)
-                self.progress = stack.enter_context(Progress(self.config.total_steps, self.step))
-                self._say(self._batch_sizes())
-                for note in self.inputs.notes:
-                    self._say(note)
-            yield
+            self.say(table)
+        self.say(f"policy: {self.output_dir / 'policy'}   metrics: {self.output_dir / 'metrics.jsonl'}")
 
     def _batch_sizes(self) -> str:
         rollout, update, size = self.config.rollout, self.config.update, self.ranks.size
@@ -329,19 +252,3 @@ class Trainer:
             },
             [f"{size} ranks on {self.ranks.device.type}; tokens include prompts; ~: on average"],
         )
-
-    def _say(self, text: str) -> None:
-        if self.ranks.is_first:
-            self.progress.message(text)
-
-    @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[Callable[[], float]]:
-        """Show what is being done, and measure it; what is yielded gives the seconds once the phase is over."""
-        if self.ranks.is_first:
-            self.progress.phase(name)
-        started = time.perf_counter()
-        ended = started
-        yield lambda: ended - started
-        if self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
-        ended = time.perf_counter()

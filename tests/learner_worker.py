@@ -14,9 +14,9 @@ from deepspeed.utils import safe_get_full_grad
 from repo_fast.assembly import build_models
 from repo_fast.collectives import Ranks
 from repo_fast.config import AlgorithmConfig, EngineConfig, RolloutConfig, ScorerConfig, TrainConfig, UpdateConfig
-from repo_fast.data import PromptTemplate
+from repo_fast.data import PromptTemplate, load_tokenizer
 from repo_fast.engine import start_distributed, stop_distributed
-from repo_fast.inputs import Inputs, load_tokenizer
+from repo_fast.inputs import Inputs
 from repo_fast.learner import Learner
 from repo_fast.rollout import Rollout
 from repo_fast.scoring import load_scorer_spec

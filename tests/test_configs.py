@@ -1,6 +1,5 @@
 """The packaged configurations, and how the command line and YAML files become a configuration."""
 
-import dataclasses
 import json
 import re
 import sys
@@ -71,8 +70,8 @@ def flat(mapping: dict, prefix: str = "") -> dict:
 
 def leaves() -> list[str]:
     """The options, without the sections."""
-    sections = {entry.name for entry in dataclasses.fields(TrainConfig) if dataclasses.is_dataclass(entry.type)}
-    return [key for key in known_keys() if key not in sections]
+    keys = known_keys()
+    return [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
 
 
 def write(path: Path, text: str) -> str:
@@ -147,7 +146,7 @@ def stand_ins(name: str, folder: Path) -> list[str]:
         "config": name,
         "policy.path": save_policy(folder / "policy", word_tokenizer(own, chat_template=False)),
         "reward.path": save_beaver(folder / "reward", "LlamaModelForScore"),
-        "cost.path": save_beaver(folder / "cost", "LlamaForScore"),
+        "cost.path": save_beaver(folder / "cost", "LlamaForScore", config_overrides={"score_type": "cost"}),
         "data.prompts": prompts,
         "data.eval_prompts": prompts,
         "data.ptx": write(folder / "alpaca.json", json.dumps(alpaca)),

@@ -246,7 +246,7 @@ def test_a_skipped_step_of_a_run(job: Job, tmp_path: Path, monkeypatch: pytest.M
     # The last of 6 optimizer steps, taken with the rate of the fifth: 0.5 (1 + cos(pi 3 / 5)) after one of warm-up.
     assert rows[-1]["learning_rate"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 3 / 5)))
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-000003" / "run.json").read_text())
-    assert state["learner"]["skipped"] == [1, 0]
+    assert state["state"]["learner"]["skipped"] == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def test_losses_that_stay_not_finite_stop_the_run(job: Job, tmp_path: Path, caps
     assert [(row["steps_skipped"], row["skipped_steps"]) for row in rows] == [(2, 2)]
     # A resumed run must remember them.
     run_state = json.loads((tmp_path / "run" / "checkpoints" / "step-000001" / "run.json").read_text())
-    assert run_state["learner"]["skipped"] == [2, 2]
+    assert run_state["state"]["learner"]["skipped"] == [2, 2]
 
 
 # ------------------------------------------------------------------------------------------------- through torchrun

@@ -141,7 +141,7 @@ def test_experience_with_critics_equals_a_naive_one(policy_folder, ranks):
     values = {stream: torch.randn_like(kl) for stream in ("reward", "cost")}
     old = learner.log_probs(learner.models.policy, rollout)
     learner.log_probs = lambda engine, _: old - kl * (engine is learner.models.reference)
-    learner.values = lambda engine, _: values["reward" if engine is learner.models.critics["reward"] else "cost"]
+    learner.values = lambda engine, _: values[engine.module.streams[0]][None]
     experience, metrics = learner.experience(rollout, scores)
 
     starts = [0]

@@ -98,7 +98,9 @@ def save_beaver(
     shards: int = 1,
     suffix: str = "safetensors",
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
     config_overrides: dict | None = None,
+    **sizes,
 ) -> Path:
     """Writes a score model in Safe RLHF's layout.
 
@@ -111,13 +113,15 @@ def save_beaver(
         shards: Number of weight files.
         suffix: `safetensors` or `bin`.
         seed: Of the weights.
+        dtype: Of all tensors but the count.
         config_overrides: Keys written into `config.json` as they are, such as `do_normalize`.
+        sizes: Settings of the Llama other than `tiny_llama_config`'s.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer or word_tokenizer(chat_template=False)
     torch.manual_seed(seed)
-    config = tiny_llama_config(len(tokenizer), pad_token_id=0)
+    config = tiny_llama_config(len(tokenizer), pad_token_id=0, **sizes)
     state = {f"model.{name}": tensor for name, tensor in LlamaModel(config).state_dict().items()}
     state["score_head.weight"] = torch.randn(1, config.hidden_size)
     if bias:
@@ -128,8 +132,10 @@ def save_beaver(
         state["normalizer.var"] = torch.tensor([variance])
         state["normalizer.count"] = torch.tensor([10])
 
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     settings = config.to_dict() | {
         "architectures": [layout],
+        "torch_dtype": str(dtype).removeprefix("torch."),
         "score_type": "reward",
         "score_dim": 1,
         "do_normalize": False,

@@ -1,15 +1,20 @@
-"""Prompts and demonstrations: reading them, rendering them into tokens, drawing batches of them."""
+"""Prompts, demonstrations and preferences: reading them, rendering them into tokens, drawing batches of them."""
 
+from repo_fast.data.preferences import Candidate, Preference, load_preferences
 from repo_fast.data.readers import Demonstration, Prompt, load_demonstrations, load_prompts
 from repo_fast.data.sampler import PromptSampler
-from repo_fast.data.templates import PromptTemplate, tokenize_prompts
+from repo_fast.data.templates import PromptTemplate, load_tokenizer, tokenize_prompts
 
 __all__ = [
+    "Candidate",
     "Demonstration",
+    "Preference",
     "Prompt",
     "PromptSampler",
     "PromptTemplate",
     "load_demonstrations",
+    "load_preferences",
     "load_prompts",
+    "load_tokenizer",
     "tokenize_prompts",
 ]

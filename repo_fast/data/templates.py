@@ -4,6 +4,9 @@
 space after its last colon, and models trained with it notice one), `plain` the bare text. `auto` is `chat` where the
 tokenizer has a chat template and `safe-rlhf` otherwise.
 
+A prompt may be a dialogue: the texts of user and assistant in turn, ending with the user's. `safe-rlhf` ends each
+earlier answer with the end-of-sequence token, as that code does; `plain` writes speakers as hh-rlhf does.
+
 A begin-of-sequence token stands once, where the tokenizer puts one: chat templates write it themselves, the others get
 it from the tokenizer.
 """
@@ -12,12 +15,13 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from repo_fast.data.readers import Prompt
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, first_line
 
-SAFE_RLHF = "BEGINNING OF CONVERSATION: USER: {input} ASSISTANT:"
+SAFE_RLHF_START, SAFE_RLHF_USER = "BEGINNING OF CONVERSATION: ", "USER: {} ASSISTANT:"
+HH_USER, HH_ASSISTANT = "\n\nHuman: ", "\n\nAssistant:"
 NAMES = ("auto", "chat", "safe-rlhf", "plain")
 
 
@@ -45,21 +49,35 @@ class PromptTemplate:
             raise InputError("template 'chat' needs a tokenizer with a chat template, and this one has none")
         self.tokenizer = tokenizer
         self.name = name
-        try:
-            self.render("text")
-        except jinja2.TemplateError as error:
-            raise InputError(f"the tokenizer's chat template cannot render a single user turn: {error}") from error
+        self.render("text")  # to find out now
 
-    def render(self, prompt: str) -> str:
-        """The templated prompt as text."""
+    def render(self, prompt: str | Sequence[str]) -> str:
+        """The templated prompt as text.
+
+        Args:
+            prompt: What the user wrote, or the turns of a dialogue up to there: user first, in turn, an odd number.
+
+        Raises:
+            InputError: The number of turns is even, or the tokenizer cannot write a dialogue of several turns: its chat
+                template refuses, or it has no end-of-sequence token for `safe-rlhf`.
+        """
+        turns = [prompt] if isinstance(prompt, str) else list(prompt)
+        if len(turns) % 2 == 0:
+            raise InputError(f"a prompt of {len(turns)} turns, expected an odd number: the user's first and last")
         if self.name == "chat":
-            chat = [{"role": "user", "content": prompt}]
-            return str(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
-        return SAFE_RLHF.replace("{input}", prompt) if self.name == "safe-rlhf" else prompt
+            return self._render_chat(turns)
+        if self.name == "safe-rlhf":
+            users = [SAFE_RLHF_USER.replace("{}", turn) for turn in turns[::2]]
+            answers = [answer + self._eos_token for answer in turns[1::2]]
+            return SAFE_RLHF_START + "".join(user + answer for user, answer in zip(users, [*answers, ""], strict=True))
+        if len(turns) == 1:
+            return turns[0]
+        marks = [HH_ASSISTANT + " " if i % 2 else HH_USER for i in range(len(turns))]
+        return "".join(mark + turn for mark, turn in zip(marks, turns, strict=True)) + HH_ASSISTANT
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """The tokens of a prompt, from the begin-of-sequence token to where the response starts."""
-        return self._encode(self.render(text))
+    def encode_prompt(self, prompt: str | Sequence[str]) -> list[int]:
+        """The tokens of a prompt, from the begin-of-sequence token to where the response starts; see `render`."""
+        return self._encode(self.render(prompt))
 
     def encode_response(self, text: str, *, finished: bool = True) -> list[int]:
         """The tokens of a response as they continue a templated prompt.
@@ -87,10 +105,24 @@ class PromptTemplate:
         return tokens
 
     def renders_like(self, other: "PromptTemplate") -> bool:
-        """Whether both give the same text for every prompt."""
+        """Whether both give the same text for every prompt of one turn."""
         if self.name != other.name:
             return False
         return self.name != "chat" or self.tokenizer.chat_template == other.tokenizer.chat_template
+
+    def _render_chat(self, turns: list[str]) -> str:
+        chat = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
+        try:
+            return str(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        except jinja2.TemplateError as error:
+            what = "a single user turn" if len(turns) == 1 else f"a dialogue of {len(turns)} turns"
+            raise InputError(f"the tokenizer's chat template cannot render {what}: {error}") from error
+
+    @property
+    def _eos_token(self) -> str:
+        if self.tokenizer.eos_token is None:
+            raise InputError(f"tokenizer {self.tokenizer.name_or_path!r} has no end-of-sequence token")
+        return self.tokenizer.eos_token
 
     @cached_property
     def _end_of_prompt(self) -> tuple[str, list[int]]:
@@ -106,6 +138,21 @@ class PromptTemplate:
             return self.tokenizer.encode(rendered, add_special_tokens=False)
         tokens = self.tokenizer.encode(rendered)
         return tokens[:-1] if self._tokenizer_appends_eos else tokens
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub name.
+
+    Raises:
+        InputError: There is none, or it has no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path!r} has no tokenizer that transformers can load: {first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {path!r} has no eos_token, expected one: responses would never end")
+    return tokenizer
 
 
 def tokenize_prompts(

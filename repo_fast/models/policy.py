@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from repo_fast.errors import InputError, first_line
 from repo_fast.experience import PackedBatch
+from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.loss_head import LossHead
 from repo_fast.models.trunk import disable_dropout, load_config
 
@@ -70,22 +71,6 @@ class Policy(nn.Module):
         disable_dropout(model)
         return cls(model)
 
-    def train_last_layers(self, layers: int) -> None:
-        """Freeze all but the last transformer layers and the final norm.
-
-        Raises:
-            InputError: The model has fewer layers.
-        """
-        blocks = next(module for module in self.model.modules() if isinstance(module, nn.ModuleList))
-        if layers > len(blocks):
-            raise InputError(f"policy.trainable_layers is {layers}, expected at most the model's {len(blocks)} layers")
-        self.requires_grad_(False)
-        for block in blocks[-layers:]:
-            block.requires_grad_(True)
-        for name, module in self.model.base_model.named_children():
-            if "norm" in name:
-                module.requires_grad_(True)
-
     def forward(self, batch: PackedBatch, loss: Callable[[torch.Tensor, torch.Tensor, PackedBatch], Any]) -> Any:
         """Run a packed batch and let the head compute.
 
@@ -123,3 +108,22 @@ def save_hugging_face(folder: Path, model: nn.Module, state: dict[str, torch.Ten
     """
     model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
+
+
+def save_policy(
+    folder: Path, policy: Policy, state: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, base_path: str
+) -> None:
+    """Write a policy as a Hugging Face folder; adapters merged, and also by themselves in `adapter/`, as peft does.
+
+    Args:
+        folder: Written whole; it must not exist.
+        policy: The policy, whose parameters may be shards.
+        state: Its whole weights on the CPU, by name, as `Engine.whole_state` gives them.
+        tokenizer: Saved beside them.
+        base_path: The model that adapters were put into.
+    """
+    merged = merged_state(policy, state)
+    whole = {name.removeprefix("model."): value for name, value in merged.items()}
+    save_hugging_face(folder, policy.model, whole, tokenizer)
+    if merged is not state:
+        save_adapter(folder / "adapter", policy, state, base_path)

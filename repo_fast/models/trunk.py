@@ -51,6 +51,23 @@ def disable_dropout(module: nn.Module) -> None:
             layer.attention_dropout = 0.0  # type: ignore[assignment]
 
 
+def train_last_layers(transformer: nn.Module, layers: int) -> None:
+    """Freeze all of a Hugging Face model but its last transformer layers and the final norm.
+
+    Raises:
+        InputError: The model has fewer layers.
+    """
+    blocks = next(module for module in transformer.modules() if isinstance(module, nn.ModuleList))
+    if layers > len(blocks):
+        raise InputError(f"trainable_layers is {layers}, expected at most the model's {len(blocks)} layers")
+    transformer.requires_grad_(False)
+    for block in blocks[-layers:]:
+        block.requires_grad_(True)
+    for name, module in transformer.base_model.named_children():
+        if "norm" in name:
+            module.requires_grad_(True)
+
+
 @torch.no_grad()
 def check_packing(run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], name: str, device: torch.device) -> None:
     """Make sure that what is computed of a sequence does not depend on what is packed before it.

@@ -1,10 +1,12 @@
 """The responses of an evaluation with their scores, `eval_NAME.jsonl`: one JSON object a response."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from repo_fast.report.jsonl import Value, open_log, read_records, write_record
+from repo_fast.report.jsonl import Value, read_records, write_log
 from repo_fast.report.measures import Evaluation
+
+Judge = Callable[[list[str], list[str]], list]
 
 
 def write_evaluation(path: Path, rows: Iterable[Mapping[str, Value]]) -> None:
@@ -15,13 +17,7 @@ def write_evaluation(path: Path, rows: Iterable[Mapping[str, Value]]) -> None:
         rows: A mapping a response, with `step`, `prompt_id`, `category`, `prompt`, `response`, `reward`, `cost`, `kl`
             (nats), `response_length` (tokens) and, where it is checked, `well_formed`.
     """
-    path.unlink(missing_ok=True)
-    file = open_log(path, None)
-    try:
-        for row in rows:
-            write_record(file, row)
-    finally:
-        file.close()
+    write_log(path, rows)
 
 
 def read_evaluation(path: Path) -> tuple[Evaluation, dict[int, str | None]]:
@@ -37,16 +33,36 @@ def read_evaluation(path: Path) -> tuple[Evaluation, dict[int, str | None]]:
         InputError: The file is missing or has a malformed line.
     """
     rows = list(read_records(path))
-
-    def column(name: str) -> list:
-        return [row[name] for row in rows]
-
-    evaluation = Evaluation(
-        prompt_ids=column("prompt_id"),
-        rewards=column("reward"),
-        costs=column("cost"),
-        kl=column("kl"),
-        response_lengths=column("response_length"),
-        well_formed=column("well_formed") if rows and "well_formed" in rows[0] else None,
-    )
+    well_formed = _column(rows, "well_formed") if rows and "well_formed" in rows[0] else None
+    evaluation = _evaluation(rows, _column(rows, "reward"), _column(rows, "cost"), well_formed)
     return evaluation, {row["prompt_id"]: row["category"] for row in rows}  # type: ignore[misc]
+
+
+def judge_evaluation(path: Path, reward: Judge, cost: Judge, well_formed: Judge) -> Evaluation:
+    """The responses of an evaluation under other scores than the ones they were written with.
+
+    Args:
+        path: What `write_evaluation` wrote.
+        reward, cost, well_formed: Map lists of prompts and responses to a value for each.
+
+    Raises:
+        InputError: The file is missing or has a malformed line.
+    """
+    rows = list(read_records(path))
+    texts = _column(rows, "prompt"), _column(rows, "response")
+    return _evaluation(rows, reward(*texts), cost(*texts), well_formed(*texts))
+
+
+def _evaluation(rows: list[dict], rewards: list, costs: list, well_formed: list | None) -> Evaluation:
+    return Evaluation(
+        prompt_ids=_column(rows, "prompt_id"),
+        rewards=rewards,
+        costs=costs,
+        kl=_column(rows, "kl"),
+        response_lengths=_column(rows, "response_length"),
+        well_formed=well_formed,
+    )
+
+
+def _column(rows: list[dict], name: str) -> list:
+    return [row[name] for row in rows]

@@ -10,7 +10,7 @@ loses at most the line it was writing: one without a newline at the end of the f
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -36,6 +36,14 @@ def write_record(file: TextIO, record: Mapping[str, Value]) -> None:
         line["non_finite"] = non_finite
     file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     file.flush()
+
+
+def write_log(path: Path, records: Iterable[Mapping[str, Value]]) -> None:
+    """Writes a whole log at once, over an older one of that name."""
+    path.unlink(missing_ok=True)
+    with open_log(path, None) as file:
+        for record in records:
+            write_record(file, record)
 
 
 def read_records(path: Path) -> Iterator[dict[str, Value]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Panel = tuple[str, str]
 # File name -> its panels from top to bottom: metric and axis label with the unit.
 _PICTURES = {
     "reward_and_cost": [("reward", "mean reward (score)"), ("cost", "mean cost (score)")],
@@ -46,23 +47,47 @@ def plot_metrics(metrics: Sequence[Mapping[str, Value]], folder: Path, threshold
     Returns:
         The files written, of reward_and_cost, safety, multiplier, kl_and_entropy, response_length, loss and speed.
     """
+    lines = {"cost": (threshold, f"threshold d = {threshold:g}")}
+    written = plot_panels(metrics, _PICTURES, folder, lines)
+    return written + _plot_speed(metrics, _series(metrics, "step"), folder / "speed.png")
+
+
+def plot_panels(
+    metrics: Sequence[Mapping[str, Value]],
+    pictures: Mapping[str, Sequence[Panel]],
+    folder: Path,
+    lines: Mapping[str, tuple[float, str]] | None = None,
+) -> list[Path]:
+    """Draws metrics over steps into PNG files, replacing those of an earlier call.
+
+    Args:
+        metrics: As for `plot_metrics`.
+        pictures: By file name without ending: its panels from top to bottom, each the metric and its axis label with
+            the unit.
+        folder: Where the files go; made if missing.
+        lines: Horizontal lines, by metric: where, and what they are.
+
+    Returns:
+        The files written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     steps = _series(metrics, "step")
     written = []
-    for name, panels in _PICTURES.items():
+    for name, panels in pictures.items():
         drawn = [(key, label, _series(metrics, key)) for key, label in panels]
         drawn = [panel for panel in drawn if np.isfinite(panel[2]).any()]
         if not drawn:
             continue
         figure, axes = _figure(len(drawn))
         for ax, (key, label, values) in zip(axes, drawn, strict=True):
-            if key == "cost":
-                ax.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold d = {threshold:g}")
+            if lines and key in lines:
+                height, meaning = lines[key]
+                ax.axhline(height, color="black", linestyle="--", linewidth=1, label=meaning)
             _draw_curve(ax, steps, values)
             ax.set_ylabel(label)
             ax.set_xlim(steps[0] - 0.5, steps[-1] + 0.5)
         written.append(_save(figure, axes, folder / f"{name}.png"))
-    return written + _plot_speed(metrics, steps, folder / "speed.png")
+    return written
 
 
 def _plot_speed(metrics: Sequence[Mapping[str, Value]], steps: np.ndarray, path: Path) -> list[Path]:
@@ -92,6 +117,11 @@ def _series(metrics: Sequence[Mapping[str, Value]], key: str) -> np.ndarray:
 
 
 def _draw_curve(ax: "Axes", steps: np.ndarray, values: np.ndarray) -> None:
+    finite = np.isfinite(values)
+    if 2 * finite.sum() < len(steps):
+        # Measured now and then: a point each, since the gaps between would hide lone ones.
+        ax.plot(steps[finite], values[finite], color=_LINE, marker="o", markersize=3, label="each evaluation")
+        return
     if len(steps) < _SMOOTH_FROM:
         ax.plot(steps, values, color=_LINE, marker="o", markersize=3, label="each step")
         return

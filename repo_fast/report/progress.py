@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -21,14 +21,6 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.table import Table
 
-_SHOWN = (
-    ("reward", "reward", ".3f"),
-    ("cost", "cost", ".3f"),
-    ("strict_violation", "violation", ".3f"),
-    ("multiplier", "lambda", ".3f"),
-    ("kl", "kl", ".3f"),
-    ("tokens_per_second", "tokens/s", ",.0f"),
-)
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 _RECENT_STEPS = 20
 
@@ -44,12 +36,19 @@ class Progress:
         total_steps: Steps of the whole run.
         start_step: Steps done before, by the run that this one resumes. The remaining time is estimated without them,
             from the median of the last 20 steps, which an evaluation or a checkpoint in between does not move.
+        shown: The metrics of a step to show: name, label, format.
         stream: Where to write; standard output if None.
     """
 
-    def __init__(self, total_steps: int, start_step: int, stream: TextIO | None = None):
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int,
+        shown: Sequence[tuple[str, str, str]],
+        stream: TextIO | None = None,
+    ):
         self._stream = _BreakableStream(stream or sys.stdout)
-        self._total_steps = total_steps
+        self._total_steps, self._shown = total_steps, shown
         self._step = start_step
         self._phase = "start"
         self._metrics: Mapping[str, Value] = {}
@@ -104,7 +103,7 @@ class Progress:
             self._stream.flush()
 
     def _shown_metrics(self) -> list[str]:
-        return [f"{label} {_format(self._metrics.get(name), spec)}" for name, label, spec in _SHOWN]
+        return [f"{label} {_format(self._metrics.get(name), spec)}" for name, label, spec in self._shown]
 
     def _eta(self) -> str:
         if not self._step_seconds:

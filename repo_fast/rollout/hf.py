@@ -107,6 +107,7 @@ def generate(
     requests: Sequence[Request],
     config: RolloutConfig,
     device: torch.device,
+    never_drawn: Sequence[int] = (),
 ) -> Rollout:
     """Draw one response for each request, from torch's global random state.
 
@@ -116,6 +117,7 @@ def generate(
         requests: In the order wanted; may be empty.
         config: Temperature, top-p, lengths, stop strings, batch size.
         device: Where the model is.
+        never_drawn: Ids that a response must not contain, such as rows of a padded vocabulary.
     """
     ends = end_tokens(model, tokenizer)
     # Fills up finished rows of a batch; the response is cut before it, so any token will do, also an end token.
@@ -128,6 +130,7 @@ def generate(
         max_new_tokens=config.max_new_tokens,
         eos_token_id=ends,
         pad_token_id=pad,
+        suppress_tokens=list(never_drawn) or None,
     )
     order = sorted(range(len(requests)), key=lambda index: requests[index].tokens.numel())
     responses: dict[int, torch.Tensor] = {}

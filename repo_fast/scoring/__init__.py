@@ -5,8 +5,15 @@ A score comes from a Python callable (`FunctionScorer`), from a decoder with a s
 """
 
 from repo_fast.scoring.base import Scorer, ScorerSpec, load_scorer_spec
+from repo_fast.scoring.expectation import check_expected_score, score_text
 from repo_fast.scoring.functions import FunctionScorer
-from repo_fast.scoring.score_models import ClassifierScorer, EncoderClassifier, ModelScorer, load_score_model
+from repo_fast.scoring.score_models import (
+    ClassifierScorer,
+    EncoderClassifier,
+    ModelScorer,
+    load_line,
+    load_score_model,
+)
 
 __all__ = [
     "ClassifierScorer",
@@ -15,6 +22,9 @@ __all__ = [
     "ModelScorer",
     "Scorer",
     "ScorerSpec",
+    "check_expected_score",
+    "load_line",
     "load_score_model",
     "load_scorer_spec",
+    "score_text",
 ]

@@ -10,8 +10,9 @@ Likewise the prompt's own tokens where the model also uses the policy's template
 A sequence above the limit loses its beginning, and is counted: the response is what is to be judged.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,9 +22,14 @@ from repo_fast.data.templates import PromptTemplate
 from repo_fast.errors import InputError, first_line
 from repo_fast.experience import split_by_tokens
 from repo_fast.models.policy import check_vocabulary
-from repo_fast.models.score_model import CLASSIFIER_HEAD, Checkpoint, ScoreModel
+from repo_fast.models.score_checkpoint import LAYOUTS, Checkpoint
+from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.trunk import check_packing, load_config
 from repo_fast.rollout import Rollout
+
+Role = Literal["reward", "cost"]
+
+_log = logging.getLogger(__name__)
 
 
 def _alone(count: int) -> int:
@@ -242,22 +248,48 @@ class ClassifierScorer:
         return self._module(**inputs.to(self._device)).cpu()
 
 
-def load_score_model(path: str, *, dtype: torch.dtype, attention: str = "sdpa") -> ScoreModel | EncoderClassifier:
+def load_score_model(
+    path: str, *, dtype: torch.dtype, attention: str = "sdpa", role: Role | None = None
+) -> ScoreModel | EncoderClassifier:
     """Loads a score model of either type: a classifier without `score.weight` is an encoder's.
 
     Args:
         path: Folder or hub name.
         dtype: Of weights and activations.
         attention: Name of a transformers attention implementation, for decoders.
+        role: What the score is used as; a line then says which way round it is. None for a model that is only a start,
+            such as a critic's.
 
     Raises:
-        InputError: As `ScoreModel.from_pretrained`.
+        InputError: As `ScoreModel.from_pretrained`, or the checkpoint says that it is of another kind.
     """
+    if role is not None:
+        _log.info(load_line(path, role))
     config = load_config(path)
     is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification") and config.num_labels == 1
-    if is_classifier and f"{CLASSIFIER_HEAD}.weight" not in Checkpoint(path).files:
+    if is_classifier and f"{LAYOUTS['sequence-classification'].head}.weight" not in Checkpoint(path).files:
         return EncoderClassifier.from_pretrained(path, dtype=dtype)
     return ScoreModel.from_pretrained(path, dtype=dtype, attention=attention)
+
+
+def load_line(path: str, role: Role) -> str:
+    """Which way round a score model is read, in one line for the user.
+
+    Args:
+        path: Folder or hub name.
+        role: What its score is used as.
+
+    Raises:
+        InputError: The checkpoint says that it is of another kind.
+    """
+    score_type = getattr(load_config(path), "score_type", None)
+    if score_type not in (None, role):
+        raise InputError(
+            f"{path!r} is the wrong kind of checkpoint: its score_type is {score_type!r}, expected {role!r} for the "
+            f"{role} model"
+        )
+    meaning = {"cost": "cost > 0 is unsafe, cost <= 0 is safe", "reward": "higher is better"}[role]
+    return f"{role} model {path!r}: {meaning}"
 
 
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

@@ -44,7 +44,7 @@ class Recipe:
 
     Attributes:
         seed: Of the initial weights and the demonstrations.
-        steps: Optimizer steps; every one sees new demonstrations.
+        steps: Optimizer steps; every one sees new demonstrations. 0: the model stays as it was drawn.
         batch_size: Demonstrations a step.
         matrix_learning_rate: Peak of the cosine schedule for the layers' matrices (Muon, which needs half the steps of
             Adam here).
@@ -88,9 +88,17 @@ def tiny_policy(cache_dir: str | Path | None = None) -> Path:
     Raises:
         InputError: The cache folder cannot be made or written to.
     """
-    recipe = Recipe()
+    return _cached("tiny-policy", Recipe(), cache_dir)
+
+
+def base_policy(cache_dir: str | Path | None = None) -> Path:
+    """The same model with its first random weights, before the supervised stage; otherwise as `tiny_policy`."""
+    return _cached("base-policy", Recipe(steps=0), cache_dir)
+
+
+def _cached(name: str, recipe: Recipe, cache_dir: str | Path | None) -> Path:
     root = Path(cache_dir or os.environ.get("REPO_FAST_CACHE") or Path.home() / ".cache" / "repo_fast").expanduser()
-    folder = root / f"tiny-policy-{_fingerprint(recipe)}"
+    folder = root / f"{name}-{_fingerprint(recipe)}"
     if folder.exists():
         return folder
     try:
@@ -101,7 +109,8 @@ def tiny_policy(cache_dir: str | Path | None = None) -> Path:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            print(f"supervised stage (first use): training the starting policy for {folder}", flush=True)
+            if recipe.steps:
+                print(f"supervised stage (first use): training the starting policy for {folder}", flush=True)
             aside = root / f"{folder.name}.partial"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
@@ -124,7 +133,8 @@ def build_policy(folder: Path, recipe: Recipe) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             model = _build_model(recipe, tokenizer)
-            _train(model, tokenizer, recipe)
+            if recipe.steps:
+                _train(model, tokenizer, recipe)
     finally:
         torch.set_num_threads(threads)
     # Not `model.save_pretrained`, which imports DeepSpeed where it is installed.

@@ -15,6 +15,10 @@ def write(path, *rows):
     return str(path)
 
 
+def chat(*turns):
+    return [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
+
+
 def test_duplicates_go_and_ids_count_what_is_left(tmp_path, caplog):
     source = write(
         tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b", "category": "c"}, {"prompt": "a"}, {"prompt": "d"}
@@ -77,6 +81,7 @@ def test_the_same_rows_in_every_kind_of_file(tmp_path):
         ("p.jsonl", "[1]", "line 1: a list, expected an object"),
         ("p.jsonl", '{"messages": "hi"}', "line 1: messages is not a list"),
         ("p.jsonl", '{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}', "turns"),
+        ("p.jsonl", json.dumps({"prompt": chat("u", "a", "v")}), "earlier turns and system texts cannot be kept"),
         ("p.csv", "prompt\na", "unknown kind of file"),
         ("p.jsonl.gz", "not gzip", "cannot be read"),
     ],
@@ -130,6 +135,15 @@ def test_a_dataset_that_cannot_be_loaded(monkeypatch):
             {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]},
             Demonstration("u", "a"),
         ),
+        ({"messages": chat("u", "a", "v", "b")}, Demonstration(("u", "a", "v"), "b")),
+        # As in ultrachat_200k, where the prompt is only the first turn.
+        ({"prompt": "u", "messages": chat("u", "a", "v", "b")}, Demonstration(("u", "a", "v"), "b")),
+        ({"messages": chat("u"), "response": "a"}, Demonstration("u", "a")),
+        # As TRL's conversational sets.
+        ({"prompt": chat("u"), "completion": chat("u", "a")[1:]}, Demonstration("u", "a")),
+        ({"prompt": chat("u", "a", "v"), "completion": chat("", "b")[1:]}, Demonstration(("u", "a", "v"), "b")),
+        ({"prompt": chat("u", "a", "v"), "response": "b"}, Demonstration(("u", "a", "v"), "b")),
+        ({"prompt": "u", "response": chat("u", "a")[1:]}, Demonstration("u", "a")),
     ],
 )
 def test_demonstrations(tmp_path, row, expected):
@@ -145,6 +159,17 @@ def test_demonstrations(tmp_path, row, expected):
         ({"prompt": "p", "output": 3}, "output is a int"),
         ({"messages": [{"role": "user", "content": "u"}]}, "no assistant turn"),
         ({"prompt": "p", "output": ""}, "no demonstrations"),
+        ({"messages": chat("u", " ")}, "no demonstrations"),
+        ({"messages": chat("u", "a", "v")}, r"\['user', 'assistant', 'user'\], no assistant turn at the end"),
+        ({"messages": chat("", "u", "a")[1:]}, r"\['assistant', 'user'\].*the user first and the assistant last"),
+        ({"messages": [{"role": "system", "content": "s"}, *chat("u", "a")]}, "system texts cannot be kept"),
+        ({"messages": chat("u", " ", "v", "a")}, r"messages turn 2 \(assistant\) is blank"),
+        ({"messages": chat(" ", "a")}, r"messages turn 1 \(user\) is blank"),
+        ({"messages": chat("u", 3)}, r"messages turn 2 \(assistant\) is a int"),
+        ({"messages": []}, r"messages has the turns \[\]"),
+        ({"prompt": chat("u", "a"), "completion": "b"}, "prompt has the turns .* no user turn at the end"),
+        ({"prompt": "p", "completion": chat("u", "a")}, "completion has the turns .*, expected one of the assistant"),
+        ({"prompt": "p", "completion": ["a"]}, "completion is not a list of objects"),
     ],
 )
 def test_bad_demonstrations(tmp_path, row, message):
@@ -159,5 +184,9 @@ def test_the_embedded_world():
     assert all(p.category for p in train + test)
     demonstrations = load_demonstrations("world:demonstrations", limit=5)
     assert len(demonstrations) == 5 and not {d.prompt for d in demonstrations} & {p.text for p in test}
+    assert len(load_demonstrations("world:demonstrations")) == 4096
+    held_out = load_demonstrations("world:demonstrations-test")
+    assert len(held_out) == 256
+    assert not {d.prompt for d in held_out} & {p.text for p in load_prompts("world:preferences")}
     with pytest.raises(InputError, match="world:training.*expected one of world:train"):
         load_prompts("world:training")

@@ -47,6 +47,46 @@ def test_plain_and_a_tokenizer_without_bos():
     assert template.encode_prompt("make tea") == tokens(tokenizer, ["make", "tea"])
 
 
+def test_dialogues():
+    dialogue = ("make tea", "yes {} you can", "bread please")
+    chat = PromptTemplate(word_tokenizer())
+    words = [BOS, "<user>", *"make tea".split(), EOS, "<assistant>", *"yes you can".split(), EOS]
+    words += ["<user>", *"bread please".split(), EOS, "<assistant>"]
+    assert chat.encode_prompt([*dialogue[:1], "yes you can", *dialogue[2:]]) == tokens(chat.tokenizer, words)
+    # Safe RLHF's `format_prompt` of several turns.
+    safe_rlhf = PromptTemplate(word_tokenizer(), "safe-rlhf")
+    assert safe_rlhf.render(dialogue) == (
+        "BEGINNING OF CONVERSATION: USER: make tea ASSISTANT:yes {} you can</s>USER: bread please ASSISTANT:"
+    )
+    # As hh-rlhf writes it.
+    plain = PromptTemplate(word_tokenizer(), "plain")
+    assert plain.render(dialogue) == (
+        "\n\nHuman: make tea\n\nAssistant: yes {} you can\n\nHuman: bread please\n\nAssistant:"
+    )
+    for template in (chat, safe_rlhf, plain):
+        assert template.render(["make tea"]) == template.render("make tea")
+        for turns in ((), ("make tea", "yes")):
+            with pytest.raises(InputError, match=f"a prompt of {len(turns)} turns, expected an odd number"):
+                template.encode_prompt(turns)
+
+
+def test_the_end_of_an_earlier_answer_is_one_token():
+    template = PromptTemplate(byte_tokenizer(), "safe-rlhf")
+    encoded = template.encode_prompt(("hi", "yes", "no"))
+    assert encoded.count(template.tokenizer.eos_token_id) == 1
+    assert encoded[0] == template.tokenizer.bos_token_id and encoded[-1] == ord(":")
+
+
+def test_tokenizers_that_cannot_write_a_dialogue():
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}text"
+    with pytest.raises(InputError, match="chat template cannot render a dialogue of 3 turns: one turn only"):
+        PromptTemplate(tokenizer).render(("a", "b", "c"))
+    tokenizer.eos_token = None
+    with pytest.raises(InputError, match="no end-of-sequence token"):
+        PromptTemplate(tokenizer, "safe-rlhf").render(("a", "b", "c"))
+
+
 @pytest.mark.parametrize("name", ["chat", "safe-rlhf", "plain"])
 def test_responses_end_only_when_they_did(name):
     tokenizer = word_tokenizer()

@@ -12,10 +12,22 @@ import pytest
 from repo_fast.report.progress import Progress
 
 METRICS = {"reward": 0.5, "cost": -0.25, "strict_violation": 0.125, "multiplier": 1.5, "kl": 2.0}
-RUN = """
+SHOWN = (
+    ("reward", "reward", ".3f"),
+    ("cost", "cost", ".3f"),
+    ("strict_violation", "violation", ".3f"),
+    ("multiplier", "lambda", ".3f"),
+    ("kl", "kl", ".3f"),
+    ("tokens_per_second", "tokens/s", ",.0f"),
+)
+RUN = (
+    f"""
+SHOWN = {SHOWN!r}
+"""
+    + """
 import sys
 from repo_fast.report.progress import Progress
-with Progress(total_steps=4, start_step=1) as progress:
+with Progress(total_steps=4, start_step=1, shown=SHOWN) as progress:
     for step in (2, 3, 4):
         for phase in ("generate", "score", "update"):
             progress.phase(phase)
@@ -25,6 +37,7 @@ with Progress(total_steps=4, start_step=1) as progress:
         raise RuntimeError("boom")
 print("end", file=sys.stderr)
 """
+)
 
 
 class Terminal(io.StringIO):
@@ -52,7 +65,7 @@ def run_on_a_terminal(*arguments, term="xterm"):
 
 def test_piped_output_is_one_plain_line_a_step():
     stream = io.StringIO()
-    with Progress(total_steps=10, start_step=3, stream=stream) as progress:
+    with Progress(total_steps=10, start_step=3, shown=SHOWN, stream=stream) as progress:
         progress.phase("generate")
         progress.step({"step": 4, **METRICS, "tokens_per_second": 12345.6})
         progress.phase("update")
@@ -71,7 +84,7 @@ def test_remaining_time_ignores_the_steps_of_an_earlier_run(monkeypatch):
     now = iter([0.0, 0.0, 10.0, 30.0, 1030.0])
     monkeypatch.setattr("repo_fast.report.progress.time.monotonic", lambda: next(now))
     stream = io.StringIO()
-    with Progress(total_steps=1100, start_step=1000, stream=stream) as progress:
+    with Progress(total_steps=1100, start_step=1000, shown=SHOWN, stream=stream) as progress:
         progress.step({"step": 1001})
         progress.step({"step": 1002})
         progress.step({"step": 1003})
@@ -83,7 +96,7 @@ def test_remaining_time_ignores_the_steps_of_an_earlier_run(monkeypatch):
 
 def test_messages_lose_control_characters_when_piped():
     stream = io.StringIO()
-    with Progress(1, 0, stream) as progress:
+    with Progress(1, 0, SHOWN, stream) as progress:
         progress.message("a\x1b[31mb\rc\td\x9be\nf")
     assert stream.getvalue() == "a [31mb c d e\nf\n"
 
@@ -133,7 +146,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(unbuffered):
 @pytest.mark.parametrize("kind", [io.StringIO, Terminal])
 def test_a_stream_closed_midway_is_no_error(kind):
     stream = kind()
-    with Progress(3, 0, stream) as progress:
+    with Progress(3, 0, SHOWN, stream) as progress:
         progress.step({"step": 1})
         stream.close()
         progress.step({"step": 2})
@@ -143,7 +156,7 @@ def test_a_stream_closed_midway_is_no_error(kind):
 def test_what_the_stream_cannot_encode_is_replaced():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
-    with Progress(2, 0, stream) as progress:
+    with Progress(2, 0, SHOWN, stream) as progress:
         progress.message("λ → 1")
         progress.step({"step": 1})
     assert raw.getvalue().startswith(b"? ? 1\nstep 1/2")

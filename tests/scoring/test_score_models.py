@@ -277,3 +277,24 @@ def test_encoders_that_cannot_be_used(encoder, tmp_path):
 def test_a_policy_is_no_score_model(tmp_path):
     with pytest.raises(InputError, match="expected a score model"):
         load_score_model(str(save_policy(tmp_path)), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("role", "line"), [("cost", "cost > 0 is unsafe, cost <= 0 is safe"), ("reward", "higher is better")]
+)
+@pytest.mark.parametrize("kind", ["beaver", "classifier", "encoder"])
+def test_loading_says_which_way_round_a_score_is(tmp_path, caplog, classifier, encoder, kind, role, line):
+    paths = {"classifier": classifier, "encoder": encoder}
+    path = str(paths.get(kind) or save_beaver(tmp_path, config_overrides={"score_type": role}))
+    with caplog.at_level("INFO", "repo_fast"):
+        load_score_model(path, dtype=torch.float32, role=role)
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("repo_fast")]
+    assert ours == [f"{role} model {path!r}: {line}"]
+
+
+@pytest.mark.parametrize(("score_type", "role"), [("reward", "cost"), ("cost", "reward"), ("critic", "cost")])
+def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path, score_type, role):
+    path = str(save_beaver(tmp_path, config_overrides={"score_type": score_type}))
+    with pytest.raises(InputError, match=f"wrong kind of checkpoint: its score_type is '{score_type}', expected"):
+        load_score_model(path, dtype=torch.float32, role=role)
+    load_score_model(path, dtype=torch.float32)

@@ -1,0 +1,168 @@
+"""How a command line and a YAML file become a configuration.
+
+A run is a YAML file of sections, chosen by name (`repo_fast/configs/`) or by path, with single values changed on the
+command line: `--config tiny --rollout.temperature 0.8`. `parse` returns the resolved configuration or raises
+`InputError`; checks that need only the configuration are all made there, before anything is loaded.
+"""
+
+import dataclasses
+import difflib
+import sys
+import typing
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+
+from repo_fast.config.sections import RunConfig
+from repo_fast.config.train import TrainConfig
+from repo_fast.errors import InputError
+
+CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def known_keys(section: type = TrainConfig, prefix: str = "") -> list[str]:
+    """The dotted names of every option and section."""
+    keys = []
+    for entry in dataclasses.fields(section):
+        keys.append(prefix + entry.name)
+        if dataclasses.is_dataclass(entry.type):
+            keys += known_keys(typing.cast(type, entry.type), f"{prefix}{entry.name}.")
+    return keys
+
+
+def _reject_unknown(keys: list[str], where: str, kind: type[RunConfig]) -> None:
+    known = known_keys(kind)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise InputError(f"unknown option {key!r} in {where}, the nearest valid name is {near!r}")
+
+
+def _dotted(mapping: dict, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in mapping.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            keys += _dotted(value, f"{prefix}{key}.")
+    return keys
+
+
+def find_config(name: str, kind: type[RunConfig] = TrainConfig) -> Path:
+    """The file of a packaged configuration's name, or the path itself."""
+    folder = CONFIG_FOLDER / kind.FOLDER
+    packaged = folder / f"{name}.yaml"
+    if packaged.is_file():
+        return packaged
+    if Path(name).is_file():
+        return Path(name)
+    names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+    raise InputError(f"--config {name!r} is neither a file nor one of the packaged configurations: {names}")
+
+
+def read_config_file(path: Path, kind: type[RunConfig] = TrainConfig) -> dict:
+    """The mapping of a YAML file, with unknown keys rejected.
+
+    Raises:
+        InputError: The file is not YAML, not a mapping, or has an unknown key.
+    """
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(mapping, dict):
+        raise InputError(f"{path} holds a {type(mapping).__name__}, expected a mapping of options")
+    _reject_unknown(_dotted(mapping), str(path), kind)
+    _check_sections(mapping, kind, str(path))
+    return mapping
+
+
+def _check_sections(mapping: dict, section: type, where: str, prefix: str = "") -> None:
+    for entry in dataclasses.fields(section):
+        if dataclasses.is_dataclass(entry.type) and entry.name in mapping:
+            value = mapping[entry.name]
+            if not isinstance(value, dict):
+                raise InputError(f"{where}: {prefix}{entry.name} is {value!r}, expected a mapping of options")
+            _check_sections(value, typing.cast(type, entry.type), where, f"{prefix}{entry.name}.")
+
+
+def _parser(kind: type[RunConfig]):
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=kind.PROGRAM, description=(kind.__doc__ or "").partition("\n")[0], exit_on_error=False
+    )
+    parser.add_argument("--config", default="tiny", help="Packaged configuration by name, or a YAML file.")
+    parser.add_argument("--print_config", action="store_true", help="Print the resolved configuration and exit.")
+    parser.add_class_arguments(kind)
+    return parser
+
+
+def parse(arguments: list[str] | None = None, kind: type[Config] = TrainConfig) -> Config:  # type: ignore[assignment]
+    """Resolve the command line.
+
+    Args:
+        arguments: Command-line words; `sys.argv[1:]` by default.
+        kind: The configuration of the job.
+
+    Returns:
+        The resolved configuration. `--help` and `--print_config` print and exit with status 0.
+
+    Raises:
+        InputError: An unknown option (with the nearest valid name), a value of the wrong type, or a combination that
+            cannot be honoured.
+    """
+    import jsonargparse
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = [word.split("=")[0][2:] for word in arguments if word.startswith("--")]
+    _reject_unknown([o for o in options if o not in ("config", "print_config", "help")], "the command line", kind)
+    parser = _parser(kind)
+    try:
+        chosen = parser.parse_args([word for word in arguments if word in ("--help", "-h")] or _config_words(arguments))
+        base = read_config_file(find_config(chosen.config, kind), kind)
+        # Through the parser, which checks types, as for the command line; defaults it would take as they are.
+        namespace = parser.parse_object(base)
+        namespace = parser.parse_args([word for word in arguments if word != "--print_config"], namespace=namespace)
+        built = parser.instantiate_classes(namespace)
+    except (jsonargparse.ArgumentError, TypeError, KeyError) as error:
+        raise InputError(_one_line(error)) from error
+    # By item: a section's name may also be that of one of the namespace's methods.
+    config = kind(**{entry.name: built[entry.name] for entry in dataclasses.fields(kind)})
+    if "--print_config" in arguments:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def _config_words(arguments: list[str]) -> list[str]:
+    """Only the `--config` words of a command line; the last ones, as with every option given twice."""
+    words: list[str] = []
+    for index, word in enumerate(arguments):
+        if word.startswith("--config="):
+            words = [word]
+        elif word == "--config":
+            words = arguments[index : index + 2]
+    return words
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).replace('Parser key "', '"--').split())
+
+
+def to_dict(config: RunConfig) -> dict:
+    """The configuration as plain mappings, lists and scalars."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(entry) for key, entry in value.items()}
+        return [plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML that `--config` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

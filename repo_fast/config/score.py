@@ -1,0 +1,68 @@
+"""The configuration of `repo_fast.score`: training of reward and cost models on preferences."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
+
+from repo_fast.config.sections import require, require_at_least
+from repo_fast.config.supervised import SupervisedConfig
+
+Layout = Literal["score", "model-for-score", "sequence-classification"]
+LAYOUTS = get_args(Layout)
+
+
+@dataclass(frozen=True)
+class PreferenceDataConfig:
+    """Pairs of responses of which one is preferred, or single responses labelled safe or not."""
+
+    train: str = "world:preferences"
+    """Preferences: a .jsonl or .json file, `world:preferences`, or a `datasets` hub name."""
+    train_split: str = "train"
+    """Split to read when `train` is a `datasets` name."""
+    eval: str | None = None
+    """Held-out preferences, in the same forms. Null: no evaluation."""
+    eval_split: str = "test"
+    """Split to read when `eval` is a `datasets` name."""
+    template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
+    """How a prompt is put to the model. `auto`: the tokenizer's chat template, else Safe RLHF's."""
+    max_tokens: int = 512
+    """Longest prompt and response together (tokens). Longer ones lose their beginning and are counted."""
+    unusable: Literal["error", "drop"] = "error"
+    """What to do with a row whose two responses are equal, or one is blank: stop, or drop and count it."""
+
+
+@dataclass(frozen=True)
+class PreferenceLossConfig:
+    """The losses of Safe RLHF (Dai et al. 2023, arXiv 2310.12773, equations 5 and 6), and what users add to them."""
+
+    regularization: float = 0.001
+    """Weight of the mean squared score, which keeps scores near 0."""
+    margin: float = 0.0
+    """What the score of the preferred response must exceed the other by, inside the ranking loss (score units)."""
+    label_smoothing: float = 0.0
+    """Share of the preferences and labels that are taken to be wrong, in [0, 0.5)."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig(SupervisedConfig):
+    """Train a reward model or a cost model on preferences, as Safe RLHF does."""
+
+    PROGRAM: ClassVar[str] = "torchrun -m repo_fast.score"
+    FOLDER: ClassVar[str] = "score"
+
+    output_dir: str = "outputs/score"
+    """Folder for everything the run writes."""
+    kind: Literal["reward", "cost"] = "reward"
+    """`reward`: higher is better. `cost`: above 0 is unsafe; needs preferences for safety, or safety labels."""
+    layout: Layout = "score"
+    """Layout of the saved model: Safe RLHF's (`score`; `model-for-score` is its older one), or Hugging Face's."""
+    expect: tuple[str, float] | None = None
+    """Where `model.path` is a score model: a whole text, template included, and the score it is known to give it."""
+    data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
+    loss: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
+
+    def check(self) -> None:
+        super().check()
+        require_at_least(1, {"data.max_tokens": self.data.max_tokens})
+        require_at_least(0, {"loss.regularization": self.loss.regularization, "loss.margin": self.loss.margin})
+        smoothing = self.loss.label_smoothing
+        require(0 <= smoothing < 0.5, "loss.label_smoothing", smoothing, "a share in [0, 0.5)")

@@ -1,0 +1,191 @@
+"""The sections of a configuration: typed dataclasses whose field docstrings are the help text, unit and meaning.
+
+Each job has its own configuration made of these: `train.py`, `sft.py`, `score.py` beside this file. A section that two
+jobs share stands here once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from repo_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) in the linear layers of a frozen model."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains the model itself, without adapters."""
+    alpha: float = 16.0
+    """An adapter's output is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get one (q_proj, ...). Empty: all in the transformer layers."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model that is trained."""
+
+    path: str = "world:tiny"
+    """Hugging Face folder or hub name; `world:tiny`: the embedded policy, made on first use; `world:base`: the same
+    before its supervised stage."""
+    trainable_layers: int | None = None
+    """Train only this many last transformer layers, the final norm, and a score head (layers). Null trains all."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation. `auto`: flash_attention_2 on CUDA where flash-attn is installed, else sdpa."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    pad_token: str | None = None
+    """Added to a tokenizer that has no pad token, and saved with it. Null: the tokenizer stays as it is."""
+    pad_vocabulary_to: int = 1
+    """The vocabulary is padded to a multiple of this (tokens); the rows added are the mean of the others."""
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The value models of `algorithm.advantage gae`."""
+
+    shared_trunk: bool = False
+    """One trunk with two heads instead of a model for each stream. It starts from the reward stream's."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after the warm-up, over all optimizer steps of `total_steps`."""
+    warmup: float = 0.03
+    """Share of the optimizer steps spent on linear warm-up, in [0, 1)."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; biases and norms are exempt."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """DeepSpeed."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and activations. `auto`: bfloat16 on a GPU, float32 on CPU."""
+    zero_stage: Literal[1, 2, 3] = 3
+    """ZeRO stage: 1 shards optimizer states, 2 gradients too, 3 parameters too (frozen models' as well)."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in host memory."""
+    offload_parameters: bool = False
+    """Keep parameters in host memory between uses (ZeRO stage 3)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward instead of keeping them."""
+    parameter_persistence_threshold: int = 10_000
+    """ZeRO stage 3: parameters smaller than this stay on every rank (elements)."""
+    ops_backend: Literal["auto", "torch", "cpp", "triton"] = "auto"
+    """Backend of `repo_fast.ops`."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state of the run is saved."""
+
+    every: int = 100
+    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    keep: int = 2
+    """Newest checkpoints kept; older ones go once a newer one is complete. 0: keep all."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written down while training."""
+
+    loggers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Besides `metrics.jsonl`, which is always written."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every job has: where it writes, when it stops, how it computes."""
+
+    PROGRAM: ClassVar[str]
+    FOLDER: ClassVar[str]
+
+    output_dir: str = "outputs/run"
+    """Folder for everything the run writes."""
+    seed: int = 0
+    """Of sampling, data order and initialisation; each rank derives its own."""
+    resume: str | None = None
+    """`auto`: go on from the newest complete checkpoint in `output_dir`, or start; or a checkpoint folder."""
+    stop_after: int | None = None
+    """Stop with a checkpoint once this step is done (a step number of the whole run), leaving schedules alone."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise `InputError` for the first value, or combination of values, that cannot be honoured."""
+        require_at_least(1, {"stop_after": self.stop_after})
+        require_at_least(
+            0,
+            {
+                "seed": self.seed,
+                "checkpoint.every": self.checkpoint.every,
+                "checkpoint.keep": self.checkpoint.keep,
+                "engine.parameter_persistence_threshold": self.engine.parameter_persistence_threshold,
+            },
+        )
+        if self.engine.offload_parameters and self.engine.zero_stage != 3:
+            raise InputError(
+                f"engine.offload_parameters is true with engine.zero_stage {self.engine.zero_stage}, expected 3"
+            )
+
+
+def require(condition: bool, key: str, value: object, expected: str) -> None:
+    """Raise `InputError` unless a value is as expected."""
+    if not condition:
+        raise InputError(f"{key} is {value!r}, expected {expected}")
+
+
+def require_at_least(minimum: int, values: Mapping[str, float | None]) -> None:
+    """Raise `InputError` for the first value below the minimum; null is none."""
+    for key, value in values.items():
+        if value is not None:
+            kind = "whole number" if minimum else "number"
+            require(value >= minimum, key, value, f"a {kind} of at least {minimum}")
+
+
+def check_optimizer(key: str, optimizer: OptimizerConfig) -> None:
+    """Raise `InputError` for a value of this section that cannot be."""
+    names = ("learning_rate", "weight_decay", "gradient_clip")
+    require_at_least(0, {f"{key}.{name}": getattr(optimizer, name) for name in names})
+    require(0 <= optimizer.warmup < 1, f"{key}.warmup", optimizer.warmup, "a share in [0, 1)")
+    in_range = all(0 <= beta < 1 for beta in optimizer.betas)
+    require(in_range, f"{key}.betas", optimizer.betas, "two numbers in [0, 1)")
+
+
+def check_model(key: str, model: ModelConfig) -> None:
+    """Raise `InputError` for a value of this section that cannot be."""
+    require(model.path != "", f"{key}.path", model.path, "a Hugging Face folder or hub name")
+    require_at_least(
+        1, {f"{key}.trainable_layers": model.trainable_layers, f"{key}.pad_vocabulary_to": model.pad_vocabulary_to}
+    )
+    check_lora(f"{key}.lora", model.lora)
+    if model.lora.rank and model.trainable_layers is not None:
+        raise InputError(
+            f"{key}.trainable_layers is {model.trainable_layers} with {key}.lora.rank {model.lora.rank}, expected one "
+            "of them: adapters train a frozen model"
+        )
+
+
+def check_lora(key: str, lora: LoraConfig) -> None:
+    """Raise `InputError` for a value of this section that cannot be."""
+    require_at_least(0, {f"{key}.rank": lora.rank})
+    require(lora.alpha > 0, f"{key}.alpha", lora.alpha, "a number above 0")
+    if lora.targets and not lora.rank:
+        raise InputError(f"{key}.targets is {list(lora.targets)} with {key}.rank 0, expected a rank of at least 1")

@@ -1,0 +1,38 @@
+"""What the configurations of the supervised jobs, `sft` and `score`, have in common."""
+
+from dataclasses import dataclass, field
+
+from repo_fast.config.sections import (
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    check_model,
+    check_optimizer,
+    require_at_least,
+)
+
+
+@dataclass(frozen=True)
+class SupervisedConfig(RunConfig):
+    """Epochs over examples that are given, in packed micro-batches."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    epochs: int = 1
+    """Passes over the training examples."""
+    batch_size: int = 64
+    """Examples of an optimizer step (demonstrations or preferences, over all ranks)."""
+    micro_batch_tokens: int = 8192
+    """Largest packed micro-batch on a rank (tokens). A longer example gets one of its own."""
+    evaluate_every: int = 0
+    """Steps between evaluations on the held-out examples; the last step is always evaluated. 0: only the last."""
+    max_skipped_steps: int = 5
+    """The run stops when this many optimizer steps in a row had a non-finite loss or gradient and were skipped."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def check(self) -> None:
+        super().check()
+        check_model("model", self.model)
+        check_optimizer("optimizer", self.optimizer)
+        names = ("epochs", "batch_size", "micro_batch_tokens", "max_skipped_steps")
+        require_at_least(1, {name: getattr(self, name) for name in names})
+        require_at_least(0, {"evaluate_every": self.evaluate_every})

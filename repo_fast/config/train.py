@@ -1,0 +1,280 @@
+"""The configuration of `repo_fast.train`: reinforcement learning of a policy with rewards and costs."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from repo_fast.algorithm import ALGORITHMS
+from repo_fast.config.sections import (
+    CriticConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    check_lora,
+    check_model,
+    check_optimizer,
+    require,
+    require_at_least,
+)
+from repo_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts to train on, prompts to evaluate on, and supervised text for the PTX loss."""
+
+    prompts: str = "world:train"
+    """Training prompts: a .jsonl, .json or .txt file, `world:train`, or a `datasets` hub name."""
+    prompts_split: str = "train"
+    """Split to read when `prompts` is a `datasets` name."""
+    eval_prompts: str | None = "world:test"
+    """Held-out prompts for the before/after table, in the same forms. Null: no evaluation."""
+    eval_split: str = "test"
+    """Split to read when `eval_prompts` is a `datasets` name."""
+    template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
+    """How a prompt is put to the policy. `auto`: the tokenizer's chat template, else Safe RLHF's."""
+    max_prompt_tokens: int = 256
+    """Longest templated prompt (tokens). Longer ones are dropped and counted."""
+    ptx: str | None = None
+    """Supervised demonstrations for the PTX loss: a file, `world:demonstrations`, or a `datasets` name."""
+    ptx_split: str = "train"
+    """Split to read when `ptx` is a `datasets` name."""
+    ptx_max_tokens: int = 512
+    """Longest demonstration, prompt and response together (tokens). Longer ones are dropped and counted."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How responses are drawn."""
+
+    prompts_per_step: int = 16
+    """Prompts of one step (prompts, over all ranks)."""
+    responses_per_prompt: int = 4
+    """K, responses drawn for each prompt."""
+    temperature: float = 1.0
+    """Sampling temperature. The trainer's log-probabilities, and so the KL, are taken at it too."""
+    top_p: float = 1.0
+    """Nucleus mass kept when sampling, in (0, 1]. Below 1 the sampler and the trained policy differ; it is logged."""
+    max_new_tokens: int = 256
+    """Longest response (tokens)."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response, besides the end-of-sequence token. The string stays part of the response."""
+    batch_size: int = 64
+    """Responses generated at once on a rank (responses)."""
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """Where a score comes from."""
+
+    path: str = ""
+    """A Python callable `package.module:function` (`(prompts, responses) -> list[float]`), or a score-model folder."""
+    template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
+    """Template for score models whose tokenizer is not the policy's."""
+    max_tokens: int = 2048
+    """Longest text a score model is given (tokens)."""
+    expect: tuple[str, float] | None = None
+    """A whole text, template included, and the score that the model is known to give it: checked when it is loaded."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """The objective (design: Peng et al. 2024, arXiv 2410.19933, and Safe RLHF, arXiv 2310.12773)."""
+
+    name: Literal["repo", "ppo_lag", "hc_lag", "reward_shaping", "ppo"] = "repo"
+    """Row of the algorithm table, which sets scope, rectification and surrogate."""
+    scope: Literal["prompt", "response"] | None = None
+    """`repo` only: whether the prompt's mean cost or each response's cost must be safe. Null: prompt."""
+    surrogate: Literal["separate", "mixed"] | None = None
+    """Clip reward and cost streams separately (RePO) or their weighted sum (Safe RLHF). Null: the algorithm's own."""
+    advantage: Literal["gae", "rloo", "grpo"] = "gae"
+    """Advantages: `gae` with critics, or critic-free `rloo` and `grpo` (K >= 2)."""
+    threshold: float = 0.0
+    """d: a cost above it is unsafe (units of the cost)."""
+    margin: float = 0.0
+    """m >= 0: training uses the threshold d - m, evaluation always d (units of the cost)."""
+    multiplier_init: float = 1.0
+    """lambda at the start, > 0."""
+    multiplier_learning_rate: float = 0.1
+    """eta of the multiplier's ascent in log space."""
+    multiplier_max: float = 5.0
+    """Largest lambda."""
+    cost_window: int = 128
+    """`ppo_lag`, `hc_lag`: costs, over all ranks, that the average constraint is estimated from (responses)."""
+    confidence_z: float = 1.645
+    """`hc_lag`: standard errors added to the mean cost."""
+    shaping_weight: float = 1.0
+    """`reward_shaping`: w of R - w C."""
+    kl_coefficient: float = 0.01
+    """beta of the KL penalty inside rewards and costs. Each stream carries the full beta, with opposite sign."""
+    score_clamp: float = 50.0
+    """Token rewards and costs (critic-free: the scores) are clamped to +- this."""
+    gamma: float = 1.0
+    """Discount of GAE per token."""
+    gae_lambda: float = 0.95
+    """lambda of GAE."""
+    whiten: bool = False
+    """Centre both advantage streams and divide both by one scale, that of their weighted sum."""
+    clip_low: float = 0.2
+    """The ratio is clipped below at 1 - this."""
+    clip_high: float = 0.2
+    """The ratio is clipped above at 1 + this."""
+    value_clip: float = 5.0
+    """A value's step from its old value is clipped to +- this in the critic loss."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus (nats a token)."""
+    reduction: Literal["sequence_mean", "token_mean", "sum"] = "sequence_mean"
+    """How token losses become one number; denominators are those of the whole global batch."""
+    ptx_coefficient: float = 0.0
+    """Weight of the supervised cross-entropy on `data.ptx` (token mean over the global batch)."""
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How a rollout becomes optimizer steps."""
+
+    epochs: int = 1
+    """Passes over a rollout."""
+    minibatches: int = 1
+    """Optimizer steps in a pass; the rollout's responses are dealt over them anew in each pass."""
+    micro_batch_tokens: int = 8192
+    """Largest packed micro-batch on a rank, prompts included (tokens). A longer sequence gets one of its own."""
+    ptx_batch_size: int = 16
+    """Demonstrations joined to each optimizer step when there is a PTX loss (demonstrations, over all ranks)."""
+    max_skipped_steps: int = 5
+    """The run stops when this many optimizer steps in a row had a non-finite loss or gradient and were skipped."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The before/after table on `data.eval_prompts`."""
+
+    samples_per_prompt: int = 4
+    """Responses drawn for each held-out prompt."""
+    prompts: int | None = None
+    """Use only the first so many held-out prompts. Null: all."""
+    well_formed: str | None = None
+    """Python callable `package.module:function` (`(prompts, responses) -> list[bool]`) whose share is reported too."""
+
+
+@dataclass(frozen=True)
+class TrainLogConfig(LogConfig):
+    """What is written down while training."""
+
+    samples_every: int = 10
+    """Steps between dumps of all the step's responses to `samples.jsonl`; the first step is always dumped."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Train a policy with RePO, or with a baseline of its table, end to end."""
+
+    PROGRAM: ClassVar[str] = "torchrun -m repo_fast.train"
+    FOLDER: ClassVar[str] = ""
+
+    output_dir: str = "outputs/train"
+    """Folder for everything the run writes."""
+    total_steps: int = 60
+    """Rollout-and-update steps of the whole run; schedules end there."""
+    policy: ModelConfig = field(default_factory=ModelConfig)
+    critics: CriticConfig = field(default_factory=CriticConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: ScorerConfig = field(default_factory=ScorerConfig)
+    cost: ScorerConfig = field(default_factory=ScorerConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    policy_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    critic_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(learning_rate=5e-6, schedule="constant", warmup=0.0, weight_decay=0.0)
+    )
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: TrainLogConfig = field(default_factory=TrainLogConfig)
+
+    def check(self) -> None:
+        super().check()
+        rollout, algorithm, update, row = self.rollout, self.algorithm, self.update, ALGORITHMS[self.algorithm.name]
+        check_model("policy", self.policy)
+        check_lora("critics.lora", self.critics.lora)
+        check_optimizer("policy_optimizer", self.policy_optimizer)
+        check_optimizer("critic_optimizer", self.critic_optimizer)
+        require_at_least(
+            1,
+            {
+                "total_steps": self.total_steps,
+                "rollout.prompts_per_step": rollout.prompts_per_step,
+                "rollout.responses_per_prompt": rollout.responses_per_prompt,
+                "rollout.max_new_tokens": rollout.max_new_tokens,
+                "rollout.batch_size": rollout.batch_size,
+                "data.max_prompt_tokens": self.data.max_prompt_tokens,
+                "data.ptx_max_tokens": self.data.ptx_max_tokens,
+                "reward.max_tokens": self.reward.max_tokens,
+                "cost.max_tokens": self.cost.max_tokens,
+                "algorithm.cost_window": algorithm.cost_window,
+                "update.epochs": update.epochs,
+                "update.minibatches": update.minibatches,
+                "update.micro_batch_tokens": update.micro_batch_tokens,
+                "update.ptx_batch_size": update.ptx_batch_size,
+                "update.max_skipped_steps": update.max_skipped_steps,
+                "evaluation.samples_per_prompt": self.evaluation.samples_per_prompt,
+                "evaluation.prompts": self.evaluation.prompts,
+                "log.samples_every": self.log.samples_every,
+            },
+        )
+        names = ("margin", "kl_coefficient", "multiplier_learning_rate", "entropy_coefficient", "ptx_coefficient")
+        require_at_least(0, {f"algorithm.{name}": getattr(algorithm, name) for name in (*names, "shaping_weight")})
+        for key in ("multiplier_init", "multiplier_max", "score_clamp", "value_clip"):
+            require(getattr(algorithm, key) > 0, f"algorithm.{key}", getattr(algorithm, key), "a number above 0")
+        for key in ("gamma", "gae_lambda"):
+            require(
+                0 <= getattr(algorithm, key) <= 1, f"algorithm.{key}", getattr(algorithm, key), "a number in [0, 1]"
+            )
+        require(0 <= algorithm.clip_low < 1, "algorithm.clip_low", algorithm.clip_low, "a number in [0, 1)")
+        require(algorithm.clip_high >= 0, "algorithm.clip_high", algorithm.clip_high, "a number of at least 0")
+        require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "a number above 0")
+        require(0 < rollout.top_p <= 1, "rollout.top_p", rollout.top_p, "a number in (0, 1]")
+        require(
+            algorithm.multiplier_init <= algorithm.multiplier_max,
+            "algorithm.multiplier_init",
+            algorithm.multiplier_init,
+            f"at most algorithm.multiplier_max ({algorithm.multiplier_max})",
+        )
+        for name in ("reward", "cost"):
+            path = getattr(self, name).path
+            require(path != "", f"{name}.path", path, "a callable `package.module:function` or a score-model folder")
+        if algorithm.scope is not None and not row.rectify:
+            raise InputError(
+                f"algorithm.scope is {algorithm.scope!r} with algorithm.name {algorithm.name!r}, which is not "
+                "rectified and has no scope to choose; leave it null or take algorithm.name repo"
+            )
+        if algorithm.advantage != "gae" and rollout.responses_per_prompt < 2:
+            raise InputError(
+                f"rollout.responses_per_prompt is {rollout.responses_per_prompt} with algorithm.advantage "
+                f"{algorithm.advantage!r}, expected at least 2: the other responses of a prompt are the baseline"
+            )
+        if (algorithm.ptx_coefficient > 0) != (self.data.ptx is not None):
+            raise InputError(
+                f"algorithm.ptx_coefficient is {algorithm.ptx_coefficient} and data.ptx is {self.data.ptx!r}: "
+                "a PTX loss needs both a coefficient above 0 and data, expected both or neither"
+            )
+        responses = rollout.prompts_per_step * rollout.responses_per_prompt
+        require(
+            update.minibatches <= responses,
+            "update.minibatches",
+            update.minibatches,
+            f"at most the {responses} responses of a step",
+        )
+        if self.critics.shared_trunk and (algorithm.advantage != "gae" or not row.has_cost_stream):
+            raise InputError(
+                f"critics.shared_trunk is true with algorithm.name {algorithm.name!r} and algorithm.advantage "
+                f"{algorithm.advantage!r}, which have not two critics; expected gae and an algorithm with a cost stream"
+            )
+        if self.critics.lora.rank and algorithm.advantage != "gae":
+            raise InputError(
+                f"critics.lora.rank is {self.critics.lora.rank} with algorithm.advantage {algorithm.advantage!r}, "
+                "which has no critics; expected 0"
+            )
+        for name in ("reward", "cost"):
+            scorer = getattr(self, name)
+            if scorer.expect is not None and ":" in scorer.path:
+                raise InputError(f"{name}.expect is given with the function {scorer.path!r}, expected a score model")

@@ -1,0 +1,87 @@
+"""Supervised fine-tuning: demonstrations -> packed micro-batches -> cross-entropy on their responses -> step."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from repo_fast.assembly import check_policy_packing, load_policy
+from repo_fast.collectives import Ranks
+from repo_fast.config import SftConfig
+from repo_fast.data import PromptTemplate
+from repo_fast.imitation import TokenPair, imitation_backward, imitation_loss
+from repo_fast.inputs import check_start, find_model, tokenize_demonstrations
+from repo_fast.models.policy import Policy, save_policy
+from repo_fast.supervised import SupervisedInputs, SupervisedRun, check_batch_size
+
+_SHOWN = (
+    ("loss", "loss", ".3f"),
+    ("eval_loss", "held out", ".3f"),
+    ("gradient_norm", "gradient", ".2f"),
+    ("tokens_per_second", "tokens/s", ",.0f"),
+)
+_PANELS = {
+    "loss": [("loss", "training loss (nats/token)"), ("eval_loss", "held-out loss (nats/token)")],
+    "optimizer": [("gradient_norm", "gradient norm (no unit)"), ("learning_rate", "learning rate (no unit)")],
+    "speed": [("tokens_per_second", "throughput (tokens/s)")],
+}
+
+
+def read_inputs(config: SftConfig) -> SupervisedInputs[TokenPair]:
+    """Read and check all inputs of a run.
+
+    Raises:
+        InputError: The first thing that cannot be used.
+    """
+    resume_from = check_start(config)
+    path, tokenizer = find_model(config.model)
+    data, template = config.data, PromptTemplate(tokenizer, config.data.template)
+    notes: list[str] = []
+    examples = tokenize_demonstrations(data.train, data.train_split, template, data.max_tokens, notes)
+    check_batch_size(config.batch_size, len(examples), data.train)
+    held_out: list[TokenPair] = []
+    if data.eval is not None:
+        held_out = tokenize_demonstrations(data.eval, data.eval_split, template, data.max_tokens, notes)
+    return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes)
+
+
+class FineTuning(SupervisedRun[TokenPair]):
+    """A run of supervised fine-tuning.
+
+    Args:
+        config: The resolved configuration.
+        inputs: What `read_inputs` made of it.
+        ranks: This process among those of the run.
+    """
+
+    RESULT = "policy"
+
+    def __init__(self, config: SftConfig, inputs: SupervisedInputs[TokenPair], ranks: Ranks) -> None:
+        super().__init__(config, inputs, ranks, _SHOWN, _PANELS)
+        check_policy_packing(self.engine, ranks)
+
+    def load_model(self) -> Policy:
+        return load_policy(
+            self.inputs.model_path, self.inputs.tokenizer, self.settings.model, self.settings.engine, self.ranks
+        )
+
+    def tokens(self, example: TokenPair) -> int:
+        return sum(part.numel() for part in example)
+
+    def weight(self, example: TokenPair) -> int:
+        """Response tokens: the loss is their mean."""
+        return example[1].numel()
+
+    def backward(self, rows: list[list[TokenPair]], scale: float) -> dict[str, float]:
+        return {"loss": float(imitation_backward(self.engine, rows, scale, self.ranks.device, self.ops_backend))}
+
+    def evaluate(self) -> dict[str, float]:
+        """Cross-entropy (nats a response token) and perplexity of the held-out demonstrations."""
+        mine = self.ranks.share(self.inputs.held_out)
+        rows = [[mine[i] for i in row] for row in self.micro_batches(mine)]
+        total = self.ranks.sum(imitation_loss(self.engine, rows, self.ranks.device, self.ops_backend))
+        loss = float(total) / sum(self.weight(example) for example in self.inputs.held_out)
+        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+    def write_model(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        save_policy(folder, self.engine.module, state, self.inputs.tokenizer, self.inputs.model_path)

@@ -1,0 +1,48 @@
+"""Critics: what the rest of a response is worth, for each stream of scores, before each of its tokens."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from repo_fast.models.score_model import ScoreHead, ScoreModel
+
+
+class Critic(nn.Module):
+    """A trunk with a head for each stream that it values: one stream, or all of them on a shared trunk.
+
+    Args:
+        model: The score model that it starts from: the trunk, and the head of the first stream.
+        streams: `reward`, `cost`, or both. The heads of further streams start at zero.
+        dtype: Of the heads. DeepSpeed trains parameters of one dtype; it keeps float32 masters, and heads compute in
+            float32 anyway.
+    """
+
+    def __init__(self, model: ScoreModel, streams: tuple[str, ...], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.trunk, self.streams = model.trunk, streams
+        heads: dict[str, nn.Module] = {streams[0]: model.score_head}
+        for stream in streams[1:]:
+            heads[stream] = ScoreHead(model.score_head.in_features, 1, bias=False)
+            nn.init.zeros_(heads[stream].weight)  # type: ignore[arg-type]
+        self.heads = nn.ModuleDict(heads).to(dtype)
+        self._normalizers: Mapping[str, tuple[float, float]] = {streams[0]: (model.mean, model.std)}
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Values some positions of packed sequences.
+
+        Args:
+            input_ids: int64 [1, N].
+            position_ids: int64 [1, N], from 0 in each sequence.
+            positions: int64 [M], where in the row to read.
+
+        Returns:
+            float32 [C, M], a row for each of the C streams.
+        """
+        outputs = self.trunk(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+        hidden = outputs.last_hidden_state[0, positions]
+        values = []
+        for stream, head in self.heads.items():
+            mean, std = self._normalizers.get(stream, (0.0, 1.0))
+            values.append((head(hidden)[:, 0] - mean) / std)
+        return torch.stack(values)

@@ -1,0 +1,109 @@
+"""Train a reward model or a cost model on preferences; convert and check score models.
+
+    torchrun --nproc-per-node 2 -m repo_fast.score --kind cost --model.path FOLDER --data.train pairs.jsonl \\
+        --data.eval held-out.jsonl --output_dir outputs/cost
+    python -m repo_fast.score --convert FOLDER --to FOLDER --layout score [--kind cost]
+    python -m repo_fast.score --check FOLDER --kind cost --expect TEXT SCORE
+
+The second writes a score model in another layout, bit for bit; the third loads one and compares the score of a text,
+template included, with a known one. `--expect TEXT SCORE` may also be added to the other two: to training, for the
+score model that is gone on with, and to conversion, for the result, which is kept only if it gives that score.
+
+Options of training: `--help`; configurations, checks and exit status as in `repo_fast.train`.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from repo_fast.config import LAYOUTS, ScoreConfig
+from repo_fast.errors import InputError
+from repo_fast.launch import guarded, launch
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if any(word.split("=")[0] in ("--convert", "--check") for word in words):
+        return guarded(lambda: _convert_or_check(words))
+
+    def prepare(config: ScoreConfig) -> Callable:
+        from repo_fast.score_training import ScoreTraining, read_inputs
+
+        inputs = read_inputs(config)
+        return lambda ranks: ScoreTraining(config, inputs, ranks).run()
+
+    def train() -> int:
+        others, expect = _take_expectation(words)
+        # As the JSON that the option of the configuration reads.
+        option = [] if expect is None else ["--expect", json.dumps(expect, ensure_ascii=False)]
+        return launch([*others, *option], ScoreConfig, prepare)
+
+    return guarded(train)
+
+
+def _take_expectation(words: list[str]) -> tuple[list[str], tuple[str, float] | None]:
+    """The command line without `--expect TEXT SCORE`, and these two; one that has another form stays where it is.
+
+    Taken out by hand, because the parsers would read some negative numbers, and some texts, as something else.
+    """
+    start = words.index("--expect") if "--expect" in words else len(words)
+    given = words[start + 1 : start + 3]
+    if len(given) < 2 or given[1].startswith("--"):
+        return words, None
+    text, score = given
+    try:
+        return words[:start] + words[start + 3 :], (text, float(score))
+    except ValueError:
+        raise InputError(f"--expect has the score {score!r}, expected a number") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def _convert_or_check(words: list[str]) -> int:
+    parser = _Parser(prog="python -m repo_fast.score", description="Convert or check score models.", allow_abbrev=False)
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument(
+        "--convert", metavar="FOLDER", help="Score model (folder or hub name) to write in another layout."
+    )
+    action.add_argument("--check", metavar="FOLDER", help="Score model to load, and to compare with a known score.")
+    parser.add_argument("--to", metavar="FOLDER", help="Folder to make of the converted model.")
+    parser.add_argument("--layout", choices=LAYOUTS, default="score", help="Layout to convert to.")
+    parser.add_argument(
+        "--kind", choices=("reward", "cost"), help="What the score means, where the model does not say."
+    )
+    parser.add_argument("--expect", nargs=2, metavar=("TEXT", "SCORE"), help="A whole text, and its known score.")
+    words, expect = _take_expectation(words)
+    chosen = parser.parse_args(words)
+    if (chosen.convert is None) != (chosen.to is None):
+        raise InputError("--convert FOLDER and --to FOLDER belong together, expected both or neither")
+    # After the command line is known to be good: these take seconds to import.
+    from repo_fast.models.score_checkpoint import convert_score_model
+    from repo_fast.models.trunk import load_config
+    from repo_fast.scoring.expectation import check_folder
+
+    if chosen.check is not None:
+        print(check_folder(chosen.check, chosen.kind, expect))
+        return 0
+    target = Path(chosen.to)
+    convert_score_model(chosen.convert, target, layout=chosen.layout, score_type=chosen.kind)
+    if expect is not None:
+        try:
+            # One of the layouts cannot say what its score means.
+            role = chosen.kind or getattr(load_config(chosen.convert), "score_type", None)
+            print(check_folder(chosen.to, role, expect))
+        except InputError:
+            shutil.rmtree(target)
+            raise
+    print(f"{chosen.to}: {chosen.convert} in the layout {chosen.layout}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
