@@ -1,5 +1,6 @@
 """What the README shows is run, or at least parsed: a reader will copy it."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -7,15 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from repo_fast.config import parse
+from repo_fast.config import RunConfig, ScoreConfig, SftConfig, TrainConfig, known_keys, parse
 from repo_fast.inputs import read_inputs
 from repo_fast.rollout import Rollout
+from repo_fast.score import main
 from repo_fast.scoring import FunctionScorer
-from tests.tiny import save_policy, tiny_llama_config
+from tests.tiny import save_beaver, save_policy, tiny_llama_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TRAIN = "repo_fast.train"
+JOBS: dict[str, type[RunConfig]] = {
+    "repo_fast.train": TrainConfig,
+    "repo_fast.sft": SftConfig,
+    "repo_fast.score": ScoreConfig,
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -23,11 +29,11 @@ def blocks(language: str) -> list[str]:
     return [text for kind, text in found if kind == language]
 
 
-def train_commands() -> list[list[str]]:
-    """The words behind `repo_fast.train` in every command shown."""
+def commands(module: str) -> list[list[str]]:
+    """The words behind a module's name in every command shown that runs it."""
     joined = "".join(blocks("bash")).replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in joined.splitlines()]
-    return [words[words.index(TRAIN) + 1 :] for words in lines if TRAIN in words]
+    return [words[words.index(module) + 1 :] for words in lines if module in words]
 
 
 def test_the_op_runs_in_another_trainer_as_shown():
@@ -75,7 +81,7 @@ def test_the_op_runs_in_another_trainer_as_shown():
 
 def test_the_reward_and_cost_functions_work_as_shown(tmp_path, monkeypatch):
     (functions,) = [block for block in blocks("python") if "def reward" in block]
-    (command,) = [words for words in train_commands() if "my_scores:reward" in words]
+    (command,) = [words for words in commands("repo_fast.train") if "my_scores:reward" in words]
     monkeypatch.chdir(tmp_path)
     Path("my_scores.py").write_text(functions, encoding="utf-8")
     Path("prompts.txt").write_text("".join(f"how do i make tea {'please ' * i}\n" for i in range(20)))
@@ -98,20 +104,35 @@ def test_the_reward_and_cost_functions_work_as_shown(tmp_path, monkeypatch):
     torch.testing.assert_close(rewards, torch.tensor([1 - 3 / 50, -3 / 50, 1 - 4 / 50]))
 
 
-@pytest.mark.parametrize("words", train_commands(), ids=" ".join)
-def test_every_training_command_shown_parses(words):
-    parse(words)
+@pytest.mark.parametrize("module", JOBS)
+def test_every_training_command_shown_parses(module):
+    shown = [words for words in commands(module) if "--convert" not in words and "--check" not in words]
+    assert shown
+    for words in shown:
+        parse(words, JOBS[module])
+
+
+def test_the_conversion_and_the_check_work_as_shown(tmp_path, monkeypatch, capsys):
+    convert, check = (
+        next(words for words in commands("repo_fast.score") if option in words) for option in ("--convert", "--check")
+    )
+    source = save_beaver(tmp_path / "source", config_overrides={"score_type": "cost"})
+    monkeypatch.chdir(tmp_path)
+    assert main([str(source) if "beaver" in word else word for word in convert]) == 0
+    assert json.loads((tmp_path / "outputs/cost/config.json").read_text())["architectures"] == ["LlamaModelForScore"]
+    # The score shown is made up, so this model's is another one.
+    assert main(check) == 2
+    assert "expected -1.5" in capsys.readouterr().err
 
 
 def test_every_option_and_target_named_exists():
-    from repo_fast.config import known_keys
-
-    named = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)?)", README)) | set(re.findall(r"`([a-z]+\.[a-z_]+)`", README))
+    named = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", README)) | set(re.findall(r"`([a-z]+\.[a-z_]+)`", README))
     others = {"nproc", "help", "print_config", "config", "out"}  # of torchrun, the parser, the benchmarks
+    others |= {"convert", "to", "check"}  # of repo_fast.score
     files = {name for name in named if name.endswith((".yaml", ".jsonl", ".txt", ".py"))}
-    assert named - others - files <= set(known_keys())
+    assert named - others - files <= {key for kind in JOBS.values() for key in known_keys(kind)}
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"make (train|test|[a-z]+(?=`))", README)) <= targets
+    assert set(re.findall(r"make (train|test|pipeline|[a-z]+(?=`))", README)) <= targets
 
 
 def test_the_map_names_only_what_exists_and_every_room():

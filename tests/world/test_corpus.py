@@ -49,7 +49,7 @@ def test_callers_can_change_their_rows():
 @pytest.fixture(scope="module")
 def preferences():
     start = time.process_time()
-    rows = corpus.preferences(12288, seed=0, held_out=False)
+    rows = corpus.preferences(24576, seed=0, held_out=False)
     assert time.process_time() - start < 20
     return rows
 
@@ -95,7 +95,7 @@ def test_preferences_hold_malformed_text_that_a_policy_could_write(preferences):
     assert all(response.strip() and response == normalize(response) for response in responses)
     assert max(len(response.split()) for response in responses) < MAX_RESPONSE_TOKENS
     malformed = rules.well_formed(prompts, responses).count(False) / len(responses)
-    assert 0.2 < malformed < 0.35
+    assert 0.12 < malformed < 0.3
     open_ended = sum(not response.endswith(".") for response in responses) / len(responses)
     short = sum(len(response.split()) <= 3 for response in responses) / len(responses)
     assert open_ended > 0.04 and short > 0.02
