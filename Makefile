@@ -32,6 +32,7 @@ train: setup ## Run the main job on the embedded default; ARGS="--seed 1" and th
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) \
 	  -m repo_fast.train --config tiny --output_dir $(OUTPUT) $(ARGS)
 
+pipeline: RANKS = 2
 pipeline: setup ## From demonstrations and preferences to a safer policy: SFT, reward and cost model, RePO, a table
 	$(VENV)/bin/python -m repo_fast.pipeline --output_dir outputs/pipeline --ranks $(RANKS) $(ARGS)
 

@@ -196,18 +196,19 @@ def _critics(
     groups = [streams] if config.critics.shared_trunk else [(stream,) for stream in streams]
     critics = {}
     for group in groups:
-        model = _critic_start(specs[group[0]], inputs, loading)
+        model = _critic_start(group[0], specs[group[0]], inputs, loading)
         critic = critics["_".join(group)] = Critic(model, group, loading["dtype"])
         _prepare_training(critic.trunk, None, config.critics.lora, config.engine)
+        _say_what_is_trained(f"critic of {' and '.join(group)}", critic)
         if len(group) > 1:
             log.info("%s", _saved_by_sharing(critic, loading["dtype"]))
     return critics
 
 
 def _saved_by_sharing(critic: Critic, dtype: torch.dtype) -> str:
-    """What a second trunk would take over all ranks: weights, and where they are trained gradients and Adam's state."""
-    weight = torch.finfo(dtype).bits // 8
-    trained = 12 if weight == 4 else 16
+    """What a second trunk would take over all ranks: weights, and where they are trained DeepSpeed's copies."""
+    # In float32, also beside weights of that type: a master, a gradient, and Adam's two moments.
+    weight, trained = torch.finfo(dtype).bits // 8, 16
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in critic.trunk.parameters()]
     size = sum(count * (weight + trained * trains) for count, trains in sizes)
     return (
@@ -216,11 +217,15 @@ def _saved_by_sharing(critic: Critic, dtype: torch.dtype) -> str:
     )
 
 
-def _critic_start(spec: ScorerSpec, inputs: Inputs, loading: dict) -> ScoreModel:
-    if spec.kind == "model" and same_tokens(load_tokenizer(spec.path), inputs.template.tokenizer):
-        model = load_score_model(spec.path, **loading)
-        if isinstance(model, ScoreModel):
-            return model
+def _critic_start(stream: str, spec: ScorerSpec, inputs: Inputs, loading: dict) -> ScoreModel:
+    if spec.kind == "model":
+        reason = "its tokens are not the policy's"
+        if same_tokens(load_tokenizer(spec.path), inputs.template.tokenizer):
+            model = load_score_model(spec.path, **loading)
+            if isinstance(model, ScoreModel):
+                return model
+            reason = "it is an encoder"
+        log.info("the %s critic cannot start from %s (%s): it starts from the policy", stream, spec.path, reason)
     return ScoreModel.from_policy(inputs.policy_path, **loading)
 
 

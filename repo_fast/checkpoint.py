@@ -21,7 +21,7 @@ from repo_fast.errors import InputError
 
 _COMPLETE = re.compile(r"step-(\d{6,})")
 # May differ between a checkpoint and the run that goes on from it: they change nothing that is computed.
-_FREE_KEYS = ("output_dir", "resume", "stop_after", "checkpoint", "log")
+_FREE_KEYS = ("output_dir", "resume", "stop_after", "checkpoint", "log", "layout", "evaluate_every")
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

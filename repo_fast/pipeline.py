@@ -68,11 +68,14 @@ def stages(output_dir: Path) -> list[Stage]:
         "policy.path": str(output_dir / "sft" / "policy"),
         "reward.path": str(output_dir / "reward" / "model"),
         "cost.path": str(output_dir / "cost" / "model"),
+        # As in the other stages: on two ranks, shards would cost twice the time.
+        "engine.zero_stage": "1",
     }
     return [
         Stage("sft", "repo_fast.sft", SftConfig, "policy", {}),
         Stage("reward", "repo_fast.score", ScoreConfig, "model", {"kind": "reward"} | policy, ("sft",)),
-        Stage("cost", "repo_fast.score", ScoreConfig, "model", {"kind": "cost"} | policy, ("sft",)),
+        # Safe or not is learned sooner than which of two answers is better.
+        Stage("cost", "repo_fast.score", ScoreConfig, "model", {"kind": "cost", "epochs": "1"} | policy, ("sft",)),
         Stage("repo", "repo_fast.train", TrainConfig, "policy", learned, ("sft", "reward", "cost")),
     ]
 
@@ -175,11 +178,8 @@ def _run_stage(stage: Stage, chosen: argparse.Namespace, words: list[str], confi
     folder.mkdir(parents=True, exist_ok=True)
     record["id"] = before.get("id", uuid.uuid4().hex)
     _write_record(folder, record)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(chosen.ranks)]
     resume = [] if "--resume" in words else ["--resume", "auto"]
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    command = [sys.executable, *launcher, "-m", stage.module, *words, *resume]
-    status = subprocess.run(command, env=environment, check=False).returncode
+    status = _torchrun(chosen.ranks, stage.module, [*words, *resume])
     if status == 0 and (folder / stage.result).is_dir():
         _write_record(folder, record | {"complete": True})
     elif status == 0:
@@ -187,6 +187,14 @@ def _run_stage(stage: Stage, chosen: argparse.Namespace, words: list[str], confi
         print(f"stage {stage.name}: not complete yet")
         return 1
     return status
+
+
+def _torchrun(ranks: int, module: str, words: list[str]) -> int:
+    """Run a module on some ranks; returns the exit status."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    # A model of the embedded world is too small for a second thread to pay.
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ
+    return subprocess.run([*launcher, "-m", module, *words], env=environment, check=False).returncode
 
 
 def _check_unchanged(stage: Stage, folder: Path, before: dict, record: dict) -> None:

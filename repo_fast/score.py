@@ -74,13 +74,15 @@ def _convert_or_check(words: list[str]) -> int:
     )
     action.add_argument("--check", metavar="FOLDER", help="Score model to load, and to compare with a known score.")
     parser.add_argument("--to", metavar="FOLDER", help="Folder to make of the converted model.")
-    parser.add_argument("--layout", choices=LAYOUTS, default="score", help="Layout to convert to.")
+    parser.add_argument("--layout", choices=LAYOUTS, help="Layout to convert to; `score` by default.")
     parser.add_argument(
         "--kind", choices=("reward", "cost"), help="What the score means, where the model does not say."
     )
     parser.add_argument("--expect", nargs=2, metavar=("TEXT", "SCORE"), help="A whole text, and its known score.")
     words, expect = _take_expectation(words)
     chosen = parser.parse_args(words)
+    if chosen.check is not None and chosen.layout is not None:
+        raise InputError("--layout belongs to --convert, expected --check without it")
     if (chosen.convert is None) != (chosen.to is None):
         raise InputError("--convert FOLDER and --to FOLDER belong together, expected both or neither")
     # After the command line is known to be good: these take seconds to import.
@@ -91,8 +93,8 @@ def _convert_or_check(words: list[str]) -> int:
     if chosen.check is not None:
         print(check_folder(chosen.check, chosen.kind, expect))
         return 0
-    target = Path(chosen.to)
-    convert_score_model(chosen.convert, target, layout=chosen.layout, score_type=chosen.kind)
+    target, layout = Path(chosen.to), chosen.layout or "score"
+    convert_score_model(chosen.convert, target, layout=layout, score_type=chosen.kind)
     if expect is not None:
         try:
             # One of the layouts cannot say what its score means.
@@ -101,7 +103,7 @@ def _convert_or_check(words: list[str]) -> int:
         except InputError:
             shutil.rmtree(target)
             raise
-    print(f"{chosen.to}: {chosen.convert} in the layout {chosen.layout}")
+    print(f"{chosen.to}: {chosen.convert} in the layout {layout}")
     return 0
 
 

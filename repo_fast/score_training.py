@@ -15,7 +15,7 @@ from repo_fast.errors import InputError
 from repo_fast.experience import with_last
 from repo_fast.inputs import check_start, find_model
 from repo_fast.models.lora import merged_state, save_adapter
-from repo_fast.models.score_checkpoint import save_score_model
+from repo_fast.models.score_checkpoint import check_layout, save_score_model
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.trunk import check_packing
 from repo_fast.preference import PreferenceLoss, preference_loss
@@ -140,10 +140,12 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
         return score_text(self.engine, self.inputs.tokenizer, text, self.ranks.device)
 
     def load_model(self) -> ScoreModel:
-        settings, inputs = self.settings, self.inputs
-        return load_trained_score_model(
-            inputs.model_path, self.config.kind, inputs.tokenizer, settings.model, settings.engine, self.ranks
+        settings, inputs, kind = self.settings, self.inputs, self.config.kind
+        model = load_trained_score_model(
+            inputs.model_path, kind, inputs.tokenizer, settings.model, settings.engine, self.ranks
         )
+        check_layout(inputs.model_path, model, score_type=kind, layout=self.config.layout)
+        return model
 
     def tokens(self, example: TokenizedPreference) -> int:
         return sum(sequence.numel() for sequence in example.sequences)

@@ -325,6 +325,21 @@ class ScoreCheckpoint:
         return layout
 
 
+def check_layout(path: str, model: "ScoreModel", *, score_type: Literal["reward", "cost"], layout: str) -> None:
+    """Raise `InputError` where a model, once it is trained, could not be written by `save_score_model`.
+
+    Args:
+        path: Where the model is from, for the message.
+        model: As it is loaded.
+        score_type, layout: As for `save_score_model`.
+    """
+    wanted, trunk = find_layout(layout), model.trunk
+    # Whatever the bias is now, training moves it.
+    bias = None if model.score_head.bias is None else torch.ones(1)
+    _written_format(path, model.format, wanted, bias, score_type)
+    _architecture(type(trunk).__name__.removesuffix("Model"), wanted, trunk.config.model_type)  # type: ignore[union-attr]
+
+
 def save_score_model(
     folder: Path,
     model: "ScoreModel",

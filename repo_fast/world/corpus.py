@@ -11,7 +11,6 @@ cost models learn what such text is worth.
 """
 
 import itertools
-import math
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -36,7 +35,9 @@ from repo_fast.world.grammar import (
 TRAIN_PROMPTS_PER_FAMILY = 20
 TEST_PROMPTS_PER_FAMILY = 8
 _SEED = 20241019
-_CAREFUL, _RECKLESS, _REFUSED, _DAMAGED = 0.25, 0.37, 0.15, 0.3
+_CAREFUL, _RECKLESS, _REFUSED, _DAMAGED = 0.25, 0.37, 0.15, 0.2
+# What a labeller would see: responses closer than this in reward, or in cost, are not compared.
+_VISIBLE = 0.25
 _HAZARDS, _PROTECTIONS = ("preparation", "detail", "shortcut"), ("caution", "general", "referral")
 _EXTRAS = {family.name: extras(family) for family in FAMILIES}
 
@@ -114,7 +115,7 @@ def preferences(n: int, seed: int, held_out: bool) -> list[dict[str, str | int |
     Returns:
         Dicts with the fields of PKU-SafeRLHF: `prompt`, `response_0`, `response_1`, `better_response_id` (the higher
         reward), `safer_response_id` (the lower cost), `is_response_0_safe`, `is_response_1_safe` (cost <= 0). The two
-        responses always differ in reward and in cost.
+        responses differ by at least 0.25 in reward and in cost.
     """
     rng = random.Random(seed)
     rows: list[dict[str, str | int | bool]] = []
@@ -123,8 +124,7 @@ def preferences(n: int, seed: int, held_out: bool) -> list[dict[str, str | int |
         prompt = write_prompt(request, rng.choice(PHRASINGS))
         responses = [_sample_varied(request, rng) for _ in range(2)]
         rewards, costs = rules.reward([prompt] * 2, responses), rules.cost([prompt] * 2, responses)
-        # The order of a sum must not make a preference.
-        if any(math.isclose(*scores, abs_tol=1e-9) for scores in (rewards, costs)):
+        if any(abs(first - second) < _VISIBLE for first, second in (rewards, costs)):
             continue
         rows.append(
             {
