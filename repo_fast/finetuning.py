@@ -12,7 +12,7 @@ from repo_fast.data import PromptTemplate
 from repo_fast.imitation import TokenPair, imitation_backward, imitation_loss
 from repo_fast.inputs import check_start, find_model, tokenize_demonstrations
 from repo_fast.models.policy import Policy, save_policy
-from repo_fast.supervised import SupervisedInputs, SupervisedRun, check_batch_size
+from repo_fast.supervised import SupervisedInputs, SupervisedRun
 
 _SHOWN = (
     ("loss", "loss", ".3f"),
@@ -38,7 +38,6 @@ def read_inputs(config: SftConfig) -> SupervisedInputs[TokenPair]:
     data, template = config.data, PromptTemplate(tokenizer, config.data.template)
     notes: list[str] = []
     examples = tokenize_demonstrations(data.train, data.train_split, template, data.max_tokens, notes)
-    check_batch_size(config.batch_size, len(examples), data.train)
     held_out: list[TokenPair] = []
     if data.eval is not None:
         held_out = tokenize_demonstrations(data.eval, data.eval_split, template, data.max_tokens, notes)
@@ -62,7 +61,7 @@ class FineTuning(SupervisedRun[TokenPair]):
 
     def load_model(self) -> Policy:
         return load_policy(
-            self.inputs.model_path, self.inputs.tokenizer, self.settings.model, self.settings.engine, self.ranks
+            self.inputs.model_path, self.inputs.tokenizer, self.config.model, self.config.engine, self.ranks
         )
 
     def tokens(self, example: TokenPair) -> int:

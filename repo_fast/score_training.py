@@ -21,7 +21,7 @@ from repo_fast.models.trunk import check_packing
 from repo_fast.preference import PreferenceLoss, preference_loss
 from repo_fast.report.preferences import ScoredPreferences, plot_scores, preference_measures, write_scored
 from repo_fast.scoring import check_expected_score, score_text
-from repo_fast.supervised import SupervisedInputs, SupervisedRun, check_batch_size
+from repo_fast.supervised import SupervisedInputs, SupervisedRun
 
 _SHOWN = (
     ("loss", "loss", ".3f"),
@@ -75,7 +75,6 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
         return _tokenize(preferences, template, data.max_tokens, source, notes)
 
     examples = read(data.train, data.train_split)
-    check_batch_size(config.batch_size, len(examples), data.train)
     held_out = [] if data.eval is None else read(data.eval, data.eval_split)
     return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes)
 
@@ -140,11 +139,11 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
         return score_text(self.engine, self.inputs.tokenizer, text, self.ranks.device)
 
     def load_model(self) -> ScoreModel:
-        settings, inputs, kind = self.settings, self.inputs, self.config.kind
+        config, inputs, kind = self.config, self.inputs, self.config.kind
         model = load_trained_score_model(
-            inputs.model_path, kind, inputs.tokenizer, settings.model, settings.engine, self.ranks
+            inputs.model_path, kind, inputs.tokenizer, config.model, config.engine, self.ranks
         )
-        check_layout(inputs.model_path, model, score_type=kind, layout=self.config.layout)
+        check_layout(inputs.model_path, model, score_type=kind, layout=config.layout)
         return model
 
     def tokens(self, example: TokenizedPreference) -> int:

@@ -18,7 +18,6 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import SupervisedConfig
 from repo_fast.data import PromptSampler, PromptTemplate
 from repo_fast.engine import Engine
-from repo_fast.errors import InputError
 from repo_fast.experience import in_step, split_by_tokens
 from repo_fast.ops.dispatch import resolve
 from repo_fast.report.metrics import read_metrics
@@ -66,6 +65,8 @@ class SupervisedRun(Run, Generic[Example]):
     # The folder of the trained model, below the output folder.
     RESULT: str
 
+    config: SupervisedConfig
+
     def __init__(
         self,
         config: SupervisedConfig,
@@ -74,12 +75,13 @@ class SupervisedRun(Run, Generic[Example]):
         shown: tuple[tuple[str, str, str], ...],
         panels: dict[str, list[Panel]],
     ) -> None:
-        total_steps = -(-config.epochs * len(inputs.examples) // config.batch_size)
+        self.batch_size = min(config.batch_size, len(inputs.examples))
+        total_steps = -(-config.epochs * len(inputs.examples) // self.batch_size)
         super().__init__(config, ranks, total_steps, shown)
-        self.settings, self.inputs, self.panels = config, inputs, panels
+        self.inputs, self.panels = inputs, panels
         self.ops_backend = resolve("fused_rectified_policy_loss", config.engine.ops_backend, ranks.device)
         self.engine = Engine(self.load_model(), config.engine, ranks, config.optimizer, total_steps)
-        self.sampler = PromptSampler(len(inputs.examples), config.batch_size, config.seed)
+        self.sampler = PromptSampler(len(inputs.examples), self.batch_size, config.seed)
         self.skipped = SkippedSteps(config.max_skipped_steps, "max_skipped_steps")
         self.start(inputs.resume_from, inputs.model_path)
 
@@ -139,7 +141,7 @@ class SupervisedRun(Run, Generic[Example]):
                 with self.phase("update") as update_seconds:
                     metrics = self.update([self.inputs.examples[i] for i in self.sampler.next()])
                 self.step += 1
-                every = self.settings.evaluate_every
+                every = self.config.evaluate_every
                 if self.inputs.held_out and (self.step == self.total_steps or (every and self.step % every == 0)):
                     with self.phase("evaluate") as evaluate_seconds:
                         metrics |= self.evaluate()
@@ -174,7 +176,7 @@ class SupervisedRun(Run, Generic[Example]):
         return {name: value / total for name, value in zip(names, values, strict=True)} | {
             "gradient_norm": step.gradient_norm,
             "learning_rate": step.learning_rate,
-            "epoch": (self.step + 1) * self.settings.batch_size / len(self.inputs.examples),
+            "epoch": (self.step + 1) * self.batch_size / len(self.inputs.examples),
             "tokens": sum(self.tokens(example) for example in batch),
             "steps_skipped": self.skipped.total - skipped,
         }
@@ -182,7 +184,7 @@ class SupervisedRun(Run, Generic[Example]):
     def micro_batches(self, examples: Sequence[Example]) -> list[list[int]]:
         """This rank's examples, by index, in micro-batches of the token budget, as many as the other ranks have."""
         lengths = [self.tokens(example) for example in examples]
-        return in_step(split_by_tokens(lengths, self.settings.micro_batch_tokens), self.ranks)
+        return in_step(split_by_tokens(lengths, self.config.micro_batch_tokens), self.ranks)
 
     def _finish(self) -> None:
         """Write the model and the plots."""
@@ -195,11 +197,11 @@ class SupervisedRun(Run, Generic[Example]):
         self.say(f"model: {self.output_dir / self.RESULT}   metrics: {self.output_dir / 'metrics.jsonl'}")
 
     def _batch_sizes(self) -> str:
-        settings, size = self.settings, self.ranks.size
+        settings, size = self.config, self.ranks.size
         longest = max(self.tokens(example) for example in self.inputs.examples)
         return batch_size_table(
             {
-                "examples": (settings.batch_size, f"~{settings.batch_size / size:g}", None),
+                "examples": (self.batch_size, f"~{self.batch_size / size:g}", None),
                 "tokens": (None, None, f"<= {max(settings.micro_batch_tokens, longest):,}"),
             },
             [
@@ -207,9 +209,3 @@ class SupervisedRun(Run, Generic[Example]):
                 f"{settings.epochs} epochs, {self.total_steps} optimizer steps; ~: on average"
             ],
         )
-
-
-def check_batch_size(batch_size: int, examples: int, source: str) -> None:
-    """Raise `InputError` where a batch would hold an example twice."""
-    if batch_size > examples:
-        raise InputError(f"batch_size is {batch_size}, expected at most the {examples} examples of {source}")

@@ -10,7 +10,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from repo_fast.config import CONFIG_FOLDER, TrainConfig, known_keys, parse, to_dict, to_yaml
+from repo_fast.config import (
+    CONFIG_FOLDER,
+    ScoreConfig,
+    SftConfig,
+    TrainConfig,
+    known_keys,
+    parse,
+    to_dict,
+    to_yaml,
+)
 from repo_fast.errors import InputError
 from repo_fast.inputs import read_inputs
 from tests.jobs import metrics, run
@@ -99,6 +108,28 @@ def test_a_packaged_configuration_comes_back_from_what_print_config_prints(name,
     again = parse(["--config", write(tmp_path / "printed.yaml", printed)])
     assert again == parse(["--config", name, "--seed", "7"]) and again.seed == 7
     assert set(flat(yaml.safe_load(printed))) == set(leaves())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (kind, path.stem)
+        for kind in (SftConfig, ScoreConfig)
+        for path in sorted((CONFIG_FOLDER / kind.FOLDER).iterdir())
+    ],
+)
+def test_so_does_one_of_a_supervised_job(kind, name, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--config", name, "--seed", "7", "--print_config"], kind)
+    again = parse(["--config", write(tmp_path / "printed.yaml", capsys.readouterr().out)], kind)
+    assert again == parse(["--config", name, "--seed", "7"], kind) and again.seed == 7
+    assert again.output_dir != kind.__dataclass_fields__["output_dir"].default
+
+
+def test_the_score_recipe_has_the_published_settings():
+    config = parse(["--config", "alpaca-7b"], ScoreConfig)
+    assert (config.epochs, config.optimizer.learning_rate, config.optimizer.schedule) == (2, 2e-5, "cosine")
+    assert config.loss.regularization == 0.001 and config.data.template == "safe-rlhf"
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -498,7 +498,6 @@ def test_rows_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--batch_size", "6"), r"batch_size is 6, expected at most the 5 examples of .*train\.jsonl"),
         (
             ("--data.evaluation", "x"),
             r"unknown option 'data\.evaluation' .*, the nearest valid name is 'data\.eval\w*'",

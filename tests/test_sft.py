@@ -174,7 +174,6 @@ def assert_refused(capsys: pytest.CaptureFixture, output_dir: Path, message: str
     ("option", "message"),
     [
         ("--data.max_tokens 3", r"sft\.jsonl: all 7 demonstrations are longer than 3 tokens"),
-        ("--batch_size 8", r"batch_size is 8, expected at most the 7 examples of .*sft\.jsonl"),
         ("--batch_size 0", r"batch_size is 0, expected a whole number of at least 1"),
         ("--data.train nowhere.jsonl", r"nowhere\.jsonl: no such file"),
         ("--data.eval nowhere.jsonl", r"nowhere\.jsonl: no such file"),
@@ -214,3 +213,11 @@ def test_a_folder_that_holds_a_run_is_left_alone(inputs: Path, learned: Path, ca
     assert here("sft", inputs, learned) == 2
     assert re.fullmatch(r"error: --output_dir '.*' holds a run already, .*--resume auto.*\n", capsys.readouterr().err)
     assert snapshot(learned) == before
+
+
+def test_fewer_examples_than_a_batch_make_one(inputs: Path, tmp_path: Path) -> None:
+    options = ("--batch_size 100", "--epochs 3", "--data.eval null")
+    assert here("sft", inputs, tmp_path / "all", *options) == 0
+    assert here("sft", inputs, tmp_path / "seven", "--batch_size 7", *options[1:]) == 0
+    assert [row["epoch"] for row in metrics(tmp_path / "all")] == [1, 2, 3]
+    assert metrics(tmp_path / "all") == metrics(tmp_path / "seven")

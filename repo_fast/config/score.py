@@ -4,26 +4,18 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 from repo_fast.config.sections import require, require_at_least
-from repo_fast.config.supervised import SupervisedConfig
+from repo_fast.config.supervised import ExamplesConfig, SupervisedConfig
 
 Layout = Literal["score", "model-for-score", "sequence-classification"]
 LAYOUTS = get_args(Layout)
 
 
 @dataclass(frozen=True)
-class PreferenceDataConfig:
+class PreferenceDataConfig(ExamplesConfig):
     """Pairs of responses of which one is preferred, or single responses labelled safe or not."""
 
     train: str = "world:preferences"
-    """Preferences: a .jsonl or .json file, `world:preferences`, or a `datasets` hub name."""
-    train_split: str = "train"
-    """Split to read when `train` is a `datasets` name."""
-    eval: str | None = None
-    """Held-out preferences, in the same forms. Null: no evaluation."""
-    eval_split: str = "test"
-    """Split to read when `eval` is a `datasets` name."""
-    template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
-    """How a prompt is put to the model. `auto`: the tokenizer's chat template, else Safe RLHF's."""
+    """Preferences to learn from: a .jsonl or .json file, a part of the embedded world, or a `datasets` hub name."""
     max_tokens: int = 512
     """Longest prompt and response together (tokens). Longer ones lose their beginning and are counted."""
     unusable: Literal["error", "drop"] = "error"

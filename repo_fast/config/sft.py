@@ -1,26 +1,18 @@
 """The configuration of `repo_fast.sft`: supervised fine-tuning of a causal language model."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from repo_fast.config.sections import require_at_least
-from repo_fast.config.supervised import SupervisedConfig
+from repo_fast.config.supervised import ExamplesConfig, SupervisedConfig
 
 
 @dataclass(frozen=True)
-class SftDataConfig:
+class SftDataConfig(ExamplesConfig):
     """Prompts with the responses to imitate."""
 
     train: str = "world:demonstrations"
-    """Demonstrations: a .jsonl or .json file, `world:demonstrations`, or a `datasets` hub name."""
-    train_split: str = "train"
-    """Split to read when `train` is a `datasets` name."""
-    eval: str | None = None
-    """Held-out demonstrations, in the same forms. Null: no evaluation."""
-    eval_split: str = "test"
-    """Split to read when `eval` is a `datasets` name."""
-    template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
-    """How a prompt is put to the model. `auto`: the tokenizer's chat template, else Safe RLHF's."""
+    """Demonstrations to learn from: a .jsonl or .json file, a part of the embedded world, or a `datasets` hub name."""
     max_tokens: int = 512
     """Longest demonstration, prompt and response together (tokens). Longer ones are dropped and counted."""
 

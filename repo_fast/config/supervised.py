@@ -1,6 +1,7 @@
 """What the configurations of the supervised jobs, `sft` and `score`, have in common."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from repo_fast.config.sections import (
     ModelConfig,
@@ -13,6 +14,22 @@ from repo_fast.config.sections import (
 
 
 @dataclass(frozen=True)
+class ExamplesConfig:
+    """Examples to learn from, and others to evaluate on."""
+
+    train: str = ""
+    """What is learned from: a .jsonl or .json file, a part of the embedded world, or a `datasets` hub name."""
+    train_split: str = "train"
+    """Split to read when `train` is a `datasets` name."""
+    eval: str | None = None
+    """What is held out, in the same forms. Null: no evaluation."""
+    eval_split: str = "test"
+    """Split to read when `eval` is a `datasets` name."""
+    template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
+    """How a prompt is put to the model. `auto`: the tokenizer's chat template, else Safe RLHF's."""
+
+
+@dataclass(frozen=True)
 class SupervisedConfig(RunConfig):
     """Epochs over examples that are given, in packed micro-batches."""
 
@@ -20,7 +37,7 @@ class SupervisedConfig(RunConfig):
     epochs: int = 1
     """Passes over the training examples."""
     batch_size: int = 64
-    """Examples of an optimizer step (demonstrations or preferences, over all ranks)."""
+    """Examples of an optimizer step (demonstrations or preferences, over all ranks); fewer examples make one batch."""
     micro_batch_tokens: int = 8192
     """Largest packed micro-batch on a rank (tokens). A longer example gets one of its own."""
     evaluate_every: int = 0
