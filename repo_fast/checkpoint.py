@@ -21,7 +21,10 @@ from repo_fast.errors import InputError
 
 _COMPLETE = re.compile(r"step-(\d{6,})")
 # May differ between a checkpoint and the run that goes on from it: they change nothing that is computed.
-_FREE_KEYS = ("output_dir", "resume", "stop_after", "checkpoint", "log", "layout", "evaluate_every")
+_FREE_KEYS = (
+    *("output_dir", "resume", "stop_after", "checkpoint", "log", "layout", "evaluate_every"),
+    *("expect", "reward.expect", "cost.expect"),
+)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -90,7 +93,7 @@ def check_run(folder: Path, run: dict, config: dict, ranks: int) -> None:
             f"checkpoint {folder} was written by {run['ranks']} ranks, expected as many; this run has {ranks}"
         )
     for key, (theirs, ours) in _differences(run["config"], config).items():
-        if key.split(".")[0] not in _FREE_KEYS:
+        if key not in _FREE_KEYS and key.split(".")[0] not in _FREE_KEYS:
             raise InputError(
                 f"checkpoint {folder} is of another configuration: {key} is {theirs!r} there and {ours!r} here"
             )

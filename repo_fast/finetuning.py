@@ -37,7 +37,7 @@ def read_inputs(config: SftConfig) -> SupervisedInputs[TokenPair]:
     path, tokenizer = find_model(config.model)
     data, template = config.data, PromptTemplate(tokenizer, config.data.template)
     notes: list[str] = []
-    examples = tokenize_demonstrations(data.train, data.train_split, template, data.max_tokens, notes)
+    examples = tokenize_demonstrations(data.train, data.train_split, template, data.max_tokens, notes, data.limit)
     held_out: list[TokenPair] = []
     if data.eval is not None:
         held_out = tokenize_demonstrations(data.eval, data.eval_split, template, data.max_tokens, notes)

@@ -168,7 +168,12 @@ def find_model(config: ModelConfig) -> tuple[str, PreTrainedTokenizerBase]:
 
 
 def tokenize_demonstrations(
-    source: str, split: str, template: PromptTemplate, max_tokens: int, notes: list[str]
+    source: str,
+    split: str,
+    template: PromptTemplate,
+    max_tokens: int,
+    notes: list[str],
+    limit: int | None = None,
 ) -> list[TokenPair]:
     """Read demonstrations and tokenise them; longer ones are dropped, and a note says how many.
 
@@ -177,7 +182,7 @@ def tokenize_demonstrations(
     """
     pairs = [
         (torch.tensor(template.encode_prompt(shown.prompt)), torch.tensor(template.encode_response(shown.response)))
-        for shown in load_demonstrations(source, split=split)
+        for shown in load_demonstrations(source, split=split, limit=limit)
     ]
     kept = [pair for pair in pairs if pair[0].numel() + pair[1].numel() <= max_tokens]
     if not kept:

@@ -1,5 +1,6 @@
 """How the entry points start: logging, distributed start and end, and errors as one line."""
 
+import argparse
 import logging
 import os
 import sys
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from repo_fast.collectives import Ranks
 
 Config = TypeVar("Config", bound=RunConfig)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are `InputError`s, said like all others."""
+
+    def error(self, message: str):
+        raise InputError(message)
 
 
 def launch(

@@ -1,7 +1,7 @@
 """The whole of Safe RLHF on the embedded world: supervised fine-tuning, reward model, cost model, RePO, judgement.
 
     python -m repo_fast.pipeline --output_dir outputs/pipeline
-    python -m repo_fast.pipeline --sft.epochs 2 --train.total_steps 20 --ranks 2
+    python -m repo_fast.pipeline --sft.epochs 2 --repo.total_steps 20 --ranks 2
 
 Each stage is an entry point of its own under torchrun, with the configuration of its name's `tiny` family, and writes
 a folder below the output folder. What comes after starts from what came before:
@@ -14,29 +14,32 @@ a folder below the output folder. What comes after starts from what came before:
 The end is a table twice: before and after as the learned models see it, which is what was optimised, and as the
 corpus's own rules see the same responses. Where the two disagree, the policy has learned what the models get wrong.
 
-A stage that is complete with the same configuration and the same inputs is skipped; one that was stopped goes on. One
-made with another configuration is an error: nothing is overwritten. Options of a stage are `--STAGE.option value`.
+A stage whose result is there, made with the same configuration and from the same earlier stages, is skipped; one that
+was stopped, by Ctrl-C or SIGTERM too, goes on. One made with another configuration is an error:
+nothing is overwritten. Options of a stage are `--STAGE.option value`.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from repo_fast.config import RunConfig, ScoreConfig, SftConfig, TrainConfig, parse, to_dict
 from repo_fast.errors import InputError
-from repo_fast.launch import guarded
+from repo_fast.launch import OneLineParser, guarded
 from repo_fast.report.evaluations import judge_evaluation, read_evaluation
 from repo_fast.report.tables import before_after_table
 from repo_fast.world import rules
 
 # A stage may be gone on with under these, which change nothing that is computed.
-_FREE = ("resume", "stop_after", "checkpoint", "log")
+_FREE = ("output_dir", "resume", "stop_after", "checkpoint", "log")
 _RECORD = "pipeline.json"
 
 
@@ -63,6 +66,8 @@ class Stage:
 
 def stages(output_dir: Path) -> list[Stage]:
     """The stages of the `tiny` family, in order."""
+    # Safe or not is learned sooner than which of two answers is better.
+    fewer = {"kind": "cost", "epochs": "1", "data.limit": "10240"}
     policy = {"model.path": str(output_dir / "sft" / "policy")}
     learned = {
         "policy.path": str(output_dir / "sft" / "policy"),
@@ -70,12 +75,15 @@ def stages(output_dir: Path) -> list[Stage]:
         "cost.path": str(output_dir / "cost" / "model"),
         # As in the other stages: on two ranks, shards would cost twice the time.
         "engine.zero_stage": "1",
+        # So short a first stage leaves some probability on wrong words everywhere, and learned scores are easier to
+        # exploit than the rules that `tiny` is trained with.
+        "rollout.temperature": "0.7",
+        "algorithm.kl_coefficient": "0.1",
     }
     return [
         Stage("sft", "repo_fast.sft", SftConfig, "policy", {}),
         Stage("reward", "repo_fast.score", ScoreConfig, "model", {"kind": "reward"} | policy, ("sft",)),
-        # Safe or not is learned sooner than which of two answers is better.
-        Stage("cost", "repo_fast.score", ScoreConfig, "model", {"kind": "cost", "epochs": "1"} | policy, ("sft",)),
+        Stage("cost", "repo_fast.score", ScoreConfig, "model", fewer | policy, ("sft",)),
         Stage("repo", "repo_fast.train", TrainConfig, "policy", learned, ("sft", "reward", "cost")),
     ]
 
@@ -94,7 +102,7 @@ def run(words: list[str]) -> int:
     Raises:
         InputError: An option that does not exist, or a stage of another configuration.
     """
-    parser = argparse.ArgumentParser(prog="python -m repo_fast.pipeline", allow_abbrev=False, add_help=False)
+    parser = OneLineParser(prog="python -m repo_fast.pipeline", allow_abbrev=False, add_help=False)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pipeline"))
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--help", "-h", action="store_true")
@@ -108,13 +116,19 @@ def run(words: list[str]) -> int:
     given = _options_by_stage(rest, [stage.name for stage in todo])
     # All command lines are parsed before the first stage starts.
     commands = {stage.name: _words(stage, chosen.output_dir, given[stage.name]) for stage in todo}
-    configs = {stage.name: _kept(parse(commands[stage.name], stage.kind)) for stage in todo}
+    parsed = {stage.name: parse(commands[stage.name], stage.kind) for stage in todo}
+    reinforced = parsed["repo"]
+    assert isinstance(reinforced, TrainConfig)
+    if reinforced.data.eval_prompts is None:
+        raise InputError("--repo.data.eval_prompts is null, expected prompts: the pipeline ends with their table")
     for stage in todo:
-        status = _run_stage(stage, chosen, commands[stage.name], configs[stage.name])
+        status = _run_stage(stage, chosen, commands[stage.name], _kept(parsed[stage.name]))
         if status != 0:
-            print(f"error: stage {stage.name} ended with exit status {status}; the same command goes on from there")
+            print(
+                f"stage {stage.name} ended with exit status {status}; the same command goes on from there", flush=True
+            )
             return status
-    print(judgement(chosen.output_dir / "repo", parse(commands["repo"], TrainConfig).algorithm.threshold))
+    print(judgement(chosen.output_dir / "repo", reinforced.algorithm.threshold))
     return 0
 
 
@@ -146,6 +160,10 @@ def _options_by_stage(words: list[str], names: list[str]) -> dict[str, list[str]
             if current not in given or not option:
                 expected = ", ".join(f"--{name}.option" for name in names)
                 raise InputError(f"unknown option {word!r}, expected --output_dir, --ranks or {expected}")
+            if option.partition("=")[0] == "output_dir":
+                raise InputError(
+                    f"{word!r} is the pipeline's to choose, expected --output_dir, below which stages write"
+                )
             given[current].append(f"--{option}")
         elif current is None:
             raise InputError(f"unexpected word {word!r}, expected an option")
@@ -167,11 +185,11 @@ def _run_stage(stage: Stage, chosen: argparse.Namespace, words: list[str], confi
     """Skip, go on with, or start a stage; returns its exit status."""
     folder = chosen.output_dir / stage.name
     inputs = {name: _read_record(chosen.output_dir / name)["id"] for name in stage.needs}
-    record = {"config": config, "inputs": inputs}
+    record = {"config": config, "inputs": inputs, "ranks": chosen.ranks}
     before = _read_record(folder)
     if before:
         _check_unchanged(stage, folder, before, record)
-    if before.get("complete"):
+    if before.get("complete") and (folder / stage.result).is_dir():
         print(f"stage {stage.name}: complete in {folder}, skipped", flush=True)
         return 0
     print(f"stage {stage.name}: {'going on' if before else 'started'} in {folder}", flush=True)
@@ -194,7 +212,22 @@ def _torchrun(ranks: int, module: str, words: list[str]) -> int:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     # A model of the embedded world is too small for a second thread to pay.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    return subprocess.run([*launcher, "-m", module, *words], env=environment, check=False).returncode
+    with subprocess.Popen([*launcher, "-m", module, *words], env=environment, start_new_session=True) as child:
+        stopped = 0
+
+        def stop(number: int, frame: Any) -> None:
+            """Ask torchrun to end its workers, which first finish their step and save; then wait for them."""
+            nonlocal stopped
+            stopped = number
+            child.terminate()
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            status = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    return 128 + stopped if stopped else status
 
 
 def _check_unchanged(stage: Stage, folder: Path, before: dict, record: dict) -> None:
@@ -205,6 +238,10 @@ def _check_unchanged(stage: Stage, folder: Path, before: dict, record: dict) -> 
                 f"stage {stage.name} in {folder} has {key} {theirs!r}, this command has {ours!r}; expected the same, "
                 "another --output_dir, or that folder removed"
             )
+    if not before.get("complete") and before["ranks"] != record["ranks"]:
+        raise InputError(
+            f"stage {stage.name} in {folder} was started on {before['ranks']} ranks, expected --ranks {before['ranks']}"
+        )
     for name, ours in record["inputs"].items():
         if before["inputs"].get(name) != ours:
             raise InputError(
@@ -215,7 +252,10 @@ def _check_unchanged(stage: Stage, folder: Path, before: dict, record: dict) -> 
 
 def _read_record(folder: Path) -> dict:
     path = folder / _RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}), expected the record of a stage, or no file") from error
 
 
 def _write_record(folder: Path, record: dict) -> None:

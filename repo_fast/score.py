@@ -12,7 +12,6 @@ score model that is gone on with, and to conversion, for the result, which is ke
 Options of training: `--help`; configurations, checks and exit status as in `repo_fast.train`.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from repo_fast.config import LAYOUTS, ScoreConfig
 from repo_fast.errors import InputError
-from repo_fast.launch import guarded, launch
+from repo_fast.launch import OneLineParser, guarded, launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,13 +60,10 @@ def _take_expectation(words: list[str]) -> tuple[list[str], tuple[str, float] | 
         raise InputError(f"--expect has the score {score!r}, expected a number") from None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(message)
-
-
 def _convert_or_check(words: list[str]) -> int:
-    parser = _Parser(prog="python -m repo_fast.score", description="Convert or check score models.", allow_abbrev=False)
+    parser = OneLineParser(
+        prog="python -m repo_fast.score", description="Convert or check score models.", allow_abbrev=False
+    )
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument(
         "--convert", metavar="FOLDER", help="Score model (folder or hub name) to write in another layout."

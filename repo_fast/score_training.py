@@ -69,12 +69,12 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
     data, template = config.data, PromptTemplate(tokenizer, config.data.template)
     notes: list[str] = []
 
-    def read(source: str, split: str) -> list[TokenizedPreference]:
-        preferences, said = load_preferences(source, config.kind, split=split, unusable=data.unusable)
+    def read(source: str, split: str, limit: int | None = None) -> list[TokenizedPreference]:
+        preferences, said = load_preferences(source, config.kind, split=split, unusable=data.unusable, limit=limit)
         notes.extend(said)
         return _tokenize(preferences, template, data.max_tokens, source, notes)
 
-    examples = read(data.train, data.train_split)
+    examples = read(data.train, data.train_split, data.limit)
     held_out = [] if data.eval is None else read(data.eval, data.eval_split)
     return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes)
 

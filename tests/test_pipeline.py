@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -126,6 +129,9 @@ def test_another_configuration_or_another_start_is_refused_and_nothing_is_lost(w
         (["--sft.epoch", "1"], "the nearest valid name is 'epochs'"),
         (["--other.epochs", "1"], "--cost.option"),
         (["--ranks", "0"], "--ranks is 0"),
+        (["--ranks", "two"], "invalid int value: 'two'"),
+        (["--sft.output_dir", "elsewhere"], "'--sft.output_dir' is the pipeline's to choose"),
+        (["--repo.data.eval_prompts", "null"], "--repo.data.eval_prompts is null"),
         (["word"], "unexpected word 'word'"),
     ],
 )
@@ -134,6 +140,52 @@ def test_bad_options_are_one_line_before_anything_starts(option, expected, start
     error = capsys.readouterr().err
     assert error.startswith("error: ") and expected in error and error.count("\n") == 1
     assert not started and not (tmp_path / "out").exists()
+
+
+def test_a_stage_whose_result_is_gone_is_made_again(words, started, tmp_path):
+    assert pipeline.main(words) == 0
+    shutil.rmtree(tmp_path / "out/cost/model")
+    assert pipeline.main(words) == 0
+    assert [command[0] for command in started[4:]] == ["repo_fast.score"]
+    assert (tmp_path / "out/cost/model/config.json").is_file()
+
+
+def test_a_broken_record_and_another_number_of_ranks_are_refused(words, started, tmp_path, capsys):
+    record = tmp_path / "out/sft/pipeline.json"
+    assert pipeline.main([*words, "--sft.stop_after", "1"]) == 1
+    assert pipeline.main([*words, "--ranks", "2"]) == 2
+    assert "was started on 1 ranks, expected --ranks 1" in capsys.readouterr().err
+    record.write_text("{")
+    assert pipeline.main(words) == 2
+    assert "pipeline.json is not JSON" in capsys.readouterr().err
+
+
+WORKER = """
+import signal, sys, time
+from pathlib import Path
+
+def end(number, frame):
+    Path(sys.argv[1], "ended").touch()
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, end)
+Path(sys.argv[1], "started").touch()
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_workers_and_is_waited_for(number, tmp_path):
+    (tmp_path / "waiting_worker.py").write_text(WORKER)
+    call = "import sys; from repo_fast import pipeline; sys.exit(pipeline._torchrun(1, 'waiting_worker', sys.argv[1:]))"
+    with subprocess.Popen([sys.executable, "-c", call, str(tmp_path)], cwd=tmp_path) as child:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline and child.poll() is None
+            time.sleep(0.1)
+        child.send_signal(number)
+        assert child.wait(timeout=60) == 128 + number
+    assert (tmp_path / "ended").exists()
 
 
 @pytest.mark.slow

@@ -221,3 +221,11 @@ def test_fewer_examples_than_a_batch_make_one(inputs: Path, tmp_path: Path) -> N
     assert here("sft", inputs, tmp_path / "seven", "--batch_size 7", *options[1:]) == 0
     assert [row["epoch"] for row in metrics(tmp_path / "all")] == [1, 2, 3]
     assert metrics(tmp_path / "all") == metrics(tmp_path / "seven")
+
+
+def test_only_the_first_examples_are_learned_from_where_a_limit_says_so(inputs: Path, tmp_path: Path) -> None:
+    first = write_lines(tmp_path / "first.jsonl", [{"prompt": a, "response": b} for a, b in SHOWN[:4]])
+    options = ("--batch_size 2", "--epochs 1", "--data.eval null")
+    assert here("sft", inputs, tmp_path / "limited", "--data.limit 4", *options) == 0
+    assert here("sft", inputs, tmp_path / "four", f"--data.train {first}", *options) == 0
+    assert metrics(tmp_path / "limited") == metrics(tmp_path / "four")

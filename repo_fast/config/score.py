@@ -54,7 +54,6 @@ class ScoreConfig(SupervisedConfig):
 
     def check(self) -> None:
         super().check()
-        require_at_least(1, {"data.max_tokens": self.data.max_tokens})
         require_at_least(0, {"loss.regularization": self.loss.regularization, "loss.margin": self.loss.margin})
         smoothing = self.loss.label_smoothing
         require(0 <= smoothing < 0.5, "loss.label_smoothing", smoothing, "a share in [0, 0.5)")

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from repo_fast.config.sections import require_at_least
 from repo_fast.config.supervised import ExamplesConfig, SupervisedConfig
 
 
@@ -27,7 +26,3 @@ class SftConfig(SupervisedConfig):
     output_dir: str = "outputs/sft"
     """Folder for everything the run writes."""
     data: SftDataConfig = field(default_factory=SftDataConfig)
-
-    def check(self) -> None:
-        super().check()
-        require_at_least(1, {"data.max_tokens": self.data.max_tokens})

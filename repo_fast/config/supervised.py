@@ -21,12 +21,16 @@ class ExamplesConfig:
     """What is learned from: a .jsonl or .json file, a part of the embedded world, or a `datasets` hub name."""
     train_split: str = "train"
     """Split to read when `train` is a `datasets` name."""
+    limit: int | None = None
+    """Learn from the first so many examples only; the embedded world then makes so many. Null: all."""
     eval: str | None = None
     """What is held out, in the same forms. Null: no evaluation."""
     eval_split: str = "test"
     """Split to read when `eval` is a `datasets` name."""
     template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
     """How a prompt is put to the model. `auto`: the tokenizer's chat template, else Safe RLHF's."""
+    max_tokens: int = 512
+    """Longest prompt and response together (tokens)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class SupervisedConfig(RunConfig):
     max_skipped_steps: int = 5
     """The run stops when this many optimizer steps in a row had a non-finite loss or gradient and were skipped."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: ExamplesConfig = field(default_factory=ExamplesConfig)
 
     def check(self) -> None:
         super().check()
@@ -52,4 +57,5 @@ class SupervisedConfig(RunConfig):
         check_optimizer("optimizer", self.optimizer)
         names = ("epochs", "batch_size", "micro_batch_tokens", "max_skipped_steps")
         require_at_least(1, {name: getattr(self, name) for name in names})
+        require_at_least(1, {"data.limit": self.data.limit, "data.max_tokens": self.data.max_tokens})
         require_at_least(0, {"evaluate_every": self.evaluate_every})

@@ -2,14 +2,15 @@
 
 Three layouts hold the same model, a trunk and a head with one output:
 
-| layout                    | class                            | head         | key that says that there is a bias |
-|---------------------------|----------------------------------|--------------|------------------------------------|
-| `score`                   | `LlamaForScore`                  | `score_head` | `bias`                             |
-| `model-for-score`         | `LlamaModelForScore`             | `score_head` | `score_bias`                       |
-| `sequence-classification` | `LlamaForSequenceClassification` | `score`      |                                    |
+| layout                    | class                            | head         |
+|---------------------------|----------------------------------|--------------|
+| `score`                   | `LlamaForScore`                  | `score_head` |
+| `model-for-score`         | `LlamaModelForScore`             | `score_head` |
+| `sequence-classification` | `LlamaForSequenceClassification` | `score`      |
 
 The first two are Safe RLHF's (https://github.com/PKU-Alignment/safe-rlhf, the Beaver models), the newer and the older.
-They add `score_type`, `score_dim` and `do_normalize` to the configuration, and the buffers `normalizer.mean`, `.var`
+They add `score_type`, `score_dim`, `do_normalize` and whether the head has a bias to the configuration (under `bias` or
+`score_bias`, by release: both are read, and both are written), and the buffers `normalizer.mean`, `.var`
 and `.count`. The third is Hugging Face's, which has no place for a score type, a normalizer or a bias. The trunk has
 the same names in all three: those of the architecture's causal language model.
 
@@ -33,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 from transformers.utils import cached_file
 
@@ -75,26 +77,21 @@ class Layout:
         name: As the user gives it.
         suffix: Of the class in `architectures`, after the architecture's own name.
         head: The module that the head's tensors are named after.
-        bias_key: The configuration key that says whether the head has a bias; None where it cannot have one.
+        is_classifier: Whether it is Hugging Face's, without Safe RLHF's additions and without a bias.
     """
 
     name: str
     suffix: str
     head: str
-    bias_key: str | None
-
-    @property
-    def is_classifier(self) -> bool:
-        """Whether it is Hugging Face's, without Safe RLHF's additions."""
-        return self.bias_key is None
+    is_classifier: bool = False
 
 
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        Layout("score", "ForScore", "score_head", "bias"),
-        Layout("model-for-score", "ModelForScore", "score_head", "score_bias"),
-        Layout("sequence-classification", "ForSequenceClassification", "score", None),
+        Layout("score", "ForScore", "score_head"),
+        Layout("model-for-score", "ModelForScore", "score_head"),
+        Layout("sequence-classification", "ForSequenceClassification", "score", is_classifier=True),
     )
 }
 
@@ -301,6 +298,11 @@ class ScoreCheckpoint:
         for name in (f"{_NORMALIZER}mean", f"{_NORMALIZER}var"):
             if name in normalizer and normalizer[name].numel() != 1:
                 raise InputError(f"{self.path!r} has {name} of shape {list(normalizer[name].shape)}, expected [1]")
+        for name in ("mean", "var"):
+            # Safe RLHF starts its buffers from these.
+            value = getattr(self.config, name, None)
+            if do_normalize and value is not None and f"{_NORMALIZER}{name}" not in normalizer:
+                normalizer[f"{_NORMALIZER}{name}"] = torch.tensor(value, dtype=torch.float32).reshape(1)
         form = ScoreFormat(score_type, do_normalize, normalizer, pad_token_id)
         if do_normalize and not form.is_normalized:
             _log.warning("%r has do_normalize, but no normalizer.mean and .var: scores are not normalised", self.path)
@@ -386,6 +388,9 @@ def save_score_model(
     dtype = str(next(tensor.dtype for tensor in inner.values() if tensor.is_floating_point())).removeprefix("torch.")
     # Under both names: transformers 4, which Safe RLHF runs on, knows only the second.
     settings |= {"dtype": dtype, "torch_dtype": dtype}
+    rope = settings.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        settings["rope_theta"] = rope["rope_theta"]
     settings["pad_token_id"] = tokenizer.pad_token_id if form.pad_token_id is None else form.pad_token_id
     folder.mkdir(parents=True, exist_ok=True)
     _write_settings(folder, settings, architecture, wanted, written, has_bias)
@@ -475,14 +480,20 @@ def _written_format(
     return ScoreFormat(score_type, form.do_normalize, form.normalizer)
 
 
+def _has_own_bias(model_type: str) -> bool:
+    """Whether the architecture has a setting `bias` of its own, about its linear layers (Falcon)."""
+    return hasattr(CONFIG_MAPPING[model_type](), "bias")
+
+
 def _write_settings(
     folder: Path, settings: dict, architecture: str, layout: Layout, form: ScoreFormat, has_bias: bool
 ) -> None:
-    keys = ("score_type", "score_dim", "do_normalize", "bias", "score_bias")
+    bias_keys = ["score_bias"] if _has_own_bias(settings["model_type"]) else ["bias", "score_bias"]
+    keys = ("score_type", "score_dim", "do_normalize", *bias_keys)
     settings = {key: value for key, value in settings.items() if key not in keys} | {"architectures": [architecture]}
-    if layout.bias_key is not None:
+    if not layout.is_classifier:
         settings |= {"score_type": form.score_type, "score_dim": 1, "do_normalize": form.do_normalize}
-        settings[layout.bias_key] = has_bias
+        settings |= dict.fromkeys(bias_keys, has_bias)
     elif len(settings.get("id2label", {})) != 1:
         settings |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

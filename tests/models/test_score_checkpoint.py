@@ -27,7 +27,6 @@ from tests.jobs import on_ranks, same_bits, snapshot
 from tests.tiny import save_beaver, save_policy, save_sequence_classifier, word_tokenizer
 
 CLASSES = {"score": "LlamaForScore", "model-for-score": "LlamaModelForScore"}
-BIAS_KEYS = {"score": "bias", "model-for-score": "score_bias"}
 BEAVER_KEYS = {"score_type", "score_dim", "do_normalize", "bias", "score_bias"}
 ROWS = [torch.tensor(ids) for ids in ([1, 12, 13], [7], [1, 9, 8, 2], [2, 2])]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -98,7 +97,7 @@ def test_writing_a_loaded_model_gives_back_every_bit(tmp_path, dtype, layout, bi
     before, after = settings(source), settings(written)
     keys = (BEAVER_KEYS & before.keys()) | {"architectures", "pad_token_id", "torch_dtype", "vocab_size", "model_type"}
     assert {key: after[key] for key in keys} == {key: before[key] for key in keys}
-    assert BEAVER_KEYS & after.keys() == BEAVER_KEYS & before.keys()
+    assert BEAVER_KEYS <= after.keys()
     assert torch.equal(scores(load(written, dtype)), scores(model))
     assert AutoTokenizer.from_pretrained(written).get_vocab() == word_tokenizer().get_vocab()
 
@@ -120,6 +119,7 @@ def test_a_new_score_model_has_the_keys_of_safe_rlhf(tmp_path):
         "score_dim": 1,
         "do_normalize": False,
         "bias": False,
+        "score_bias": False,
     }
     assert settings(written)["architectures"] == ["LlamaForScore"] and settings(written)["pad_token_id"] == 0
     assert settings(written)["dtype"] == settings(written)["torch_dtype"] == "bfloat16"
@@ -221,12 +221,14 @@ def test_converting_there_and_back_gives_every_bit(tmp_path, here, there, shards
     assert back.keys() == tensors(source).keys() | lost
     assert same_bits(tensors(source), {name: tensor for name, tensor in back.items() if name not in lost})
     assert all(back[name].dtype == tensor.dtype for name, tensor in tensors(source).items())
-    # The number of labels means something in Hugging Face's layout alone.
+    # The number of labels means something in Hugging Face's layout alone, and a bias is told under both of its keys.
+    apart = ("id2label", "label2id", "bias", "score_bias")
     before, after = (
-        {key: value for key, value in settings(path).items() if key not in ("id2label", "label2id")}
+        {key: value for key, value in settings(path).items() if key not in apart}
         for path in (source, tmp_path / "back")
     )
     assert before == after
+    assert settings(tmp_path / "back")["bias"] == settings(tmp_path / "back")["score_bias"] == (not plain)
     for folder in ("there", "back"):
         assert (tmp_path / folder / "model.safetensors.index.json").exists() == (shards > 1)
         assert not list((tmp_path / folder).glob("*.bin")) and not (tmp_path / f"{folder}.partial").exists()
@@ -519,3 +521,27 @@ def test_zero3_loads_without_a_whole_copy_on_any_rank(tmp_path, monkeypatch):
             assert result[suffix]["growth"] < 0.75 * trunk, result
         torch.testing.assert_close(result["scores"], whole, rtol=1e-4, atol=1e-4)
     assert equal_tensors(tmp_path / "safetensors", tmp_path / "written")
+
+
+@pytest.mark.parametrize("layout", CLASSES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_both_keys_of_safe_rlhf_say_whether_there_is_a_bias(tmp_path, layout, bias):
+    """Its releases read `bias` or `score_bias`, and take what is missing for another answer."""
+    model = load(save_beaver(tmp_path / "source", bias=bias))
+    written = settings(rewritten(model, tmp_path / "written", layout))
+    convert_score_model(str(tmp_path / "source"), tmp_path / "converted", layout=layout)
+    for found in (written, settings(tmp_path / "converted")):
+        assert (found["bias"], found["score_bias"]) == (bias, bias)
+
+
+def test_a_normalizer_that_only_the_configuration_has_is_used(tmp_path):
+    plain = load(save_beaver(tmp_path / "plain", normalizer=None))
+    keys = {"do_normalize": True, "score_type": "reward", "mean": [3.0], "var": [4.0]}
+    normalized = load(save_beaver(tmp_path / "normalized", normalizer=None, config_overrides=keys))
+    torch.testing.assert_close(scores(normalized), (scores(plain) - 3) / 2)
+
+
+def test_transformers_4_finds_the_base_of_the_rotary_embedding(tmp_path):
+    rope = {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}
+    model = load(save_beaver(tmp_path / "source", config_overrides=rope))
+    assert settings(rewritten(model, tmp_path / "written"))["rope_theta"] == 500000.0
