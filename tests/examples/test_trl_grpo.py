@@ -1,11 +1,11 @@
 """The example inside TRL: without costs it is TRL's own loss, with costs it is RePO's. Models are tiny and random."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 pytest.importorskip("trl", reason="needs examples/trl_grpo/requirements.txt")
@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 from examples.trl_grpo import train as example  # noqa: E402
 from examples.trl_grpo.rectified_grpo import RectifiedGRPOTrainer  # noqa: E402
 from repo_fast.ops import rectified_policy_loss  # noqa: E402
+from tests.groups import in_group  # noqa: E402
 
 FLOAT32 = 1e-5  # the contract's bound on losses and, norm-wise, on gradients
 B, P, L = 6, 3, 7  # completions of a micro-batch, prompt tokens, completion tokens
@@ -167,19 +168,16 @@ def test_kl_penalty_is_trls(tmp_path):
     assert ours._metrics["train"]["kl"] == pytest.approx(theirs._metrics["train"]["kl"], rel=FLOAT32)
 
 
-def _gradients_of_a_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+def _gradients_of_a_rank(rank: int, folder: Path) -> None:
     trainer = make_trainer(folder, multiplier=1.0, loss_type="bnpo")
     wrapped = torch.nn.parallel.DistributedDataParallel(trainer.model)
     trainer._compute_loss(wrapped, make_batch(trainer, seed=rank)).backward()
-    torch.save({name: p.grad for name, p in trainer.model.named_parameters()}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save({name: p.grad for name, p in trainer.model.named_parameters()}, folder / f"{rank}.pt")
 
 
 @pytest.mark.slow
 def test_distributed_data_parallel_averages_the_gradients(tmp_path):
-    torch.multiprocessing.spawn(_gradients_of_a_rank, (str(tmp_path),), nprocs=2)
+    in_group(2, _gradients_of_a_rank, tmp_path)
     trainer = make_trainer(tmp_path, multiplier=1.0, loss_type="bnpo")
     parts = [loss_and_gradients(trainer, make_batch(trainer, seed=rank))[1] for rank in range(2)]
     mean = {name: (parts[0][name] + parts[1][name]) / 2 for name in parts[0]}

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repo_fast.ops import prompt_violations, reference
+from tests.groups import in_group
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -61,9 +61,7 @@ ROUNDS = [
 ]
 
 
-def _one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _one_rank(rank: int, folder: Path) -> None:
     group = dist.group.WORLD
     results = []
     for costs_0, ids_0, costs_1, ids_1 in ROUNDS:
@@ -78,12 +76,11 @@ def _one_rank(rank: int, folder: str) -> None:
                     group=group,
                 )
             )
-    torch.save(results, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(results, folder / f"rank{rank}.pt")
 
 
 def test_means_are_over_all_ranks_of_the_group(tmp_path: Path) -> None:
-    mp.spawn(_one_rank, args=(str(tmp_path),), nprocs=2)
+    in_group(2, _one_rank, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     i = 0
     for costs_0, ids_0, costs_1, ids_1 in ROUNDS:
