@@ -67,7 +67,7 @@ class Stage:
 def stages(output_dir: Path) -> list[Stage]:
     """The stages of the `tiny` family, in order."""
     # Safe or not is learned sooner than which of two answers is better.
-    fewer = {"kind": "cost", "epochs": "1", "data.limit": "10240"}
+    fewer = {"kind": "cost", "epochs": "1", "data.limit": "8192"}
     policy = {"model.path": str(output_dir / "sft" / "policy")}
     learned = {
         "policy.path": str(output_dir / "sft" / "policy"),
