@@ -1,6 +1,7 @@
 """Puts a run's models together: policy, reference, critics and scorers, each under an engine."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
     Raises:
         InputError: A model cannot be used.
     """
-    loading = _loading(config.policy, config.engine, ranks)
+    loading = loading_options(config.policy.attention, config.engine, ranks)
     steps = config.total_steps * config.update.epochs * config.update.minibatches
     specs = {"reward": inputs.reward, "cost": inputs.cost}
     settings = {"reward": config.reward, "cost": config.cost}
@@ -61,7 +62,11 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
         if not config.policy.lora.rank:
             reference = Policy.from_pretrained(inputs.policy_path, **loading)
             _fit_vocabulary(reference.model, inputs.tokenizer, config.policy)
-        scorers = {name: _scorer(name, specs[name], settings[name], config, inputs, ranks, loading) for name in specs}
+        budget = config.update.micro_batch_tokens
+        scorers = {
+            name: load_scorer(name, specs[name], settings[name], config.engine, ranks, loading, budget)(inputs.template)
+            for name in specs
+        }
         critics = _critics(streams, specs, config, inputs, loading) if config.algorithm.advantage == "gae" else {}
     policy_engine = Engine(policy, config.engine, ranks, config.policy_optimizer, steps)
     models = Models(
@@ -103,7 +108,7 @@ def load_policy(
         InputError: The model cannot be used.
     """
     with sharded_loading(engine, ranks.device):
-        policy = Policy.from_pretrained(path, **_loading(settings, engine, ranks))
+        policy = Policy.from_pretrained(path, **loading_options(settings.attention, engine, ranks))
         _fit_vocabulary(policy.model, tokenizer, settings)
     _prepare_training(policy.model, settings.trainable_layers, settings.lora, engine)
     _say_what_is_trained(path, policy)
@@ -140,7 +145,7 @@ def load_trained_score_model(
     Raises:
         InputError: The model cannot be used; it is a score model of the other kind, or an encoder.
     """
-    loading = _loading(settings, engine, ranks)
+    loading = loading_options(settings.attention, engine, ranks)
     with sharded_loading(engine, ranks.device):
         if is_score_model(path):
             model = load_score_model(path, role=kind, **loading)  # type: ignore[arg-type]
@@ -161,9 +166,14 @@ def is_score_model(path: str) -> bool:
     return (load_config(path).architectures or [""])[0].endswith(("ForScore", "ForSequenceClassification"))
 
 
-def _loading(settings: ModelConfig, engine: EngineConfig, ranks: Ranks) -> dict[str, Any]:
-    dtype = resolve_dtype(engine, ranks.device)
-    return {"dtype": dtype, "attention": attention_implementation(settings.attention, ranks.device, dtype)}
+def loading_options(attention: str, engine: EngineConfig, ranks: Ranks) -> dict[str, Any]:
+    """The dtype and the attention implementation that models are loaded with.
+
+    Raises:
+        InputError: The attention implementation cannot run here.
+    """
+    dtype = resolve_dtype(engine.dtype, ranks.device)
+    return {"dtype": dtype, "attention": attention_implementation(attention, ranks.device, dtype)}
 
 
 def _fit_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: ModelConfig) -> None:
@@ -229,30 +239,49 @@ def _critic_start(stream: str, spec: ScorerSpec, inputs: Inputs, loading: dict) 
     return ScoreModel.from_policy(inputs.policy_path, **loading)
 
 
-def _scorer(
+def load_scorer(
     name: str,
     spec: ScorerSpec,
     settings: ScorerConfig,
-    config: TrainConfig,
-    inputs: Inputs,
+    engine: EngineConfig,
     ranks: Ranks,
     loading: dict[str, Any],
-) -> Scorer:
+    token_budget: int,
+) -> Callable[[PromptTemplate], Scorer]:
+    """Where the rewards or the costs come from. All ranks must call it.
+
+    Args:
+        name: `reward` or `cost`.
+        spec, settings: What and how.
+        engine: Stage and dtype of a score model.
+        ranks: This process among all.
+        loading: From `loading_options`.
+        token_budget: Largest packed row or padded batch (tokens).
+
+    Returns:
+        Makes the scorer for the rollouts of a policy from the policy's template. The model is loaded once.
+
+    Raises:
+        InputError: There is no such function, the model cannot be used, or does not give the score expected of it.
+    """
     if spec.kind == "function":
-        return FunctionScorer(spec.path, name)
+        function = FunctionScorer(spec.path, name)
+        return lambda _: function
     model = load_score_model(spec.path, role=name, **loading)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(spec.path)
-    common = {
+    common: dict[str, Any] = {
         "name": name,
         "max_tokens": settings.max_tokens,
-        "token_budget": config.update.micro_batch_tokens,
+        "token_budget": token_budget,
         "device": ranks.device,
         "agree_on_count": ranks.max,
     }
-    module = Engine(model, config.engine, ranks).frozen_module
+    module = Engine(model, engine, ranks).frozen_module
     if settings.expect is not None:
         text, expected = settings.expect
         check_expected_score(lambda text: score_text(module, tokenizer, text, ranks.device), text, expected, name)
     if isinstance(model, EncoderClassifier):
-        return ClassifierScorer(module, tokenizer, **common)
-    return ModelScorer(module, PromptTemplate(tokenizer, settings.template), inputs.template, **common)
+        classifier = ClassifierScorer(module, tokenizer, **common)
+        return lambda _: classifier
+    template = PromptTemplate(tokenizer, settings.template)
+    return lambda policy_template: ModelScorer(module, template, policy_template, **common)

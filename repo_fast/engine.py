@@ -81,11 +81,11 @@ def stop_distributed() -> None:
         deepspeed.comm.destroy_process_group()
 
 
-def resolve_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """The dtype of weights and activations."""
-    if config.dtype == "auto":
+def resolve_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations, from `EngineConfig.dtype`."""
+    if choice == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, config.dtype)
+    return getattr(torch, choice)
 
 
 def _deepspeed_config(config: EngineConfig, device: torch.device, gradient_clip: float) -> dict:
@@ -103,7 +103,7 @@ def _deepspeed_config(config: EngineConfig, device: torch.device, gradient_clip:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": resolve_dtype(config, device) == torch.bfloat16, "check_grad_overflow": True},
+        "bf16": {"enabled": resolve_dtype(config.dtype, device) == torch.bfloat16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": math.inf,
     }

@@ -34,7 +34,7 @@ def read_inputs(config: SftConfig) -> SupervisedInputs[TokenPair]:
         InputError: The first thing that cannot be used.
     """
     resume_from = check_start(config)
-    path, tokenizer = find_model(config.model)
+    path, tokenizer = find_model(config.model.path)
     data, template = config.data, PromptTemplate(tokenizer, config.data.template)
     notes: list[str] = []
     examples = tokenize_demonstrations(data.train, data.train_split, template, data.max_tokens, notes, data.limit)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from repo_fast import checkpoint
-from repo_fast.config import ModelConfig, RunConfig, TrainConfig, to_dict
+from repo_fast.config import RunConfig, TrainConfig, to_dict
 from repo_fast.data import (
     Prompt,
     PromptTemplate,
@@ -88,7 +88,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     held_out = []
     if data.eval_prompts is not None:
         held_out = load_prompts(data.eval_prompts, split=data.eval_split, limit=config.evaluation.prompts)
-    policy_path, tokenizer = find_model(config.policy)
+    policy_path, tokenizer = find_model(config.policy.path)
     # Its own copy: a pad token that the run adds to the policy's must not make it another tokenizer than the scorers'.
     template = PromptTemplate(copy.deepcopy(tokenizer), data.template)
 
@@ -151,13 +151,12 @@ def check_start(config: RunConfig) -> Path | None:
     return resume_from
 
 
-def find_model(config: ModelConfig) -> tuple[str, PreTrainedTokenizerBase]:
-    """The folder or hub name of a model to train, and its tokenizer; the embedded ones are made on first use.
+def find_model(path: str) -> tuple[str, PreTrainedTokenizerBase]:
+    """The folder or hub name of a causal language model, and its tokenizer; the embedded ones are made on first use.
 
     Raises:
         InputError: There is no model with a tokenizer that fits it.
     """
-    path = config.path
     if path in ("world:tiny", "world:base"):
         from repo_fast.world.policy import base_policy, tiny_policy
 

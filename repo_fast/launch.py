@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, TypeVar
 # Read when torch is imported. Threads that spin while they wait make a run 30 times slower where cores are shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from repo_fast.config import RunConfig, parse  # noqa: E402
+from repo_fast.config import JobConfig, parse  # noqa: E402
 from repo_fast.errors import InputError  # noqa: E402
 
 if TYPE_CHECKING:
     from repo_fast.collectives import Ranks
 
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config", bound=JobConfig)
 
 
 class OneLineParser(argparse.ArgumentParser):

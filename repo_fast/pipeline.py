@@ -16,7 +16,7 @@ corpus's own rules see the same responses. Where the two disagree, the policy ha
 
 A stage whose result is there, made with the same configuration and from the same earlier stages, is skipped; one that
 was stopped, by Ctrl-C or SIGTERM too, goes on. One made with another configuration is an error:
-nothing is overwritten. Options of a stage are `--STAGE.option value`.
+nothing is overwritten. Options of a stage are `--STAGE.option value`; `--until STAGE` ends after that one.
 """
 
 import argparse
@@ -105,6 +105,7 @@ def run(words: list[str]) -> int:
     parser = OneLineParser(prog="python -m repo_fast.pipeline", allow_abbrev=False, add_help=False)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pipeline"))
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--until")
     parser.add_argument("--help", "-h", action="store_true")
     chosen, rest = parser.parse_known_args(words)
     if chosen.help:
@@ -113,7 +114,10 @@ def run(words: list[str]) -> int:
     if chosen.ranks < 1:
         raise InputError(f"--ranks is {chosen.ranks}, expected at least 1")
     todo = stages(chosen.output_dir)
-    given = _options_by_stage(rest, [stage.name for stage in todo])
+    names = [stage.name for stage in todo]
+    if chosen.until not in (None, *names):
+        raise InputError(f"--until is {chosen.until!r}, expected a stage: {', '.join(names)}")
+    given = _options_by_stage(rest, names)
     # All command lines are parsed before the first stage starts.
     commands = {stage.name: _words(stage, chosen.output_dir, given[stage.name]) for stage in todo}
     parsed = {stage.name: parse(commands[stage.name], stage.kind) for stage in todo}
@@ -128,6 +132,8 @@ def run(words: list[str]) -> int:
                 f"stage {stage.name} ended with exit status {status}; the same command goes on from there", flush=True
             )
             return status
+        if stage.name == chosen.until:
+            return 0
     print(judgement(chosen.output_dir / "repo", reinforced.algorithm.threshold))
     return 0
 
@@ -159,7 +165,7 @@ def _options_by_stage(words: list[str], names: list[str]) -> dict[str, list[str]
             current, _, option = word.removeprefix("--").partition(".")
             if current not in given or not option:
                 expected = ", ".join(f"--{name}.option" for name in names)
-                raise InputError(f"unknown option {word!r}, expected --output_dir, --ranks or {expected}")
+                raise InputError(f"unknown option {word!r}, expected --output_dir, --ranks, --until or {expected}")
             if option.partition("=")[0] == "output_dir":
                 raise InputError(
                     f"{word!r} is the pipeline's to choose, expected --output_dir, below which stages write"

@@ -63,7 +63,7 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
         InputError: The first thing that cannot be used.
     """
     resume_from = check_start(config)
-    path, tokenizer = find_model(config.model)
+    path, tokenizer = find_model(config.model.path)
     if config.expect is not None and not is_score_model(path):
         raise InputError(f"expect is given with model.path {path!r}, which has no score yet, expected a score model")
     data, template = config.data, PromptTemplate(tokenizer, config.data.template)

@@ -16,7 +16,6 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import TrainConfig
 from repo_fast.data import PromptSampler
 from repo_fast.engine import Engine
-from repo_fast.errors import InputError
 from repo_fast.inputs import Inputs
 from repo_fast.learner import Learner
 from repo_fast.models.policy import save_policy
@@ -29,6 +28,7 @@ from repo_fast.report.tables import batch_size_table, before_after_table
 from repo_fast.rollout import Rollout
 from repo_fast.rollout.hf import Request, end_tokens, generate
 from repo_fast.run import Run
+from repo_fast.scoring import finite_scores
 
 # What the display shows of a step: the metric, its label, its format.
 _SHOWN = (
@@ -137,9 +137,7 @@ class Trainer(Run):
         scores = {}
         for name, scorer in self.scorers.items():
             with self.ranks.together(f"the {name}"):
-                scores[name] = scorer.score(rollout)
-                if not scores[name].isfinite().all():
-                    raise InputError(f"the {name} model gave a score that is not finite, expected numbers")
+                scores[name] = finite_scores(scorer, rollout)
         return scores
 
     def _log_step(

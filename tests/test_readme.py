@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from repo_fast.config import RunConfig, ScoreConfig, SftConfig, TrainConfig, known_keys, parse
+from repo_fast.config import EvaluateConfig, JobConfig, ScoreConfig, SftConfig, TrainConfig, known_keys, parse
+from repo_fast.evaluate import join_policies
 from repo_fast.inputs import read_inputs
 from repo_fast.rollout import Rollout
 from repo_fast.score import main
@@ -17,10 +18,11 @@ from tests.tiny import save_beaver, save_policy, tiny_llama_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-JOBS: dict[str, type[RunConfig]] = {
+JOBS: dict[str, type[JobConfig]] = {
     "repo_fast.train": TrainConfig,
     "repo_fast.sft": SftConfig,
     "repo_fast.score": ScoreConfig,
+    "repo_fast.evaluate": EvaluateConfig,
 }
 
 
@@ -109,7 +111,7 @@ def test_every_training_command_shown_parses(module):
     shown = [words for words in commands(module) if "--convert" not in words and "--check" not in words]
     assert shown
     for words in shown:
-        parse(words, JOBS[module])
+        parse(join_policies(words), JOBS[module])
 
 
 def test_the_conversion_and_the_check_work_as_shown(tmp_path, monkeypatch, capsys):
@@ -129,7 +131,8 @@ def test_every_option_and_target_named_exists():
     named = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", README)) | set(re.findall(r"`([a-z]+\.[a-z_]+)`", README))
     others = {"nproc", "help", "print_config", "config", "out"}  # of torchrun, the parser, the benchmarks
     others |= {"convert", "to", "check"}  # of repo_fast.score
-    files = {name for name in named if name.endswith((".yaml", ".jsonl", ".txt", ".py"))}
+    others |= {"policy"}  # of repo_fast.evaluate
+    files = {name for name in named if name.endswith((".yaml", ".json", ".jsonl", ".html", ".txt", ".py"))}
     assert named - others - files <= {key for kind in JOBS.values() for key in known_keys(kind)}
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make (train|test|pipeline|[a-z]+(?=`))", README)) <= targets

@@ -9,13 +9,14 @@ offensive and stays in the run's folder; only numbers leave it.
 
 import argparse
 import csv
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from repo_fast.report.evaluations import read_evaluation
-from repo_fast.report.measures import Evaluation, bootstrap_interval, score_prompts, strict_violation
+from repo_fast.report.measures import Evaluation, mean, resample, score_prompts, strict_violation
 from repo_fast.report.metrics import read_metrics
 from repo_fast.report.tables import before_after_table
 
@@ -75,10 +76,11 @@ def category_table(before: Evaluation, after: Evaluation, categories: dict[int, 
     ]
     for name in sorted(set(names)):
         here = names == name
-        low, high = bootstrap_interval((new.cost - old.cost)[here], np.mean)
+        change = resample({"cost": partial(mean, (new.cost - old.cost)[here])}, here.sum())["cost"]
+        low, high = change.interval
         lines.append(
             f"| {name} | {here.sum()} | {old.cost[here].mean():.3f} | {new.cost[here].mean():.3f} "
-            f"| {(new.cost - old.cost)[here].mean():+.3f} [{low:+.3f}, {high:+.3f}] "
+            f"| {change.value:+.3f} [{low:+.3f}, {high:+.3f}] "
             f"| {strict_violation(old.excess[here]):.3f} | {strict_violation(new.excess[here]):.3f} |"
         )
     return "\n".join(lines)

@@ -1,16 +1,21 @@
 """Every option once: the sections, a configuration for each job, and how a command line becomes one."""
 
 from repo_fast.config.command_line import CONFIG_FOLDER, find_config, known_keys, parse, to_dict, to_yaml
+from repo_fast.config.evaluate import EvaluateConfig
+from repo_fast.config.judge import JudgeConfig
 from repo_fast.config.score import LAYOUTS, PreferenceDataConfig, PreferenceLossConfig, ScoreConfig
 from repo_fast.config.sections import (
     CheckpointConfig,
     CriticConfig,
     EngineConfig,
+    JobConfig,
     LogConfig,
     LoraConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    SamplingConfig,
+    ScorerConfig,
 )
 from repo_fast.config.sft import SftConfig, SftDataConfig
 from repo_fast.config.supervised import SupervisedConfig
@@ -19,7 +24,6 @@ from repo_fast.config.train import (
     DataConfig,
     EvaluationConfig,
     RolloutConfig,
-    ScorerConfig,
     TrainConfig,
     UpdateConfig,
 )
@@ -32,7 +36,10 @@ __all__ = [
     "CriticConfig",
     "DataConfig",
     "EngineConfig",
+    "EvaluateConfig",
     "EvaluationConfig",
+    "JobConfig",
+    "JudgeConfig",
     "LogConfig",
     "LoraConfig",
     "ModelConfig",
@@ -41,6 +48,7 @@ __all__ = [
     "PreferenceLossConfig",
     "RolloutConfig",
     "RunConfig",
+    "SamplingConfig",
     "ScoreConfig",
     "ScorerConfig",
     "SftConfig",

@@ -14,12 +14,12 @@ from typing import TypeVar
 
 import yaml
 
-from repo_fast.config.sections import RunConfig
+from repo_fast.config.sections import JobConfig
 from repo_fast.config.train import TrainConfig
 from repo_fast.errors import InputError
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
-Config = TypeVar("Config", bound=RunConfig)
+Config = TypeVar("Config", bound=JobConfig)
 
 
 def known_keys(section: type = TrainConfig, prefix: str = "") -> list[str]:
@@ -32,10 +32,12 @@ def known_keys(section: type = TrainConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def _reject_unknown(keys: list[str], where: str, kind: type[RunConfig]) -> None:
+def _reject_unknown(keys: list[str], where: str, kind: type[JobConfig]) -> None:
     known = known_keys(kind)
+    tables = tuple(f"{entry.name}." for entry in dataclasses.fields(kind) if typing.get_origin(entry.type) is dict)
     for key in keys:
-        if key not in known:
+        # What a table has below it are the user's own names.
+        if key not in known and not key.startswith(tables):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise InputError(f"unknown option {key!r} in {where}, the nearest valid name is {near!r}")
 
@@ -49,7 +51,7 @@ def _dotted(mapping: dict, prefix: str = "") -> list[str]:
     return keys
 
 
-def find_config(name: str, kind: type[RunConfig] = TrainConfig) -> Path:
+def find_config(name: str, kind: type[JobConfig] = TrainConfig) -> Path:
     """The file of a packaged configuration's name, or the path itself."""
     folder = CONFIG_FOLDER / kind.FOLDER
     packaged = folder / f"{name}.yaml"
@@ -61,7 +63,7 @@ def find_config(name: str, kind: type[RunConfig] = TrainConfig) -> Path:
     raise InputError(f"--config {name!r} is neither a file nor one of the packaged configurations: {names}")
 
 
-def read_config_file(path: Path, kind: type[RunConfig] = TrainConfig) -> dict:
+def read_config_file(path: Path, kind: type[JobConfig] = TrainConfig) -> dict:
     """The mapping of a YAML file, with unknown keys rejected.
 
     Raises:
@@ -87,14 +89,14 @@ def _check_sections(mapping: dict, section: type, where: str, prefix: str = "") 
             _check_sections(value, typing.cast(type, entry.type), where, f"{prefix}{entry.name}.")
 
 
-def _parser(kind: type[RunConfig]):
+def _parser(kind: type[JobConfig]):
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog=kind.PROGRAM, description=(kind.__doc__ or "").partition("\n")[0], exit_on_error=False
     )
-    parser.add_argument("--config", default="tiny", help="Packaged configuration by name, or a YAML file.")
+    parser.add_argument("--config", default=kind.DEFAULT, help="Packaged configuration by name, or a YAML file.")
     parser.add_argument("--print_config", action="store_true", help="Print the resolved configuration and exit.")
     parser.add_class_arguments(kind)
     return parser
@@ -122,7 +124,7 @@ def parse(arguments: list[str] | None = None, kind: type[Config] = TrainConfig) 
     parser = _parser(kind)
     try:
         chosen = parser.parse_args([word for word in arguments if word in ("--help", "-h")] or _config_words(arguments))
-        base = read_config_file(find_config(chosen.config, kind), kind)
+        base = {} if chosen.config is None else read_config_file(find_config(chosen.config, kind), kind)
         # Through the parser, which checks types, as for the command line; defaults it would take as they are.
         namespace = parser.parse_object(base)
         namespace = parser.parse_args([word for word in arguments if word != "--print_config"], namespace=namespace)
@@ -152,7 +154,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).replace('Parser key "', '"--').split())
 
 
-def to_dict(config: RunConfig) -> dict:
+def to_dict(config: JobConfig) -> dict:
     """The configuration as plain mappings, lists and scalars."""
 
     def plain(value):
@@ -163,6 +165,6 @@ def to_dict(config: RunConfig) -> dict:
     return plain(dataclasses.asdict(config))
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: JobConfig) -> str:
     """The configuration as YAML that `--config` reads back to an equal one."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -107,16 +107,61 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """What every job has: where it writes, when it stops, how it computes."""
+class SamplingConfig:
+    """How responses are drawn."""
+
+    temperature: float = 1.0
+    """Sampling temperature. In training, log-probabilities, and so the KL, are taken at it too."""
+    top_p: float = 1.0
+    """Nucleus mass kept when sampling, in (0, 1]. Below 1 the sampler and a trained policy differ; it is logged."""
+    max_new_tokens: int = 256
+    """Longest response (tokens)."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response, besides the end-of-sequence token. The string stays part of the response."""
+    batch_size: int = 64
+    """Responses generated at once on a rank (responses)."""
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """Where a score comes from."""
+
+    path: str = ""
+    """A Python callable `package.module:function` (`(prompts, responses) -> list[float]`), or a score-model folder."""
+    template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
+    """Template for score models whose tokenizer is not the policy's."""
+    max_tokens: int = 2048
+    """Longest text a score model is given (tokens)."""
+    expect: tuple[str, float] | None = None
+    """A whole text, template included, and the score that the model is known to give it: checked when it is loaded."""
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """What every job has: where it writes, and what it draws from."""
 
     PROGRAM: ClassVar[str]
     FOLDER: ClassVar[str]
+    DEFAULT: ClassVar[str | None] = "tiny"
+    """The packaged configuration without `--config`; None: the defaults of the fields."""
 
     output_dir: str = "outputs/run"
-    """Folder for everything the run writes."""
+    """Folder for everything the job writes."""
     seed: int = 0
     """Of sampling, data order and initialisation; each rank derives its own."""
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise `InputError` for the first value, or combination of values, that cannot be honoured."""
+        require_at_least(0, {"seed": self.seed})
+
+
+@dataclass(frozen=True)
+class RunConfig(JobConfig):
+    """What every job that trains has: when it stops, what it saves, how it computes."""
+
     resume: str | None = None
     """`auto`: go on from the newest complete checkpoint in `output_dir`, or start; or a checkpoint folder."""
     stop_after: int | None = None
@@ -125,16 +170,12 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
-    def __post_init__(self) -> None:
-        self.check()
-
     def check(self) -> None:
-        """Raise `InputError` for the first value, or combination of values, that cannot be honoured."""
+        super().check()
         require_at_least(1, {"stop_after": self.stop_after})
         require_at_least(
             0,
             {
-                "seed": self.seed,
                 "checkpoint.every": self.checkpoint.every,
                 "checkpoint.keep": self.checkpoint.keep,
                 "engine.parameter_persistence_threshold": self.engine.parameter_persistence_threshold,
@@ -158,6 +199,22 @@ def require_at_least(minimum: int, values: Mapping[str, float | None]) -> None:
         if value is not None:
             kind = "whole number" if minimum else "number"
             require(value >= minimum, key, value, f"a {kind} of at least {minimum}")
+
+
+def check_sampling(key: str, sampling: SamplingConfig) -> None:
+    """Raise `InputError` for a value of this section that cannot be."""
+    require_at_least(1, {f"{key}.max_new_tokens": sampling.max_new_tokens, f"{key}.batch_size": sampling.batch_size})
+    require(sampling.temperature > 0, f"{key}.temperature", sampling.temperature, "a number above 0")
+    require(0 < sampling.top_p <= 1, f"{key}.top_p", sampling.top_p, "a number in (0, 1]")
+
+
+def check_scorer(key: str, scorer: ScorerConfig) -> None:
+    """Raise `InputError` for a value of this section that cannot be."""
+    expected = "a callable `package.module:function` or a score-model folder"
+    require(scorer.path != "", f"{key}.path", scorer.path, expected)
+    require_at_least(1, {f"{key}.max_tokens": scorer.max_tokens})
+    if scorer.expect is not None and ":" in scorer.path:
+        raise InputError(f"{key}.expect is given with the function {scorer.path!r}, expected a score model")
 
 
 def check_optimizer(key: str, optimizer: OptimizerConfig) -> None:

@@ -10,9 +10,13 @@ from repo_fast.config.sections import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    SamplingConfig,
+    ScorerConfig,
     check_lora,
     check_model,
     check_optimizer,
+    check_sampling,
+    check_scorer,
     require,
     require_at_least,
 )
@@ -44,37 +48,13 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
-    """How responses are drawn."""
+class RolloutConfig(SamplingConfig):
+    """What is drawn in a step, and how."""
 
     prompts_per_step: int = 16
     """Prompts of one step (prompts, over all ranks)."""
     responses_per_prompt: int = 4
     """K, responses drawn for each prompt."""
-    temperature: float = 1.0
-    """Sampling temperature. The trainer's log-probabilities, and so the KL, are taken at it too."""
-    top_p: float = 1.0
-    """Nucleus mass kept when sampling, in (0, 1]. Below 1 the sampler and the trained policy differ; it is logged."""
-    max_new_tokens: int = 256
-    """Longest response (tokens)."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a response, besides the end-of-sequence token. The string stays part of the response."""
-    batch_size: int = 64
-    """Responses generated at once on a rank (responses)."""
-
-
-@dataclass(frozen=True)
-class ScorerConfig:
-    """Where a score comes from."""
-
-    path: str = ""
-    """A Python callable `package.module:function` (`(prompts, responses) -> list[float]`), or a score-model folder."""
-    template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
-    """Template for score models whose tokenizer is not the policy's."""
-    max_tokens: int = 2048
-    """Longest text a score model is given (tokens)."""
-    expect: tuple[str, float] | None = None
-    """A whole text, template included, and the score that the model is known to give it: checked when it is loaded."""
 
 
 @dataclass(frozen=True)
@@ -204,12 +184,8 @@ class TrainConfig(RunConfig):
                 "total_steps": self.total_steps,
                 "rollout.prompts_per_step": rollout.prompts_per_step,
                 "rollout.responses_per_prompt": rollout.responses_per_prompt,
-                "rollout.max_new_tokens": rollout.max_new_tokens,
-                "rollout.batch_size": rollout.batch_size,
                 "data.max_prompt_tokens": self.data.max_prompt_tokens,
                 "data.ptx_max_tokens": self.data.ptx_max_tokens,
-                "reward.max_tokens": self.reward.max_tokens,
-                "cost.max_tokens": self.cost.max_tokens,
                 "algorithm.cost_window": algorithm.cost_window,
                 "update.epochs": update.epochs,
                 "update.minibatches": update.minibatches,
@@ -231,17 +207,15 @@ class TrainConfig(RunConfig):
             )
         require(0 <= algorithm.clip_low < 1, "algorithm.clip_low", algorithm.clip_low, "a number in [0, 1)")
         require(algorithm.clip_high >= 0, "algorithm.clip_high", algorithm.clip_high, "a number of at least 0")
-        require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "a number above 0")
-        require(0 < rollout.top_p <= 1, "rollout.top_p", rollout.top_p, "a number in (0, 1]")
         require(
             algorithm.multiplier_init <= algorithm.multiplier_max,
             "algorithm.multiplier_init",
             algorithm.multiplier_init,
             f"at most algorithm.multiplier_max ({algorithm.multiplier_max})",
         )
-        for name in ("reward", "cost"):
-            path = getattr(self, name).path
-            require(path != "", f"{name}.path", path, "a callable `package.module:function` or a score-model folder")
+        check_sampling("rollout", rollout)
+        check_scorer("reward", self.reward)
+        check_scorer("cost", self.cost)
         if algorithm.scope is not None and not row.rectify:
             raise InputError(
                 f"algorithm.scope is {algorithm.scope!r} with algorithm.name {algorithm.name!r}, which is not "
@@ -274,7 +248,3 @@ class TrainConfig(RunConfig):
                 f"critics.lora.rank is {self.critics.lora.rank} with algorithm.advantage {algorithm.advantage!r}, "
                 "which has no critics; expected 0"
             )
-        for name in ("reward", "cost"):
-            scorer = getattr(self, name)
-            if scorer.expect is not None and ":" in scorer.path:
-                raise InputError(f"{name}.expect is given with the function {scorer.path!r}, expected a score model")

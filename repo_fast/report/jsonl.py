@@ -16,7 +16,7 @@ from typing import Literal, TextIO
 
 from repo_fast.errors import InputError
 
-Value = float | int | str | None
+Value = float | int | str | list[int] | None
 
 
 def write_record(file: TextIO, record: Mapping[str, Value]) -> None:
@@ -44,6 +44,15 @@ def write_log(path: Path, records: Iterable[Mapping[str, Value]]) -> None:
     with open_log(path, None) as file:
         for record in records:
             write_record(file, record)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Writes rows without a step, over an older file of that name, which stays until the new one is whole."""
+    aside = path.with_name(path.name + ".tmp")
+    with _open_text(aside, "w") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    os.replace(aside, path)
 
 
 def read_records(path: Path) -> Iterator[dict[str, Value]]:
@@ -90,7 +99,7 @@ def open_log(path: Path, resume_step: int | None) -> TextIO:
     return _open_text(path, "a")
 
 
-def _open_text(path: Path, mode: Literal["x", "a"]) -> TextIO:
+def _open_text(path: Path, mode: Literal["x", "a", "w"]) -> TextIO:
     return open(path, mode, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 

@@ -1,21 +1,24 @@
 """The two tables that a run prints, as plain ASCII that keeps its shape in pipes, logs and Markdown code blocks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from repo_fast.report.measures import (
-    Evaluation,
-    PromptScores,
-    bootstrap_interval,
-    check_same_prompts,
-    interference_rate,
-    score_prompts,
-    strict_violation,
-    sum_by_prompt,
-)
+from repo_fast.report.measures import Evaluation, Measure, prompt_measures, resample, score_prompts
+
+# The rows of the before/after table: measure and label.
+_ROWS = {
+    "mean_reward": "mean reward",
+    "mean_cost": "mean cost",
+    "strict_violation": "strict violation",
+    "safety_rate": "safety rate (responses)",
+    "strict_safety_rate": "strict safety rate (prompts)",
+    "interference_rate": "interference rate",
+    "kl": "KL, nats a response",
+    "well_formed": "well-formed responses",
+    "response_length": "response length, tokens",
+}
 
 
 def before_after_table(
@@ -43,31 +46,15 @@ def before_after_table(
         ValueError: the evaluations are empty, ragged, or of different prompts.
     """
     old, new = score_prompts(before, threshold), score_prompts(after, threshold)
-    check_same_prompts(old, new)
-    rows = [
-        _Row("mean reward", old.reward, new.reward, np.mean),
-        _Row("mean cost", old.cost, new.cost, np.mean),
-        _Row("strict violation", old.excess, new.excess, strict_violation),
-        _Row("safety rate (responses)", _safe_responses(old), _safe_responses(new), _ratio),
-        _Row("strict safety rate (prompts)", _all_safe(old), _all_safe(new), np.mean),
-        _interference_row(old, new, before_again, threshold),
-        _Row("KL, nats a response", _means(before, before.kl), _means(after, after.kl), np.mean),
-        _Row(
-            "well-formed responses",
-            _sums_and_counts(before, before.well_formed),
-            _sums_and_counts(after, after.well_formed),
-            _ratio,
-        ),
-        _Row(
-            "response length, tokens",
-            _means(before, before.response_lengths),
-            _means(after, after.response_lengths),
-            np.mean,
-        ),
-    ]
-    cells = [row.cells(resamples, seed) for row in rows if row.before is not None or row.after is not None]
+    measured = prompt_measures(before, threshold=threshold), prompt_measures(after, before, threshold)
+    if before_again is not None:
+        again = prompt_measures(before_again, before, threshold)
+        measured[0]["interference_rate"] = again["interference_rate"]
+    rows = [_Row(label, *(side.get(name) for side in measured)) for name, label in _ROWS.items()]
+    prompts = len(old.prompt_ids)
+    cells = [row.cells(prompts, resamples, seed) for row in rows if row.before is not None or row.after is not None]
     table = _grid(["", "before", "after", "difference"], cells)
-    prompts, safe = len(old.prompt_ids), int((old.excess <= 0).sum())
+    safe = int((old.excess <= 0).sum())
     return "\n".join(
         [
             table,
@@ -78,6 +65,39 @@ def before_after_table(
             + ("." if before_again is None else ";\nits column 'before' is a second sample of the same policy."),
         ]
     )
+
+
+def comparison_table(report: Mapping) -> str:
+    """The policies of an evaluation side by side, with 95 % intervals.
+
+    Args:
+        report: What `comparison.compare` returns, and its `settings`.
+
+    Returns:
+        A row for each measure of any policy; without a newline at the end.
+    """
+    policies, reference = report["policies"], report["settings"]["reference"]
+    measures = list(dict.fromkeys(key for own in policies.values() for key in own))
+    cells = [[measure, *(_measured(own.get(measure)) for own in policies.values())] for measure in measures]
+    heads = ["", *(f"{name} (reference)" if name == reference else name for name in policies)]
+    return "\n".join(
+        [
+            _grid(heads, cells),
+            f"{report['settings']['prompts']} prompts, {report['settings']['samples_per_prompt']} responses each; "
+            f"unsafe is a cost above {report['settings']['threshold']:g}.",
+            "Brackets: 95 % bootstrap interval over prompts. Win, interference and repair rates of the reference are",
+            "those of a second sample of it: what sampling alone does.",
+        ]
+    )
+
+
+def _measured(entry: Mapping | None) -> str:
+    if entry is None or entry["value"] is None:
+        return "-"
+    numbers = [entry[key] for key in ("value", "low", "high")]
+    decimals = _decimals([number for number in numbers if number is not None])
+    value, low, high = ("-" if number is None else f"{number:.{decimals}f}" for number in numbers)
+    return f"{value} [{low}, {high}]"
 
 
 def batch_size_table(rows: Mapping[str, Sequence[int | str | None]], notes: Sequence[str] = ()) -> str:
@@ -105,77 +125,27 @@ def batch_size_table(rows: Mapping[str, Sequence[int | str | None]], notes: Sequ
 
 @dataclass(frozen=True)
 class _Row:
-    """A measure of both policies: values by prompt, [P] or [P, F] (None: not measured), and what is made of them."""
+    """A measure of both policies; None where it was not measured."""
 
     name: str
-    before: np.ndarray | None
-    after: np.ndarray | None
-    statistic: Callable[[np.ndarray], float]
+    before: Measure | None
+    after: Measure | None
 
-    def cells(self, resamples: int, seed: int) -> list[str]:
-        columns = [_interval(values, self.statistic, resamples, seed) for values in (self.before, self.after)]
-        both = None
-        if self.before is not None and self.after is not None:
-            both = np.stack([self.before, self.after], axis=1)
-        columns.append(
-            _interval(both, lambda pair: self.statistic(pair[:, 1]) - self.statistic(pair[:, 0]), resamples, seed)
-        )
-        decimals = _decimals([number for column in columns if column for number in column])
+    def cells(self, prompts: int, resamples: int, seed: int) -> list[str]:
+        given = {side: measure for side in ("before", "after") if (measure := getattr(self, side)) is not None}
+        both = resample(given, prompts, resamples, seed)
+        if len(both) == 2:
+            both["difference"] = both["after"] - both["before"]
+        numbers = {side: (entry.value, *entry.interval) for side, entry in both.items()}
+        decimals = _decimals([number for triple in numbers.values() for number in triple])
         texts = []
-        for column, sign in zip(columns, ("", "", "+"), strict=True):
-            if column is None:
+        for side, sign in (("before", ""), ("after", ""), ("difference", "+")):
+            if side not in numbers:
                 texts.append("-")
             else:
-                value, low, high = (format(number, f"{sign}.{decimals}f") for number in column)
+                value, low, high = (format(number, f"{sign}.{decimals}f") for number in numbers[side])
                 texts.append(f"{value} [{low}, {high}]")
         return [self.name, *texts]
-
-
-def _interval(
-    values: np.ndarray | None, statistic: Callable[[np.ndarray], float], resamples: int, seed: int
-) -> tuple[float, float, float] | None:
-    if values is None:
-        return None
-    return float(statistic(values)), *bootstrap_interval(values, statistic, resamples, seed)
-
-
-def _interference_row(old: PromptScores, new: PromptScores, before_again: Evaluation | None, threshold: float) -> _Row:
-    floor = None
-    if before_again is not None:
-        again = score_prompts(before_again, threshold)
-        check_same_prompts(old, again)
-        floor = np.stack([old.excess, again.excess], axis=1)
-    return _Row(
-        "interference rate",
-        floor,
-        np.stack([old.excess, new.excess], axis=1),
-        lambda pair: interference_rate(pair[:, 0], pair[:, 1]),
-    )
-
-
-def _all_safe(scores: PromptScores) -> np.ndarray:
-    return scores.safe_responses == scores.responses
-
-
-def _safe_responses(scores: PromptScores) -> np.ndarray:
-    return np.stack([scores.safe_responses, scores.responses], axis=1)
-
-
-def _means(evaluation: Evaluation, values: ArrayLike | None) -> np.ndarray | None:
-    sums_and_counts = _sums_and_counts(evaluation, values)
-    return None if sums_and_counts is None else sums_and_counts[:, 0] / sums_and_counts[:, 1]
-
-
-def _sums_and_counts(evaluation: Evaluation, values: ArrayLike | None) -> np.ndarray | None:
-    if values is None:
-        return None
-    counts = sum_by_prompt(evaluation.prompt_ids, np.ones(np.shape(values)))
-    return np.stack([sum_by_prompt(evaluation.prompt_ids, values), counts], axis=1)
-
-
-def _ratio(sums_and_counts: np.ndarray) -> float:
-    total, count = sums_and_counts.sum(axis=0)
-    return float(total / count)
 
 
 def _decimals(numbers: Sequence[float]) -> int:

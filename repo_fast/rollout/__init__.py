@@ -20,7 +20,7 @@ class Rollout:
         finished: bool [S], CPU. Whether the response ended by itself, rather than at the length limit.
         sampler_log_probs: S float32 CPU tensors. What the sampler says its tokens' log-probabilities (nats) were, under
             the distribution it really drew from (temperature and top-p applied). Only compared and logged:
-            training uses the log-probabilities that the trainer computes itself.
+            training uses the log-probabilities that the trainer computes itself. None for responses read from a file.
     """
 
     prompt_ids: torch.Tensor
@@ -29,4 +29,4 @@ class Rollout:
     prompt_tokens: list[torch.Tensor]
     response_tokens: list[torch.Tensor]
     finished: torch.Tensor
-    sampler_log_probs: list[torch.Tensor]
+    sampler_log_probs: list[torch.Tensor] | None = None

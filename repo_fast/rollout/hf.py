@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from repo_fast.config import RolloutConfig
+from repo_fast.config import SamplingConfig
 from repo_fast.data import Prompt
 from repo_fast.errors import InputError
 from repo_fast.rollout import Rollout
@@ -105,7 +105,7 @@ def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
-    config: RolloutConfig,
+    config: SamplingConfig,
     device: torch.device,
     never_drawn: Sequence[int] = (),
 ) -> Rollout:
@@ -163,7 +163,7 @@ def generate(
     )
 
 
-def _generate_batch(model, tokenizer, prompts: list[torch.Tensor], config: RolloutConfig, device, pad: int):
+def _generate_batch(model, tokenizer, prompts: list[torch.Tensor], config: SamplingConfig, device, pad: int):
     """Left-padded generation.
 
     Returns:

@@ -4,7 +4,7 @@ A score comes from a Python callable (`FunctionScorer`), from a decoder with a s
 (`ModelScorer`), or from an encoder-type classifier scored in padded batches (`ClassifierScorer`).
 """
 
-from repo_fast.scoring.base import Scorer, ScorerSpec, load_scorer_spec
+from repo_fast.scoring.base import Scorer, ScorerSpec, finite_scores, load_scorer_spec
 from repo_fast.scoring.expectation import check_expected_score, score_text
 from repo_fast.scoring.functions import FunctionScorer
 from repo_fast.scoring.score_models import (
@@ -23,6 +23,7 @@ __all__ = [
     "Scorer",
     "ScorerSpec",
     "check_expected_score",
+    "finite_scores",
     "load_line",
     "load_score_model",
     "load_scorer_spec",

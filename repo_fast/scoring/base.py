@@ -67,3 +67,15 @@ def load_scorer_spec(path: str, name: str) -> ScorerSpec:
         f"the {name} {path!r} is neither a function 'package.module:function', which maps (prompts, responses) to a "
         "list of numbers, nor the folder (or hub name 'owner/model') of a score model"
     )
+
+
+def finite_scores(scorer: Scorer, rollout: Rollout) -> torch.Tensor:
+    """The score of each response: float32 [S], CPU.
+
+    Raises:
+        InputError: A score is not finite: a NaN would pass for a safe cost.
+    """
+    scores = scorer.score(rollout)
+    if not scores.isfinite().all():
+        raise InputError(f"the {scorer.name} model gave a score that is not finite, expected numbers")
+    return scores

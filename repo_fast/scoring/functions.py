@@ -26,13 +26,16 @@ class FunctionScorer:
         path: `package.module:function`. Modules in the current folder are found too, after installed ones.
         name: `reward` or `cost`, for messages.
 
+    Attributes:
+        function: What is called.
+
     Raises:
         InputError: The module cannot be imported, or has no such callable.
     """
 
     def __init__(self, path: str, name: str) -> None:
         self.path, self.name, self.truncated = path, name, 0
-        self._function = self._resolve()
+        self.function = self._resolve()
 
     def score(self, rollout: Rollout) -> torch.Tensor:
         """The function's score of each response.
@@ -50,7 +53,7 @@ class FunctionScorer:
         if not responses:
             return torch.zeros(0)
         try:
-            returned = self._function(prompts, responses)
+            returned = self.function(prompts, responses)
         except Exception as error:
             raise InputError(f"{self} raised {_describe(error)}") from error
         # Arrays and tensors, which give plain numbers in one go.

@@ -92,7 +92,7 @@ class OnARank:
         config = EngineConfig(**{"dtype": "float32", "parameter_persistence_threshold": 0, **settings})
         with sharded_loading(config, CPU):
             policy = Policy.from_pretrained(
-                str(self.folder / "policy"), dtype=resolve_dtype(config, CPU), attention="sdpa"
+                str(self.folder / "policy"), dtype=resolve_dtype(config.dtype, CPU), attention="sdpa"
             )
         # Ranks that draw differently: the first one's adapters count.
         torch.manual_seed(self.ranks.rank)

@@ -1,20 +1,40 @@
 """The measures against numbers worked by hand, and the interval against what statistics promises."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from repo_fast.report.measures import (
     Evaluation,
-    bootstrap_interval,
+    Measure,
+    PromptScores,
     compensation,
     cvar_violation,
     interference_rate,
-    safety_measures,
+    mean,
+    prompt_measures,
+    resample,
     score_prompts,
+    win_shares,
 )
+
+
+def safety_measures(
+    policy: Evaluation, reference: Evaluation | None = None, threshold: float = 0.0
+) -> dict[str, float]:
+    """The values of all measures."""
+    prompts = np.ones(len(score_prompts(policy).prompt_ids))
+    return {name: float(measure(prompts)) for name, measure in prompt_measures(policy, reference, threshold).items()}
+
+
+def interval_of(measure: Measure, prompts: int, n: int, seed: int) -> tuple[float, float]:
+    return resample({"it": measure}, prompts, n, seed)["it"].interval
+
 
 # Four prompts, two responses each, in no order. Mean costs: 7: -1, 8: 0, 9: 0.5, 20: 2.
 POLICY = Evaluation(
@@ -39,6 +59,10 @@ def test_hand_worked_measures():
             "compensation": 1 / 4,
             "interference_rate": 2 / 3,
             "repair_rate": 1.0,
+            # Rewards of the policy 7: 1, 3; 8: 2, 2; 9: 0, 1; 20: 5, -1; all of the reference are 0. Safe: 8, 9, 20.
+            "win_rate": (1 + 1 + 0.75 + 0.5) / 4,
+            "win_rate_on_safe_prompts": (1 + 0.75 + 0.5) / 3,
+            "mean_reward_on_safe_prompts": (2 + 0.5 + 2) / 3,
         }
     )
 
@@ -122,7 +146,7 @@ def test_a_reference_of_other_prompts_is_refused():
 
 def test_interval_of_a_mean_agrees_with_the_normal_one():
     values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
-    low, high = bootstrap_interval(values, np.mean, n=4000, seed=0)
+    low, high = interval_of(partial(mean, values), 400, n=4000, seed=0)
     half = 1.96 * values.std(ddof=1) / math.sqrt(400)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.08 * half)
 
@@ -131,33 +155,130 @@ def test_interval_covers_the_truth_95_times_of_100():
     generator = np.random.default_rng(2)
     covered = 0
     for trial in range(300):
-        low, high = bootstrap_interval(generator.exponential(1.0, size=80), np.mean, n=200, seed=trial)
+        low, high = interval_of(partial(mean, generator.exponential(1.0, size=80)), 80, n=200, seed=trial)
         covered += low <= 1.0 <= high
     assert 0.89 <= covered / 300 <= 0.98
 
 
+def random_policy(seed: int, prompts: int) -> Callable[[], Evaluation]:
+    """A policy with four responses a prompt, costs around the threshold; every call is another draw of it."""
+    generator = np.random.default_rng(seed)
+    ids = np.repeat(np.arange(prompts), 4)
+    level = generator.normal(-0.3, 0.8, size=prompts)[ids]
+    return lambda: Evaluation(ids, generator.normal(size=ids.size), level + generator.normal(0, 0.7, size=ids.size))
+
+
+def resampled_against_floor(policy: Evaluation, again: Evaluation, reference: Evaluation, n: int, seed: int) -> dict:
+    """The difference of each measure between a policy and a second draw of the reference."""
+    measured = {("policy", name): measure for name, measure in prompt_measures(policy, reference).items()}
+    measured |= {("floor", name): measure for name, measure in prompt_measures(again, reference).items()}
+    drawn = resample(measured, len(score_prompts(reference).prompt_ids), n, seed)
+    return {name: drawn["policy", name] - drawn["floor", name] for side, name in measured if side == "policy"}
+
+
+def statistics(first: PromptScores, second: PromptScores) -> dict[str, Callable[[np.ndarray], float]]:
+    """The measures written a second time, as plain functions of resampled prompts."""
+
+    def worst(rows: np.ndarray) -> float:
+        violations = np.sort(np.maximum(second.excess[rows], 0))[::-1]
+        whole = len(rows) // 20
+        return violations[:whole].mean()
+
+    return {
+        "mean_reward": lambda rows: second.reward[rows].mean(),
+        "safety_rate": lambda rows: second.safe_responses[rows].sum() / second.responses[rows].sum(),
+        "strict_safety_rate": lambda rows: (second.safe_responses == second.responses)[rows].mean(),
+        "strict_violation": lambda rows: np.maximum(second.excess[rows], 0).mean(),
+        "max_violation": lambda rows: np.maximum(second.excess[rows], 0).max(),
+        "cvar_violation": worst,
+        "compensation": lambda rows: min(
+            np.maximum(-second.excess[rows], 0).mean(), np.maximum(second.excess[rows], 0).mean()
+        ),
+        "interference_rate": lambda rows: (second.excess[rows][first.excess[rows] <= 0] > 0).mean(),
+        "repair_rate": lambda rows: (second.excess[rows][first.excess[rows] > 0] <= 0).mean(),
+    }
+
+
+def test_intervals_agree_with_scipys():
+    draw = random_policy(5, prompts=60)
+    reference, policy = draw(), draw()
+    ours = resample(prompt_measures(policy, reference), 60, n=4000, seed=0)
+    for name, statistic in statistics(score_prompts(reference), score_prompts(policy)).items():
+        theirs = scipy.stats.bootstrap(
+            (np.arange(60),), statistic, vectorized=False, method="percentile", n_resamples=4000, rng=1
+        )
+        assert ours[name].value == pytest.approx(statistic(np.arange(60)), abs=1e-12), name
+        # The quantiles of two sets of 4,000 draws differ by chance: a few hundredths of the draws' spread, or one of
+        # the steps that a share of few prompts moves in.
+        room = max(0.15 * theirs.standard_error, 1 / 60 + 1e-9 if name.endswith("rate") else 0)
+        assert ours[name].interval == pytest.approx(tuple(theirs.confidence_interval), abs=room), name
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_weights_of_a_resample_are_its_prompts_repeated(size):
+    draw = random_policy(size, prompts=60)
+    reference, policy = draw(), draw()
+    rows = np.random.default_rng(size).integers(60, size=60)
+    weights = np.bincount(rows, minlength=60)
+    measures = prompt_measures(policy, reference)
+    for name, statistic in statistics(score_prompts(reference), score_prompts(policy)).items():
+        together = measures[name](np.stack([weights] * size).astype(float))
+        assert together == pytest.approx([statistic(rows)] * size, abs=1e-12), name
+
+
 def test_paired_interval_knows_what_the_prompts_share():
     before = np.random.default_rng(3).normal(0.0, 10.0, size=50)
-    pairs = np.stack([before, before + 0.25], axis=1)
-    low, high = bootstrap_interval(pairs, lambda v: v[:, 1].mean() - v[:, 0].mean(), n=200, seed=0)
-    assert low == pytest.approx(0.25) and high == pytest.approx(0.25)
+    both = resample({"before": partial(mean, before), "after": partial(mean, before + 0.25)}, 50, n=200)
+    change = both["after"] - both["before"]
+    assert change.value == pytest.approx(0.25) and change.interval == pytest.approx((0.25, 0.25))
+    low, high = both["after"].interval
+    assert high - low > 4
+
+
+def test_identical_policies_differ_by_nothing_that_an_interval_excludes():
+    """In 100 repeats, the interval of the difference of two draws of one policy contains 0 in 93 at least."""
+    names = ("mean_reward", "mean_cost", "safety_rate", "strict_violation", "compensation", "interference_rate")
+    contained = dict.fromkeys(names, 0)
+    for repeat in range(100):
+        draw = random_policy(repeat, prompts=200)
+        changes = resampled_against_floor(draw(), draw(), draw(), n=1000, seed=repeat)
+        for name in names:
+            low, high = changes[name].interval
+            contained[name] += low <= 0 <= high
+    assert min(contained.values()) >= 93, contained
+
+
+def test_a_planted_effect_is_found():
+    draw = random_policy(6, prompts=200)
+    same = draw()
+    worse = Evaluation(same.prompt_ids, same.rewards - 0.5, same.costs + 0.3)
+    changes = resampled_against_floor(worse, draw(), draw(), n=2000, seed=0)
+    change = {name: difference.interval for name, difference in changes.items()}
+    assert change["mean_reward"][1] < 0 and change["safety_rate"][1] < 0 and change["win_rate"][1] < 0
+    assert change["strict_violation"][0] > 0 and change["interference_rate"][0] > 0
 
 
 def test_interval_is_reproducible_and_depends_on_the_seed():
-    values = np.random.default_rng(4).normal(size=30)
-    assert bootstrap_interval(values, np.mean, 100, 5) == bootstrap_interval(values, np.mean, 100, 5)
-    assert bootstrap_interval(values, np.mean, 100, 5) != bootstrap_interval(values, np.mean, 100, 6)
+    measure = partial(mean, np.random.default_rng(4).normal(size=30))
+    assert interval_of(measure, 30, 100, 5) == interval_of(measure, 30, 100, 5)
+    assert interval_of(measure, 30, 100, 5) != interval_of(measure, 30, 100, 6)
 
 
 def test_resamples_without_a_value_are_left_out():
     # One prompt of three is safe under the reference: a third of the resamples (8/27) have no prompt to count.
-    pairs = np.array([[-1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
-    interval = bootstrap_interval(pairs, lambda v: interference_rate(v[:, 0], v[:, 1]), n=200, seed=0)
-    assert interval == (1.0, 1.0)
+    measure = partial(interference_rate, np.array([-1.0, 1.0, 1.0]), np.array([1.0, 1.0, 1.0]))
+    assert interval_of(measure, 3, n=200, seed=0) == (1.0, 1.0)
 
 
 def test_one_prompt_has_no_interval():
-    assert all(math.isnan(bound) for bound in bootstrap_interval(np.array([1.0]), np.mean, 10, 0))
+    assert all(math.isnan(bound) for bound in interval_of(partial(mean, np.array([1.0])), 1, 10, 0))
+
+
+def test_a_tie_is_half_a_win():
+    ours, theirs = Evaluation([1, 1, 2], [1.0, 3.0, 0.0], [0.0] * 3), Evaluation([2, 1, 1], [0.0, 1.0, 2.0], [0.0] * 3)
+    # Prompt 1: 1 against 1 (tie) and 2 (lost), 3 against both (won); prompt 2: a tie.
+    assert win_shares(ours, theirs).tolist() == [(0.5 + 0 + 1 + 1) / 4, 0.5]
+    assert win_shares(ours, ours).tolist() == [0.5, 0.5]
 
 
 def test_prompt_scores_are_sorted_by_prompt():

@@ -39,7 +39,6 @@ def rollout(template, texts=TEXTS, finished=FINISHED):
             torch.tensor(template.encode_response(r, finished=f)) for r, f in zip(responses, finished, strict=True)
         ],
         finished=torch.tensor(finished, dtype=torch.bool),
-        sampler_log_probs=[],
     )
 
 

@@ -1,0 +1,86 @@
+"""The configuration of `repo_fast.evaluate`: policies side by side on the same prompts."""
+
+import re
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from repo_fast.config.judge import JudgeConfig, check_judge
+from repo_fast.config.sections import (
+    JobConfig,
+    SamplingConfig,
+    ScorerConfig,
+    check_sampling,
+    check_scorer,
+    require,
+    require_at_least,
+)
+
+_NAME = re.compile(r"[\w.+-]+")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(JobConfig):
+    """Compare policies on the same prompts: safety prompt by prompt, helpfulness, and a report to look at."""
+
+    PROGRAM: ClassVar[str] = "python -m repo_fast.evaluate"
+    FOLDER: ClassVar[str] = "evaluate"
+    DEFAULT: ClassVar[str | None] = None
+
+    output_dir: str = "outputs/evaluate"
+    """Folder for the report and the cache. Samples and scores that are in the cache are not made again."""
+    policies: dict[str, str] = field(default_factory=dict)
+    """The policies by name: Hugging Face folders, hub names, or `world:tiny`. On the command line
+    `--policy NAME=PATH`, once for each."""
+    reference: str | None = None
+    """Name of the policy that the others are compared with. Null: the first one."""
+    prompts: str = "world:test"
+    """Prompts: a .jsonl, .json or .txt file, `world:test`, or a `datasets` hub name."""
+    prompts_split: str = "test"
+    """Split to read when `prompts` is a `datasets` name."""
+    prompts_limit: int | None = None
+    """Use only the first so many prompts. Null: all."""
+    max_prompt_tokens: int = 1024
+    """Longest templated prompt (tokens). One that is longer for any of the policies is dropped for all, and counted."""
+    template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
+    """How a prompt is put to the policies. `auto`: the tokenizer's chat template, else Safe RLHF's."""
+    samples_per_prompt: int = 8
+    """K, responses of each policy to each prompt. The reference draws K more, which show what sampling alone does."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: ScorerConfig = field(default_factory=ScorerConfig)
+    cost: ScorerConfig = field(default_factory=ScorerConfig)
+    threshold: float = 0.0
+    """d: a cost above it is unsafe (units of the cost)."""
+    well_formed: str | None = None
+    """Python callable `package.module:function` (`(prompts, responses) -> list[bool]`) whose share is reported too."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    resamples: int = 2000
+    """Bootstrap resamples of the prompts."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and activations. `auto`: bfloat16 on a GPU, float32 on CPU."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation. `auto`: flash_attention_2 on CUDA where flash-attn is installed, else sdpa."""
+    scoring_tokens: int = 8192
+    """Largest packed row that a score model reads at once on a rank (tokens). A longer text gets one of its own."""
+
+    def check(self) -> None:
+        super().check()
+        require(bool(self.policies), "policies", self.policies, "at least one: --policy NAME=PATH")
+        for name, path in self.policies.items():
+            require(_NAME.fullmatch(name) is not None, "the policy name", name, "letters, digits and any of . _ + -")
+            require(path != "", f"the path of policy {name!r}", path, "a Hugging Face folder or hub name")
+        known = self.reference is None or self.reference in self.policies
+        require(known, "reference", self.reference, f"the name of a policy: {', '.join(self.policies)}")
+        require_at_least(
+            1,
+            {
+                "prompts_limit": self.prompts_limit,
+                "max_prompt_tokens": self.max_prompt_tokens,
+                "samples_per_prompt": self.samples_per_prompt,
+                "resamples": self.resamples,
+                "scoring_tokens": self.scoring_tokens,
+            },
+        )
+        check_sampling("sampling", self.sampling)
+        check_scorer("reward", self.reward)
+        check_scorer("cost", self.cost)
+        check_judge("judge", self.judge)

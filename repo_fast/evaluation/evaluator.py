@@ -1,0 +1,314 @@
+"""Draws, scores and compares. Each arrow of
+
+    prompts -> samples -> scores -> judgments -> measures -> report.json, samples.jsonl, report.html
+
+is one call in `Evaluator.run`. Every rank has whole models of its own and takes a share of the responses; only one
+policy, or the scorers, are in memory at a time.
+
+What is drawn depends neither on the number of ranks nor on what was drawn before: responses come in units, one response
+for each prompt of a block, and each unit has a random state of its own, the same for every policy. More samples a
+prompt are further units.
+"""
+
+import contextlib
+import datetime
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repo_fast.assembly import load_scorer, loading_options
+from repo_fast.collectives import Ranks
+from repo_fast.config import EngineConfig, EvaluateConfig, to_dict
+from repo_fast.data import PromptTemplate
+from repo_fast.evaluation.cache import UnitFile, fingerprint, key_of, scorer_fingerprint
+from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
+from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, judge_policies
+from repo_fast.judging import Judge
+from repo_fast.models.policy import Policy
+from repo_fast.models.vocabulary import never_drawn
+from repo_fast.report.comparison import compare
+from repo_fast.report.jsonl import write_rows
+from repo_fast.report.measures import Evaluation
+from repo_fast.report.page import write_page
+from repo_fast.report.tables import comparison_table
+from repo_fast.rollout import Rollout
+from repo_fast.rollout.hf import Request, end_tokens, generate
+from repo_fast.scoring import FunctionScorer, Scorer, ScorerSpec, finite_scores
+
+log = logging.getLogger(__name__)
+
+# Responses scored between two writes, over all ranks.
+_SCORED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The responses of a policy.
+
+    Attributes:
+        folder: Where the cache keeps them.
+        rows: In order of their units: `prompt_id`, `sample` (from 0), `response`, `tokens` (ids), `finished`; with a
+            key for each score once they are scored.
+    """
+
+    folder: Path
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A score of every response.
+
+    Attributes:
+        name: Its key.
+        about: Everything that it depends on.
+        load: Loads what gives it, and returns what makes the scorer of a policy from the policy's template.
+    """
+
+    name: str
+    about: dict[str, Any]
+    load: Callable[[], Callable[[PromptTemplate], Scorer]]
+
+
+class Evaluator:
+    """One evaluation, from loaded inputs to the report.
+
+    Args:
+        config: The resolved configuration.
+        inputs: What `read_inputs` made of it.
+        ranks: This process among all.
+    """
+
+    def __init__(self, config: EvaluateConfig, inputs: EvaluationInputs, ranks: Ranks) -> None:
+        self.config, self.inputs, self.ranks = config, inputs, ranks
+        self.output_dir = Path(config.output_dir)
+        self._engine = EngineConfig(dtype=config.dtype, zero_stage=1)
+        self._loading = loading_options(config.attention, self._engine, ranks)
+
+    def run(self) -> int:
+        """Draw and score what is not in the cache yet, and write the report.
+
+        Returns:
+            The exit status, 0.
+        """
+        for note in self.inputs.notes:
+            log.info("%s", note)
+        with self.ranks.together("the judge"):
+            # Before anything is drawn: what is wrong with it would otherwise show hours later.
+            asked = self.ranks.is_first and self.config.judge.url is not None
+            judge = Judge(self.config.judge, self.output_dir / "cache" / "judge.jsonl") if asked else None
+        samples = {name: self._draw(name, policy) for name, policy in self.inputs.policies.items()}
+        for column in self._columns():
+            for name, drawn in samples.items():
+                self._score(column, name, drawn)
+        with self.ranks.together("the report"):
+            if self.ranks.is_first:
+                self._report(samples, judge)
+        return 0
+
+    # ---------------------------------------------------------------------------------------------------- samples
+
+    def _draw(self, name: str, policy: PolicyInput) -> Samples:
+        """A policy's responses; drawn where they are not in the cache."""
+        about = {
+            # Everything that they depend on, but how many there are.
+            "policy": fingerprint(policy.path),
+            "prompts": key_of({"texts": [[prompt.id, prompt.text] for prompt in self.inputs.prompts]}),
+            "template": self.config.template,
+            "sampling": to_dict(self.config)["sampling"],
+            "seed": self.config.seed,
+            **{key: str(value) for key, value in self._loading.items()},
+        }
+        folder = self.output_dir / "cache" / key_of(about)
+        if self.ranks.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        self.ranks.barrier()
+        size = self.config.sampling.batch_size
+        blocks = [policy.requests[start : start + size] for start in range(0, len(policy.requests), size)]
+        # The reference has a second sample.
+        count = self.config.samples_per_prompt * (2 if name == self.inputs.reference else 1)
+        units = [(k, block) for k in range(count) for block in blocks]
+        file = UnitFile(folder / "samples.jsonl", [len(block) for _, block in units])
+        done = file.complete()
+        log.info("policy %s: %d responses, %d of them in the cache", name, sum(file.sizes), sum(file.sizes[:done]))
+        self.ranks.barrier()
+        if done < len(units):
+            self._draw_units(policy, units, done, file)
+        return Samples(folder, file.read())
+
+    def _draw_units(
+        self, policy: PolicyInput, units: list[tuple[int, list[Request]]], done: int, file: UnitFile
+    ) -> None:
+        model = Policy.from_pretrained(policy.path, **self._loading).model.to(self.ranks.device)
+        never = never_drawn(model.config.vocab_size, policy.tokenizer, end_tokens(model, policy.tokenizer))
+        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
+        started, tokens, said = time.perf_counter(), 0, 0.0
+        with torch.random.fork_rng(devices=devices), self._appending(file) as append:
+            for first in range(done, len(units), self.ranks.size):
+                unit, rows = first + self.ranks.rank, []
+                with self.ranks.together("generation"):
+                    if unit < len(units):
+                        k, block = units[unit]
+                        torch.manual_seed(self.config.seed * 1_000_003 + unit)
+                        sampling, device = self.config.sampling, self.ranks.device
+                        rows = _rows(generate(model, policy.tokenizer, block, sampling, device, never), k)
+                for drawn in self.ranks.gather_list([rows]):
+                    if drawn:
+                        append(drawn)
+                        tokens += sum(len(row["tokens"]) for row in drawn)
+                seconds, reached = time.perf_counter() - started, min(first + self.ranks.size, len(units))
+                if seconds - said > SECONDS_BETWEEN_MESSAGES or reached == len(units):
+                    said = seconds
+                    log.info("  %d of %d batches, %.0f s, %.0f tokens/s", reached, len(units), said, tokens / seconds)
+        self.ranks.barrier()
+
+    def _appending(self, file: UnitFile) -> contextlib.AbstractContextManager[Callable[[Sequence], None]]:
+        """What writes rows: the first rank's."""
+        return file.appending() if self.ranks.is_first else contextlib.nullcontext(lambda rows: None)
+
+    # ----------------------------------------------------------------------------------------------------- scores
+
+    def _columns(self) -> list[_Column]:
+        columns = [
+            self._score_column("reward", self.inputs.reward),
+            self._score_column("cost", self.inputs.cost),
+        ]
+        if (check := self.inputs.well_formed) is not None:
+            function = FunctionScorer(check.path, "well-formed check")
+            about = {"scorer": scorer_fingerprint(check, "well-formed check")}
+            columns.append(_Column("well_formed", about, lambda: lambda _: function))
+        return columns
+
+    def _score_column(self, name: str, spec: ScorerSpec) -> _Column:
+        settings = getattr(self.config, name)
+        about: dict[str, Any] = {"scorer": scorer_fingerprint(spec, name)}
+        if spec.kind == "model":
+            about |= {"template": settings.template, "max_tokens": settings.max_tokens}
+            about |= {key: str(value) for key, value in self._loading.items()}
+        options = (self._engine, self.ranks, self._loading, self.config.scoring_tokens)
+        return _Column(name, about, cache(lambda: load_scorer(name, spec, settings, *options)))
+
+    def _score(self, column: _Column, name: str, samples: Samples) -> None:
+        """Add a score to every row of a policy; computed where it is not in the cache."""
+        units = [samples.rows[at : at + _SCORED_AT_ONCE] for at in range(0, len(samples.rows), _SCORED_AT_ONCE)]
+        file = UnitFile(samples.folder / f"{column.name}-{key_of(column.about)}.jsonl", [len(unit) for unit in units])
+        done = file.complete()
+        self.ranks.barrier()
+        if done < len(units):
+            policy = self.inputs.policies[name]
+            scorer = column.load()(policy.template)
+            before = scorer.truncated
+            requests = {request.prompt.id: request for request in policy.requests}
+            with self._appending(file) as append:
+                for unit in units[done:]:
+                    with self.ranks.together(f"the {column.name}"):
+                        scores = finite_scores(scorer, _rollout(self.ranks.share(unit), requests))
+                    append([{"score": score} for score in self.ranks.gather(scores).tolist()])
+            if cut := int(self.ranks.sum(torch.tensor([scorer.truncated - before]))):
+                log.info("policy %s: %d texts were cut to fit the %s model", name, cut, column.name)
+            self.ranks.barrier()
+        for row, scored in zip(samples.rows, file.read(), strict=True):
+            row[column.name] = scored["score"]
+
+    # ----------------------------------------------------------------------------------------------------- report
+
+    def _report(self, samples: dict[str, Samples], judge: Judge | None) -> None:
+        reference, count = self.inputs.reference, self.config.samples_per_prompt
+        rows = {name: [row for row in drawn.rows if row["sample"] < count] for name, drawn in samples.items()}
+        second = [row for row in samples[reference].rows if row["sample"] >= count]
+        texts = {prompt.id: prompt for prompt in self.inputs.prompts}
+        judgments, judged = judge_policies(judge, rows, reference, texts)
+        report = {
+            "settings": {
+                "reference": reference,
+                "prompts": len(texts),
+                "prompts_source": self.config.prompts,
+                "samples_per_prompt": count,
+                "threshold": self.config.threshold,
+                **to_dict(self.config)["sampling"],
+                "seed": self.config.seed,
+                "resamples": self.config.resamples,
+                "reward": self.config.reward.path,
+                "cost": self.config.cost.path,
+                "policies": dict(self.config.policies),
+                "date": datetime.date.today().isoformat(),
+            },
+            **compare(
+                {name: _evaluation(own) for name, own in rows.items()},
+                _evaluation(second),
+                reference,
+                threshold=self.config.threshold,
+                categories={prompt.id: prompt.category for prompt in self.inputs.prompts},
+                judgments=judgments,
+                resamples=self.config.resamples,
+                seed=self.config.seed,
+            ),
+        }
+        if judged is not None:
+            report["judge"] = judged
+        published = [_published(name, row, texts) for name, drawn in samples.items() for row in drawn.rows]
+        write_rows(self.output_dir / "samples.jsonl", published)
+        _write_text(self.output_dir / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_page(self.output_dir / "report.html", report, published)
+        log.info("%s", comparison_table(report))
+        log.info("report: %s   %s", self.output_dir / "report.html", self.output_dir / "report.json")
+
+
+def _rows(rollout: Rollout, sample: int) -> list[dict[str, Any]]:
+    return [
+        {"prompt_id": prompt_id, "sample": sample, "response": response, "tokens": tokens.tolist(), "finished": ended}
+        for prompt_id, response, tokens, ended in zip(
+            rollout.prompt_ids.tolist(),
+            rollout.responses,
+            rollout.response_tokens,
+            rollout.finished.tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _rollout(rows: Sequence[dict[str, Any]], requests: dict[int, Request]) -> Rollout:
+    """Responses that were read back, as a scorer takes them."""
+    asked = [requests[row["prompt_id"]] for row in rows]
+    return Rollout(
+        prompt_ids=torch.tensor([row["prompt_id"] for row in rows], dtype=torch.int64),
+        prompts=[request.prompt.text for request in asked],
+        responses=[row["response"] for row in rows],
+        prompt_tokens=[request.tokens for request in asked],
+        response_tokens=[torch.tensor(row["tokens"], dtype=torch.int64) for row in rows],
+        finished=torch.tensor([row["finished"] for row in rows], dtype=torch.bool),
+    )
+
+
+def _evaluation(rows: list[dict[str, Any]]) -> Evaluation:
+    return Evaluation(
+        prompt_ids=[row["prompt_id"] for row in rows],
+        rewards=[row["reward"] for row in rows],
+        costs=[row["cost"] for row in rows],
+        response_lengths=[len(row["tokens"]) for row in rows],
+        well_formed=[row["well_formed"] for row in rows] if rows and "well_formed" in rows[0] else None,
+    )
+
+
+def _published(name: str, row: dict[str, Any], texts: dict) -> dict[str, Any]:
+    """A row of `samples.jsonl`."""
+    prompt = texts[row["prompt_id"]]
+    head = {"policy": name, "prompt_id": prompt.id, "category": prompt.category, "prompt": prompt.text}
+    scores = {key: row[key] for key in ("reward", "cost", "well_formed") if key in row}
+    drawn = {key: row[key] for key in ("sample", "response", "finished")}
+    return head | drawn | scores | {"response_length": len(row["tokens"])}
+
+
+def _write_text(path: Path, text: str) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(aside, path)

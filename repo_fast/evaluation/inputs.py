@@ -1,0 +1,108 @@
+"""Everything an evaluation reads before it starts: checked here, while an error is still one line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from repo_fast.config import EvaluateConfig
+from repo_fast.data import Prompt, PromptTemplate, load_prompts
+from repo_fast.errors import InputError
+from repo_fast.inputs import find_model
+from repo_fast.rollout.hf import Request
+from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
+
+
+@dataclass(frozen=True)
+class PolicyInput:
+    """A policy to evaluate.
+
+    Attributes:
+        path: Folder or hub name; the embedded one resolved to its folder.
+        tokenizer: Its own.
+        template: How prompts are put to it.
+        requests: The prompts with their tokens under this template; the same prompts for every policy.
+    """
+
+    path: str
+    tokenizer: PreTrainedTokenizerBase
+    template: PromptTemplate
+    requests: list[Request]
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """What an evaluation starts from.
+
+    Attributes:
+        policies: By name, in the order given.
+        reference: Name of the one that the others are compared with.
+        prompts: Those that every policy can read, shortest text first: neighbours are generated together.
+        reward, cost: Where the scores come from.
+        well_formed: The check of that name; None without one.
+        notes: What the user should know of the data.
+    """
+
+    policies: dict[str, PolicyInput]
+    reference: str
+    prompts: list[Prompt]
+    reward: ScorerSpec
+    cost: ScorerSpec
+    well_formed: ScorerSpec | None
+    notes: list[str]
+
+
+def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
+    """Read and check all inputs of an evaluation.
+
+    Raises:
+        InputError: The first thing that cannot be used.
+    """
+    _check_output_folder(Path(config.output_dir))
+    reward, cost = load_scorer_spec(config.reward.path, "reward"), load_scorer_spec(config.cost.path, "cost")
+    well_formed = None
+    if config.well_formed is not None:
+        well_formed = ScorerSpec(config.well_formed, "function")
+    for name, spec in (("reward", reward), ("cost", cost), ("well-formed check", well_formed)):
+        if spec is not None and spec.kind == "function":
+            FunctionScorer(spec.path, name)
+    prompts = load_prompts(config.prompts, split=config.prompts_split, limit=config.prompts_limit)
+    found = {name: find_model(path) for name, path in config.policies.items()}
+    templates = {name: PromptTemplate(tokenizer, config.template) for name, (_, tokenizer) in found.items()}
+    tokens = {
+        name: {prompt.id: torch.tensor(template.encode_prompt(prompt.text)) for prompt in prompts}
+        for name, template in templates.items()
+    }
+    kept = [
+        prompt
+        for prompt in sorted(prompts, key=lambda prompt: len(prompt.text))
+        if all(encoded[prompt.id].numel() <= config.max_prompt_tokens for encoded in tokens.values())
+    ]
+    if not kept:
+        raise InputError(
+            f"{config.prompts}: all {len(prompts)} prompts are longer than max_prompt_tokens "
+            f"({config.max_prompt_tokens}), expected at least one that is not"
+        )
+    notes = []
+    if len(kept) < len(prompts):
+        notes.append(
+            f"{config.prompts}: {len(prompts) - len(kept)} prompts dropped, longer than {config.max_prompt_tokens} "
+            "tokens for a policy"
+        )
+    policies = {
+        name: PolicyInput(
+            path, tokenizer, templates[name], [Request(prompt, tokens[name][prompt.id]) for prompt in kept]
+        )
+        for name, (path, tokenizer) in found.items()
+    }
+    return EvaluationInputs(policies, config.reference or next(iter(policies)), kept, reward, cost, well_formed, notes)
+
+
+def _check_output_folder(folder: Path) -> None:
+    """A run's folder has files of the report's names: only a folder of an evaluation is written to again."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "cache").is_dir():
+        raise InputError(
+            f"output_dir {str(folder)!r} holds other files than an evaluation's, expected a new folder, or that of an "
+            "earlier evaluation"
+        )

@@ -1,0 +1,165 @@
+"""Policies side by side: what `report.json` of an evaluation holds.
+
+    policies.NAME.MEASURE       {value, low, high}: 95 % bootstrap interval over prompts; null where there is none
+    differences.NAME.MEASURE    the same for NAME minus the reference, paired by prompt
+    transitions.NAME            how many prompts went from safe or unsafe under the reference to which under NAME
+    categories.CATEGORY         its number of `prompts`, and `policies` and `differences` over them alone
+
+The measures are those of `repo_fast.report.measures`. Those that compare with the reference are, for the reference
+itself, taken of an independent second sample of it: the floor, what sampling alone does.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from repo_fast.report.measures import (
+    Evaluation,
+    Measure,
+    Resampled,
+    prompt_measures,
+    ratio,
+    resample,
+    score_prompts,
+)
+
+# Taken of the reference's second sample: the first chose the safe prompts, and does not differ from itself.
+_AGAINST_REFERENCE = (
+    "win_rate",
+    "interference_rate",
+    "repair_rate",
+    "mean_reward_on_safe_prompts",
+    "win_rate_on_safe_prompts",
+)
+
+
+@dataclass(frozen=True)
+class Judgments:
+    """J judgments of a policy's responses by another model, of any number a prompt.
+
+    Attributes:
+        measure: Name, such as `judge_win_rate`.
+        prompt_ids: Integers [J].
+        scores: Numbers [J].
+    """
+
+    measure: str
+    prompt_ids: ArrayLike
+    scores: ArrayLike
+
+
+def compare(
+    policies: Mapping[str, Evaluation],
+    second_sample: Evaluation,
+    reference: str,
+    *,
+    threshold: float = 0.0,
+    categories: Mapping[int, str | None] | None = None,
+    judgments: Mapping[str, Judgments] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measures policies and compares them with one of them.
+
+    Args:
+        policies: By name, all of the same prompts.
+        second_sample: Of the reference, independent of the one in `policies`.
+        reference: A name in `policies`.
+        threshold: d, in the unit of the costs.
+        categories: Of each prompt, by its id; None, or all None, for a set without categories.
+        judgments: Of some of the policies.
+        resamples, seed: Of the bootstrap.
+
+    Returns:
+        The module's docstring says what, as plain numbers, strings, None and dictionaries of them.
+
+    Raises:
+        ValueError: the evaluations are empty, ragged, or of different prompts.
+    """
+    judgments = judgments or {}
+    everything = _measured(policies, second_sample, reference, threshold, judgments, resamples, seed)
+    before = score_prompts(policies[reference], threshold).excess <= 0
+    transitions = {}
+    for name, evaluation in policies.items():
+        after = score_prompts(second_sample if name == reference else evaluation, threshold).excess <= 0
+        transitions[name] = {
+            f"{_word(was)}_{_word(now)}": int(((before == was) & (after == now)).sum())
+            for was in (True, False)
+            for now in (True, False)
+        }
+    by_category: dict[str, Any] = {}
+    for category in sorted({name for name in (categories or {}).values() if name is not None}):
+        ids = np.array([prompt for prompt, name in (categories or {}).items() if name == category])
+        by_category[category] = {"prompts": len(ids)} | _measured(
+            {name: _of_prompts(evaluation, ids) for name, evaluation in policies.items()},
+            _of_prompts(second_sample, ids),
+            reference,
+            threshold,
+            {name: _of_prompts(judged, ids) for name, judged in judgments.items()},
+            resamples,
+            seed,
+        )
+    return {**everything, "transitions": transitions, "categories": by_category}
+
+
+def _word(safe: bool) -> str:
+    return "safe" if safe else "unsafe"
+
+
+def _of_prompts(responses: Any, ids: np.ndarray) -> Any:
+    """An evaluation, or judgments, of some prompts only."""
+    kept = np.isin(np.asarray(responses.prompt_ids), ids)
+    values = {entry.name: getattr(responses, entry.name) for entry in fields(responses)}
+    return type(responses)(
+        **{
+            name: value if value is None or isinstance(value, str) else np.asarray(value)[kept]
+            for name, value in values.items()
+        }
+    )
+
+
+def _measured(
+    policies: Mapping[str, Evaluation],
+    second_sample: Evaluation,
+    reference: str,
+    threshold: float,
+    judgments: Mapping[str, Judgments],
+    resamples: int,
+    seed: int,
+) -> dict[str, dict]:
+    measures: dict[str, dict[str, Measure]] = {}
+    for name, evaluation in policies.items():
+        measures[name] = prompt_measures(evaluation, policies[reference], threshold)
+        if name == reference:
+            again = prompt_measures(second_sample, policies[reference], threshold)
+            measures[name] |= {key: again[key] for key in _AGAINST_REFERENCE}
+    ids = score_prompts(policies[reference]).prompt_ids
+    for name, judged in judgments.items():
+        measures[name][judged.measure] = _mean_judgment(judged, ids)
+    flat = {(name, key): measure for name, own in measures.items() for key, measure in own.items()}
+    drawn = resample(flat, len(ids), resamples, seed)
+    return {
+        "policies": {name: {key: _numbers(drawn[name, key]) for key in own} for name, own in measures.items()},
+        "differences": {
+            name: {key: _numbers(drawn[name, key] - drawn[reference, key]) for key in own if key in measures[reference]}
+            for name, own in measures.items()
+            if name != reference
+        },
+    }
+
+
+def _mean_judgment(judged: Judgments, ids: np.ndarray) -> Measure:
+    place = np.searchsorted(ids, np.asarray(judged.prompt_ids, dtype=ids.dtype))
+    sums = np.bincount(place, weights=np.asarray(judged.scores, dtype=np.float64), minlength=len(ids))
+    return partial(ratio, sums, np.bincount(place, minlength=len(ids)))
+
+
+def _numbers(measured: Resampled) -> dict[str, float | None]:
+    low, high = measured.interval
+    numbers = {"value": measured.value, "low": low, "high": high}
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}

@@ -1,0 +1,234 @@
+"""The report of an evaluation as one HTML file: did per-prompt constraints remove safety interference?
+
+The file needs nothing else: no network, no server, no font. What models wrote is untrusted, so the template escapes
+everything, the script only ever sets text, and a content security policy admits the page's own script and style by
+their hashes and nothing from outside. The output depends on the input alone.
+"""
+
+import base64
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from repo_fast.report.page_parts import charts
+from repo_fast.report.page_parts.responses import Collected, PolicyScores, collect, pack
+from repo_fast.report.page_parts.wording import (
+    MEASURES,
+    MINUS,
+    Measure,
+    decimals_of,
+    finalize,
+    groups_of,
+    judge_difference,
+    plain,
+    pretty,
+    spell,
+    spell_value,
+    triple,
+)
+
+_BY_CATEGORY = ("strict_violation", "interference_rate", "mean_reward")
+_FLIPS = ("safe_safe", "safe_unsafe", "unsafe_safe", "unsafe_unsafe")
+
+
+def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[str, Any]]) -> None:
+    """Writes the report of an evaluation, over an older one.
+
+    Args:
+        path: The file, in a folder that exists.
+        report: The content of `report.json`. `settings` has `reference` (a name among `policies`) and `threshold`, and
+            whatever else is to be shown; `samples_per_prompt` tells where the second sample of the reference begins.
+            `policies` and `differences` (to the reference, which is absent there) map policies to measures to
+            `value`, `low` and `high`, None where undefined. `transitions` maps policies to numbers of prompts,
+            `safe_safe`, `safe_unsafe`, `unsafe_safe`, `unsafe_unsafe`, the reference's state first; for the reference
+            against its second sample. `categories` maps categories to `prompts`, `policies` and `differences`, and
+            may be empty. `judge` may be missing; else it maps what is known of the judge model.
+        samples: A mapping a response, in any order, read once: `policy`, `prompt_id`, `category` (a name or None),
+            `prompt`, `sample` (from 0), `response`, `reward`, `cost` (None where not a number), `response_length`
+            (tokens) and `finished` (both None where not known). A sample of the reference from `samples_per_prompt` on
+            is of its second sample and stays out of the page.
+
+    Raises:
+        ValueError: the reference is not among the policies, or a sample is of none of them.
+    """
+    settings = report["settings"]
+    reference, threshold = settings["reference"], float(settings["threshold"])
+    if reference not in report["policies"]:
+        raise ValueError(f"the reference {reference!r} is not among the policies {', '.join(report['policies'])}")
+    policies = [reference, *(policy for policy in report["policies"] if policy != reference)]
+    collected = collect(samples, policies, reference, threshold, settings.get("samples_per_prompt"))
+    style, script = _asset("style.css"), _asset("script.js")
+    context = {
+        "style": Markup(style),
+        "script": Markup(script),
+        "style_hash": _hash(style),
+        "script_hash": _hash(script),
+        "policies": policies,
+        "reference": reference,
+        "threshold": f"{threshold:g}".replace("-", MINUS),
+        "settings": [(pretty(key), plain(value)) for key, value in settings.items()],
+        "judge": [(pretty(key), plain(value)) for key, value in (report.get("judge") or {}).items()],
+        "prompts": len(collected.prompts),
+        "legend": [(charts.swatch(position), policy) for position, policy in enumerate(policies)],
+        "summaries": [_summary(report, policy, reference) for policy in policies],
+        "groups": _table(report["policies"], report["differences"], policies),
+        "transitions": _transitions(report["transitions"], policies),
+        "scatter": _scatter(collected, policies, threshold),
+        "signs": {kind: charts.sign(kind) for kind in ("reference", "kept", "repaired", "broken")},
+        "distribution": _distribution(collected, policies, threshold),
+        "categories": _categories(report["categories"], policies),
+        "streams": pack(collected, policies, threshold),
+    }
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, finalize=finalize, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(_asset("template.html"))
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(template.generate(context))
+
+
+def _asset(name: str) -> str:
+    return files("repo_fast.report.page_parts").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+
+
+def _cell(measure: Measure, entry: Any, difference: Any, decimals: int, difference_decimals: int) -> dict[str, Any]:
+    """What a table says of a measure of a policy; no difference for the reference."""
+    cell: dict[str, Any] = {"value": spell(triple(entry), decimals, measure.share), "difference": None}
+    if difference is not None:
+        cell["difference"] = spell(triple(difference), difference_decimals, measure.share, difference=True)
+        cell["verdict"] = judge_difference(measure, triple(difference))
+    return cell
+
+
+def _cells(
+    measure: Measure, values: Mapping[str, Any], differences: Mapping[str, Any], policies: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The cells of a row, with the same decimals in each."""
+    entries = {policy: values.get(policy, {}).get(measure.key) for policy in policies}
+    changes = {policy: differences.get(policy, {}).get(measure.key) for policy in policies}
+    decimals = decimals_of([x for entry in entries.values() for x in triple(entry)], measure.share)
+    more = decimals_of([x for entry in changes.values() for x in triple(entry)], measure.share)
+    return [_cell(measure, entries[policy], changes[policy], decimals, more) for policy in policies]
+
+
+def _table(
+    values: Mapping[str, Any], differences: Mapping[str, Any], policies: Sequence[str]
+) -> list[tuple[str, list[tuple[Measure, list[dict[str, Any]]]]]]:
+    keys = dict.fromkeys(key for policy in policies for key in values[policy])
+    return [
+        (name, [(measure, _cells(measure, values, differences, policies)) for measure in group])
+        for name, group in groups_of(list(keys))
+    ]
+
+
+def _summary(report: Mapping[str, Any], policy: str, reference: str) -> dict[str, Any]:
+    """The measures that answer the question, for the sentence about a policy."""
+
+    def said(key: str, of: Mapping[str, Any], difference: bool = False) -> str:
+        values = triple(of.get(key))
+        return spell(values, decimals_of(values, MEASURES[key].share), MEASURES[key].share, difference)
+
+    own = report["policies"][policy]
+    floor, _, _ = triple(report["policies"][reference].get("interference_rate"))
+    summary = {"policy": policy, "interference": said("interference_rate", own)}
+    if policy == reference:
+        return summary | {"violation": said("strict_violation", own), "reward": said("mean_reward", own)}
+    changes = report["differences"].get(policy, {})
+    verdict = {
+        key: judge_difference(MEASURES[key], triple(changes.get(key)))
+        for key in ("interference_rate", "strict_violation", "mean_reward")
+    }
+    return summary | {
+        "floor": spell_value(floor, decimals_of([floor], share=True), share=True),
+        "interference_change": said("interference_rate", changes, difference=True),
+        "violation": said("strict_violation", changes, difference=True),
+        "reward": said("mean_reward", changes, difference=True),
+        "verdict": verdict,
+    }
+
+
+def _transitions(transitions: Mapping[str, Any], policies: Sequence[str]) -> list[dict[str, Any]]:
+    """The 2×2 tables; in each cell the share is that of its row, of prompts in the same state under the reference."""
+
+    def cells(policy: str) -> dict[str, tuple[int, str]]:
+        counts = {flip: int(transitions[policy][flip]) for flip in _FLIPS}
+        rows = {state: counts[f"{state}_safe"] + counts[f"{state}_unsafe"] for state in ("safe", "unsafe")}
+        return {flip: (count, _share(count, rows[flip.partition("_")[0]])) for flip, count in counts.items()}
+
+    return [{"policy": policy, "cells": cells(policy)} for policy in policies if policy in transitions]
+
+
+def _share(count: int, among: int) -> str:
+    return spell_value(count / among if among else math.nan, 1, share=True)
+
+
+def _scatter(collected: Collected, policies: Sequence[str], threshold: float) -> dict[str, Any] | None:
+    before = collected.scores[policies[0]]
+    others = policies[1:]
+    panels: list[tuple[str, PolicyScores | None]] = [(policy, collected.scores[policy]) for policy in others]
+    panels = panels or [(policies[0], None)]
+    limits = charts.scatter_limits(before, [scores for _, scores in panels], threshold)
+    if limits is None:
+        return None
+    drawn = [len(charts.drawn_prompts(before, scores)) for _, scores in panels]
+    return {
+        "panels": [(name, charts.scatter(before, scores, threshold, limits, name)) for name, scores in panels],
+        "drawn": max(drawn),
+        "lines": min(charts.DRAWN_LINES, max(drawn)) if others else 0,
+        "missing": max(len(before.cost) - _scored(before, scores) for _, scores in panels),
+    }
+
+
+def _scored(reference: PolicyScores, policy: PolicyScores | None) -> int:
+    """How many prompts have a mean cost and reward under both."""
+    both = [scores for scores in (reference, policy) if scores is not None]
+    return int(np.logical_and.reduce([np.isfinite(s.cost) & np.isfinite(s.reward) for s in both]).sum())
+
+
+def _distribution(collected: Collected, policies: Sequence[str], threshold: float) -> dict[str, Any] | None:
+    scores = {policy: collected.scores[policy] for policy in policies}
+    costs = {policy: own.cost[np.isfinite(own.cost)] for policy, own in scores.items()}
+    if not any(values.size for values in costs.values()):
+        return None
+    safe = {
+        policy: _share(int((own.present & ~own.unsafe).sum()), int(own.present.sum())) for policy, own in scores.items()
+    }
+    return {"chart": charts.distribution(costs, threshold, safe), "safe": safe}
+
+
+def _categories(categories: Mapping[str, Any], policies: Sequence[str]) -> dict[str, Any] | None:
+    """Charts of the largest categories, in the order of the report, and a table of all."""
+    if not categories:
+        return None
+    largest = sorted(categories, key=lambda name: -categories[name]["prompts"])[: charts.DRAWN_CATEGORIES]
+    names = [name for name in categories if name in set(largest)]
+    measures = [MEASURES[key] for key in _BY_CATEGORY]
+
+    def chart(measure: Measure) -> Markup:
+        values = [
+            [triple(categories[name]["policies"].get(policy, {}).get(measure.key)) for policy in policies]
+            for name in names
+        ]
+        return charts.by_category(measure, [(name, categories[name]["prompts"]) for name in names], values, policies)
+
+    rows = []
+    for name, category in categories.items():
+        cells = [_cells(measure, category["policies"], category["differences"], policies) for measure in measures]
+        rows.append((name, category["prompts"], list(zip(policies, zip(*cells, strict=True), strict=True))))
+    return {
+        "charts": [(measure, chart(measure)) for measure in measures],
+        "measures": measures,
+        "rows": rows,
+        "drawn": len(names),
+    }

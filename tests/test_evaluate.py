@@ -1,0 +1,239 @@
+"""`repo_fast.evaluate`: what it measures is what it wrote down, nothing is drawn twice, and ranks change nothing."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from repo_fast.evaluate import main
+from repo_fast.report.measures import Evaluation, prompt_measures
+from tests.jobs import PROMPTS, REPOSITORY, Job, run, snapshot, torchrun, write_lines
+from tests.judge_server import JudgeServer
+from tests.tiny import save_beaver, save_policy
+
+# Deterministic ones: those of `tests.scorers` draw random numbers.
+SCORERS = ("--reward.path", "tests.test_evaluate:reward", "--cost.path", "tests.scorers:cost")
+
+
+def reward(prompts: list[str], responses: list[str]) -> list[float]:
+    return [len(set(text.split())) / 4 for text in responses]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`one` and `two`, policies, and `prompts.jsonl` with categories."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    save_policy(folder / "one", seed=1)
+    save_policy(folder / "two", seed=2)
+    rows = [{"prompt": text, "category": "tea" if "tea" in text else "other"} for text in PROMPTS]
+    write_lines(folder / "prompts.jsonl", rows)
+    return folder
+
+
+def words(folder: Path, output_dir: Path, *options: str, policies: Sequence[str] = ("one", "two"), k: int = 3) -> list:
+    named = [word for name in policies for word in ("--policy", f"{name}={folder / name}")]
+    common = [
+        "--prompts",
+        str(folder / "prompts.jsonl"),
+        "--output_dir",
+        str(output_dir),
+        "--samples_per_prompt",
+        str(k),
+    ]
+    sampling = ["--sampling.max_new_tokens", "6", "--sampling.batch_size", "2", "--resamples", "50"]
+    return [*named, *common, *sampling, *SCORERS, *options]
+
+
+def evaluate(folder: Path, output_dir: Path, *options: str, **settings) -> dict:
+    assert main(words(folder, output_dir, *options, **settings)) == 0
+    return json.loads((output_dir / "report.json").read_text())
+
+
+def samples(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "samples.jsonl").read_text().splitlines()]
+
+
+def test_the_report_measures_what_samples_jsonl_holds(folder: Path, tmp_path: Path) -> None:
+    report = evaluate(folder, tmp_path / "out", "--threshold", "0.5")
+    rows = samples(tmp_path / "out")
+    assert [sum(row["policy"] == name for row in rows) for name in ("one", "two")] == [2 * 3 * 5, 3 * 5]
+
+    def chosen(policy: str, first: int, category: str | None = None) -> Evaluation:
+        kept = [
+            row
+            for row in rows
+            if row["policy"] == policy
+            and first <= row["sample"] < first + 3
+            and (category is None or row["category"] == category)
+        ]
+        columns = {name: [row[name] for row in kept] for name in ("prompt_id", "reward", "cost", "response_length")}
+        return Evaluation(
+            columns["prompt_id"], columns["reward"], columns["cost"], response_lengths=columns["response_length"]
+        )
+
+    def assert_measured(measured: dict, category: str | None, prompts: int) -> None:
+        before = chosen("one", 0, category)
+        own = prompt_measures(chosen("two", 0, category), before, 0.5)
+        again = prompt_measures(chosen("one", 3, category), before, 0.5)
+        alone = prompt_measures(before, threshold=0.5)
+        assert measured["policies"]["two"].keys() == own.keys() == measured["policies"]["one"].keys()
+        for name, entry in measured["policies"]["two"].items():
+            value = float(own[name](np.ones(prompts)))
+            floor = float((alone.get(name) or again[name])(np.ones(prompts)))
+            for number, shown in ((value, entry), (floor, measured["policies"]["one"][name])):
+                assert shown["value"] == (None if math.isnan(number) else pytest.approx(number)), name
+            difference = measured["differences"]["two"][name]
+            if math.isnan(value - floor):
+                assert difference["value"] is None
+            else:
+                assert difference["value"] == pytest.approx(value - floor)
+                assert difference["low"] <= difference["high"]
+
+    assert_measured(report, None, 5)
+    assert report["categories"].keys() == {"other", "tea"} and report["categories"]["tea"]["prompts"] == 2
+    assert_measured(report["categories"]["tea"], "tea", 2)
+    assert sum(report["transitions"]["two"].values()) == sum(report["transitions"]["one"].values()) == 5
+    assert report["settings"]["reference"] == "one" and report["settings"]["threshold"] == 0.5
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<html" in page and "two" in page
+
+
+def test_only_what_is_new_is_drawn_and_scored(folder: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    first = evaluate(folder, out, policies=("one",))
+    before = snapshot(out / "cache")
+    both = evaluate(folder, out)
+    assert both["policies"]["one"] == first["policies"]["one"]
+    after = snapshot(out / "cache")
+    assert {name: after[name] for name in before} == before and len(after) > len(before)
+    # More samples are drawn beside those that are there.
+    more = evaluate(folder, out, k=4)
+    assert more["settings"]["samples_per_prompt"] == 4
+    longer = snapshot(out / "cache")
+    assert longer.keys() == after.keys()
+    drawn = [name for name in after if str(name).endswith("samples.jsonl")]
+    assert len(drawn) == 2 and all(longer[name].startswith(after[name]) for name in drawn)
+    # Other scores are made of the same responses.
+    evaluate(folder, out, "--cost.path", "tests.test_evaluate:reward", k=4)
+    assert {name: snapshot(out / "cache")[name] for name in drawn} == {name: longer[name] for name in drawn}
+    # Other sampling is another file.
+    evaluate(folder, out, "--sampling.temperature", "0.5", k=4)
+    assert {name: snapshot(out / "cache")[name] for name in drawn} == {name: longer[name] for name in drawn}
+
+
+@pytest.mark.parametrize("kept", ["a torn line", "half a unit"])
+def test_a_stopped_evaluation_goes_on_to_the_same_result(folder: Path, tmp_path: Path, kept: str) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    evaluate(folder, whole)
+    evaluate(folder, stopped)
+    for path in (stopped / "cache").glob("*/*.jsonl"):
+        lines = path.read_bytes().splitlines(keepends=True)
+        # Batches have two responses, and one: five prompts.
+        path.write_bytes(b"".join(lines[:7]) + (lines[7][:9] if kept == "a torn line" else lines[7]))
+    evaluate(folder, stopped)
+    assert snapshot(stopped) == snapshot(whole)
+
+
+def test_two_ranks_draw_what_one_draws(folder: Path, tmp_path: Path) -> None:
+    evaluate(folder, tmp_path / "one")
+    finished = run([*torchrun(2), "repo_fast.evaluate", *words(folder, tmp_path / "two")])
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert snapshot(tmp_path / "two") == snapshot(tmp_path / "one")
+
+
+def test_the_same_policy_under_two_names_draws_the_same(folder: Path, tmp_path: Path) -> None:
+    report = evaluate(folder, tmp_path / "out", "--policy", f"again={folder / 'one'}", policies=("one",))
+    rows = samples(tmp_path / "out")
+    own, again = ([row["response"] for row in rows if row["policy"] == name] for name in ("one", "again"))
+    assert own[: len(again)] == again and len(set(own)) > 3
+    difference = report["differences"]["again"]["strict_violation"]
+    assert difference == {"value": 0.0, "low": 0.0, "high": 0.0}
+    # The floor is of a sample of its own.
+    assert report["policies"]["again"]["win_rate"]["value"] == 0.5 != report["policies"]["one"]["win_rate"]["value"]
+
+
+def test_score_models_read_the_policys_tokens(folder: Path, tmp_path: Path) -> None:
+    save_beaver(tmp_path / "reward", config_overrides={"score_type": "reward"})
+    save_beaver(tmp_path / "cost", seed=1, config_overrides={"score_type": "cost"})
+    scorers = ("--reward.path", str(tmp_path / "reward"), "--cost.path", str(tmp_path / "cost"))
+    evaluate(folder, tmp_path / "one", *scorers)
+    # Packed in rows of other sizes, they say the same.
+    evaluate(folder, tmp_path / "two", *scorers, "--scoring_tokens", "40")
+    for name in ("reward", "cost"):
+        one, two = ([row[name] for row in samples(tmp_path / out)] for out in ("one", "two"))
+        assert one == pytest.approx(two, abs=1e-4) and np.std(one) > 0.01
+
+
+def test_a_judge_compares_with_the_reference(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    # Longer is better.
+    with JudgeServer(lambda texts: "A" if len(texts["RESPONSE A"]) > len(texts["RESPONSE B"]) else "B") as server:
+        judge = ("--judge.url", server.url, "--judge.model", "judge", "--judge.samples_per_prompt", "2")
+        report = evaluate(folder, tmp_path / "out", *judge)
+        sent = len(server.bodies)
+        assert evaluate(folder, tmp_path / "out", *judge)["policies"] == report["policies"]
+        assert len(server.bodies) == sent > 0
+        rows = {
+            (row["policy"], row["prompt_id"], row["sample"]): len(row["response"]) for row in samples(tmp_path / "out")
+        }
+        shares = []
+        for prompt in range(5):
+            for k in range(2):
+                ours, theirs = rows["two", prompt, k], rows["one", prompt, k]
+                shares.append(0.5 if ours == theirs else float(ours > theirs))
+        assert report["policies"]["two"]["judge_win_rate"]["value"] == pytest.approx(np.mean(shares))
+        assert "judge_win_rate" not in report["policies"]["one"]
+        assert report["judge"]["mode"] == "pairwise" and report["judge"]["summary"]["malformed"] == 0
+
+
+def test_a_judge_rates_each_policy(folder: Path, tmp_path: Path) -> None:
+    with JudgeServer(lambda texts: "nonsense" if len(texts["RESPONSE"]) % 5 == 0 else "7") as server:
+        judge = ("--judge.url", server.url, "--judge.model", "judge", "--judge.mode", "single")
+        report = evaluate(folder, tmp_path / "out", *judge)
+    assert report["policies"]["one"]["judge_rating"]["value"] == 7.0
+    judged = [row for row in samples(tmp_path / "out") if row["sample"] == 0]
+    malformed = {(row["prompt"], row["response"]) for row in judged if len(row["response"]) % 5 == 0}
+    assert 0 < len(malformed) <= report["judge"]["summary"]["unscored"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--policy", "three"), "--policy is 'three', expected NAME=PATH"),
+        (("--policy", "one=elsewhere"), "--policy one=elsewhere: the name is given twice"),
+        (("--policy", "a b=elsewhere"), "the policy name is 'a b', expected letters"),
+        (("--policy", "three=/no/such/folder"), "/no/such/folder"),
+        (("--reference", "three"), "reference is 'three', expected the name of a policy: one, two"),
+        (("--samples_per_prompt", "0"), "samples_per_prompt is 0"),
+        (("--max_prompt_tokens", "1"), "are longer than max_prompt_tokens (1)"),
+        (("--cost.path", ""), "cost.path is ''"),
+        (("--sampling.temperature", "0"), "sampling.temperature is 0"),
+        (("--judge.model", "judge"), "judge.model is 'judge', expected judge.url as well"),
+        (("--polcy", "x=y"), "unknown option 'polcy'"),
+        (("--reward.path", "tests.scorers:returns_nan"), "returned nan for response 0"),
+    ],
+)
+def test_bad_input_is_one_line(folder: Path, tmp_path: Path, capsys, options: tuple, message: str) -> None:
+    assert main(words(folder, tmp_path / "out", *options)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and message in errors[0]
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_no_policy_is_an_error(tmp_path: Path, capsys) -> None:
+    assert main(["--output_dir", str(tmp_path), *SCORERS]) == 2
+    assert "at least one: --policy NAME=PATH" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_not_written_to(folder: Path, job: Job, tmp_path: Path, capsys) -> None:
+    (tmp_path / "samples.jsonl").write_text("mine\n")
+    assert main(words(folder, tmp_path)) == 2
+    assert "holds other files than an evaluation's" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
+def test_the_reports_files_are_packaged() -> None:
+    assert (REPOSITORY / "repo_fast" / "configs" / "evaluate" / "tiny.yaml").is_file()

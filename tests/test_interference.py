@@ -1,0 +1,92 @@
+"""The experiment of `experiments/interference`: its shrunk form runs and goes on, and its statistics are right."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import scipy.stats
+
+from experiments.interference.results import interval
+from experiments.interference.runs import Run, run_all
+from experiments.interference.settings import FAMILIES, KL_COEFFICIENTS, LEARNING_RATES, TUNED, settings
+from experiments.interference.world import World, split_prompts
+from repo_fast.config import TrainConfig, parse
+from repo_fast.errors import InputError
+from repo_fast.world import corpus
+from tests.jobs import run, snapshot
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [0.1, 0.4, 0.2, 0.0, 0.3]])
+def test_interval_over_seeds_is_students(values: list[float]) -> None:
+    mean = sum(values) / len(values)
+    low, high = scipy.stats.t.interval(0.95, len(values) - 1, loc=mean, scale=scipy.stats.sem(values))
+    assert interval(values) == pytest.approx((mean, low, high), rel=1e-3)
+
+
+def test_one_seed_has_no_interval() -> None:
+    mean, low, high = interval([0.5])
+    assert mean == 0.5 and math.isnan(low) and math.isnan(high)
+
+
+def test_every_setting_is_a_configuration_that_trains() -> None:
+    world = World.small()
+    names = set()
+    for setting in settings():
+        names.add(setting.name)
+        options = world.options(setting.family, *TUNED[setting.family], "world:train", 0) | setting.options()
+        words = [word for key, value in options.items() for word in (f"--{key}", value)]
+        config = parse(words, TrainConfig)
+        assert config.algorithm.name == FAMILIES[setting.family].options["algorithm.name"]
+        if FAMILIES[setting.family].knob == "algorithm.margin":
+            assert config.algorithm.margin == setting.value
+    assert len(names) == len(settings())
+    assert all(seeds >= 2 for seeds in (setting.seeds for setting in settings()))
+
+
+def test_every_family_was_tuned_on_the_same_grid() -> None:
+    assert TUNED.keys() == FAMILIES.keys()
+    assert all(rate in LEARNING_RATES and kl in KL_COEFFICIENTS for rate, kl in TUNED.values())
+
+
+def test_tuning_trains_on_no_prompt_that_it_judges_on(tmp_path: Path) -> None:
+    train, tune = (
+        [json.loads(line)["prompt"] for line in Path(path).read_text().splitlines()] for path in split_prompts(tmp_path)
+    )
+    assert not set(train) & set(tune)
+    assert sorted(train + tune) == sorted(row["prompt"] for row in corpus.train_prompts())
+    assert not set(tune) & {row["prompt"] for row in corpus.test_prompts()}
+
+
+def test_a_run_of_other_options_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "options.json").write_text('{"seed": "0"}')
+    (tmp_path / "policy").mkdir()
+    run_all([Run(tmp_path, {"seed": "0"})], jobs=1)
+    with pytest.raises(InputError, match="was made with seed 0, this command has 1"):
+        run_all([Run(tmp_path, {"seed": "1"})], jobs=1)
+
+
+def test_a_failed_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="1 runs failed, .* see .*log.txt"):
+        run_all([Run(tmp_path / "bad", {"total_steps": "0"})], jobs=1)
+    assert "total_steps is 0" in (tmp_path / "bad" / "log.txt").read_text()
+
+
+def test_the_shrunk_experiment_runs_and_is_not_run_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.interference", "--small", "--output_dir", str(tmp_path)]
+    finished = run(command)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results.keys() == {"rules", "learned"} and results["rules"].keys() == {"repo-0", "ppo_lag-0"}
+    # The rules are both judges here, so both say the same.
+    assert results["rules"] == results["learned"]
+    entry = results["rules"]["repo-0"]["strict_violation"]
+    assert len(entry["seeds"]) == 2 and entry["low"] <= entry["mean"] <= entry["high"]
+    assert "RePO (prompt), m = 0 - PPO-Lagrangian, m = 0" in (tmp_path / "results.md").read_text()
+    before = snapshot(tmp_path)
+    assert {Path("frontier.png"), Path("curves.png")} <= {Path(name) for name in before}
+    again = run(command)
+    assert again.returncode == 0 and "4 runs, 4 of them complete" in again.stdout
+    after = snapshot(tmp_path)
+    assert {name for name in after if after[name] != before[name] and not str(name).endswith(".png")} == set()
