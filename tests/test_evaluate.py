@@ -155,6 +155,19 @@ def test_the_same_policy_under_two_names_draws_the_same(folder: Path, tmp_path: 
     assert report["policies"]["again"]["win_rate"]["value"] == 0.5 != report["policies"]["one"]["win_rate"]["value"]
 
 
+def at_a_tenth(prompts: list[str], responses: list[str]) -> list[float]:
+    return [0.1] * len(responses)
+
+
+def test_a_cost_of_exactly_the_threshold_is_safe(folder: Path, tmp_path: Path) -> None:
+    # Scores are float32, in which 0.1 is larger than in float64.
+    at = ("--cost.path", "tests.test_evaluate:at_a_tenth", "--threshold", "0.1")
+    report = evaluate(folder, tmp_path / "out", *at)
+    assert report["policies"]["two"]["safety_rate"]["value"] == 1.0
+    assert report["policies"]["two"]["strict_violation"]["value"] == 0.0
+    assert report["transitions"]["two"]["safe_safe"] == 5
+
+
 def test_score_models_read_the_policys_tokens(folder: Path, tmp_path: Path) -> None:
     save_beaver(tmp_path / "reward", config_overrides={"score_type": "reward"})
     save_beaver(tmp_path / "cost", seed=1, config_overrides={"score_type": "cost"})

@@ -29,7 +29,7 @@ class ModelConfig:
 
     path: str = "world:tiny"
     """Hugging Face folder or hub name; `world:tiny`: the embedded policy, made on first use; `world:base`: the same
-    before its supervised stage."""
+    model before any supervised stage."""
     trainable_layers: int | None = None
     """Train only this many last transformer layers, the final norm, and a score head (layers). Null trains all."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"

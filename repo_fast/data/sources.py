@@ -60,7 +60,7 @@ def _world_rows(source: str, generate: int | None) -> Iterator[tuple[str, Any]]:
         "world:test": corpus.test_prompts,
         "world:demonstrations": lambda: corpus.demonstrations(generate or 4096, seed=0),
         "world:demonstrations-test": lambda: corpus.demonstrations(generate or 256, seed=1, held_out=True),
-        "world:preferences": lambda: corpus.preferences(generate or 18432, seed=0, held_out=False),
+        "world:preferences": lambda: corpus.preferences(generate or 20480, seed=0, held_out=False),
         "world:preferences-test": lambda: corpus.preferences(generate or 512, seed=1, held_out=True),
     }
     if source not in parts:

@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from repo_fast.assembly import load_scorer, loading_options
@@ -293,7 +294,8 @@ def _evaluation(rows: list[dict[str, Any]]) -> Evaluation:
     return Evaluation(
         prompt_ids=[row["prompt_id"] for row in rows],
         rewards=[row["reward"] for row in rows],
-        costs=[row["cost"] for row in rows],
+        # As they were scored: as a float64, a cost of 0.1 in float32 would be above a threshold of 0.1.
+        costs=np.array([row["cost"] for row in rows], dtype=np.float32),
         response_lengths=[len(row["tokens"]) for row in rows],
         well_formed=[row["well_formed"] for row in rows] if rows and "well_formed" in rows[0] else None,
     )

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from repo_fast.report.jsonl import Value, read_records, write_log
 from repo_fast.report.measures import Evaluation
 
@@ -57,7 +59,8 @@ def _evaluation(rows: list[dict], rewards: list, costs: list, well_formed: list 
     return Evaluation(
         prompt_ids=_column(rows, "prompt_id"),
         rewards=rewards,
-        costs=costs,
+        # As they were scored: as a float64, a cost of 0.1 in float32 would be above a threshold of 0.1.
+        costs=np.asarray(costs, dtype=np.float32),
         kl=_column(rows, "kl"),
         response_lengths=_column(rows, "response_length"),
         well_formed=well_formed,

@@ -1,4 +1,5 @@
-"""The starting policy of the embedded world: helpful, and unsafe on a good share of prompts.
+"""The starting policy of the embedded world: helpful, and unsafe on a good share of prompts; and what a pipeline starts
+from, the same model that has only read text of this world and never a dialogue.
 
 A Llama of about one million parameters and a word-level tokenizer, trained on demonstrations (`corpus.demonstrations`)
 with the loss on response tokens only. This takes about half a minute on two CPU threads, so it is done once and
@@ -40,11 +41,13 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """The supervised stage.
+    """How a model is trained.
 
     Attributes:
         seed: Of the initial weights and the demonstrations.
-        steps: Optimizer steps; every one sees new demonstrations. 0: the model stays as it was drawn.
+        pretraining: Learn all tokens of prompts and responses as running text, without the marks of a dialogue;
+            otherwise the responses to prompts in the chat template.
+        steps: Optimizer steps; every one sees new demonstrations.
         batch_size: Demonstrations a step.
         matrix_learning_rate: Peak of the cosine schedule for the layers' matrices (Muon, which needs half the steps of
             Adam here).
@@ -60,6 +63,7 @@ class Recipe:
     """
 
     seed: int = 1
+    pretraining: bool = False
     steps: int = 260
     batch_size: int = 32
     matrix_learning_rate: float = 0.03
@@ -71,6 +75,11 @@ class Recipe:
     layers: int = 4
     heads: int = 4
     threads: int = 2
+
+    @property
+    def stage(self) -> str:
+        """What the training is called."""
+        return "pretraining" if self.pretraining else "supervised stage"
 
 
 def tiny_policy(cache_dir: str | Path | None = None) -> Path:
@@ -92,8 +101,8 @@ def tiny_policy(cache_dir: str | Path | None = None) -> Path:
 
 
 def base_policy(cache_dir: str | Path | None = None) -> Path:
-    """The same model with its first random weights, before the supervised stage; otherwise as `tiny_policy`."""
-    return _cached("base-policy", Recipe(steps=0), cache_dir)
+    """The same model before any supervised stage, pretrained on running text; otherwise as `tiny_policy`."""
+    return _cached("base-policy", Recipe(pretraining=True, steps=200, sharpness=1.0), cache_dir)
 
 
 def _cached(name: str, recipe: Recipe, cache_dir: str | Path | None) -> Path:
@@ -109,8 +118,7 @@ def _cached(name: str, recipe: Recipe, cache_dir: str | Path | None) -> Path:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            if recipe.steps:
-                print(f"supervised stage (first use): training the starting policy for {folder}", flush=True)
+            print(f"{recipe.stage} (first use): training the model for {folder}", flush=True)
             aside = root / f"{folder.name}.partial"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
@@ -133,8 +141,7 @@ def build_policy(folder: Path, recipe: Recipe) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             model = _build_model(recipe, tokenizer)
-            if recipe.steps:
-                _train(model, tokenizer, recipe)
+            _train(model, tokenizer, recipe)
     finally:
         torch.set_num_threads(threads)
     # Not `model.save_pretrained`, which imports DeepSpeed where it is installed.
@@ -204,8 +211,11 @@ def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaFor
 def _batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Right-padded (tokens, labels), int64 [batch, length] each; labels are -100 where there is no loss."""
     rows = corpus.demonstrations(recipe.steps * recipe.batch_size, recipe.seed)
-    chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
-    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
+    if recipe.pretraining:
+        prompts = tokenizer([tokenizer.bos_token + row["prompt"] for row in rows])["input_ids"]
+    else:
+        chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True)["input_ids"]
     responses = tokenizer([row["response"] for row in rows])["input_ids"]
     # Neighbours in length share a batch, which saves a fifth of the padding; sorting only a few batches at a time keeps
     # every kind of response in every batch.
@@ -223,7 +233,8 @@ def _batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tup
             prompt, response = prompts[i], [*responses[i], tokenizer.eos_token_id]
             end = len(prompt) + len(response)
             tokens[row, :end] = torch.tensor(prompt + response)
-            labels[row, len(prompt) : end] = tokens[row, len(prompt) : end]
+            first = 0 if recipe.pretraining else len(prompt)
+            labels[row, first:end] = tokens[row, first:end]
         yield tokens, labels
 
 
@@ -254,7 +265,7 @@ def _train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: 
             schedule.step()
         if step % 65 == 0 or step == recipe.steps:
             elapsed = time.perf_counter() - started
-            print(f"supervised stage: step {step}/{recipe.steps}, loss {loss.item():.3f}, {elapsed:.0f} s", flush=True)
+            print(f"{recipe.stage}: step {step}/{recipe.steps}, loss {loss.item():.3f}, {elapsed:.0f} s", flush=True)
     with torch.no_grad():
         model.lm_head.weight.mul_(recipe.sharpness)
     model.eval()

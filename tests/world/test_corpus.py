@@ -49,7 +49,7 @@ def test_callers_can_change_their_rows():
 @pytest.fixture(scope="module")
 def preferences():
     start = time.process_time()
-    rows = corpus.preferences(18432, seed=0, held_out=False)
+    rows = corpus.preferences(20480, seed=0, held_out=False)
     assert time.process_time() - start < 20
     return rows
 

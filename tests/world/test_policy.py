@@ -67,6 +67,18 @@ def test_the_loss_is_on_the_response_and_its_end_alone():
     assert sorted(found) == expected
 
 
+def test_pretraining_reads_prompts_and_responses_without_the_marks_of_a_dialogue():
+    tokenizer, recipe = policy.build_tokenizer(), policy.Recipe(pretraining=True, steps=9, batch_size=4)
+    rows = corpus.demonstrations(36, recipe.seed)
+    found = []
+    for tokens, labels in policy._batches(tokenizer, recipe):
+        kept = labels != -100
+        assert torch.equal(tokens[kept], labels[kept])
+        assert torch.equal(kept, tokens != tokenizer.pad_token_id)
+        found += [tokenizer.decode(row[mask]) for row, mask in zip(tokens, kept, strict=True)]
+    assert sorted(found) == sorted(f"<s> {row['prompt']} {row['response']} </s>" for row in rows)
+
+
 def test_building_is_deterministic_and_leaves_torch_as_it_was(folder, tmp_path):
     torch.manual_seed(7)
     expected, threads = torch.rand(3), torch.get_num_threads()

@@ -153,7 +153,7 @@ def _scores(lists: list[list[Response]], threshold: float) -> PolicyScores:
     rows = [row for row, group in enumerate(lists) for _ in group]
     if rows:
         rewards = [response.reward for group in lists for response in group]
-        costs = [response.cost for group in lists for response in group]
+        costs = np.array([response.cost for group in lists for response in group], dtype=np.float32)
         scores = score_prompts(Evaluation(rows, rewards, costs), threshold)
         cost[scores.prompt_ids], reward[scores.prompt_ids] = scores.cost, scores.reward
         unsafe[scores.prompt_ids], present[scores.prompt_ids] = ~(scores.excess <= 0), True
@@ -278,7 +278,8 @@ def _record(response: Response, text: str, missing: int, threshold: float) -> li
         _or_none(response.reward),
         response.length,
         response.finished,
-        int(not response.cost - threshold <= 0),
+        # In the type that costs are scored in, as `score_prompts` does.
+        int(not np.float32(response.cost) - np.float32(threshold) <= 0),
         text,
         missing,
     ]
