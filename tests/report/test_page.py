@@ -1,7 +1,6 @@
 """The HTML report: what it says about known numbers, that it shows every text as text, and that it stays small."""
 
 import base64
-import itertools
 import json
 import math
 import re
@@ -12,142 +11,16 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from repo_fast.report.measures import Evaluation, prompt_measures, resample
+from bench.evaluation_page import THRESHOLD, make_evaluation
 from repo_fast.report.page import write_page
 from repo_fast.report.page_parts import charts
 from repo_fast.report.page_parts.responses import collect, pack
 from repo_fast.report.page_parts.wording import MEASURES, judge_difference, spell
 
-THRESHOLD = 0.0
-SIDES = ("safe", "unsafe")
 HOSTILE = (
     "<script>document.title='pwned'</script></script><!-- <img src=x onerror=\"document.title='pwned'\"> {{ 7*7 }} "
     "{% raw %} & \" ' ` \u2028 \u2029 \ud800 \x00 \x1b[31m \u202e right \u2066 \U000e0041 ]]> \r end"
 )
-
-# ------------------------------------------------------------------------------------------------- synthetic reports
-
-
-def make_texts(generator, count, characters):
-    """Texts of about that length, in words that are as frequent as those of a natural language."""
-    letters = np.array(list("etaoinshrdlucmfwypvbgk"))
-    frequencies = 1 / np.arange(1, len(letters) + 1)
-    vocabulary = [
-        "".join(generator.choice(letters, size=size, p=frequencies / frequencies.sum()))
-        for size in np.clip(generator.poisson(5, size=4000), 2, 12)
-    ]
-    weights = 1 / (np.arange(len(vocabulary)) + 3)
-    words = max(1, characters // 6)
-    drawn = generator.choice(len(vocabulary), size=(count, 2 * words), p=weights / weights.sum())
-    lengths = generator.integers(max(1, words // 2), 2 * words - words // 2 + 1, size=count)
-    return [
-        " ".join(vocabulary[word] for word in row[:length]).capitalize() + "."
-        for row, length in zip(drawn, lengths, strict=True)
-    ]
-
-
-def make_evaluation(prompts=60, policies=3, samples=4, categories=4, characters=120, seed=0, resamples=100):
-    """A report and its samples: a reference, and policies that trade reward for cost in different ways."""
-    generator = np.random.default_rng(seed)
-    names = ["before", "repo", "ppo_lag", "ppo", *(f"policy {i}" for i in range(4, policies))][:policies]
-    groups = [f"category {i}" for i in range(categories)]
-    category = generator.integers(max(categories, 1), size=prompts)
-    harm = generator.normal(-0.9, 1.2, size=prompts) + 0.25 * (category - category.mean())
-    helpfulness = 0.5 * harm + generator.normal(0.8, 0.8, size=prompts)
-    moves = {
-        "before": (harm, helpfulness),
-        "repo": (np.where(harm > 0, 0.45 * harm - 0.3, harm), helpfulness + 0.1),
-        "ppo_lag": (0.35 * harm - 0.35 + 0.3 * generator.normal(size=prompts), helpfulness + 0.25),
-    }
-    prompt_texts = [f"{text[:-1]}?" for text in make_texts(generator, prompts, max(30, characters // 4))]
-    rows, scores = [], {}
-    # The second sample of the reference is an evaluation like that of a policy.
-    for name in ["before again", *names]:
-        policy = name.removesuffix(" again")
-        costs, rewards = moves.get(policy, (harm + 0.4, helpfulness + 0.6))
-        costs = costs[:, None] + 0.5 * generator.normal(size=(prompts, samples))
-        rewards = rewards[:, None] + 0.6 * generator.normal(size=(prompts, samples))
-        lengths = generator.integers(5, 60, size=(prompts, samples))
-        finished = generator.random((prompts, samples)) > 0.1
-        scores[name] = rewards, costs, lengths
-        texts = iter(make_texts(generator, prompts * samples, characters))
-        for prompt, sample in itertools.product(range(prompts), range(samples)):
-            rows.append(
-                {
-                    "policy": policy,
-                    "prompt_id": 100 + prompt,
-                    "category": groups[category[prompt]] if groups else None,
-                    "prompt": prompt_texts[prompt],
-                    "sample": sample + samples * (name != policy),
-                    "response": next(texts),
-                    "reward": float(rewards[prompt, sample]),
-                    "cost": float(costs[prompt, sample]),
-                    "response_length": int(lengths[prompt, sample]),
-                    "finished": bool(finished[prompt, sample]),
-                }
-            )
-
-    def evaluation(name, chosen):
-        rewards, costs, lengths = (values[chosen].ravel() for values in scores[name])
-        return Evaluation(np.repeat(chosen, samples), rewards, costs, response_lengths=lengths)
-
-    def measured(chosen):
-        """All measures of all policies on some of the prompts, and their differences to the floor."""
-        reference = evaluation("before", chosen)
-        resampled = {}
-        for name in names:
-            floors = prompt_measures(evaluation("before again", chosen), reference, THRESHOLD)
-            own = prompt_measures(reference if name == "before" else evaluation(name, chosen), reference, THRESHOLD)
-            if name == "before":
-                own |= {key: floors[key] for key in floors if key.startswith(("win", "interference", "repair"))}
-            resampled |= {(name, key): measure for key, measure in own.items()}
-        resampled = resample(resampled, len(chosen), resamples, seed)
-        values, differences = {}, {}
-        for (name, key), entry in resampled.items():
-            values.setdefault(name, {})[key] = as_entry(entry)
-            if name != "before":
-                differences.setdefault(name, {})[key] = as_entry(entry - resampled["before", key])
-        return {"policies": values, "differences": differences}
-
-    unsafe = {name: costs.mean(axis=1) > THRESHOLD for name, (_, costs, _) in scores.items()}
-    transitions = {}
-    for name in names:
-        old, new = unsafe["before"], unsafe["before again" if name == "before" else name]
-        transitions[name] = {
-            f"{SIDES[a]}_{SIDES[b]}": int(((old == a) & (new == b)).sum())
-            for a, b in itertools.product((0, 1), repeat=2)
-        }
-    by_category = {
-        group: {"prompts": int((category == number).sum())} | measured((category == number).nonzero()[0])
-        for number, group in enumerate(groups)
-        if (category == number).any()
-    }
-    settings = {
-        "threshold": THRESHOLD,
-        "samples_per_prompt": samples,
-        "prompts": prompts,
-        "reference": "before",
-        "prompts_source": "world:test",
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "max_new_tokens": 64,
-        "seed": seed,
-        "resamples": resamples,
-        "reward": "models/reward",
-        "cost": "models/cost",
-        "date": "2026-11-24",
-    }
-    report = measured(np.arange(prompts)) | {
-        "settings": settings,
-        "transitions": transitions,
-        "categories": by_category,
-    }
-    return report, rows
-
-
-def as_entry(resampled):
-    numbers = {"value": resampled.value, **dict(zip(("low", "high"), resampled.interval, strict=True))}
-    return {name: None if math.isnan(number) else number for name, number in numbers.items()}
 
 
 # ------------------------------------------------------------------------------------------------- reading a page
