@@ -284,7 +284,10 @@ def test_a_failure_keeps_what_was_answered(cache):
     assert len(server.bodies) == 7
 
 
-def test_ctrl_c_keeps_what_was_answered(cache):
+def test_ctrl_c_keeps_what_was_answered(cache, request):
+    # A shell's background job, and with it pytest, may have been started with this signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     numbers, over = count(), threading.Event()
 
     def interrupt(texts):

@@ -5,7 +5,8 @@
 Makes a policy, a reward model and a cost model (the first stages of `repo_fast.pipeline`), trains every setting of
 `settings.py` from them, several seeds each, and evaluates all policies beside the start on held-out prompts: by the
 corpus's own rules, which no run has seen, and by the learned scores, which all were trained on. Written are
-`results.json`, `results.md` and figures. What is complete is not made again: stopped, the same command goes on.
+`results.json`, `results.md`, figures, and `report/report.html`, which shows the first seed of the headline settings
+prompt by prompt. What is complete is not made again: stopped, the same command goes on.
 
 Two hours on two cores at most. `--small` is the same with everything as small as it gets, in two minutes: it shows that
 the experiment runs, and nothing else.
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from experiments.interference.results import write_results
 from experiments.interference.runs import Run, run_all
-from experiments.interference.settings import TUNED, Setting, settings
+from experiments.interference.settings import TUNED, Setting, headline, settings
 from experiments.interference.world import World
 from repo_fast.launch import guarded
 
@@ -52,6 +53,8 @@ def experiment(output_dir: Path, jobs: int, small: bool) -> int:
         "rules": world.evaluate(policies, "world:test", output_dir / "evaluation-rules"),
         "learned": world.evaluate(policies, "world:test", output_dir / "evaluation-learned", learned),
     }
+    first = {setting.name: runs[setting.name, 0].policy for setting in headline(grid)}
+    world.evaluate(first, "world:test", output_dir / "report")
     print(write_results(output_dir, grid, {key: run.folder for key, run in runs.items()}, reports))
     return 0
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.interference.settings import FAMILIES, Setting
+from experiments.interference.settings import FAMILIES, Setting, headline
 from experiments.interference.world import START
 from repo_fast.report.metrics import read_metrics
 
@@ -46,7 +46,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def write_results(
-    output_dir: Path, grid: Sequence[Setting], folders: Mapping[tuple[str, int], Path], reports: Mapping[str, dict]
+    output_dir: Path, grid: list[Setting], folders: Mapping[tuple[str, int], Path], reports: Mapping[str, dict]
 ) -> str:
     """Write `results.json`, `results.md`, `frontier.png` and `curves.png`.
 
@@ -177,12 +177,10 @@ def _draw_frontier(path: Path, grid: Sequence[Setting], table: Mapping, reports:
     figure.savefig(path, dpi=120, backend="agg")
 
 
-def _draw_curves(path: Path, grid: Sequence[Setting], folders: Mapping[tuple[str, int], Path]) -> None:
+def _draw_curves(path: Path, grid: list[Setting], folders: Mapping[tuple[str, int], Path]) -> None:
     """Headline settings over training, as their runs saw it: learned scores, training prompts, mean over seeds."""
     from matplotlib.figure import Figure
 
-    most = max(setting.seeds for setting in grid)
-    headline = [setting for setting in grid if setting.seeds == most]
     panels = (
         ("reward", "mean reward (learned)"),
         ("strict_violation", "strict violation (learned)"),
@@ -192,7 +190,7 @@ def _draw_curves(path: Path, grid: Sequence[Setting], folders: Mapping[tuple[str
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = list(figure.subplots(2, 2).flat)
     families = list(FAMILIES)
-    for setting in headline:
+    for setting in headline(grid):
         color = _COLORS[families.index(setting.family)]
         dashed = setting.value is not None and setting.value != min(FAMILIES[setting.family].values)
         runs = [read_metrics(folders[setting.name, seed] / "metrics.jsonl") for seed in range(setting.seeds)]

@@ -102,3 +102,9 @@ def settings() -> list[Setting]:
             seeds = HEADLINE_SEEDS if value in family.headline else FRONTIER_SEEDS
             rows.append(Setting(f"{name}-{value:g}", name, value, seeds))
     return sorted(rows, key=lambda row: -row.seeds)
+
+
+def headline(grid: list[Setting]) -> list[Setting]:
+    """The settings with the most seeds."""
+    most = max(setting.seeds for setting in grid)
+    return [setting for setting in grid if setting.seeds == most]

@@ -185,7 +185,8 @@ def ratio(sums: np.ndarray, counts: np.ndarray, weights: np.ndarray | None = Non
     """The sum of `sums` [P] over the sum of `counts` [P] under weights [..., P]; NaN where nothing counts."""
     weights = _weights(weights, len(sums))
     total = weights @ counts.astype(np.float64)
-    return np.divide(weights @ sums.astype(np.float64), total, out=np.full_like(total, np.nan), where=total > 0)
+    shares = np.divide(weights @ sums.astype(np.float64), total, out=np.full_like(total, np.nan), where=total > 0)
+    return shares[()]  # a number, rather than an array of none
 
 
 def strict_violation(excess: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
