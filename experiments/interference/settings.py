@@ -65,7 +65,7 @@ FAMILIES = {
 LEARNING_RATES = (1e-4, 3e-4)
 KL_COEFFICIENTS = (0.05, 0.2)
 
-# The best of them for each, by `tune.py`: learning rate of the policy and KL coefficient.
+# The best of them for each: learning rate of the policy and KL coefficient. Placeholders: `tune.py` has not been run.
 TUNED: dict[str, tuple[float, float]] = {name: (3e-4, 0.2) for name in FAMILIES}
 
 
