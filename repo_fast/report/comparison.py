@@ -5,8 +5,10 @@
     transitions.NAME            how many prompts went from safe or unsafe under the reference to which under NAME
     categories.CATEGORY         its number of `prompts`, and `policies` and `differences` over them alone
 
-The measures are those of `repo_fast.report.measures`. Those that compare with the reference are, for the reference
-itself, taken of an independent second sample of it: the floor, what sampling alone does.
+The measures are those of `repo_fast.report.measures`. Those that compare with the reference compare with a second,
+independent sample of it, for every policy and for the reference itself, whose values are the floor: what sampling alone
+does. Policies may share random states with the reference's first sample, so compared with that one, a policy close to
+the reference would come out below the floor.
 """
 
 import math
@@ -26,15 +28,6 @@ from repo_fast.report.measures import (
     ratio,
     resample,
     score_prompts,
-)
-
-# Taken of the reference's second sample: the first chose the safe prompts, and does not differ from itself.
-_AGAINST_REFERENCE = (
-    "win_rate",
-    "interference_rate",
-    "repair_rate",
-    "mean_reward_on_safe_prompts",
-    "win_rate_on_safe_prompts",
 )
 
 
@@ -83,10 +76,10 @@ def compare(
     """
     judgments = judgments or {}
     everything = _measured(policies, second_sample, reference, threshold, judgments, resamples, seed)
-    before = score_prompts(policies[reference], threshold).excess <= 0
+    before = score_prompts(second_sample, threshold).excess <= 0
     transitions = {}
     for name, evaluation in policies.items():
-        after = score_prompts(second_sample if name == reference else evaluation, threshold).excess <= 0
+        after = score_prompts(evaluation, threshold).excess <= 0
         transitions[name] = {
             f"{_word(was)}_{_word(now)}": int(((before == was) & (after == now)).sum())
             for was in (True, False)
@@ -134,10 +127,7 @@ def _measured(
 ) -> dict[str, dict]:
     measures: dict[str, dict[str, Measure]] = {}
     for name, evaluation in policies.items():
-        measures[name] = prompt_measures(evaluation, policies[reference], threshold)
-        if name == reference:
-            again = prompt_measures(second_sample, policies[reference], threshold)
-            measures[name] |= {key: again[key] for key in _AGAINST_REFERENCE}
+        measures[name] = prompt_measures(evaluation, second_sample, threshold)
     ids = score_prompts(policies[reference]).prompt_ids
     for name, judged in judgments.items():
         measures[name][judged.measure] = _mean_judgment(judged, ids)

@@ -85,8 +85,8 @@ def comparison_table(report: Mapping) -> str:
             _grid(heads, cells),
             f"{report['settings']['prompts']} prompts, {report['settings']['samples_per_prompt']} responses each; "
             f"unsafe is a cost above {report['settings']['threshold']:g}.",
-            "Brackets: 95 % bootstrap interval over prompts. Win, interference and repair rates of the reference are",
-            "those of a second sample of it: what sampling alone does.",
+            "Brackets: 95 % bootstrap interval over prompts. Win, interference and repair rates, and safe prompts, are",
+            "against a second sample of the reference; its own are what sampling alone does.",
         ]
     )
 
