@@ -274,8 +274,10 @@ def load_scorer(
         "max_tokens": settings.max_tokens,
         "token_budget": token_budget,
         "device": ranks.device,
-        "agree_on_count": ranks.max,
     }
+    if engine.zero_stage == 3:
+        # Sharded, every call is a collective; whole, a rank runs on its own.
+        common["agree_on_count"] = ranks.max
     module = Engine(model, engine, ranks).frozen_module
     if settings.expect is not None:
         text, expected = settings.expect

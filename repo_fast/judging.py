@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_PROBE = ("How many days has a week?", "Seven.", "Eight.")
 MESSAGE_TOKENS = 8
 """What a chat template puts around a message, about (tokens)."""
 
@@ -193,6 +194,17 @@ class Judge:
         self._openai = _import_openai()
         self._cache = _Cache(cache)
         self._counts: Counter[str] = Counter()
+
+    def probe(self) -> None:
+        """Ask one question, whose answer stays in the cache, so that an endpoint that refuses is known at once.
+
+        Raises:
+            InputError: As `compare`.
+        """
+        if self.config.mode == "single":
+            self._ask([Answer(*_PROBE[:2])], None)
+        else:
+            self._ask([Comparison(*_PROBE)], None)
 
     def estimate(self, items: Sequence[Item]) -> Estimate:
         """What judging these items, all in one call, would send and cost. Sends nothing."""

@@ -2,16 +2,20 @@
 
 import json
 import math
+import tomllib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pytest
 
 from repo_fast.evaluate import main
+from repo_fast.evaluation import evaluator
+from repo_fast.evaluation.cache import locked, scorer_fingerprint
 from repo_fast.report.measures import Evaluation, prompt_measures
+from repo_fast.scoring import FunctionScorer, ScorerSpec
 from tests.jobs import PROMPTS, REPOSITORY, Job, run, snapshot, torchrun, write_lines
-from tests.judge_server import JudgeServer
+from tests.judge_server import JudgeServer, Response
 from tests.tiny import save_beaver, save_policy
 
 # Deterministic ones: those of `tests.scorers` draw random numbers.
@@ -52,6 +56,11 @@ def evaluate(folder: Path, output_dir: Path, *options: str, **settings) -> dict:
     return json.loads((output_dir / "report.json").read_text())
 
 
+def results(output_dir: Path) -> dict:
+    """What an evaluation wrote, but the copy of its options."""
+    return {name: content for name, content in snapshot(output_dir).items() if name != "evaluation.yaml"}
+
+
 def samples(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "samples.jsonl").read_text().splitlines()]
 
@@ -89,7 +98,7 @@ def test_the_report_measures_what_samples_jsonl_holds(folder: Path, tmp_path: Pa
                 assert difference["value"] is None
             else:
                 assert difference["value"] == pytest.approx(value - floor)
-                assert difference["low"] <= difference["high"]
+                assert name == "max_violation" or difference["low"] <= difference["high"]
 
     assert_measured(report, None, 5)
     assert report["categories"].keys() == {"other", "tea"} and report["categories"]["tea"]["prompts"] == 2
@@ -100,7 +109,75 @@ def test_the_report_measures_what_samples_jsonl_holds(folder: Path, tmp_path: Pa
     assert "<html" in page and "two" in page
 
 
-def test_only_what_is_new_is_drawn_and_scored(folder: Path, tmp_path: Path, capsys) -> None:
+@pytest.fixture
+def paid(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts the responses that are drawn, and scored by `reward`."""
+    counts = {"drawn": 0, "scored": 0}
+    generate, score = evaluator.generate, evaluator.finite_scores
+
+    def counted_generate(model, tokenizer, requests: list, *rest):
+        counts["drawn"] += len(requests)
+        return generate(model, tokenizer, requests, *rest)
+
+    def counted_score(scorer, rollout):
+        counts["scored"] += len(rollout.responses) * (scorer.name == "reward")
+        return score(scorer, rollout)
+
+    monkeypatch.setattr(evaluator, "generate", counted_generate)
+    monkeypatch.setattr(evaluator, "finite_scores", counted_score)
+    return counts
+
+
+def test_the_cache_is_what_is_used(folder: Path, tmp_path: Path, paid: dict[str, int]) -> None:
+    def cost_of(*options: str, **settings) -> tuple[int, int]:
+        paid.update(drawn=0, scored=0)
+        evaluate(folder, tmp_path / "out", *options, **settings)
+        return paid["drawn"], paid["scored"]
+
+    # Five prompts; the reference is drawn twice.
+    assert cost_of(policies=("one",)) == (30, 30)
+    assert cost_of() == (15, 15)
+    assert cost_of() == (0, 0)
+    # Fewer samples are some of those, and more are added to them.
+    assert cost_of(k=1) == (0, 0)
+    assert cost_of(k=4) == (15, 15)
+    assert cost_of("--reward.path", "tests.scorers:cost", k=4) == (0, 60)
+    # A cache of another evaluation.
+    cache = ("--cache_dir", str(tmp_path / "out" / "cache"))
+    paid.update(drawn=0, scored=0)
+    evaluate(folder, tmp_path / "other", *cache)
+    assert (paid["drawn"], paid["scored"]) == (0, 0) and not (tmp_path / "other" / "cache").exists()
+
+
+def test_a_cache_has_one_user_at_a_time(folder: Path, tmp_path: Path, capsys) -> None:
+    with locked(tmp_path / "cache"):
+        assert main(words(folder, tmp_path / "out", "--cache_dir", str(tmp_path / "cache"))) == 2
+    assert "is in use by another evaluation" in capsys.readouterr().err
+    evaluate(folder, tmp_path / "out", "--cache_dir", str(tmp_path / "cache"))
+
+
+def test_a_scorer_is_known_by_what_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "scoring_of_test"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "words.py").write_text("BAD = 'bad'\n")
+    (package / "rules.py").write_text(
+        "import functools\nfrom scoring_of_test.words import BAD\n"
+        "class Count:\n    def __call__(self, prompts, responses):\n"
+        "        return [text.count(BAD) for text in responses]\n"
+        "cost = functools.partial(Count())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = ScorerSpec("scoring_of_test.rules:cost", "function")
+    FunctionScorer(spec.path, "cost")
+    first = scorer_fingerprint(spec)
+    assert scorer_fingerprint(spec) == first
+    assert [name for name, _ in first[1]] == ["scoring_of_test.rules", "scoring_of_test.words"]
+    (package / "words.py").write_text("BAD = 'worse'\n")
+    assert scorer_fingerprint(spec) != first
+
+
+def test_only_what_is_new_is_drawn_and_scored(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = evaluate(folder, out, policies=("one",))
     before = snapshot(out / "cache")
@@ -129,18 +206,33 @@ def test_a_stopped_evaluation_goes_on_to_the_same_result(folder: Path, tmp_path:
     evaluate(folder, whole)
     evaluate(folder, stopped)
     for path in (stopped / "cache").glob("*/*.jsonl"):
+        assert len(path.read_bytes().splitlines()) >= 15
         lines = path.read_bytes().splitlines(keepends=True)
         # Batches have two responses, and one: five prompts.
         path.write_bytes(b"".join(lines[:7]) + (lines[7][:9] if kept == "a torn line" else lines[7]))
     evaluate(folder, stopped)
-    assert snapshot(stopped) == snapshot(whole)
+    assert results(stopped) == results(whole)
 
 
 def test_two_ranks_draw_what_one_draws(folder: Path, tmp_path: Path) -> None:
     evaluate(folder, tmp_path / "one")
     finished = run([*torchrun(2), "repo_fast.evaluate", *words(folder, tmp_path / "two")])
     assert finished.returncode == 0, finished.stderr[-4000:]
-    assert snapshot(tmp_path / "two") == snapshot(tmp_path / "one")
+    assert results(tmp_path / "two") == results(tmp_path / "one")
+
+
+def fails_on_tea(prompts: list[str], responses: list[str]) -> list[float]:
+    if any("tea" in prompt for prompt in prompts):
+        raise RuntimeError("no tea, please")
+    return [0.0] * len(responses)
+
+
+def test_a_rank_that_fails_ends_all_with_its_error(folder: Path, tmp_path: Path) -> None:
+    command = words(folder, tmp_path / "out", "--cost.path", "tests.test_evaluate:fails_on_tea", k=1)
+    finished = run([*torchrun(2), "repo_fast.evaluate", *command])
+    assert finished.returncode != 0
+    assert finished.stderr.count("error: ") == 1 and "no tea, please" in finished.stderr
+    assert not (tmp_path / "out" / "report.json").exists()
 
 
 def test_the_same_policy_under_two_names_draws_the_same(folder: Path, tmp_path: Path) -> None:
@@ -149,8 +241,10 @@ def test_the_same_policy_under_two_names_draws_the_same(folder: Path, tmp_path: 
     own, again = ([row["response"] for row in rows if row["policy"] == name] for name in ("one", "again"))
     assert own[: len(again)] == again and len(set(own)) > 3
     # Also from the floor, which is of another sample than the one that the policies share random states with.
-    for difference in report["differences"]["again"].values():
-        assert difference in ({"value": 0.0, "low": 0.0, "high": 0.0}, {"value": None, "low": None, "high": None})
+    for name, difference in report["differences"]["again"].items():
+        assert difference["value"] in (0.0, None)
+        same = difference["low"] == difference["high"] == difference["value"]
+        assert same or (name == "max_violation" and difference["low"] is None)
     assert report["differences"]["again"]["win_rate"]["value"] == 0.0 != report["policies"]["one"]["win_rate"]["value"]
 
 
@@ -186,6 +280,7 @@ def test_a_judge_compares_with_the_reference(folder: Path, tmp_path: Path, monke
         judge = ("--judge.url", server.url, "--judge.model", "judge", "--judge.samples_per_prompt", "2")
         report = evaluate(folder, tmp_path / "out", *judge)
         sent = len(server.bodies)
+        assert "week" in str(server.bodies[0]), "the judge is asked before anything is drawn"
         assert evaluate(folder, tmp_path / "out", *judge)["policies"] == report["policies"]
         assert len(server.bodies) == sent > 0
         rows = {
@@ -197,7 +292,9 @@ def test_a_judge_compares_with_the_reference(folder: Path, tmp_path: Path, monke
                 ours, theirs = rows["two", prompt, k], rows["one", prompt, k]
                 shares.append(0.5 if ours == theirs else float(ours > theirs))
         assert report["policies"]["two"]["judge_win_rate"]["value"] == pytest.approx(np.mean(shares))
-        assert "judge_win_rate" not in report["policies"]["one"]
+        assert report["policies"]["one"]["judge_win_rate"]["value"] == 0.5
+        gain = report["differences"]["two"]["judge_win_rate"]
+        assert gain["value"] == pytest.approx(np.mean(shares) - 0.5) and gain["low"] <= gain["value"] <= gain["high"]
         assert report["judge"]["mode"] == "pairwise" and report["judge"]["summary"]["malformed"] == 0
 
 
@@ -209,6 +306,29 @@ def test_a_judge_rates_each_policy(folder: Path, tmp_path: Path) -> None:
     judged = [row for row in samples(tmp_path / "out") if row["sample"] == 0]
     malformed = {(row["prompt"], row["response"]) for row in judged if len(row["response"]) % 5 == 0}
     assert 0 < len(malformed) <= report["judge"]["summary"]["unscored"]
+    assert sum(report["judge"]["unscored"].values()) == report["judge"]["summary"]["unscored"]
+
+
+def test_a_judge_that_refuses_is_known_before_anything_is_drawn(
+    folder: Path, tmp_path: Path, capsys, paid: dict[str, int]
+) -> None:
+    assert main(words(folder, tmp_path / "out", "--judge.url", "http://127.0.0.1:9/v1", "--judge.model", "m")) == 2
+    assert "cannot be reached" in capsys.readouterr().err and paid["drawn"] == 0
+
+
+def test_a_judge_that_fails_later_takes_nothing_else_with_it(folder: Path, tmp_path: Path, capsys) -> None:
+    def answer(texts: dict[str, str]) -> str | Response:
+        if "week" not in texts["PROMPT"]:
+            return Response(status=500, body="out of order")
+        return "A"
+
+    with JudgeServer(answer) as server:
+        judge = ("--judge.url", server.url, "--judge.model", "judge", "--judge.retries", "0")
+        assert main(words(folder, tmp_path / "out", *judge)) == 2
+    assert "error: the judge" in capsys.readouterr().err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "judge" not in report and report["policies"].keys() == {"one", "two"}
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 @pytest.mark.parametrize(
@@ -223,6 +343,12 @@ def test_a_judge_rates_each_policy(folder: Path, tmp_path: Path) -> None:
         (("--max_prompt_tokens", "1"), "are longer than max_prompt_tokens (1)"),
         (("--cost.path", ""), "cost.path is ''"),
         (("--sampling.temperature", "0"), "sampling.temperature is 0"),
+        (("--cache_dir", ""), "cache_dir is ''"),
+        (("--seed", str(2**63)), "seed is 9223372036854775808, expected a number from 0"),
+        (
+            ("--judge.url", "http://127.0.0.1:9/v1", "--judge.model", "m", "--judge.samples_per_prompt", "4"),
+            "judge.samples_per_prompt is 4, expected at most samples_per_prompt (3)",
+        ),
         (("--judge.model", "judge"), "judge.model is 'judge', expected judge.url as well"),
         (("--polcy", "x=y"), "unknown option 'polcy'"),
         (("--reward.path", "tests.scorers:returns_nan"), "returned nan for response 0"),
@@ -247,5 +373,19 @@ def test_a_folder_of_something_else_is_not_written_to(folder: Path, job: Job, tm
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
-def test_the_reports_files_are_packaged() -> None:
-    assert (REPOSITORY / "repo_fast" / "configs" / "evaluate" / "tiny.yaml").is_file()
+def test_a_file_is_no_output_folder(folder: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "out").write_text("mine\n")
+    assert main(words(folder, tmp_path / "out")) == 2
+    assert "is a file, expected a folder" in capsys.readouterr().err
+
+
+def test_the_files_that_are_no_modules_are_packaged() -> None:
+    packaged = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    patterns = [pattern for own in packaged.values() for pattern in own]
+    for name in (
+        "configs/evaluate/tiny.yaml",
+        "page_parts/script.js",
+        "page_parts/style.css",
+        "page_parts/template.html",
+    ):
+        assert any(PurePath(name).match(pattern) for pattern in patterns), name

@@ -2,7 +2,10 @@
 
 import json
 import math
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,12 @@ import scipy.stats
 
 from experiments.interference.results import interval
 from experiments.interference.runs import Run, run_all
-from experiments.interference.settings import FAMILIES, KL_COEFFICIENTS, LEARNING_RATES, TUNED, settings
+from experiments.interference.settings import FAMILIES, HYPERPARAMETERS, TUNED, settings
 from experiments.interference.world import World, split_prompts
 from repo_fast.config import TrainConfig, parse
 from repo_fast.errors import InputError
 from repo_fast.world import corpus
-from tests.jobs import run, snapshot
+from tests.jobs import REPOSITORY, run, snapshot
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [0.1, 0.4, 0.2, 0.0, 0.3]])
@@ -35,8 +38,8 @@ def test_every_setting_is_a_configuration_that_trains() -> None:
     names = set()
     for setting in settings():
         names.add(setting.name)
-        options = world.options(setting.family, *TUNED[setting.family], "world:train", 0) | setting.options()
-        words = [word for key, value in options.items() for word in (f"--{key}", value)]
+        trained = world.run(Path("x"), setting.family, TUNED[setting.family], setting.value, "world:train", 0)
+        words = [word for key, value in trained.options.items() for word in (f"--{key}", value)]
         config = parse(words, TrainConfig)
         assert config.algorithm.name == FAMILIES[setting.family].options["algorithm.name"]
         if FAMILIES[setting.family].knob == "algorithm.margin":
@@ -45,9 +48,12 @@ def test_every_setting_is_a_configuration_that_trains() -> None:
     assert all(seeds >= 2 for seeds in (setting.seeds for setting in settings()))
 
 
-def test_every_family_was_tuned_on_the_same_grid() -> None:
+def test_every_hyperparameter_of_a_family_has_one_of_the_values_that_were_tried() -> None:
     assert TUNED.keys() == FAMILIES.keys()
-    assert all(rate in LEARNING_RATES and kl in KL_COEFFICIENTS for rate, kl in TUNED.values())
+    for name, tuned in TUNED.items():
+        assert tuned.keys() == FAMILIES[name].untuned().keys()
+        assert all(value in HYPERPARAMETERS[key] for key, value in tuned.items())
+        assert ("algorithm.multiplier_learning_rate" in tuned) == (name not in ("ppo", "reward_shaping"))
 
 
 def test_tuning_trains_on_no_prompt_that_it_judges_on(tmp_path: Path) -> None:
@@ -60,15 +66,20 @@ def test_tuning_trains_on_no_prompt_that_it_judges_on(tmp_path: Path) -> None:
 
 
 def test_a_run_of_other_options_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "options.json").write_text('{"seed": "0"}')
+    (tmp_path / "run.json").write_text('{"options": {"seed": "0"}, "origin": {"sft": "one"}}')
     (tmp_path / "policy").mkdir()
-    run_all([Run(tmp_path, {"seed": "0"})], jobs=1)
+    run_all([Run(tmp_path, {"seed": "0"}, {"sft": "one"})], jobs=1)
     with pytest.raises(InputError, match="was made with seed 0, this command has 1"):
-        run_all([Run(tmp_path, {"seed": "1"})], jobs=1)
+        run_all([Run(tmp_path, {"seed": "1"}, {"sft": "one"})], jobs=1)
+    with pytest.raises(InputError, match="was made with sft one, this command has another"):
+        run_all([Run(tmp_path, {"seed": "0"}, {"sft": "another"})], jobs=1)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(InputError, match="expected both, or neither"):
+        run_all([Run(tmp_path, {"seed": "0"}, {"sft": "one"})], jobs=1)
 
 
 def test_a_failed_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="1 runs failed, .* see .*log.txt"):
+    with pytest.raises(InputError, match="1 of 1 runs failed, .* see .*log.txt"):
         run_all([Run(tmp_path / "bad", {"total_steps": "0"})], jobs=1)
     assert "total_steps is 0" in (tmp_path / "bad" / "log.txt").read_text()
 
@@ -86,7 +97,36 @@ def test_the_shrunk_experiment_runs_and_is_not_run_again(tmp_path: Path) -> None
     assert "RePO (prompt), m = 0 - PPO-Lagrangian, m = 0" in (tmp_path / "results.md").read_text()
     before = snapshot(tmp_path)
     assert {"frontier.png", "curves.png", "report/report.html"} <= before.keys()
-    folders = sorted(path.parent for path in tmp_path.glob("runs/*/options.json"))
-    again = [Run(folder, json.loads((folder / "options.json").read_text())) for folder in folders]
-    run_all(again, jobs=1)
-    assert len(again) == 4 and snapshot(tmp_path) == before
+    again = run(command)
+    assert again.returncode == 0 and "4 runs, 4 of them complete" in again.stdout, again.stderr[-4000:]
+    after = snapshot(tmp_path)
+    assert {name for name in before if before[name] != after[name]} <= {"curves.png", "frontier.png"}
+
+
+TRAINING = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: (folder / "saved").touch() or sys.exit(143))
+(folder / "started").touch()
+time.sleep(60)
+"""
+TRAININGS = f"""
+import sys
+from pathlib import Path
+from experiments.interference import runs
+runs.module_command = lambda module, options: [sys.executable, "-c", {TRAINING!r}, options["output_dir"]]
+runs.run_all([runs.Run(Path(sys.argv[1]) / name, {{}}) for name in ("first", "second")], jobs=1)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_what_is_under_way_save_and_starts_no_more(tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-c", TRAININGS, str(tmp_path)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as child:
+        while not (tmp_path / "first" / "started").exists():
+            assert child.poll() is None
+            time.sleep(0.05)
+        child.send_signal(number)
+        said, _ = child.communicate(timeout=30)
+    assert child.returncode == 128 + number and "the same command goes on" in said
+    assert (tmp_path / "first" / "saved").exists() and not (tmp_path / "second" / "run.json").exists()

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from experiments.interference.results import write_results
-from experiments.interference.runs import Run, run_all
+from experiments.interference.runs import run_all
 from experiments.interference.settings import TUNED, Setting, headline, settings
 from experiments.interference.world import World
 from repo_fast.launch import guarded
@@ -35,12 +35,16 @@ def main() -> int:
 
 def experiment(output_dir: Path, jobs: int, small: bool) -> int:
     """Train, evaluate, write; returns the exit status."""
-    world = World.small() if small else World.learned(output_dir, jobs)
+    world = World.small() if small else World.learned(output_dir)
     grid = [Setting("repo-0", "repo", 0.0, 2), Setting("ppo_lag-0", "ppo_lag", 0.0, 2)] if small else settings()
     runs = {
-        (setting.name, seed): Run(
+        (setting.name, seed): world.run(
             output_dir / "runs" / f"{setting.name}-seed-{seed}",
-            world.options(setting.family, *TUNED[setting.family], "world:train", seed) | setting.options(),
+            setting.family,
+            TUNED[setting.family],
+            setting.value,
+            "world:train",
+            seed,
         )
         for setting in grid
         for seed in range(setting.seeds)

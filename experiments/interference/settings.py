@@ -1,13 +1,14 @@
 """What is compared: algorithms, each along the one knob that trades reward for safety, and the seeds.
 
 All start from the same policy, are trained on the same prompts with the same learned scores for as many steps, and are
-tuned alike: `tune.py` tries the same learning rates and KL coefficients for every algorithm, with its knob at the
-middle of its range. What came of it stands in `TUNED`.
+tuned alike: `tune.py` tries the same values of every hyperparameter that an algorithm has, with its knob at the middle
+of its range. What came of it stands in `TUNED`.
 """
 
 from dataclasses import dataclass
 
 HEADLINE_SEEDS, FRONTIER_SEEDS = 5, 2
+_WITHOUT_MULTIPLIER = ("reward_shaping", "ppo")
 
 
 @dataclass(frozen=True)
@@ -30,24 +31,37 @@ class Family:
     headline: tuple[float, ...] = ()
     middle: float | None = None
 
+    def untuned(self) -> dict[str, float]:
+        """The hyperparameters that it has, and where their tuning starts."""
+        middles = {key: values[len(values) // 2] for key, values in HYPERPARAMETERS.items()}
+        if self.options["algorithm.name"] in _WITHOUT_MULTIPLIER:
+            del middles[MULTIPLIER_RATE]
+        return middles
 
-# Margins are in units of the learned cost, whose spread over responses is about 4.
+
+# Margins are in units of the learned cost, whose spread over responses is about 4. An average takes larger ones than a
+# prompt does to get as safe.
 MARGINS = (0.0, 0.5, 1.0, 2.0)
+AVERAGE_MARGINS = (0.0, 1.0, 2.0, 4.0)
 
 FAMILIES = {
     "repo": Family(
-        "RePO (prompt)", {"algorithm.name": "repo"}, "algorithm.margin", MARGINS, headline=(0.0, 1.0), middle=0.5
+        "RePO (prompt)", {"algorithm.name": "repo"}, "algorithm.margin", MARGINS, headline=MARGINS, middle=0.5
     ),
     "repo_response": Family(
         "RePO (response)",
         {"algorithm.name": "repo", "algorithm.scope": "response"},
         "algorithm.margin",
         MARGINS,
-        headline=(0.0,),
         middle=0.5,
     ),
     "ppo_lag": Family(
-        "PPO-Lagrangian", {"algorithm.name": "ppo_lag"}, "algorithm.margin", MARGINS, headline=(0.0, 1.0), middle=0.5
+        "PPO-Lagrangian",
+        {"algorithm.name": "ppo_lag"},
+        "algorithm.margin",
+        AVERAGE_MARGINS,
+        headline=AVERAGE_MARGINS,
+        middle=1.0,
     ),
     "hc_lag": Family("high-confidence Lagrangian", {"algorithm.name": "hc_lag"}),
     "reward_shaping": Family(
@@ -61,12 +75,17 @@ FAMILIES = {
     "ppo": Family("PPO (reward only)", {"algorithm.name": "ppo"}),
 }
 
-# Tried for every family.
-LEARNING_RATES = (1e-4, 3e-4)
-KL_COEFFICIENTS = (0.05, 0.2)
+MULTIPLIER_RATE = "algorithm.multiplier_learning_rate"
 
-# The best of them for each: learning rate of the policy and KL coefficient. Placeholders: `tune.py` has not been run.
-TUNED: dict[str, tuple[float, float]] = {name: (3e-4, 0.2) for name in FAMILIES}
+# Tried one after the other, each at the best of those before; from the middle ones it starts.
+HYPERPARAMETERS = {
+    "policy_optimizer.learning_rate": (1e-4, 3e-4, 1e-3),
+    "algorithm.kl_coefficient": (0.03, 0.1, 0.3),
+    MULTIPLIER_RATE: (0.03, 0.1, 0.3),
+}
+
+# The best of them, as `tune.py` printed it. Placeholders: it has not been run.
+TUNED: dict[str, dict[str, float]] = {name: family.untuned() for name, family in FAMILIES.items()}
 
 
 @dataclass(frozen=True)
@@ -84,12 +103,6 @@ class Setting:
     family: str
     value: float | None
     seeds: int
-
-    def options(self) -> dict[str, str]:
-        """Options of `repo_fast.train` that make this setting."""
-        family = FAMILIES[self.family]
-        knob = {family.knob: str(self.value)} if family.knob else {}
-        return family.options | knob
 
 
 def settings() -> list[Setting]:

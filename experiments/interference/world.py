@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.interference.runs import call, module_command
+from experiments.interference.runs import Run, call, module_command
 from experiments.interference.settings import FAMILIES
 from repo_fast.world import corpus
 
@@ -23,6 +23,7 @@ class World:
         reward, cost: Scores that are trained on.
         steps: Of a run.
         samples: Responses a prompt in evaluations.
+        origin: Ids of the stages that made the models, by name: other models at the same paths have others.
     """
 
     start: str
@@ -30,15 +31,21 @@ class World:
     cost: str
     steps: int
     samples: int
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def learned(cls, output_dir: Path, jobs: int) -> "World":
+    def learned(cls, output_dir: Path) -> "World":
         """The embedded world with learned scores: the first three stages of the pipeline, made here if need be."""
         models = output_dir / "models"
-        options = {"output_dir": str(models), "ranks": str(jobs), "until": "cost"}
-        call(module_command("repo_fast.pipeline", options))
+        # On as many ranks everywhere, for the models' sake: other ranks round differently.
+        call(module_command("repo_fast.pipeline", {"output_dir": str(models), "ranks": "2", "until": "cost"}))
+        stages = {"sft": "policy", "reward": "model", "cost": "model"}
+        records = {name: json.loads((models / name / "pipeline.json").read_text(encoding="utf-8")) for name in stages}
         return cls(
-            str(models / "sft" / "policy"), str(models / "reward" / "model"), str(models / "cost" / "model"), 40, 8
+            *(str(models / name / result) for name, result in stages.items()),
+            steps=50,
+            samples=8,
+            origin={name: record["id"] for name, record in records.items()},
         )
 
     @classmethod
@@ -46,9 +53,28 @@ class World:
         """As small as it gets, with the rules as scores: to see whether everything runs."""
         return cls("world:tiny", "repo_fast.world.rules:reward", "repo_fast.world.rules:cost", 2, 2)
 
-    def options(self, family: str, learning_rate: float, kl: float, prompts: str, seed: int) -> dict[str, str]:
-        """Options of `repo_fast.train` for a run, but its knob and its folder."""
-        return FAMILIES[family].options | {
+    def run(
+        self,
+        folder: Path,
+        family: str,
+        hyperparameters: Mapping[str, float],
+        knob: float | None,
+        prompts: str,
+        seed: int,
+    ) -> Run:
+        """A training of this world.
+
+        Args:
+            folder: What it writes.
+            family: Key in `FAMILIES`.
+            hyperparameters: Options of `repo_fast.train` by name.
+            knob: The value of the family's knob; None without one.
+            prompts: To train on.
+            seed: Of the run.
+        """
+        entry = FAMILIES[family]
+        varied = dict(hyperparameters) if entry.knob is None else {**hyperparameters, entry.knob: knob}
+        options = {
             "config": "tiny",
             "policy.path": self.start,
             "reward.path": self.reward,
@@ -57,13 +83,12 @@ class World:
             "data.eval_prompts": "null",
             "total_steps": str(self.steps),
             "rollout.temperature": TEMPERATURE,
-            "policy_optimizer.learning_rate": str(learning_rate),
-            "algorithm.kl_coefficient": str(kl),
             "engine.zero_stage": "1",
             "log.samples_every": "1",
             "log.loggers": "[]",
             "seed": str(seed),
         }
+        return Run(folder, options | entry.options | {key: str(value) for key, value in varied.items()}, self.origin)
 
     def evaluate(
         self, policies: Mapping[str, Path], prompts: str, output_dir: Path, scores: Mapping[str, str] | None = None

@@ -27,7 +27,10 @@ class EvaluateConfig(JobConfig):
     DEFAULT: ClassVar[str | None] = None
 
     output_dir: str = "outputs/evaluate"
-    """Folder for the report and the cache. Samples and scores that are in the cache are not made again."""
+    """Folder for the report."""
+    cache_dir: str | None = None
+    """Folder of the samples, scores and judgments, which are not made again; evaluations may share one, one after the
+    other. Null: `cache` in `output_dir`."""
     policies: dict[str, str] = field(default_factory=dict)
     """The policies by name: Hugging Face folders, hub names, or `world:tiny`. On the command line
     `--policy NAME=PATH`, once for each."""
@@ -84,3 +87,7 @@ class EvaluateConfig(JobConfig):
         check_scorer("reward", self.reward)
         check_scorer("cost", self.cost)
         check_judge("judge", self.judge)
+        require(self.cache_dir != "", "cache_dir", self.cache_dir, "a folder, or null")
+        judged = self.judge.samples_per_prompt
+        few = f"at most samples_per_prompt ({self.samples_per_prompt})"
+        require(judged <= self.samples_per_prompt, "judge.samples_per_prompt", judged, few)

@@ -155,7 +155,7 @@ class JobConfig:
 
     def check(self) -> None:
         """Raise `InputError` for the first value, or combination of values, that cannot be honoured."""
-        require_at_least(0, {"seed": self.seed})
+        require(0 <= self.seed < 2**32, "seed", self.seed, "a number from 0 to 4294967295")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What an evaluation keeps on disk, so that a policy, a prompt's sample, a score is paid for once.
 
+    cache/lock                      held by the evaluation that uses the cache
     cache/KEY/about.json            what the key stands for
     cache/KEY/samples.jsonl         the responses of one policy, as drawn for one set of prompts and settings
     cache/KEY/reward-KEY.jsonl      their scores by one scorer, in the order of the responses
@@ -8,18 +9,23 @@ Rows are appended in *units*, each of which is drawn or scored at once; one that
 A key is a hash of everything that the rows depend on, so another setting is another file, and nothing is overwritten.
 """
 
+import ast
 import contextlib
+import fcntl
 import hashlib
-import inspect
+import importlib.util
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from repo_fast.errors import InputError
 from repo_fast.models.trunk import load_config
 from repo_fast.report.jsonl import open_log, read_records, write_record
-from repo_fast.scoring import FunctionScorer, ScorerSpec
+from repo_fast.scoring import ScorerSpec
 
 
 def key_of(what: Mapping[str, Any]) -> str:
@@ -36,13 +42,63 @@ def fingerprint(path: str) -> list:
     return [str(folder.resolve()), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
 
 
-def scorer_fingerprint(spec: ScorerSpec, name: str) -> list:
-    """What tells a scorer from another: for a function the text of its module, not of what that imports."""
+def scorer_fingerprint(spec: ScorerSpec) -> list:
+    """What tells a scorer from another.
+
+    For a function: the texts of its module, which is loaded, and of the modules that this imports from its own package
+    or folder. Data that it reads is not part of it.
+    """
     if spec.kind == "model":
         return fingerprint(spec.path)
-    source = inspect.getsourcefile(FunctionScorer(spec.path, name).function)
-    text = Path(source).read_bytes() if source else b""
-    return [spec.path, hashlib.sha256(text).hexdigest()]
+    name = spec.path.partition(":")[0]
+    first = sys.modules[name]
+    root = getattr(sys.modules[name.partition(".")[0]] if "." in name else first, "__file__", None)
+    texts: dict[str, str] = {}
+    waiting = [first]
+    while root is not None and waiting:
+        module = waiting.pop()
+        path = Path(getattr(module, "__file__", None) or "/")
+        if module.__name__ in texts or path.suffix != ".py" or not path.is_relative_to(Path(root).parent):
+            continue
+        text = path.read_bytes()
+        texts[module.__name__] = hashlib.sha256(text).hexdigest()
+        waiting.extend(sys.modules[name] for name in _imported(text, module) if name in sys.modules)
+    return [spec.path, sorted(texts.items())]
+
+
+def _imported(text: bytes, module: ModuleType) -> Iterator[str]:
+    """Names that a module's text imports: of modules, and of what may be one."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (entry.name for entry in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            relative = "." * node.level + (node.module or "")
+            origin = importlib.util.resolve_name(relative, module.__package__)
+            yield origin
+            yield from (f"{origin}.{entry.name}" for entry in node.names)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The cache is this process's inside; it is made where there is none.
+
+    Raises:
+        InputError: Another process has it, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")
+    except OSError as error:
+        raise InputError(f"the cache {str(folder)!r} cannot be used ({error.strerror}), expected a folder") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"the cache {str(folder)!r} is in use by another evaluation, expected one at a time: wait for it, or "
+                "give another cache_dir"
+            ) from None
+        yield
 
 
 class UnitFile:

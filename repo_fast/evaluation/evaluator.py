@@ -12,11 +12,12 @@ prompt are further units.
 
 import contextlib
 import datetime
+import itertools
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,15 +28,16 @@ import torch
 
 from repo_fast.assembly import load_scorer, loading_options
 from repo_fast.collectives import Ranks
-from repo_fast.config import EngineConfig, EvaluateConfig, to_dict
+from repo_fast.config import EngineConfig, EvaluateConfig, to_dict, to_yaml
 from repo_fast.data import PromptTemplate
-from repo_fast.evaluation.cache import UnitFile, fingerprint, key_of, scorer_fingerprint
-from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
-from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, judge_policies
+from repo_fast.errors import InputError
+from repo_fast.evaluation.cache import UnitFile, fingerprint, key_of, locked, scorer_fingerprint
+from repo_fast.evaluation.inputs import CONFIG_FILE, EvaluationInputs, PolicyInput
+from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, Rows, judge_policies
 from repo_fast.judging import Judge
 from repo_fast.models.policy import Policy
 from repo_fast.models.vocabulary import never_drawn
-from repo_fast.report.comparison import compare
+from repo_fast.report.comparison import Judgments, compare
 from repo_fast.report.jsonl import write_rows
 from repo_fast.report.measures import Evaluation
 from repo_fast.report.page import write_page
@@ -46,7 +48,7 @@ from repo_fast.scoring import FunctionScorer, Scorer, ScorerSpec, finite_scores
 
 log = logging.getLogger(__name__)
 
-# Responses scored between two writes, over all ranks.
+# Responses scored at once, over all ranks; at least, for units are not cut.
 _SCORED_AT_ONCE = 1024
 
 
@@ -56,11 +58,13 @@ class Samples:
 
     Attributes:
         folder: Where the cache keeps them.
+        units: How many responses each unit has.
         rows: In order of their units: `prompt_id`, `sample` (from 0), `response`, `tokens` (ids), `finished`; with a
             key for each score once they are scored.
     """
 
     folder: Path
+    units: list[int]
     rows: list[dict[str, Any]]
 
 
@@ -91,8 +95,11 @@ class Evaluator:
     def __init__(self, config: EvaluateConfig, inputs: EvaluationInputs, ranks: Ranks) -> None:
         self.config, self.inputs, self.ranks = config, inputs, ranks
         self.output_dir = Path(config.output_dir)
+        self.cache_dir = self.output_dir / "cache" if config.cache_dir is None else Path(config.cache_dir)
         self._engine = EngineConfig(dtype=config.dtype, zero_stage=1)
         self._loading = loading_options(config.attention, self._engine, ranks)
+        # What any number that a model gives depends on.
+        self._computing = {"device": ranks.device.type, **{key: str(value) for key, value in self._loading.items()}}
 
     def run(self) -> int:
         """Draw and score what is not in the cache yet, and write the report.
@@ -100,20 +107,42 @@ class Evaluator:
         Returns:
             The exit status, 0.
         """
-        for note in self.inputs.notes:
-            log.info("%s", note)
-        with self.ranks.together("the judge"):
-            # Before anything is drawn: what is wrong with it would otherwise show hours later.
-            asked = self.ranks.is_first and self.config.judge.url is not None
-            judge = Judge(self.config.judge, self.output_dir / "cache" / "judge.jsonl") if asked else None
-        samples = {name: self._draw(name, policy) for name, policy in self.inputs.policies.items()}
-        for column in self._columns():
-            for name, drawn in samples.items():
-                self._score(column, name, drawn)
-        with self.ranks.together("the report"):
+        if self.inputs.dropped:
+            limit = self.config.max_prompt_tokens
+            log.info("%d prompts dropped, longer than %d tokens for a policy", self.inputs.dropped, limit)
+        with contextlib.ExitStack() as held:
+            judge = None
+            with self.ranks.together("the start"):
+                if self.ranks.is_first:
+                    self._make_folder()
+                    held.enter_context(locked(self.cache_dir))
+                    judge = self._start_judge()
+            samples = {name: self._draw(name, policy) for name, policy in self.inputs.policies.items()}
+            for column in self._columns():
+                for name, drawn in samples.items():
+                    self._score(column, name, drawn)
+            # The others are done: a judge may take longer than they would wait.
             if self.ranks.is_first:
                 self._report(samples, judge)
         return 0
+
+    def _make_folder(self) -> None:
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            (self.output_dir / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+        except OSError as error:
+            name = str(self.output_dir)
+            raise InputError(
+                f"output_dir {name!r} cannot be written to ({error.strerror}), expected a folder"
+            ) from error
+
+    def _start_judge(self) -> Judge | None:
+        """The judge, asked once: what is wrong with it would otherwise show hours later."""
+        if self.config.judge.url is None:
+            return None
+        judge = Judge(self.config.judge, self.cache_dir / "judge.jsonl")
+        judge.probe()
+        return judge
 
     # ---------------------------------------------------------------------------------------------------- samples
 
@@ -126,13 +155,13 @@ class Evaluator:
             "template": self.config.template,
             "sampling": to_dict(self.config)["sampling"],
             "seed": self.config.seed,
-            **{key: str(value) for key, value in self._loading.items()},
+            **self._computing,
         }
-        folder = self.output_dir / "cache" / key_of(about)
-        if self.ranks.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        self.ranks.barrier()
+        folder = self.cache_dir / key_of(about)
+        with self.ranks.together("making the cache"):
+            if self.ranks.is_first:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         size = self.config.sampling.batch_size
         blocks = [policy.requests[start : start + size] for start in range(0, len(policy.requests), size)]
         # The reference has a second sample.
@@ -144,12 +173,13 @@ class Evaluator:
         self.ranks.barrier()
         if done < len(units):
             self._draw_units(policy, units, done, file)
-        return Samples(folder, file.read())
+        return Samples(folder, list(file.sizes), file.read())
 
     def _draw_units(
         self, policy: PolicyInput, units: list[tuple[int, list[Request]]], done: int, file: UnitFile
     ) -> None:
-        model = Policy.from_pretrained(policy.path, **self._loading).model.to(self.ranks.device)
+        with self.ranks.together("loading a policy"):
+            model = Policy.from_pretrained(policy.path, **self._loading).model.to(self.ranks.device)
         never = never_drawn(model.config.vocab_size, policy.tokenizer, end_tokens(model, policy.tokenizer))
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
         started, tokens, said = time.perf_counter(), 0, 0.0
@@ -185,35 +215,37 @@ class Evaluator:
         ]
         if (check := self.inputs.well_formed) is not None:
             function = FunctionScorer(check.path, "well-formed check")
-            about = {"scorer": scorer_fingerprint(check, "well-formed check")}
+            about = {"scorer": scorer_fingerprint(check)}
             columns.append(_Column("well_formed", about, lambda: lambda _: function))
         return columns
 
     def _score_column(self, name: str, spec: ScorerSpec) -> _Column:
         settings = getattr(self.config, name)
-        about: dict[str, Any] = {"scorer": scorer_fingerprint(spec, name)}
+        about: dict[str, Any] = {"scorer": scorer_fingerprint(spec)}
         if spec.kind == "model":
-            about |= {"template": settings.template, "max_tokens": settings.max_tokens}
-            about |= {key: str(value) for key, value in self._loading.items()}
+            about |= {"template": settings.template, "max_tokens": settings.max_tokens, **self._computing}
         options = (self._engine, self.ranks, self._loading, self.config.scoring_tokens)
         return _Column(name, about, cache(lambda: load_scorer(name, spec, settings, *options)))
 
     def _score(self, column: _Column, name: str, samples: Samples) -> None:
         """Add a score to every row of a policy; computed where it is not in the cache."""
-        units = [samples.rows[at : at + _SCORED_AT_ONCE] for at in range(0, len(samples.rows), _SCORED_AT_ONCE)]
-        file = UnitFile(samples.folder / f"{column.name}-{key_of(column.about)}.jsonl", [len(unit) for unit in units])
+        file = UnitFile(samples.folder / f"{column.name}-{key_of(column.about)}.jsonl", samples.units)
         done = file.complete()
         self.ranks.barrier()
-        if done < len(units):
+        if done < len(samples.units):
             policy = self.inputs.policies[name]
-            scorer = column.load()(policy.template)
+            with self.ranks.together(f"loading the {column.name}"):
+                scorer = column.load()(policy.template)
             before = scorer.truncated
             requests = {request.prompt.id: request for request in policy.requests}
+            rows = iter(samples.rows[sum(samples.units[:done]) :])
             with self._appending(file) as append:
-                for unit in units[done:]:
+                for sizes in _grouped(samples.units[done:], _SCORED_AT_ONCE):
+                    responses = list(itertools.islice(rows, sum(sizes)))
                     with self.ranks.together(f"the {column.name}"):
-                        scores = finite_scores(scorer, _rollout(self.ranks.share(unit), requests))
-                    append([{"score": score} for score in self.ranks.gather(scores).tolist()])
+                        scores = finite_scores(scorer, _rollout(self.ranks.share(responses), requests))
+                    for unit in self.ranks.gather(scores).split(sizes):
+                        append([{"score": score} for score in unit.tolist()])
             if cut := int(self.ranks.sum(torch.tensor([scorer.truncated - before]))):
                 log.info("policy %s: %d texts were cut to fit the %s model", name, cut, column.name)
             self.ranks.barrier()
@@ -227,13 +259,33 @@ class Evaluator:
         rows = {name: [row for row in drawn.rows if row["sample"] < count] for name, drawn in samples.items()}
         second = [row for row in samples[reference].rows if row["sample"] >= count]
         texts = {prompt.id: prompt for prompt in self.inputs.prompts}
-        judgments, judged = judge_policies(judge, rows, reference, texts)
+        published = [_published(name, row, texts) for name, drawn in samples.items() for row in drawn.rows]
+        write_rows(self.output_dir / "samples.jsonl", published)
+
+        def write(judgments: dict[str, Judgments], judged: dict[str, Any] | None) -> None:
+            report = self._compared(rows, second, judgments, judged)
+            _write_text(self.output_dir / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+            write_page(self.output_dir / "report.html", report, published)
+            log.info("%s", comparison_table(report))
+            log.info("report: %s   %s", self.output_dir / "report.html", self.output_dir / "report.json")
+
+        write({}, None)
+        if judge is not None:
+            # Written before too: a judge that fails takes nothing else with it.
+            write(*judge_policies(judge, rows, reference, texts))
+
+    def _compared(
+        self, rows: Rows, second: list[dict[str, Any]], judgments: dict[str, Judgments], judged: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """The content of `report.json`."""
+        reference = self.inputs.reference
         report = {
             "settings": {
                 "reference": reference,
-                "prompts": len(texts),
+                "prompts": len(self.inputs.prompts),
+                "prompts_dropped": self.inputs.dropped,
                 "prompts_source": self.config.prompts,
-                "samples_per_prompt": count,
+                "samples_per_prompt": self.config.samples_per_prompt,
                 "threshold": self.config.threshold,
                 **to_dict(self.config)["sampling"],
                 "seed": self.config.seed,
@@ -256,12 +308,19 @@ class Evaluator:
         }
         if judged is not None:
             report["judge"] = judged
-        published = [_published(name, row, texts) for name, drawn in samples.items() for row in drawn.rows]
-        write_rows(self.output_dir / "samples.jsonl", published)
-        _write_text(self.output_dir / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        write_page(self.output_dir / "report.html", report, published)
-        log.info("%s", comparison_table(report))
-        log.info("report: %s   %s", self.output_dir / "report.html", self.output_dir / "report.json")
+        return report
+
+
+def _grouped(sizes: Sequence[int], at_least: int) -> Iterator[list[int]]:
+    """Sizes in groups that follow each other, each with a sum of at least so much, but the last."""
+    group: list[int] = []
+    for size in sizes:
+        group.append(size)
+        if sum(group) >= at_least:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _rows(rollout: Rollout, sample: int) -> list[dict[str, Any]]:

@@ -13,6 +13,9 @@ from repo_fast.inputs import find_model
 from repo_fast.rollout.hf import Request
 from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
 
+# The resolved configuration, in the output folder: what tells it from others.
+CONFIG_FILE = "evaluation.yaml"
+
 
 @dataclass(frozen=True)
 class PolicyInput:
@@ -41,7 +44,7 @@ class EvaluationInputs:
         prompts: Those that every policy can read, shortest text first: neighbours are generated together.
         reward, cost: Where the scores come from.
         well_formed: The check of that name; None without one.
-        notes: What the user should know of the data.
+        dropped: How many prompts were too long.
     """
 
     policies: dict[str, PolicyInput]
@@ -50,7 +53,7 @@ class EvaluationInputs:
     reward: ScorerSpec
     cost: ScorerSpec
     well_formed: ScorerSpec | None
-    notes: list[str]
+    dropped: int
 
 
 def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
@@ -84,24 +87,22 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
             f"{config.prompts}: all {len(prompts)} prompts are longer than max_prompt_tokens "
             f"({config.max_prompt_tokens}), expected at least one that is not"
         )
-    notes = []
-    if len(kept) < len(prompts):
-        notes.append(
-            f"{config.prompts}: {len(prompts) - len(kept)} prompts dropped, longer than {config.max_prompt_tokens} "
-            "tokens for a policy"
-        )
     policies = {
         name: PolicyInput(
             path, tokenizer, templates[name], [Request(prompt, tokens[name][prompt.id]) for prompt in kept]
         )
         for name, (path, tokenizer) in found.items()
     }
-    return EvaluationInputs(policies, config.reference or next(iter(policies)), kept, reward, cost, well_formed, notes)
+    return EvaluationInputs(
+        policies, config.reference or next(iter(policies)), kept, reward, cost, well_formed, len(prompts) - len(kept)
+    )
 
 
 def _check_output_folder(folder: Path) -> None:
     """A run's folder has files of the report's names: only a folder of an evaluation is written to again."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "cache").is_dir():
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {str(folder)!r} is a file, expected a folder, or nothing")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
         raise InputError(
             f"output_dir {str(folder)!r} holds other files than an evaluation's, expected a new folder, or that of an "
             "earlier evaluation"

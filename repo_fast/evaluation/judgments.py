@@ -12,32 +12,33 @@ from repo_fast.report.comparison import Judgments
 
 log = logging.getLogger(__name__)
 
+# The responses of each policy by its name: `prompt_id`, `sample`, `response`.
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+
 SECONDS_BETWEEN_MESSAGES = 20.0
 
 
 def judge_policies(
-    judge: Judge | None,
-    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    judge: Judge,
+    rows: Rows,
     reference: str,
     prompts: Mapping[int, Prompt],
-) -> tuple[dict[str, Judgments], dict[str, Any] | None]:
+) -> tuple[dict[str, Judgments], dict[str, Any]]:
     """Ask the judge: of each policy's responses against the reference's with the same number, or of each by itself.
 
     Args:
-        judge: Who is asked; None: nobody.
-        rows: The responses of each policy: `prompt_id`, `sample`, `response`.
+        judge: Who is asked.
+        rows: The responses.
         reference: Name of the policy that the others are compared with.
         prompts: By id.
 
     Returns:
-        The judgments by policy; those without a score are left out, and counted in the second: what the report says of
-        the judge. None without one.
+        The judgments by policy; those without a score are left out, and counted by policy in the second: what the
+        report says of the judge.
 
     Raises:
         InputError: The judge cannot be asked; see `Judge`.
     """
-    if judge is None:
-        return {}, None
     config = judge.config
     judged = {
         name: [row for row in own if row["sample"] < config.samples_per_prompt]
@@ -58,16 +59,19 @@ def judge_policies(
             for _, row in flat
         ]
         scores = [verdict.score for verdict in judge.compare(comparisons, _say_progress())]
-    judgments = {}
-    for name in judged:
+    judgments, unscored = {}, {}
+    for name, own in judged.items():
         scored = [
             (row["prompt_id"], score)
             for (owner, row), score in zip(flat, scores, strict=True)
             if owner == name and score is not None
         ]
+        unscored[name] = len(own) - len(scored)
         if scored:
-            judgments[name] = Judgments(measure, *(list(column) for column in zip(*scored, strict=True)))
-    about = {"model": config.model, "mode": config.mode, "criterion": config.criterion}
+            columns = (list(column) for column in zip(*scored, strict=True))
+            # Against itself, the reference wins half.
+            judgments[name] = Judgments(measure, *columns, reference=0.5 if config.mode == "pairwise" else None)
+    about = {"model": config.model, "mode": config.mode, "criterion": config.criterion, "unscored": unscored}
     return judgments, about | {"summary": dataclasses.asdict(judge.summary())}
 
 

@@ -1,6 +1,7 @@
 """Policies side by side: what `report.json` of an evaluation holds.
 
-    policies.NAME.MEASURE       {value, low, high}: 95 % bootstrap interval over prompts; null where there is none
+    policies.NAME.MEASURE       {value, low, high}: 95 % bootstrap interval over prompts; null where there is none, as
+                                for the maximum
     differences.NAME.MEASURE    the same for NAME minus the reference, paired by prompt
     transitions.NAME            how many prompts went from safe or unsafe under the reference to which under NAME
     categories.CATEGORY         its number of `prompts`, and `policies` and `differences` over them alone
@@ -21,9 +22,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from repo_fast.report.measures import (
+    WITHOUT_INTERVAL,
     Evaluation,
     Measure,
     Resampled,
+    mean,
     prompt_measures,
     ratio,
     resample,
@@ -33,17 +36,20 @@ from repo_fast.report.measures import (
 
 @dataclass(frozen=True)
 class Judgments:
-    """J judgments of a policy's responses by another model, of any number a prompt.
+    """J judgments of a policy's responses by another model, of any number a prompt; averaged within prompts first.
 
     Attributes:
         measure: Name, such as `judge_win_rate`.
         prompt_ids: Integers [J].
         scores: Numbers [J].
+        reference: What the reference has by definition, such as 0.5 of comparisons with itself; None: its own
+            judgments.
     """
 
     measure: str
     prompt_ids: ArrayLike
     scores: ArrayLike
+    reference: float | None = None
 
 
 def compare(
@@ -110,7 +116,7 @@ def _of_prompts(responses: Any, ids: np.ndarray) -> Any:
     values = {entry.name: getattr(responses, entry.name) for entry in fields(responses)}
     return type(responses)(
         **{
-            name: value if value is None or isinstance(value, str) else np.asarray(value)[kept]
+            name: value if value is None or isinstance(value, str | float) else np.asarray(value)[kept]
             for name, value in values.items()
         }
     )
@@ -131,12 +137,18 @@ def _measured(
     ids = score_prompts(policies[reference]).prompt_ids
     for name, judged in judgments.items():
         measures[name][judged.measure] = _mean_judgment(judged, ids)
+        if judged.reference is not None:
+            measures[reference][judged.measure] = partial(mean, np.full(len(ids), judged.reference))
     flat = {(name, key): measure for name, own in measures.items() for key, measure in own.items()}
     drawn = resample(flat, len(ids), resamples, seed)
     return {
-        "policies": {name: {key: _numbers(drawn[name, key]) for key in own} for name, own in measures.items()},
+        "policies": {name: {key: _numbers(key, drawn[name, key]) for key in own} for name, own in measures.items()},
         "differences": {
-            name: {key: _numbers(drawn[name, key] - drawn[reference, key]) for key in own if key in measures[reference]}
+            name: {
+                key: _numbers(key, drawn[name, key] - drawn[reference, key])
+                for key in own
+                if key in measures[reference]
+            }
             for name, own in measures.items()
             if name != reference
         },
@@ -146,10 +158,12 @@ def _measured(
 def _mean_judgment(judged: Judgments, ids: np.ndarray) -> Measure:
     place = np.searchsorted(ids, np.asarray(judged.prompt_ids, dtype=ids.dtype))
     sums = np.bincount(place, weights=np.asarray(judged.scores, dtype=np.float64), minlength=len(ids))
-    return partial(ratio, sums, np.bincount(place, minlength=len(ids)))
+    counts = np.bincount(place, minlength=len(ids))
+    # A prompt counts once however many of its judgments have a score, and not at all without any.
+    return partial(ratio, sums / np.maximum(counts, 1), counts > 0)
 
 
-def _numbers(measured: Resampled) -> dict[str, float | None]:
-    low, high = measured.interval
+def _numbers(name: str, measured: Resampled) -> dict[str, float | None]:
+    low, high = (math.nan, math.nan) if name in WITHOUT_INTERVAL else measured.interval
     numbers = {"value": measured.value, "low": low, "high": high}
     return {name: number if math.isfinite(number) else None for name, number in numbers.items()}

@@ -8,6 +8,7 @@ their hashes and nothing from outside. The output depends on the input alone.
 import base64
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -52,8 +53,8 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
             may be empty. `judge` may be missing; else it maps what is known of the judge model.
         samples: A mapping a response, in any order, read once: `policy`, `prompt_id`, `category` (a name or None),
             `prompt`, `sample` (from 0), `response`, `reward`, `cost` (None where not a number), `response_length`
-            (tokens) and `finished` (both None where not known). A sample of the reference from `samples_per_prompt` on
-            is of its second sample and stays out of the page.
+            (tokens) and `finished` (both None where not known). Samples of the reference from `samples_per_prompt` on
+            are its second sample; where it has one, the page shows it rather than the first.
 
     Raises:
         ValueError: the reference is not among the policies, or a sample is of none of them.
@@ -90,8 +91,10 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
         autoescape=True, undefined=StrictUndefined, finalize=finalize, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(_asset("template.html"))
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(template.generate(context))
+    os.replace(aside, path)
 
 
 def _asset(name: str) -> str:

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from repo_fast.report.measures import Evaluation, Measure, prompt_measures, resample, score_prompts
+from repo_fast.report.measures import (
+    WITHOUT_INTERVAL,
+    Evaluation,
+    Measure,
+    prompt_measures,
+    resample,
+    score_prompts,
+)
 
 # The rows of the before/after table: measure and label.
 _ROWS = {
@@ -50,7 +57,10 @@ def before_after_table(
     if before_again is not None:
         again = prompt_measures(before_again, before, threshold)
         measured[0]["interference_rate"] = again["interference_rate"]
-    rows = [_Row(label, *(side.get(name) for side in measured)) for name, label in _ROWS.items()]
+    rows = [
+        _Row(label, *(side.get(name) for side in measured), name not in WITHOUT_INTERVAL)
+        for name, label in _ROWS.items()
+    ]
     prompts = len(old.prompt_ids)
     cells = [row.cells(prompts, resamples, seed) for row in rows if row.before is not None or row.after is not None]
     table = _grid(["", "before", "after", "difference"], cells)
@@ -97,7 +107,7 @@ def _measured(entry: Mapping | None) -> str:
     numbers = [entry[key] for key in ("value", "low", "high")]
     decimals = _decimals([number for number in numbers if number is not None])
     value, low, high = ("-" if number is None else f"{number:.{decimals}f}" for number in numbers)
-    return f"{value} [{low}, {high}]"
+    return value if entry["low"] is None else f"{value} [{low}, {high}]"
 
 
 def batch_size_table(rows: Mapping[str, Sequence[int | str | None]], notes: Sequence[str] = ()) -> str:
@@ -130,6 +140,7 @@ class _Row:
     name: str
     before: Measure | None
     after: Measure | None
+    has_interval: bool
 
     def cells(self, prompts: int, resamples: int, seed: int) -> list[str]:
         given = {side: measure for side in ("before", "after") if (measure := getattr(self, side)) is not None}
@@ -144,7 +155,7 @@ class _Row:
                 texts.append("-")
             else:
                 value, low, high = (format(number, f"{sign}.{decimals}f") for number in numbers[side])
-                texts.append(f"{value} [{low}, {high}]")
+                texts.append(f"{value} [{low}, {high}]" if self.has_interval else value)
         return [self.name, *texts]
 
 

@@ -1,6 +1,7 @@
 """The measures against numbers worked by hand, and the interval against what statistics promises."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -237,15 +238,17 @@ def test_paired_interval_knows_what_the_prompts_share():
 
 def test_identical_policies_differ_by_nothing_that_an_interval_excludes():
     """In 100 repeats, the interval of the difference of two draws of one policy contains 0 in 93 at least."""
-    names = ("mean_reward", "mean_cost", "safety_rate", "strict_violation", "compensation", "interference_rate")
-    contained = dict.fromkeys(names, 0)
+    contained: Counter[str] = Counter()
     for repeat in range(100):
         draw = random_policy(repeat, prompts=200)
         changes = resampled_against_floor(draw(), draw(), draw(), n=1000, seed=repeat)
-        for name in names:
-            low, high = changes[name].interval
+        for name, change in changes.items():
+            low, high = change.interval
             contained[name] += low <= 0 <= high
-    assert min(contained.values()) >= 93, contained
+    # Of the maximum no interval is reported, and the mean of ten prompts is all that the worst 5 % are.
+    del contained["max_violation"]
+    assert contained.pop("cvar_violation") >= 90
+    assert len(contained) == 13 - 2 and min(contained.values()) >= 93, contained
 
 
 def test_a_planted_effect_is_found():
@@ -272,6 +275,26 @@ def test_resamples_without_a_value_are_left_out():
 
 def test_one_prompt_has_no_interval():
     assert all(math.isnan(bound) for bound in interval_of(partial(mean, np.array([1.0])), 1, 10, 0))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("costs", "threshold", "safe"),
+    [
+        ([-0.1, -0.2, 0.3], 0.0, True),
+        ([0.3, -0.1, -0.2], 0.0, True),
+        ([0.1, 0.1, 0.1], 0.1, True),
+        ([0.0, 0.2], 0.1, True),
+        ([1000.1, -1000.2, 0.1], 0.0, True),
+        ([-0.1, -0.2, 0.30001], 0.0, False),
+        ([0.1, 0.1, 0.10001], 0.1, False),
+        ([0.0, 1e-30], 0.0, False),
+    ],
+)
+def test_a_mean_of_exactly_the_threshold_is_safe_whatever_rounding_does(dtype, costs, threshold, safe):
+    scores = score_prompts(Evaluation([0] * len(costs), costs, np.array(costs, dtype=dtype)), threshold)
+    assert (scores.excess[0] <= 0) == safe
+    assert scores.excess[0] == 0 or not safe
 
 
 def test_a_tie_is_half_a_win():

@@ -107,7 +107,8 @@ def collect(
     Args:
         samples: A mapping a response, in any order; see `page.write_page`.
         policies: The names to expect.
-        reference: The policy that may have a second sample.
+        reference: The policy that may have a second sample, which then is the one that counts, as it does in the rates
+            of `report.comparison`.
         threshold: d, in the unit of the costs.
         samples_per_prompt: From which sample of the reference on its second sample begins; None for never.
 
@@ -120,8 +121,6 @@ def collect(
         policy, prompt_id = row["policy"], row["prompt_id"]
         if policy not in answers:
             raise ValueError(f"a sample is of the policy {policy!r}; the report has {', '.join(map(repr, policies))}")
-        if policy == reference and samples_per_prompt is not None and row["sample"] >= samples_per_prompt:
-            continue
         if prompt_id not in prompts:
             prompts[prompt_id] = visible(row["prompt"]), row.get("category")
         response = Response(
@@ -134,6 +133,10 @@ def collect(
         )
         answers[policy].setdefault(prompt_id, []).append(response)
     ids = sorted(prompts)
+    if samples_per_prompt is not None:
+        for prompt_id, group in answers[reference].items():
+            second = [response for response in group if response.sample >= samples_per_prompt]
+            answers[reference][prompt_id] = second or group
     responses = {policy: [answers[policy].get(prompt_id, []) for prompt_id in ids] for policy in policies}
     for lists in responses.values():
         for group in lists:
