@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.interference.settings import FAMILIES, Setting, headline
+from experiments.interference.settings import FAMILIES, MULTIPLIER_RATE, Setting, headline
 from experiments.interference.world import START
 from repo_fast.report.metrics import read_metrics
 
@@ -27,10 +27,16 @@ MEASURES = (
     "compensation",
     "well_formed",
 )
-# Compared at the same seeds: the per-prompt constraint, and the average one, of the same margin.
+# What the claim is about, chosen before the grid was run: one algorithm's frontier above another's, at the same seeds.
+FRONTIERS = (("repo", "ppo_lag"), ("repo_response", "ppo_lag"), ("repo", "reward_shaping"))
+# Also shown: settings that somebody might choose alike.
 PAIRS = (("repo-0", "ppo_lag-0"), ("repo-1", "ppo_lag-1"), ("repo-0", "repo_response-0"), ("repo-0", "hc_lag"))
+# Of a run, whose mean is its final λ.
+_LAST_STEPS = 5
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+Points = Sequence[tuple[float, float]]
+
 _AXES = ("strict_violation", "mean_reward")
 _COLORS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito's
 _MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -43,6 +49,23 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
         return mean, math.nan, math.nan
     half = _T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
+
+
+def gap_between(one: Points, other: Points) -> float | None:
+    """How much higher one frontier is than another, on average over the x that both have.
+
+    Args:
+        one, other: Points (x, y), one for each value of the knob, joined by lines in the order of x.
+
+    Returns:
+        The mean of the first's y - the second's; None where they have no x in common.
+    """
+    (ours, own), (theirs, others) = (np.array(sorted(points)).T for points in (one, other))
+    low, high = max(ours[0], theirs[0]), min(ours[-1], theirs[-1])
+    if low > high:
+        return None
+    grid = np.linspace(low, high, 101)
+    return float(np.mean(np.interp(grid, ours, own) - np.interp(grid, theirs, others)))
 
 
 def write_results(
@@ -63,14 +86,16 @@ def write_results(
     for judge, report in reports.items():
         table[judge] = {
             setting.name: {
-                measure: _over_seeds(report, setting, measure)
+                measure: _over_seeds(_values(report, setting, measure))
                 for measure in MEASURES
                 if measure in report["policies"][START]
             }
+            | {"multiplier": _over_seeds(_final_multipliers(setting, folders))}
             for setting in grid
         }
     text = "\n\n".join(
         [
+            _frontier_differences(grid, reports),
             *(_markdown(judge, grid, table[judge], reports[judge]["policies"][START]) for judge in reports),
             _paired_differences(grid, reports),
         ]
@@ -82,16 +107,23 @@ def write_results(
     return text
 
 
-def _values(report: dict, setting: Setting, measure: str) -> list[float]:
-    values = [report["policies"][f"{setting.name}.{seed}"][measure]["value"] for seed in range(setting.seeds)]
-    return [math.nan if value is None else value for value in values]
+def _values(report: dict, setting: Setting, measure: str) -> list[float | None]:
+    return [report["policies"][f"{setting.name}.{seed}"][measure]["value"] for seed in range(setting.seeds)]
 
 
-def _over_seeds(report: dict, setting: Setting, measure: str) -> dict:
-    values = _values(report, setting, measure)
-    mean, low, high = interval(values)
-    bounds = {"low": low, "high": high}
-    return {"mean": mean, **{k: None if math.isnan(v) else v for k, v in bounds.items()}, "seeds": values}
+def _final_multipliers(setting: Setting, folders: Mapping[tuple[str, int], Path]) -> list[float | None]:
+    if MULTIPLIER_RATE not in FAMILIES[setting.family].untuned():
+        return [None] * setting.seeds
+    runs = [read_metrics(folders[setting.name, seed] / "metrics.jsonl") for seed in range(setting.seeds)]
+    return [statistics.fmean(float(row["multiplier"]) for row in run[-_LAST_STEPS:]) for run in runs]
+
+
+def _over_seeds(values: Sequence[float | None]) -> dict:
+    """Mean, bounds and values for `results.json`; None where one of the values is, which is a share among nothing."""
+    numbers = [value for value in values if value is not None]
+    mean, low, high = interval(numbers) if len(numbers) == len(values) else (math.nan,) * 3
+    entry = {"mean": mean, "low": low, "high": high}
+    return {**{key: None if math.isnan(value) else value for key, value in entry.items()}, "seeds": list(values)}
 
 
 def _label(setting: Setting) -> str:
@@ -104,23 +136,71 @@ def _label(setting: Setting) -> str:
 
 def _markdown(judge: str, grid: Sequence[Setting], table: Mapping, start: Mapping) -> str:
     measures = [measure for measure in MEASURES if measure in start]
+    named = [*(measure.replace("_", " ") for measure in measures), "final λ"]
     lines = [
         f"Judged by the {judge}. Mean over seeds and 95 % t-interval; `start`: 95 % bootstrap interval over prompts.",
         "",
-        "| setting | seeds | " + " | ".join(measure.replace("_", " ") for measure in measures) + " |",
-        "|---|---:|" + "---:|" * len(measures),
-        "| start | | " + " | ".join(_cell(*(start[m][k] for k in ("value", "low", "high"))) for m in measures) + " |",
+        "| setting | seeds | " + " | ".join(named) + " |",
+        "|---|---:|" + "---:|" * len(named),
+        "| start | | "
+        + " | ".join(_cell(*(start[m][k] for k in ("value", "low", "high"))) for m in measures)
+        + " | - |",
     ]
     for setting in grid:
-        cells = [_cell(*(table[setting.name][m][k] for k in ("mean", "low", "high"))) for m in measures]
+        shown = [*measures, "multiplier"]
+        cells = [_cell(*(table[setting.name][m][k] for k in ("mean", "low", "high"))) for m in shown]
         lines.append(f"| {_label(setting)} | {setting.seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None or math.isnan(value):
+def _cell(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
+    if value is None:
         return "-"
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    return (
+        f"{value:{sign}.3f}"
+        if low is None or high is None
+        else f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+    )
+
+
+def _frontier_differences(grid: Sequence[Setting], reports: Mapping[str, dict]) -> str:
+    """The comparisons of whole families, each seed's frontier with the other family's of the same seed."""
+    axes = (
+        ("strict_violation", "mean_reward"),
+        ("interference_rate", "mean_reward"),
+        ("mean_reward", "strict_violation"),
+    )
+    heads = [f"{y} at equal {x}".replace("_", " ") for y, x in axes]
+    lines = [
+        "One frontier above another at the same seed: the knob's points joined by lines, the gap averaged over the "
+        "range that both have; mean over seeds and 95 % t-interval. `-`: no seed has such a range.",
+        "",
+        "| first - second | judge | seeds | " + " | ".join(heads) + " |",
+        "|---|---|---:|" + "---:|" * len(heads),
+    ]
+    for first, second in FRONTIERS:
+        settings = {family: [row for row in grid if row.family == family] for family in (first, second)}
+        if not all(settings.values()):
+            continue
+        seeds = min(row.seeds for rows in settings.values() for row in rows)
+        for judge, report in reports.items():
+            cells = []
+            for y, x in axes:
+                points = {
+                    family: [list(zip(*(_values(report, row, m)[:seeds] for m in (x, y)), strict=True)) for row in rows]
+                    for family, rows in settings.items()
+                }
+                gaps = [
+                    gap_between([row[seed] for row in points[first]], [row[seed] for row in points[second]])
+                    for seed in range(seeds)
+                ]
+                found = [gap for gap in gaps if gap is not None]
+                entry = _over_seeds(found or [None])
+                few = f" ({len(found)} of them)" if 0 < len(found) < seeds else ""
+                cells.append(_cell(entry["mean"], entry["low"], entry["high"], "+") + few)
+            names = f"{FAMILIES[first].label} - {FAMILIES[second].label}"
+            lines.append(f"| {names} | {judge} | {seeds} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _paired_differences(grid: Sequence[Setting], reports: Mapping[str, dict]) -> str:
@@ -140,8 +220,8 @@ def _paired_differences(grid: Sequence[Setting], reports: Mapping[str, dict]) ->
             cells = []
             for measure in measures:
                 pairs = zip(_values(report, one, measure), _values(report, other, measure), strict=False)
-                mean, low, high = interval([a - b for a, b in pairs])
-                cells.append(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+                entry = _over_seeds([None if a is None or b is None else a - b for a, b in pairs])
+                cells.append(_cell(entry["mean"], entry["low"], entry["high"], "+"))
             seeds = min(one.seeds, other.seeds)
             lines.append(f"| {_label(one)} - {_label(other)} | {judge} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

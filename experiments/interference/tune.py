@@ -9,7 +9,7 @@ training prompts, once. The rules judge the policies on the other fifth, and the
     mean reward - 2 strict violation
 
 is kept; the weight was chosen before anything was run. Families have as many runs as they have hyperparameters to
-tune: seven with a multiplier, five without. Printed is the table, and what belongs into `TUNED`. Stopped, the same
+tune: eight with a multiplier, six without. Printed is the table, and what belongs into `TUNED`. Stopped, the same
 command goes on. About 40 minutes on two cores.
 """
 

@@ -96,6 +96,8 @@ class World:
         """Judge policies beside the start by the corpus's rules, or by other scores; returns `report.json`."""
         options = {
             "config": "tiny",
+            # Beside it, so that evaluations of the same policies share what they drew.
+            "cache_dir": str(output_dir.parent / "evaluation-cache"),
             "reference": START,
             "prompts": prompts,
             "samples_per_prompt": str(self.samples),
