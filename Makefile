@@ -3,6 +3,8 @@
 VENV := .venv
 RANKS ?= 1
 ARGS ?=
+# Test files at once; most tests use one core.
+JOBS ?= 2
 # outputs/tiny, or the first of outputs/tiny-1, outputs/tiny-2, ... that is free.
 OUTPUT = $(shell n=; while [ -e outputs/tiny$$n ]; do n=$$(($${n:-0} - 1)); done; echo outputs/tiny$$n)
 
@@ -37,10 +39,10 @@ pipeline: setup ## From demonstrations and preferences to a safer policy: SFT, r
 	$(VENV)/bin/python -m repo_fast.pipeline --output_dir outputs/pipeline --ranks $(RANKS) $(ARGS)
 
 test: lint ## Check and test everything but what is marked slow
-	$(VENV)/bin/pytest -m "not slow" $(ARGS)
+	$(VENV)/bin/pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 acceptance: lint ## Check and test everything
-	$(VENV)/bin/pytest $(ARGS)
+	$(VENV)/bin/pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup ## Style, types of the public ops, and which room may import which
 	$(VENV)/bin/ruff check

@@ -4,9 +4,10 @@
 
 Makes a policy, a reward model and a cost model (the first stages of `repo_fast.pipeline`), trains every setting of
 `settings.py` from them, several seeds each, and evaluates all policies beside the start on held-out prompts: by the
-corpus's own rules, which no run has seen, and by the learned scores, which all were trained on. Written are
-`results.json`, `results.md`, figures, and `report/report.html`, which shows the first seed of the headline settings
-prompt by prompt. What is complete is not made again: stopped, the same command goes on.
+corpus's own rules, which no run was trained on (tuning chose by them, on other prompts), and by the learned scores,
+which all were trained on. Written are `results.json`, `results.md`, figures, and `report/report.html`, which shows the
+first seed of the headline settings prompt by prompt. What is complete is not made again: stopped, the same command goes
+on.
 
 Two hours on two cores at most. `--small` is the same with everything as small as it gets, in two minutes: it shows that
 the experiment runs, and nothing else.

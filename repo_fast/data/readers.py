@@ -47,6 +47,11 @@ class Demonstration:
     response: str
 
 
+def _category(value: Any) -> str | None:
+    """A category as text; None for what is no name, such as a table of flags."""
+    return str(value) if isinstance(value, str | int) else None
+
+
 def load_prompts(source: str, *, split: str = "train", limit: int | None = None) -> list[Prompt]:
     """Reads the distinct prompts of a source, in its order. The number of duplicates is logged.
 
@@ -70,7 +75,7 @@ def load_prompts(source: str, *, split: str = "train", limit: int | None = None)
         prompt = _prompt_of(row, place)
         if prompt not in prompts:
             category = row.get("category") if isinstance(row, dict) else None
-            prompts[prompt] = Prompt(len(prompts), prompt, category if isinstance(category, str) else None)
+            prompts[prompt] = Prompt(len(prompts), prompt, _category(category))
             if len(prompts) == limit:
                 break
     if not prompts:

@@ -30,6 +30,11 @@ def test_duplicates_go_and_ids_count_what_is_left(tmp_path, caplog):
     assert load_prompts(source, limit=2) == prompts[:2]
 
 
+def test_a_category_is_text_or_a_number(tmp_path):
+    rows = [{"prompt": str(value), "category": value} for value in ("tea", 3, ["tea"], {"tea": True}, None)]
+    assert [prompt.category for prompt in load_prompts(write(tmp_path / "p.jsonl", *rows))] == ["tea", "3", *[None] * 3]
+
+
 @pytest.mark.parametrize(
     ("row", "text"),
     [
