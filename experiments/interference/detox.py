@@ -4,8 +4,8 @@
     python -m experiments.interference.detox --output_dir outputs/interference-detox
 
 Two trainings by the configuration `smollm2-detox`, which `examples/detox` explains, one beside the other: `repo`, and
-`ppo_lag` with the same margin, learning rates, KL coefficient, prompts and steps, which were chosen for `repo`, not tuned
-for `ppo_lag`. Then both policies and the start answer the held-out prompts, `repo_fast.evaluate`. Stopped, the
+`ppo_lag` with the same margin, learning rates, KL coefficient, prompts and steps. These were chosen for `repo`; nothing
+is tuned for `ppo_lag`. Then both policies and the start answer the held-out prompts, `repo_fast.evaluate`. Stopped, the
 same command goes on. Two hours on two cores at most.
 """
 
