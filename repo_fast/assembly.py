@@ -17,11 +17,12 @@ from repo_fast.errors import InputError
 from repo_fast.experience import PackedBatch
 from repo_fast.inputs import Inputs
 from repo_fast.learner import Models
+from repo_fast.models.attention import attention_implementation
 from repo_fast.models.critic import Critic
 from repo_fast.models.lora import adapters_off, add_lora, describe
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
-from repo_fast.models.trunk import attention_implementation, check_packing, load_config, train_last_layers
+from repo_fast.models.trunk import check_packing, load_config, train_last_layers
 from repo_fast.models.vocabulary import fit_vocabulary
 from repo_fast.scoring import (
     ClassifierScorer,

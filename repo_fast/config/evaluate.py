@@ -60,8 +60,9 @@ class EvaluateConfig(JobConfig):
     """Bootstrap resamples of the prompts."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and activations. `auto`: bfloat16 on a GPU, float32 on CPU."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation. `auto`: flash_attention_2 on CUDA where flash-attn is installed, else sdpa."""
+    attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation. `packed`: each sequence of a packed row by itself; `sdpa`: the row under a mask.
+    `auto`: flash_attention_2 on CUDA where flash-attn is installed, else packed where it can run, else sdpa."""
     scoring_tokens: int = 8192
     """Largest packed row that a score model reads at once on a rank (tokens). A longer text gets one of its own."""
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from repo_fast.models.attention import run_packed
 from repo_fast.models.score_model import ScoreHead, ScoreModel
 
 
@@ -39,8 +40,7 @@ class Critic(nn.Module):
         Returns:
             float32 [C, M], a row for each of the C streams.
         """
-        outputs = self.trunk(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
-        hidden = outputs.last_hidden_state[0, positions]
+        hidden = run_packed(self.trunk, input_ids, position_ids)[0, positions]
         values = []
         for stream, head in self.heads.items():
             mean, std = self._normalizers.get(stream, (0.0, 1.0))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from repo_fast.errors import InputError, first_line
 from repo_fast.experience import PackedBatch
+from repo_fast.models.attention import run_packed
 from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.loss_head import LossHead
 from repo_fast.models.trunk import disable_dropout, load_config
@@ -82,9 +83,7 @@ class Policy(nn.Module):
         Returns:
             What `loss` returns.
         """
-        # Without a cache and without a mask, transformers keeps sequences apart by their restarting positions.
-        outputs = self.model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        hidden = outputs.last_hidden_state[0, batch.predictors]
+        hidden = run_packed(self.model.base_model, batch.input_ids, batch.position_ids)[0, batch.predictors]
         return self.model.get_output_embeddings()(hidden, lambda h, w: loss(h, w, batch))
 
 

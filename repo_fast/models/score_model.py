@@ -16,6 +16,7 @@ from transformers import AutoModel, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from repo_fast.errors import InputError, first_line
+from repo_fast.models.attention import run_packed
 from repo_fast.models.score_checkpoint import ScoreCheckpoint, ScoreFormat, read_settings
 from repo_fast.models.trunk import disable_dropout, load_config
 
@@ -104,8 +105,7 @@ class ScoreModel(nn.Module):
         Returns:
             float32 [M].
         """
-        outputs = self.trunk(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
-        scores = self.score_head(outputs.last_hidden_state[0, positions])[:, 0]
+        scores = self.score_head(run_packed(self.trunk, input_ids, position_ids)[0, positions])[:, 0]
         return (scores - self.mean) / self.std
 
 

@@ -23,25 +23,6 @@ def load_config(path: str) -> PretrainedConfig:
     return config
 
 
-def attention_implementation(choice: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Resolve `auto`: FlashAttention 2 where it can run, else torch's scaled dot-product attention.
-
-    Raises:
-        InputError: `flash_attention_2` is asked for and cannot run here.
-    """
-    from transformers.utils import is_flash_attn_2_available
-
-    flash = device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available()
-    if choice == "flash_attention_2" and not flash:
-        raise InputError(
-            f"policy.attention is 'flash_attention_2' on device {device.type} in {dtype}, expected 'sdpa' or 'auto': "
-            "it needs a CUDA device, bfloat16, and the flash-attn package (pip install flash-attn)"
-        )
-    if choice == "auto":
-        return "flash_attention_2" if flash else "sdpa"
-    return choice
-
-
 def disable_dropout(module: nn.Module) -> None:
     """Switch dropout off in every layer: new and old probabilities, and values, must differ by the update alone."""
     for layer in module.modules():

@@ -145,7 +145,7 @@ def test_a_trunk_that_cannot_be_packed_is_refused():
     class IgnoresPositions(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.bloom = BloomModel(config)
+            self.bloom, self.config = BloomModel(config), config
 
         def forward(self, input_ids, position_ids, attention_mask, use_cache):
             return self.bloom(input_ids=input_ids, use_cache=False)

@@ -1,0 +1,106 @@
+"""Attention in packed rows: equal to each sequence alone, forward and backward, and nothing sees its neighbour."""
+
+import pytest
+import torch
+from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config
+
+from repo_fast.errors import InputError
+from repo_fast.models.attention import PACKED, attention_implementation, run_packed
+
+CPU = torch.device("cpu")
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=4),
+    "grouped heads": LlamaConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2),
+    "biases": Qwen2Config(**SMALL, num_attention_heads=4, num_key_value_heads=1),
+    "sliding window": MistralConfig(**SMALL, num_attention_heads=4, num_key_value_heads=2, sliding_window=5),
+}
+
+
+def trunk_of(name: str, implementation: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModel.from_config(CONFIGS[name], attn_implementation=implementation).to(dtype)
+
+
+def row_of(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    return torch.randint(61, position_ids.shape), position_ids
+
+
+@pytest.mark.parametrize("lengths", [[1], [7], [1, 1], [3, 1, 8], [13, 2, 1, 29, 6]], ids=str)
+@pytest.mark.parametrize("implementation", [PACKED, "sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_packed_row_is_its_sequences_alone(name: str, implementation: str, lengths: list[int]) -> None:
+    """The trap: with a cache, or with a mask of two dimensions, transformers lets them see each other silently."""
+    packed, alone = trunk_of(name, implementation), trunk_of(name, "sdpa")
+    input_ids, position_ids = row_of(lengths)
+    upstream = torch.randn(1, sum(lengths), 32, dtype=torch.float64)
+    hidden = run_packed(packed, input_ids, position_ids)
+    (hidden * upstream).sum().backward()
+    expected = torch.cat(
+        [alone(input_ids=part, use_cache=False).last_hidden_state for part in input_ids.split(lengths, dim=1)], dim=1
+    )
+    (expected * upstream).sum().backward()
+    # The eager one takes its softmax in float32.
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if implementation == "eager" else {"rtol": 1e-9, "atol": 1e-11}
+    torch.testing.assert_close(hidden, expected, **tolerance)
+    for (parameter, ours), theirs in zip(packed.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, **tolerance, msg=parameter)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_of_a_neighbour_reaches_a_sequence(name: str) -> None:
+    """Not only equal to rounding: no gradient flows to another sequence, and another neighbour changes no bit."""
+    trunk = trunk_of(name, PACKED, torch.float32)
+    input_ids, position_ids = row_of([4, 9, 6])
+    embedded = trunk.get_input_embeddings()
+    seen = {}
+    embedded.register_forward_hook(lambda module, inputs, output: seen.update(output=output.detach().requires_grad_()))
+    embedded.register_forward_hook(lambda module, inputs, output: seen["output"])
+    hidden = run_packed(trunk, input_ids, position_ids)
+    hidden[0, 4:13].square().sum().backward()
+    reached = seen["output"].grad[0].abs().sum(-1) > 0
+    assert reached[4:13].all() and not reached[:4].any() and not reached[13:].any()
+    others = input_ids.clone()
+    others[0, :4], others[0, 13:] = 7, 8
+    assert torch.equal(run_packed(trunk, others, position_ids)[0, 4:13], hidden[0, 4:13])
+
+
+def test_what_is_not_packed_goes_to_sdpa_with_its_masks() -> None:
+    packed, plain = trunk_of("grouped heads", PACKED), trunk_of("grouped heads", "sdpa")
+    input_ids, mask = torch.randint(61, (2, 6)), torch.ones(2, 6, dtype=torch.int64)
+    mask[0, :3] = 0
+    ours, theirs = (trunk(input_ids=input_ids, attention_mask=mask).last_hidden_state for trunk in (packed, plain))
+    assert torch.equal(ours[mask.bool()], theirs[mask.bool()])
+
+
+def test_checkpointed_layers_compute_the_same() -> None:
+    plain, checkpointed = trunk_of("llama", PACKED), trunk_of("llama", PACKED)
+    checkpointed.train()
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    checkpointed.enable_input_require_grads()
+    row = row_of([5, 2, 9])
+    for trunk in (plain, checkpointed):
+        run_packed(trunk, *row).square().sum().backward()
+    for ours, theirs in zip(checkpointed.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_an_architecture_that_asks_for_more_is_an_error() -> None:
+    trunk = trunk_of("llama", PACKED)
+    for layer in trunk.layers:
+        layer.self_attn.attention_dropout = 0.5
+    trunk.train()
+    with pytest.raises(InputError, match="needs dropout, which packed attention lacks"):
+        run_packed(trunk, *row_of([3, 4]))
+
+
+def test_the_choice() -> None:
+    assert attention_implementation("auto", CPU, torch.float32) == PACKED
+    assert attention_implementation("packed", CPU, torch.bfloat16) == PACKED
+    assert attention_implementation("eager", CPU, torch.float32) == "eager"
+    assert attention_implementation("auto", torch.device("cuda"), torch.float32) == "sdpa"
+    with pytest.raises(InputError, match="flash_attention_2"):
+        attention_implementation("flash_attention_2", CPU, torch.float32)
+    with pytest.raises(InputError, match="'packed' on device cuda in torch.float32"):
+        attention_implementation("packed", torch.device("cuda"), torch.float32)
