@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import scipy.stats
 
-from experiments.interference import world
+from experiments.interference import runs, world
 from experiments.interference.__main__ import experiment
 from experiments.interference.results import gap_between, interval
 from experiments.interference.runs import Run, run_all
-from experiments.interference.settings import FAMILIES, HYPERPARAMETERS, TUNED, settings
+from experiments.interference.settings import FAMILIES, HYPERPARAMETERS, TUNED, hyperparameters, settings
 from experiments.interference.world import World, split_prompts
 from repo_fast.config import TrainConfig, parse
 from repo_fast.errors import InputError
@@ -58,7 +58,7 @@ def test_every_setting_is_a_configuration_that_trains() -> None:
     names = set()
     for setting in settings():
         names.add(setting.name)
-        trained = small.run(Path("x"), setting.family, TUNED[setting.family], setting.value, "world:train", 0)
+        trained = small.run(Path("x"), setting.family, hyperparameters(setting.family), setting.value, "world:train", 0)
         words = [word for key, value in trained.options.items() for word in (f"--{key}", value)]
         config = parse(words, TrainConfig)
         assert config.algorithm.name == FAMILIES[setting.family].options["algorithm.name"]
@@ -69,7 +69,7 @@ def test_every_setting_is_a_configuration_that_trains() -> None:
 
 
 def test_every_hyperparameter_of_a_family_has_one_of_the_values_that_were_tried() -> None:
-    assert TUNED.keys() == FAMILIES.keys()
+    assert TUNED.keys() == {name for name, family in FAMILIES.items() if family.tuned_as is None}
     for name, tuned in TUNED.items():
         assert tuned.keys() == FAMILIES[name].untuned().keys()
         assert all(value in HYPERPARAMETERS[key] for key, value in tuned.items())
@@ -85,23 +85,26 @@ def test_tuning_trains_on_no_prompt_that_it_judges_on(tmp_path: Path) -> None:
     assert not set(tune) & {row["prompt"] for row in corpus.test_prompts()}
 
 
-def test_a_run_of_other_options_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text('{"options": {"seed": "0"}, "origin": {"sft": "one"}}')
-    (tmp_path / "policy").mkdir()
-    run_all([Run(tmp_path, {"seed": "0"}, {"sft": "one"})], jobs=1)
+def test_a_run_of_other_options_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, origin = tmp_path / "run", {"sft": "one"}
+    monkeypatch.setattr(runs, "module_command", lambda module, options: ["mkdir", str(folder / "policy")])
+    run_all([Run(folder, {"seed": "0"}, origin)], jobs=1)
+    before = snapshot(tmp_path)
+    run_all([Run(folder, {"seed": "0"}, origin)], jobs=1)
     with pytest.raises(InputError, match="was made with seed 0, this command has 1"):
-        run_all([Run(tmp_path, {"seed": "1"}, {"sft": "one"})], jobs=1)
+        run_all([Run(folder, {"seed": "1"}, origin)], jobs=1)
     with pytest.raises(InputError, match="was made with sft one, this command has another"):
-        run_all([Run(tmp_path, {"seed": "0"}, {"sft": "another"})], jobs=1)
-    (tmp_path / "run.json").unlink()
+        run_all([Run(folder, {"seed": "0"}, {"sft": "another"})], jobs=1)
+    assert snapshot(tmp_path) == before
+    (folder / "run.json").unlink()
     with pytest.raises(InputError, match="expected both, or neither"):
-        run_all([Run(tmp_path, {"seed": "0"}, {"sft": "one"})], jobs=1)
+        run_all([Run(folder, {"seed": "0"}, origin)], jobs=1)
 
 
 def test_a_failed_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="1 of 1 runs failed, .* see .*log.txt"):
-        run_all([Run(tmp_path / "bad", {"total_steps": "0"})], jobs=1)
-    assert "total_steps is 0" in (tmp_path / "bad" / "log.txt").read_text()
+        run_all([Run(tmp_path / "bad", {"policy.path": "/no/such"})], jobs=1)
+    assert "/no/such" in (tmp_path / "bad" / "log.txt").read_text()
 
 
 def test_the_shrunk_experiment_runs_and_is_not_run_again(
@@ -138,7 +141,8 @@ import sys
 from pathlib import Path
 from experiments.interference import runs
 runs.module_command = lambda module, options: [sys.executable, "-c", {TRAINING!r}, options["output_dir"]]
-runs.run_all([runs.Run(Path(sys.argv[1]) / name, {{}}) for name in ("first", "second")], jobs=1)
+trainings = [runs.Run(Path(sys.argv[1]) / name, {{"policy.path": "world:tiny"}}) for name in ("first", "second")]
+sys.exit(runs.interruptible(lambda: runs.run_all(trainings, jobs=1)))
 """
 
 
@@ -152,4 +156,4 @@ def test_a_signal_lets_what_is_under_way_save_and_starts_no_more(tmp_path: Path,
         child.send_signal(number)
         said, _ = child.communicate(timeout=30)
     assert child.returncode == 128 + number and "the same command goes on" in said
-    assert (tmp_path / "first" / "saved").exists() and not (tmp_path / "second" / "run.json").exists()
+    assert (tmp_path / "first" / "saved").exists() and not (tmp_path / "second" / "started").exists()

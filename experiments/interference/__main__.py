@@ -18,10 +18,9 @@ import sys
 from pathlib import Path
 
 from experiments.interference.results import write_results
-from experiments.interference.runs import run_all
-from experiments.interference.settings import TUNED, Setting, headline, settings
+from experiments.interference.runs import interruptible, run_all
+from experiments.interference.settings import Setting, headline, hyperparameters, settings
 from experiments.interference.world import World
-from repo_fast.launch import guarded
 
 
 def main() -> int:
@@ -31,7 +30,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once")
     parser.add_argument("--small", action="store_true", help="a shrunk form that shows nothing but that it runs")
     chosen = parser.parse_args()
-    return guarded(lambda: experiment(chosen.output_dir, chosen.jobs, chosen.small))
+    return interruptible(lambda: experiment(chosen.output_dir, chosen.jobs, chosen.small))
 
 
 def experiment(output_dir: Path, jobs: int, small: bool) -> int:
@@ -42,7 +41,7 @@ def experiment(output_dir: Path, jobs: int, small: bool) -> int:
         (setting.name, seed): world.run(
             output_dir / "runs" / f"{setting.name}-seed-{seed}",
             setting.family,
-            TUNED[setting.family],
+            hyperparameters(setting.family),
             setting.value,
             "world:train",
             seed,

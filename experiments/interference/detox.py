@@ -13,10 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.interference.runs import Run, call, module_command, run_all
+from experiments.interference.runs import Run, call, interruptible, module_command, run_all
 from experiments.interference.world import START
 from repo_fast.errors import InputError
-from repo_fast.launch import guarded
 
 DATA = Path("outputs/detox")
 STEPS = 100
@@ -29,7 +28,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    return guarded(lambda: experiment(chosen.output_dir, chosen.jobs, chosen.seed))
+    return interruptible(lambda: experiment(chosen.output_dir, chosen.jobs, chosen.seed))
 
 
 def experiment(output_dir: Path, jobs: int, seed: int) -> int:

@@ -1,8 +1,9 @@
 """What is compared: algorithms, each along the one knob that trades reward for safety, and the seeds.
 
 All start from the same policy, are trained on the same prompts with the same learned scores for as many steps, and are
-tuned alike: `tune.py` tries the same values of every hyperparameter that an algorithm has, with its knob at the middle
-of its range. What came of it stands in `TUNED`.
+tuned alike: `tune.py` tries the same values of the learning rate, the KL coefficient and, where there is a multiplier,
+its rate, with the knob at the middle of its range. What came of it stands in `TUNED`; everything else is at its
+default. Since tuning may suit a baseline badly, PPO-Lagrangian also runs with RePO's hyperparameters.
 """
 
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ class Family:
         values: Of the knob, on the frontier.
         headline: Those of the values that get `HEADLINE_SEEDS` seeds.
         middle: The value that is tuned with.
+        tuned_as: The family whose hyperparameters it takes; None for its own.
     """
 
     label: str
@@ -30,6 +32,7 @@ class Family:
     values: tuple[float, ...] = ()
     headline: tuple[float, ...] = ()
     middle: float | None = None
+    tuned_as: str | None = None
 
     def untuned(self) -> dict[str, float]:
         """The hyperparameters that it has, and where their tuning starts."""
@@ -63,29 +66,44 @@ FAMILIES = {
         headline=AVERAGE_MARGINS,
         middle=1.0,
     ),
+    "ppo_lag_alike": Family(
+        "PPO-Lagrangian, RePO's hyperparameters",
+        {"algorithm.name": "ppo_lag"},
+        "algorithm.margin",
+        AVERAGE_MARGINS,
+        headline=AVERAGE_MARGINS,
+        tuned_as="repo",
+    ),
     "hc_lag": Family("high-confidence Lagrangian", {"algorithm.name": "hc_lag"}),
     "reward_shaping": Family(
         "reward shaping",
         {"algorithm.name": "reward_shaping"},
         "algorithm.shaping_weight",
         (0.25, 0.5, 1.0, 2.0),
-        headline=(0.5,),
         middle=0.5,
     ),
     "ppo": Family("PPO (reward only)", {"algorithm.name": "ppo"}),
 }
 
+RATE, KL = "policy_optimizer.learning_rate", "algorithm.kl_coefficient"
 MULTIPLIER_RATE = "algorithm.multiplier_learning_rate"
 
 # Tried one after the other, each at the best of those before; it starts from the middle ones (of four, the third).
 HYPERPARAMETERS = {
-    "policy_optimizer.learning_rate": (3e-5, 1e-4, 3e-4, 1e-3),
-    "algorithm.kl_coefficient": (0.03, 0.1, 0.3),
+    RATE: (3e-5, 1e-4, 3e-4, 1e-3),
+    KL: (0.03, 0.1, 0.3),
     MULTIPLIER_RATE: (0.03, 0.1, 0.3),
 }
 
-# The best of them, as `tune.py` printed it. Placeholders: it has not been run.
-TUNED: dict[str, dict[str, float]] = {name: family.untuned() for name, family in FAMILIES.items()}
+# The best of them, as `tune.py` printed it.
+TUNED: dict[str, dict[str, float]] = {
+    "repo": {RATE: 1e-4, KL: 0.03, MULTIPLIER_RATE: 0.3},
+    "repo_response": {RATE: 3e-4, KL: 0.1, MULTIPLIER_RATE: 0.03},
+    "ppo_lag": {RATE: 3e-5, KL: 0.03, MULTIPLIER_RATE: 0.03},
+    "hc_lag": {RATE: 3e-5, KL: 0.3, MULTIPLIER_RATE: 0.03},
+    "reward_shaping": {RATE: 1e-4, KL: 0.1},
+    "ppo": {RATE: 3e-5, KL: 0.03},
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +133,11 @@ def settings() -> list[Setting]:
             seeds = HEADLINE_SEEDS if value in family.headline else FRONTIER_SEEDS
             rows.append(Setting(f"{name}-{value:g}", name, value, seeds))
     return sorted(rows, key=lambda row: -row.seeds)
+
+
+def hyperparameters(family: str) -> dict[str, float]:
+    """What a family runs with."""
+    return TUNED[FAMILIES[family].tuned_as or family]
 
 
 def headline(grid: list[Setting]) -> list[Setting]:

@@ -19,10 +19,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.interference.runs import Run, run_all
+from experiments.interference.runs import Run, interruptible, run_all
 from experiments.interference.settings import FAMILIES, HYPERPARAMETERS
 from experiments.interference.world import World, split_prompts
-from repo_fast.launch import guarded
 
 VIOLATION_WEIGHT = 2.0
 SEED = 1000
@@ -34,19 +33,19 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/interference"))
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once")
     chosen = parser.parse_args()
-    return guarded(lambda: tune(chosen.output_dir, chosen.jobs))
+    return interruptible(lambda: tune(chosen.output_dir, chosen.jobs))
 
 
 def tune(output_dir: Path, jobs: int) -> int:
     """Run, judge and print; returns the exit status."""
     world, folder = World.learned(output_dir), output_dir / "tuning"
     train, held_out = split_prompts(folder / "prompts")
-    best = {name: family.untuned() for name, family in FAMILIES.items()}
+    best = {name: family.untuned() for name, family in FAMILIES.items() if family.tuned_as is None}
     runs: dict[str, Run] = {}
     rows: dict[str, dict] = {}
     for key, values in HYPERPARAMETERS.items():
         tried = {}
-        for family in (name for name in FAMILIES if key in best[name]):
+        for family in (name for name in best if key in best[name]):
             for value in values:
                 chosen = best[family] | {key: value}
                 tried[_name(family, chosen)] = (family, chosen)
@@ -84,6 +83,8 @@ def _table(rows: Mapping[str, dict], best: set[str]) -> str:
         tried = " | ".join(f"{row[key]:g}" if key in row else "-" for key in HYPERPARAMETERS)
         measured = " | ".join(f"{row[key]:.3f}" for key in ("mean_reward", "strict_violation", "well_formed"))
         chosen = " (best)" if name in best else ""
+        if chosen and any(row[key] in (values[0], values[-1]) for key, values in HYPERPARAMETERS.items() if key in row):
+            chosen = " (best, at an edge)"
         lines.append(f"| {row['family']} | {tried} | {measured} | {row['utility']:.3f}{chosen} |")
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """What all runs share: the start, the learned scores, the prompts, the budget, and how policies are judged."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,7 +89,10 @@ class World:
             "log.loggers": "[]",
             "seed": str(seed),
         }
-        return Run(folder, options | entry.options | {key: str(value) for key, value in varied.items()}, self.origin)
+        origin = dict(self.origin)
+        if Path(prompts).is_file():
+            origin["prompts"] = hashlib.sha256(Path(prompts).read_bytes()).hexdigest()
+        return Run(folder, options | entry.options | {key: str(value) for key, value in varied.items()}, origin)
 
     def evaluate(
         self, policies: Mapping[str, Path], prompts: str, output_dir: Path, scores: Mapping[str, str] | None = None
