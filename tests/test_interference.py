@@ -13,9 +13,9 @@ import scipy.stats
 
 from experiments.interference import runs, world
 from experiments.interference.__main__ import experiment
-from experiments.interference.results import gap_between, interval
+from experiments.interference.results import frontier_gaps, gap_between, interval
 from experiments.interference.runs import Run, run_all
-from experiments.interference.settings import FAMILIES, HYPERPARAMETERS, TUNED, hyperparameters, settings
+from experiments.interference.settings import FAMILIES, HYPERPARAMETERS, TUNED, Setting, hyperparameters, settings
 from experiments.interference.world import World, split_prompts
 from repo_fast.config import TrainConfig, parse
 from repo_fast.errors import InputError
@@ -36,21 +36,49 @@ def test_one_seed_has_no_interval() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "gap"),
+    ("one", "other", "gap", "ends"),
     [
         # A line a half above the other, of which a part is shared; the order of the points does not count.
-        ([(2.0, 2.5), (0.0, 0.5)], [(1.0, 1.0), (3.0, 3.0)], 0.5),
+        ([(2.0, 2.5), (0.0, 0.5)], [(1.0, 1.0), (3.0, 3.0)], 0.5, (1, 2)),
         # From 0.25 at x = 0 to 0.75 at x = 1.
-        ([(0.0, 0.25), (1.0, 0.75)], [(-1.0, 0.0), (2.0, 0.0)], 0.5),
-        # A bend within the shared range: 1 on its left half and, on average, 0.5 on its right one.
-        ([(0.0, 1.0), (1.0, 1.0), (2.0, 0.0)], [(0.0, 0.0), (2.0, 0.0)], 0.75),
-        ([(0.0, 1.0), (1.0, 1.0)], [(1.0, 0.25), (2.0, 0.0)], 0.75),
-        ([(0.0, 1.0), (1.0, 1.0)], [(1.5, 0.0), (2.0, 0.0)], None),
+        ([(0.0, 0.25), (1.0, 0.75)], [(-1.0, 0.0), (2.0, 0.0)], 0.5, (0, 1)),
+        # A concave bend within the shared range: 1 on its left half and, on average, 0.5 on its right one.
+        ([(0.0, 1.0), (1.0, 1.0), (2.0, 0.0)], [(0.0, 0.0), (2.0, 0.0)], 0.75, (0, 2)),
+        # What is beaten by a mixture of others, or by another of the same x, does not count.
+        ([(0.0, 1.0), (1.0, -5.0), (2.0, 1.0)], [(0.0, 0.0), (0.0, -3.0), (2.0, 0.0)], 1.0, (0, 2)),
+        ([(0.0, 1.0), (1.0, 1.0)], [(1.0, 0.25), (2.0, 0.0)], 0.75, (1, 1)),
+        ([(0.0, 1.0)], [(0.0, 0.0)], 1.0, (0, 0)),
+        ([(0.0, 1.0), (1.0, 1.0)], [(1.5, 0.0), (2.0, 0.0)], None, None),
+        ([(0.0, None), (1.0, 1.0)], [(0.0, 0.0), (2.0, 0.0)], None, None),
     ],
 )
-def test_a_frontiers_gap_is_the_mean_over_what_both_reach(one: list, other: list, gap: float | None) -> None:
-    found = gap_between(one, other)
-    assert found == (None if gap is None else pytest.approx(gap, abs=0.01))
+def test_a_gap_is_between_the_best_that_both_reach(one: list, other: list, gap: float | None, ends: tuple) -> None:
+    found = gap_between(one, other, less_is_better=False)
+    assert (found is None) == (gap is None)
+    if found is not None:
+        assert found.mean == pytest.approx(gap, abs=0.01) and (found.low, found.high) == ends
+    # Where less is better, the same with every sign changed.
+    negated = [[(x, None if y is None else -y) for x, y in points] for points in (one, other)]
+    mirrored = gap_between(*negated, less_is_better=True)
+    assert (mirrored is None) == (gap is None) and (mirrored is None or mirrored.mean == pytest.approx(-found.mean))
+
+
+def test_frontiers_are_compared_seed_by_seed() -> None:
+    grid = [Setting(f"{family}-{m}", family, m, 2) for family in ("repo", "ppo_lag", "ppo_lag_alike") for m in (0, 1)]
+    # Rewards of 1 and 2 everywhere, and violations lower than that by what stands here, by seed.
+    lower = {"repo": (0.5, 0.25), "ppo_lag": (0.0, 0.0), "ppo_lag_alike": (0.0, 1.0)}
+    policies = {}
+    for row in grid:
+        for seed in range(2):
+            reward = 2.0 - row.value
+            measured = {"mean_reward": reward, "strict_violation": reward - lower[row.family][seed]}
+            policies[f"{row.name}.{seed}"] = {name: {"value": value} for name, value in measured.items()}
+    gaps = frontier_gaps(grid, {"policies": policies}, "mean_reward", "strict_violation")
+    # In the second seed PPO-Lagrangian with RePO's hyperparameters is the better of the two.
+    assert [gap.mean for gap in gaps] == pytest.approx([-0.5, 0.75])
+    gaps = frontier_gaps(grid, {"policies": policies}, "strict_violation", "mean_reward")
+    # In the second, the best reward at a violation of 1 or more is 2: a quarter of the range from 0.75 to 1.75 is below.
+    assert [gap.mean for gap in gaps] == pytest.approx([0.5, -0.75 / 4 - 0.75 / 2 * 3 / 4], abs=0.01)
 
 
 def test_every_setting_is_a_configuration_that_trains() -> None:
