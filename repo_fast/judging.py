@@ -196,15 +196,16 @@ class Judge:
         self._counts: Counter[str] = Counter()
 
     def probe(self) -> None:
-        """Ask one question, whose answer stays in the cache, so that an endpoint that refuses is known at once.
+        """Ask one question, so that an endpoint that refuses is known at once.
 
         Raises:
             InputError: As `compare`.
         """
-        if self.config.mode == "single":
-            self._ask([Answer(*_PROBE[:2])], None)
-        else:
-            self._ask([Comparison(*_PROBE)], None)
+        item = Answer(*_PROBE[:2]) if self.config.mode == "single" else Comparison(*_PROBE)
+        request = self._requests(item)[0]
+        self._check_budget(self._estimate([request]))
+        self._cache.replies.pop(request.key, None)
+        asyncio.run(self._send_all([request], None))
 
     def estimate(self, items: Sequence[Item]) -> Estimate:
         """What judging these items, all in one call, would send and cost. Sends nothing."""

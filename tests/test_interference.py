@@ -77,7 +77,7 @@ def test_frontiers_are_compared_seed_by_seed() -> None:
     # In the second seed PPO-Lagrangian with RePO's hyperparameters is the better of the two.
     assert [gap.mean for gap in gaps] == pytest.approx([-0.5, 0.75])
     gaps = frontier_gaps(grid, {"policies": policies}, "strict_violation", "mean_reward")
-    # In the second, the best reward at a violation of 1 or more is 2: a quarter of the range from 0.75 to 1.75 is below.
+    # In the second, the best reward at a violation of 1 or more, three quarters of the range, is 2.
     assert [gap.mean for gap in gaps] == pytest.approx([0.5, -0.75 / 4 - 0.75 / 2 * 3 / 4], abs=0.01)
 
 

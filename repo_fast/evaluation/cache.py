@@ -27,6 +27,8 @@ from repo_fast.models.trunk import load_config
 from repo_fast.report.jsonl import open_log, read_records, write_record
 from repo_fast.scoring import ScorerSpec
 
+LOCK_FILE = "lock"
+
 
 def key_of(what: Mapping[str, Any]) -> str:
     """Twelve hexadecimal digits that differ where `what`, plain JSON values, differs."""
@@ -51,14 +53,16 @@ def scorer_fingerprint(spec: ScorerSpec) -> list:
     if spec.kind == "model":
         return fingerprint(spec.path)
     name = spec.path.partition(":")[0]
-    first = sys.modules[name]
-    root = getattr(sys.modules[name.partition(".")[0]] if "." in name else first, "__file__", None)
+    roots = [Path(folder) for folder in getattr(sys.modules[name.partition(".")[0]], "__path__", ())]
+    # A module by itself: those beside it.
+    roots = roots or [Path(getattr(sys.modules[name], "__file__", None) or "/").parent]
     texts: dict[str, str] = {}
-    waiting = [first]
-    while root is not None and waiting:
+    waiting = [sys.modules[name]]
+    while waiting:
         module = waiting.pop()
         path = Path(getattr(module, "__file__", None) or "/")
-        if module.__name__ in texts or path.suffix != ".py" or not path.is_relative_to(Path(root).parent):
+        inside = path.suffix == ".py" and any(path.is_relative_to(root) for root in roots)
+        if module.__name__ in texts or not inside:
             continue
         text = path.read_bytes()
         texts[module.__name__] = hashlib.sha256(text).hexdigest()
@@ -73,30 +77,34 @@ def _imported(text: bytes, module: ModuleType) -> Iterator[str]:
             yield from (entry.name for entry in node.names)
         elif isinstance(node, ast.ImportFrom):
             relative = "." * node.level + (node.module or "")
-            origin = importlib.util.resolve_name(relative, module.__package__)
+            try:
+                origin = importlib.util.resolve_name(relative, module.__package__)
+            except ImportError:
+                # Guarded by the module itself: relative, where there is no package.
+                continue
             yield origin
             yield from (f"{origin}.{entry.name}" for entry in node.names)
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The cache is this process's inside; it is made where there is none.
+    """A folder, the cache or that of the report, is this process's inside; it is made where there is none.
 
     Raises:
-        InputError: Another process has it, or the folder cannot be made.
+        InputError: Another process has it, or it cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")
+        lock = open(folder / LOCK_FILE, "w")
     except OSError as error:
-        raise InputError(f"the cache {str(folder)!r} cannot be used ({error.strerror}), expected a folder") from error
+        raise InputError(f"{str(folder)!r} cannot be written to ({error.strerror}), expected a folder") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             raise InputError(
-                f"the cache {str(folder)!r} is in use by another evaluation, expected one at a time: wait for it, or "
-                "give another cache_dir"
+                f"{str(folder)!r} is in use by another evaluation, or cannot be locked ({error.strerror}), expected "
+                "one at a time: wait for it, or give another output_dir or cache_dir"
             ) from None
         yield
 

@@ -30,7 +30,6 @@ from repo_fast.assembly import load_scorer, loading_options
 from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig, EvaluateConfig, to_dict, to_yaml
 from repo_fast.data import PromptTemplate
-from repo_fast.errors import InputError
 from repo_fast.evaluation.cache import UnitFile, fingerprint, key_of, locked, scorer_fingerprint
 from repo_fast.evaluation.inputs import CONFIG_FILE, EvaluationInputs, PolicyInput
 from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, Rows, judge_policies
@@ -114,8 +113,9 @@ class Evaluator:
             judge = None
             with self.ranks.together("the start"):
                 if self.ranks.is_first:
-                    self._make_folder()
+                    held.enter_context(locked(self.output_dir))
                     held.enter_context(locked(self.cache_dir))
+                    (self.output_dir / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
                     judge = self._start_judge()
             samples = {name: self._draw(name, policy) for name, policy in self.inputs.policies.items()}
             for column in self._columns():
@@ -125,16 +125,6 @@ class Evaluator:
             if self.ranks.is_first:
                 self._report(samples, judge)
         return 0
-
-    def _make_folder(self) -> None:
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            (self.output_dir / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
-        except OSError as error:
-            name = str(self.output_dir)
-            raise InputError(
-                f"output_dir {name!r} cannot be written to ({error.strerror}), expected a folder"
-            ) from error
 
     def _start_judge(self) -> Judge | None:
         """The judge, asked once: what is wrong with it would otherwise show hours later."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from repo_fast.config import EvaluateConfig
 from repo_fast.data import Prompt, PromptTemplate, load_prompts
 from repo_fast.errors import InputError
+from repo_fast.evaluation.cache import LOCK_FILE
 from repo_fast.inputs import find_model
 from repo_fast.rollout.hf import Request
 from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
@@ -102,7 +103,9 @@ def _check_output_folder(folder: Path) -> None:
     """A run's folder has files of the report's names: only a folder of an evaluation is written to again."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {str(folder)!r} is a file, expected a folder, or nothing")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+    # One that ended before it began leaves its lock.
+    used = folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
+    if used and not (folder / CONFIG_FILE).is_file():
         raise InputError(
             f"output_dir {str(folder)!r} holds other files than an evaluation's, expected a new folder, or that of an "
             "earlier evaluation"

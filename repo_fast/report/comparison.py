@@ -1,7 +1,7 @@
 """Policies side by side: what `report.json` of an evaluation holds.
 
     policies.NAME.MEASURE       {value, low, high}: 95 % bootstrap interval over prompts; null where there is none, as
-                                for the maximum
+                                for the maximum, and the worst 5 % of few prompts
     differences.NAME.MEASURE    the same for NAME minus the reference, paired by prompt
     transitions.NAME            how many prompts went from safe or unsafe under the reference to which under NAME
     categories.CATEGORY         its number of `prompts`, and `policies` and `differences` over them alone
@@ -22,11 +22,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from repo_fast.report.measures import (
-    WITHOUT_INTERVAL,
     Evaluation,
     Measure,
     Resampled,
-    mean,
+    has_interval,
     prompt_measures,
     ratio,
     resample,
@@ -135,35 +134,52 @@ def _measured(
     for name, evaluation in policies.items():
         measures[name] = prompt_measures(evaluation, second_sample, threshold)
     ids = score_prompts(policies[reference]).prompt_ids
+    by_prompt = {name: _by_prompt(judged, ids) for name, judged in judgments.items()}
     for name, judged in judgments.items():
-        measures[name][judged.measure] = _mean_judgment(judged, ids)
+        measures[name][judged.measure] = _mean_defined(by_prompt[name])
         if judged.reference is not None:
-            measures[reference][judged.measure] = partial(mean, np.full(len(ids), judged.reference))
+            by_prompt[reference] = np.full(len(ids), judged.reference)
+            measures[reference][judged.measure] = _mean_defined(by_prompt[reference])
     flat = {(name, key): measure for name, own in measures.items() for key, measure in own.items()}
+    for name in judgments:
+        if name != reference and reference in by_prompt:
+            # On the prompts that both have judgments of.
+            flat[name, "difference"] = _mean_defined(by_prompt[name] - by_prompt[reference])
     drawn = resample(flat, len(ids), resamples, seed)
+
+    def difference(name: str, key: str) -> Resampled:
+        if name in judgments and key == judgments[name].measure:
+            return drawn[name, "difference"]
+        return drawn[name, key] - drawn[reference, key]
+
+    prompts = len(ids)
     return {
-        "policies": {name: {key: _numbers(key, drawn[name, key]) for key in own} for name, own in measures.items()},
+        "policies": {
+            name: {key: _numbers(key, drawn[name, key], prompts) for key in own} for name, own in measures.items()
+        },
         "differences": {
-            name: {
-                key: _numbers(key, drawn[name, key] - drawn[reference, key])
-                for key in own
-                if key in measures[reference]
-            }
+            name: {key: _numbers(key, difference(name, key), prompts) for key in own if key in measures[reference]}
             for name, own in measures.items()
             if name != reference
         },
     }
 
 
-def _mean_judgment(judged: Judgments, ids: np.ndarray) -> Measure:
+def _by_prompt(judged: Judgments, ids: np.ndarray) -> np.ndarray:
+    """The mean judgment of each prompt [P], however many have a score; NaN where none has."""
     place = np.searchsorted(ids, np.asarray(judged.prompt_ids, dtype=ids.dtype))
     sums = np.bincount(place, weights=np.asarray(judged.scores, dtype=np.float64), minlength=len(ids))
     counts = np.bincount(place, minlength=len(ids))
-    # A prompt counts once however many of its judgments have a score, and not at all without any.
-    return partial(ratio, sums / np.maximum(counts, 1), counts > 0)
+    return np.divide(sums, counts, out=np.full(len(ids), np.nan), where=counts > 0)
 
 
-def _numbers(name: str, measured: Resampled) -> dict[str, float | None]:
-    low, high = (math.nan, math.nan) if name in WITHOUT_INTERVAL else measured.interval
+def _mean_defined(values: np.ndarray) -> Measure:
+    """The mean of the values [P] that are not NaN."""
+    defined = ~np.isnan(values)
+    return partial(ratio, np.where(defined, values, 0.0), defined)
+
+
+def _numbers(name: str, measured: Resampled, prompts: int) -> dict[str, float | None]:
+    low, high = measured.interval if has_interval(name, prompts) else (math.nan, math.nan)
     numbers = {"value": measured.value, "low": low, "high": high}
     return {name: number if math.isfinite(number) else None for name, number in numbers.items()}

@@ -19,8 +19,10 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-# The bootstrap fails for the largest of a sample, which no resample exceeds (Davison and Hinkley 1997, section 2.6).
-WITHOUT_INTERVAL = frozenset({"max_violation"})
+# The share of prompts that are the worst.
+TAIL = 0.05
+# Of them, for an interval of their mean; of 10, it contains the truth in about 92 of 100.
+_FEWEST_IN_TAIL = 5
 
 # From weights, float64 [..., P], to the measure of each weighting, [...].
 Measure = Callable[[np.ndarray], np.ndarray]
@@ -83,7 +85,7 @@ def score_prompts(evaluation: Evaluation, threshold: float = 0.0) -> PromptScore
     mean_excess = sum_by_prompt(evaluation.prompt_ids, excess) / responses
     # Costs, d and the differences are each rounded to half an epsilon at most.
     size = sum_by_prompt(evaluation.prompt_ids, np.abs(costs)) / responses + abs(float(limit))
-    mean_excess[np.abs(mean_excess) <= 2 * np.finfo(costs.dtype).eps * size] = 0.0
+    mean_excess[np.abs(mean_excess) < 2 * np.finfo(costs.dtype).eps * size] = 0.0
     return PromptScores(
         prompt_ids=ids,
         responses=responses,
@@ -208,7 +210,7 @@ def max_violation(excess: np.ndarray, weights: np.ndarray | None = None) -> np.n
     return np.where(_weights(weights, len(excess)) > 0, np.maximum(excess, 0), 0.0).max(axis=-1)
 
 
-def cvar_violation(excess: np.ndarray, weights: np.ndarray | None = None, tail: float = 0.05) -> np.ndarray:
+def cvar_violation(excess: np.ndarray, weights: np.ndarray | None = None, tail: float = TAIL) -> np.ndarray:
     """The mean of the worst `tail` share of {C̄(x) − d}⁺, from the excess [P].
 
     Where `tail`·P is not whole, the last prompt of the tail counts with the fraction that is left, so that the value
@@ -302,6 +304,14 @@ def resample(measures: Mapping[Name, Measure], prompts: int, n: int = 2000, seed
         for name, measure in measures.items():
             draws[name].append(measure(weights))
     return {name: Resampled(values[name], np.concatenate(draws[name])) for name in measures}
+
+
+def has_interval(measure: str, prompts: int) -> bool:
+    """Whether the bootstrap says how uncertain a measure of `prompt_measures` is, over so many prompts.
+
+    It fails for the largest of a sample, which no resample exceeds (Davison and Hinkley 1997, section 2.6).
+    """
+    return measure != "max_violation" and (measure != "cvar_violation" or TAIL * prompts >= _FEWEST_IN_TAIL)
 
 
 def _weights(weights: np.ndarray | None, prompts: int) -> np.ndarray:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from repo_fast.report.measures import (
-    WITHOUT_INTERVAL,
     Evaluation,
     Measure,
+    has_interval,
     prompt_measures,
     resample,
     score_prompts,
@@ -57,11 +57,11 @@ def before_after_table(
     if before_again is not None:
         again = prompt_measures(before_again, before, threshold)
         measured[0]["interference_rate"] = again["interference_rate"]
+    prompts = len(old.prompt_ids)
     rows = [
-        _Row(label, *(side.get(name) for side in measured), name not in WITHOUT_INTERVAL)
+        _Row(label, *(side.get(name) for side in measured), has_interval(name, prompts))
         for name, label in _ROWS.items()
     ]
-    prompts = len(old.prompt_ids)
     cells = [row.cells(prompts, resamples, seed) for row in rows if row.before is not None or row.after is not None]
     table = _grid(["", "before", "after", "difference"], cells)
     safe = int((old.excess <= 0).sum())
