@@ -26,6 +26,7 @@ from repo_fast.errors import InputError
 from repo_fast.report.jsonl import Value
 from repo_fast.report.metrics import MetricsLog
 from repo_fast.report.progress import Progress
+from repo_fast.throughput import Measured, peak_memory, reset_peak_memory
 
 
 class Run:
@@ -188,16 +189,18 @@ class Run:
             self.progress.message(text)
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[Callable[[], float]]:
-        """Show what is being done, and measure it; what is yielded gives the seconds once the phase is over."""
+    def phase(self, name: str) -> Iterator[Measured]:
+        """Show what is being done, and measure it; what is yielded is filled in once the phase is over."""
         if self.ranks.is_first:
             self.progress.phase(name)
+        measured = Measured()
+        reset_peak_memory(self.ranks.device)
         started = time.perf_counter()
-        ended = started
-        yield lambda: ended - started
+        yield measured
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
-        ended = time.perf_counter()
+        measured.seconds = time.perf_counter() - started
+        measured.peak_memory = peak_memory(self.ranks.device)
 
 
 class SkippedSteps:

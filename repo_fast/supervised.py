@@ -138,16 +138,15 @@ class SupervisedRun(Run, Generic[Example]):
             for text in (self._batch_sizes(), *self.inputs.notes):
                 self.say(text)
             while self.step < self.total_steps and not self.must_stop():
-                with self.phase("update") as update_seconds:
+                with self.phase("update") as update:
                     metrics = self.update([self.inputs.examples[i] for i in self.sampler.next()])
                 self.step += 1
                 every = self.config.evaluate_every
                 if self.inputs.held_out and (self.step == self.total_steps or (every and self.step % every == 0)):
-                    with self.phase("evaluate") as evaluate_seconds:
+                    with self.phase("evaluate") as evaluate:
                         metrics |= self.evaluate()
-                    metrics["evaluate_seconds"] = evaluate_seconds()
-                seconds = update_seconds()
-                metrics |= {"update_seconds": seconds, "tokens_per_second": metrics["tokens"] / seconds}
+                    metrics["evaluate_seconds"] = evaluate.seconds
+                metrics |= {"update_seconds": update.seconds, "tokens_per_second": metrics["tokens"] / update.seconds}
                 if self.ranks.is_first:
                     self.log({"step": self.step, **metrics, "ops_backend": self.ops_backend})
                 self.checkpoint_if_due()

@@ -29,6 +29,7 @@ from repo_fast.rollout import Rollout
 from repo_fast.rollout.hf import Request, end_tokens, generate
 from repo_fast.run import Run
 from repo_fast.scoring import finite_scores
+from repo_fast.throughput import PHASES, Measured, Throughput, speed_table
 
 # What the display shows of a step: the metric, its label, its format.
 _SHOWN = (
@@ -60,6 +61,12 @@ class Trainer(Run):
         self.inputs = inputs
         models, self.scorers = build_models(config, inputs, ranks)
         self.learner = Learner(config, models, ranks, inputs.demonstrations)
+        self.throughput = Throughput.of(
+            models.policy.module.model,
+            [critic.module.trunk for critic in models.critics.values()],
+            config.update.epochs,
+            ranks,
+        )
         self.sampler = PromptSampler(len(inputs.requests), config.rollout.prompts_per_step, config.seed)
         self.start(inputs.resume_from, inputs.policy_path)
 
@@ -89,22 +96,17 @@ class Trainer(Run):
                     self.say(text)
             self._evaluate_before()
             while self.step < self.total_steps and not self.must_stop():
-                with self.phase("generate") as generate_seconds:
+                with self.phase("generate") as generate:
                     rollout = self.generate(self._next_requests())
-                with self.phase("score") as score_seconds:
+                with self.phase("score") as score:
                     scores = self.score(rollout)
-                with self.phase("experience") as experience_seconds:
+                with self.phase("experience") as experience_phase:
                     experience, rollout_metrics = self.learner.experience(rollout, scores)
-                with self.phase("update") as update_seconds:
+                with self.phase("update") as update:
                     update_metrics = self.learner.update(experience)
                 self.step += 1
-                seconds = {
-                    "generate_seconds": generate_seconds(),
-                    "score_seconds": score_seconds(),
-                    "experience_seconds": experience_seconds(),
-                    "update_seconds": update_seconds(),
-                }
-                self._log_step(rollout, scores, rollout_metrics | update_metrics, seconds)
+                phases = dict(zip(PHASES, (generate, score, experience_phase, update), strict=True))
+                self._log_step(rollout, scores, rollout_metrics | update_metrics, phases)
                 self.checkpoint_if_due()
             if self.step == self.total_steps:
                 self._finish()
@@ -141,7 +143,7 @@ class Trainer(Run):
         return scores
 
     def _log_step(
-        self, rollout: Rollout, scores: dict[str, torch.Tensor], metrics: dict[str, float], seconds: dict[str, float]
+        self, rollout: Rollout, scores: dict[str, torch.Tensor], metrics: dict[str, float], phases: dict[str, Measured]
     ) -> None:
         prompt_ids = self.ranks.gather(rollout.prompt_ids)
         rewards, costs = self.ranks.gather(scores["reward"]), self.ranks.gather(scores["cost"])
@@ -155,8 +157,8 @@ class Trainer(Run):
             "strict_violation": float(prompt_means(costs - threshold, prompt_ids).clamp(min=0).mean()),
             "safety_rate": float((costs <= threshold).double().mean()),
             **metrics,
-            **seconds,
-            "tokens_per_second": tokens / sum(seconds.values()),
+            **self.throughput.metrics(rollout, phases),
+            "tokens_per_second": tokens / sum(phase.seconds for phase in phases.values()),
             "truncated_scores": int(truncated.sum()),
             "ops_backend": self.learner.ops_backend,
         }
@@ -220,9 +222,9 @@ class Trainer(Run):
                 self.write_folder("policy", lambda folder: save_policy(folder, policy.module, state, tokenizer, base))
         if not self.ranks.is_first:
             return
-        plot_metrics(
-            read_metrics(self.output_dir / "metrics.jsonl"), self.output_dir / "plots", self.config.algorithm.threshold
-        )
+        metrics = read_metrics(self.output_dir / "metrics.jsonl")
+        plot_metrics(metrics, self.output_dir / "plots", self.config.algorithm.threshold)
+        self.say(speed_table(metrics, self.ranks.size))
         if self.inputs.eval_requests and not (self.output_dir / "eval_before.jsonl").is_file():
             self.say("no before/after table: the start was evaluated in the folder of the checkpoint resumed from")
         elif self.inputs.eval_requests:

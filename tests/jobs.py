@@ -157,7 +157,7 @@ def metrics(output_dir: Path) -> list[dict]:
         {
             name: "NaN" if isinstance(value, float) and math.isnan(value) else value
             for name, value in row.items()
-            if not name.endswith("_seconds") and name != "tokens_per_second"
+            if not name.endswith(("_seconds", "_per_second", "_tflops", "_mfu", "_peak_gb"))
         }
         for row in rows
     ]

@@ -29,9 +29,9 @@ _PICTURES = {
     "response_length": [("response_length", "response length (tokens)")],
     "loss": [("loss", "policy loss (no unit)"), ("clip_fraction", "clip fraction (share of tokens)")],
 }
-_PHASES = ("generate", "score", "update")
+_PHASES = ("generate", "score", "experience", "update")
 # From Okabe and Ito's colours, which the colour-blind can tell apart.
-_LINE, _FILLS = "#0072B2", ("#56B4E9", "#E69F00", "#009E73")
+_LINE, _FILLS = "#0072B2", ("#56B4E9", "#E69F00", "#CC79A7", "#009E73")
 _SMOOTH_FROM = 30
 
 

@@ -63,7 +63,7 @@ def before_after_table(
         for name, label in _ROWS.items()
     ]
     cells = [row.cells(prompts, resamples, seed) for row in rows if row.before is not None or row.after is not None]
-    table = _grid(["", "before", "after", "difference"], cells)
+    table = grid(["", "before", "after", "difference"], cells)
     safe = int((old.excess <= 0).sum())
     return "\n".join(
         [
@@ -92,7 +92,7 @@ def comparison_table(report: Mapping) -> str:
     heads = ["", *(f"{name} (reference)" if name == reference else name for name in policies)]
     return "\n".join(
         [
-            _grid(heads, cells),
+            grid(heads, cells),
             f"{report['settings']['prompts']} prompts, {report['settings']['samples_per_prompt']} responses each; "
             f"unsafe is a cost above {report['settings']['threshold']:g}.",
             "Brackets: 95 % bootstrap interval over prompts. Win, interference and repair rates, and safe prompts, are",
@@ -130,7 +130,7 @@ def batch_size_table(rows: Mapping[str, Sequence[int | str | None]], notes: Sequ
         if len(values) != 3:
             raise ValueError(f"row {name!r} has {len(values)} values; expected per step, per rank, per micro-batch")
         cells.append([name, *("-" if v is None else f"{v:,}" if isinstance(v, int) else v for v in values)])
-    return "\n".join([_grid(["", "per step", "per rank", "per micro-batch"], cells), *notes])
+    return "\n".join([grid(["", "per step", "per rank", "per micro-batch"], cells), *notes])
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,8 @@ def _span(counts: np.ndarray) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with lines around it, its first column to the left and the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     rule = "+".join("-" * (width + 2) for width in widths)
     lines = [f"+{rule}+"]

@@ -21,6 +21,7 @@ class Rollout:
         sampler_log_probs: S float32 CPU tensors. What the sampler says its tokens' log-probabilities (nats) were, under
             the distribution it really drew from (temperature and top-p applied). Only compared and logged:
             training uses the log-probabilities that the trainer computes itself. None for responses read from a file.
+        computed_positions: How many positions the sampler computed for them, padding included. 0: not known.
     """
 
     prompt_ids: torch.Tensor
@@ -30,3 +31,4 @@ class Rollout:
     response_tokens: list[torch.Tensor]
     finished: torch.Tensor
     sampler_log_probs: list[torch.Tensor] | None = None
+    computed_positions: int = 0

@@ -136,6 +136,7 @@ def generate(
     responses: dict[int, torch.Tensor] = {}
     log_probs: dict[int, torch.Tensor] = {}
     finished: dict[int, bool] = {}
+    computed_positions = 0
     own_settings, was_training = model.generation_config, model.training
     model.generation_config = settings
     model.eval()
@@ -145,6 +146,7 @@ def generate(
             drawn, recorded, stopped = _generate_batch(
                 model, tokenizer, [requests[i].tokens for i in indices], config, device, pad
             )
+            computed_positions += len(indices) * (max(requests[i].tokens.numel() for i in indices) + drawn.shape[1])
             for row, index in enumerate(indices):
                 length, finished[index] = _response_length(drawn[row], ends, stopped[row])
                 responses[index], log_probs[index] = drawn[row, :length], recorded[row, :length]
@@ -160,6 +162,7 @@ def generate(
         response_tokens=[responses[i] for i in range(len(requests))],
         finished=torch.tensor([finished[i] for i in range(len(requests))], dtype=torch.bool),
         sampler_log_probs=[log_probs[i] for i in range(len(requests))],
+        computed_positions=computed_positions,
     )
 
 

@@ -11,7 +11,7 @@ from repo_fast.report.plots import _running_mean, plot_metrics
 ALL = {"reward_and_cost", "safety", "multiplier", "kl_and_entropy", "response_length", "loss", "speed"}
 KEYS = (
     "reward cost strict_violation safety_rate multiplier kl entropy response_length loss clip_fraction "
-    "generate_seconds score_seconds update_seconds tokens_per_second"
+    "generate_seconds score_seconds experience_seconds update_seconds tokens_per_second"
 ).split()
 
 
@@ -40,7 +40,7 @@ def test_every_picture_is_a_png_with_a_curve_in_it(tmp_path, steps):
 
 def test_the_phases_are_stacked_in_their_colors(tmp_path):
     plot_metrics(records(3), tmp_path)
-    for color in ((86, 180, 233), (230, 159, 0), (0, 158, 115)):
+    for color in ((86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 158, 115)):
         assert has_color(tmp_path / "speed.png", color)
 
 
