@@ -31,7 +31,8 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from bench.measure import Task, Timing, peak_scratch, time_interleaved
 from bench.tables import at_least, render, render_targets
-from repo_fast.experience import Experience, MicroBatch, split_by_tokens
+from repo_fast.balance import split_by_tokens
+from repo_fast.experience import Experience, MicroBatch
 from repo_fast.ops import fused_rectified_policy_loss, prompt_violations, rectified_policy_loss
 from repo_fast.rollout import Rollout
 

@@ -74,33 +74,6 @@ def idle_batch(device: torch.device) -> PackedBatch:
     return PackedBatch(**(vars(packed) | {"targets": torch.full_like(packed.targets, -100)}))
 
 
-def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Deal sequences over as few rows as the budget allows, of about equal size.
-
-    Longest first, each to the row with most room. A sequence longer than the budget gets a row of its own.
-
-    Args:
-        lengths: Tokens of each sequence.
-        budget: Largest row (tokens).
-
-    Returns:
-        Lists of indices, ascending within a row; none is empty.
-    """
-    if not lengths:
-        return []
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for rows in range(min(len(lengths), -(-sum(lengths) // budget)), len(lengths) + 1):
-        filled: list[list[int]] = [[] for _ in range(rows)]
-        totals = [0] * rows
-        for index in order:
-            row = totals.index(min(totals))
-            filled[row].append(index)
-            totals[row] += lengths[index]
-        if all(total <= budget or len(row) == 1 for row, total in zip(filled, totals, strict=True)):
-            break
-    return [sorted(row) for row in filled if row]
-
-
 def in_step(rows: list[list], ranks: Ranks) -> list[list]:
     """The rows, followed by empty ones up to the number that the rank with most has."""
     return rows + [[]] * (ranks.max(len(rows)) - len(rows))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from repo_fast import algorithm as alg
+from repo_fast.balance import split_by_tokens
 from repo_fast.collectives import Ranks
 from repo_fast.config import TrainConfig
 from repo_fast.data import PromptSampler
@@ -27,9 +28,9 @@ from repo_fast.experience import (
     idle_batch,
     in_step,
     pack,
-    split_by_tokens,
     with_last,
 )
+from repo_fast.flops import Shape
 from repo_fast.imitation import imitation_backward
 from repo_fast.ops import (
     PolicyLoss,
@@ -92,7 +93,13 @@ class Learner:
         self.ptx_sampler = None
         if demonstrations:
             self.ptx_sampler = PromptSampler(len(demonstrations), config.update.ptx_batch_size, config.seed)
+        self._shape = Shape.of(models.policy.module.model)
         self.skipped = SkippedSteps(config.update.max_skipped_steps, "update.max_skipped_steps")
+
+    def work(self, prompt: int, response: int = 0) -> float:
+        """What a sequence costs, by the tokens of its prompt and its response: operations of the policy's forward."""
+        tokens = prompt + response
+        return tokens if self._shape is None else self._shape.forward([tokens], response)
 
     def state_dict(self) -> dict:
         """The state that a resumed run needs beside the engines', as plain numbers and lists."""
@@ -282,7 +289,7 @@ class Learner:
         """Run packed micro-batches of a rollout, and put their results [..., T'] in the responses' order: [..., T]."""
         lengths = [tokens.numel() for tokens in rollout.response_tokens]
         totals = [prompt.numel() + length for prompt, length in zip(rollout.prompt_tokens, lengths, strict=True)]
-        rows = split_by_tokens(totals, self.config.update.micro_batch_tokens)
+        rows = split_by_tokens(totals, self.config.update.micro_batch_tokens, [self.work(n) for n in totals])
         results: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
         for row in in_step(rows, self.ranks):
             if not row:
@@ -338,10 +345,9 @@ class Learner:
         """
         settings, ranks = self.config.algorithm, self.ranks
         lengths = experience.lengths()
-        rows = [
-            [indices[i] for i in row]
-            for row in split_by_tokens([lengths[i] for i in indices], self.config.update.micro_batch_tokens)
-        ]
+        chosen = [lengths[i] for i in indices]
+        split = split_by_tokens(chosen, self.config.update.micro_batch_tokens, [self.work(n) for n in chosen])
+        rows = [[indices[i] for i in row] for row in split]
         batches = [experience.select(row, ranks.device) for row in in_step(rows, ranks)]
         tokens = sum(experience.rollout.response_tokens[i].numel() for i in indices)
         counts = ranks.sum(torch.tensor([len(indices), tokens])).tolist()

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from repo_fast.balance import split_by_tokens
 from repo_fast.collectives import Ranks
 from repo_fast.config import SupervisedConfig
 from repo_fast.data import PromptSampler, PromptTemplate
 from repo_fast.engine import Engine
-from repo_fast.experience import in_step, split_by_tokens
+from repo_fast.experience import in_step
 from repo_fast.ops.dispatch import resolve
 from repo_fast.report.metrics import read_metrics
 from repo_fast.report.plots import Panel, plot_panels

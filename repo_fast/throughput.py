@@ -167,6 +167,5 @@ def speed_table(steps: Sequence[Mapping[str, Value]], ranks: int) -> str:
     ]
     heads = ["", "seconds", "tokens", "tokens/s", "... a rank", "TFLOP/s a rank", "MFU", "peak GB a rank"]
     padding = median("padding_share", "{:.1%}".format)
-    return (
-        f"{grid(heads, rows)}\nMedians of {len(steps)} steps. Padding: {padding} of generation; packed rows have none."
-    )
+    note = f"Medians of {len(steps)} steps. Padding: {padding} of generation; packed rows have none."
+    return f"{grid(heads, rows)}\n{note}"

@@ -12,6 +12,7 @@ import torch
 
 from repo_fast.algorithm import prompt_means
 from repo_fast.assembly import build_models
+from repo_fast.balance import over_ranks
 from repo_fast.collectives import Ranks
 from repo_fast.config import TrainConfig
 from repo_fast.data import PromptSampler
@@ -97,7 +98,8 @@ class Trainer(Run):
             self._evaluate_before()
             while self.step < self.total_steps and not self.must_stop():
                 with self.phase("generate") as generate:
-                    rollout = self.generate(self._next_requests())
+                    drawn = self.generate(self._next_requests())
+                    rollout = over_ranks(drawn, self.learner.work, self.ranks)
                 with self.phase("score") as score:
                     scores = self.score(rollout)
                 with self.phase("experience") as experience_phase:

@@ -2,23 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from repo_fast.experience import idle_batch, pack, split_by_tokens
+from repo_fast.experience import idle_batch, pack
 from repo_fast.models.policy import Policy
 from tests.tiny import save_policy
 
 CPU = torch.device("cpu")
-
-
-@given(st.lists(st.integers(1, 40), max_size=40), st.integers(1, 100))
-@settings(max_examples=200, deadline=None)
-def test_split_keeps_every_sequence_once_within_the_budget(lengths, budget):
-    rows = split_by_tokens(lengths, budget)
-    assert sorted(index for row in rows for index in row) == list(range(len(lengths)))
-    assert all(row for row in rows)
-    assert all(sum(lengths[i] for i in row) <= budget or len(row) == 1 for row in rows)
 
 
 def test_pack_by_hand():

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from repo_fast.balance import split_by_tokens
 from repo_fast.data.templates import PromptTemplate
 from repo_fast.errors import InputError, first_line
-from repo_fast.experience import split_by_tokens
 from repo_fast.models.policy import check_vocabulary
 from repo_fast.models.score_checkpoint import LAYOUTS, Checkpoint
 from repo_fast.models.score_model import ScoreModel

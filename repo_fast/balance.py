@@ -1,0 +1,90 @@
+"""Evens out work: over the ranks, and over the micro-batches of a rank.
+
+Work is a number for each sequence, such as the operations of its forward: attention grows with the square of a length,
+so equal numbers of tokens are not equal work where sequences are long. Longest processing time first: the largest goes
+first, each to where there is least. The result depends on the numbers alone, so all ranks come to the same.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+
+import torch
+
+from repo_fast.collectives import Ranks
+from repo_fast.rollout import Rollout
+
+
+def deal(work: Sequence[float], parts: int) -> list[list[int]]:
+    """Deal items over so many parts, of about equal work; the items of a part are ascending."""
+    dealt: list[list[int]] = [[] for _ in range(parts)]
+    totals = [0.0] * parts
+    for index in sorted(range(len(work)), key=lambda index: -work[index]):
+        part = totals.index(min(totals))
+        dealt[part].append(index)
+        totals[part] += work[index]
+    return [sorted(part) for part in dealt]
+
+
+def split_by_tokens(lengths: Sequence[int], budget: int, work: Sequence[float] | None = None) -> list[list[int]]:
+    """Deal sequences over as few rows as the budget allows, of about equal work.
+
+    A sequence longer than the budget gets a row of its own.
+
+    Args:
+        lengths: Tokens of each sequence.
+        budget: Largest row (tokens).
+        work: Of each sequence; None: its tokens.
+
+    Returns:
+        Lists of indices, ascending within a row; none is empty.
+    """
+    if not lengths:
+        return []
+    work = lengths if work is None else work
+    order = sorted(range(len(lengths)), key=lambda index: (-work[index], -lengths[index]))
+    for rows in range(min(len(lengths), -(-sum(lengths) // budget)), len(lengths) + 1):
+        filled: list[list[int]] = [[] for _ in range(rows)]
+        tokens, totals = [0] * rows, [0.0] * rows
+        for index in order:
+            row = _least(totals, tokens, lengths[index], budget)
+            if row is None:
+                break
+            filled[row].append(index)
+            tokens[row] += lengths[index]
+            totals[row] += work[index]
+        else:
+            break
+    return [sorted(row) for row in filled if row]
+
+
+def _least(totals: Sequence[float], tokens: Sequence[int], length: int, budget: int) -> int | None:
+    """The row with least work among those with room: an empty one has it for anything."""
+    fitting = [row for row in range(len(totals)) if tokens[row] == 0 or tokens[row] + length <= budget]
+    return min(fitting, key=lambda row: totals[row], default=None)
+
+
+def over_ranks(rollout: Rollout, work: Callable[[int, int], float], ranks: Ranks) -> Rollout:
+    """Deal the responses of all ranks over them anew. All ranks must call it.
+
+    Args:
+        rollout: This rank's.
+        work: From the tokens of a prompt and of its response.
+        ranks: This process among all.
+
+    Returns:
+        This rank's of the same responses; `computed_positions` stays that of what it drew.
+    """
+    if ranks.size == 1:
+        return rollout
+    names = [field.name for field in fields(rollout) if field.name != "computed_positions"]
+    columns = [getattr(rollout, name) for name in names]
+    present = [name for name, column in zip(names, columns, strict=True) if column is not None]
+    rows = ranks.gather_list(list(zip(*(column for column in columns if column is not None), strict=True)))
+    everyone = {name: [row[place] for row in rows] for place, name in enumerate(present)}
+    lengths = zip(everyone["prompt_tokens"], everyone["response_tokens"], strict=True)
+    mine = deal([work(prompt.numel(), response.numel()) for prompt, response in lengths], ranks.size)[ranks.rank]
+    chosen = {name: [column[index] for index in mine] for name, column in everyone.items()}
+    for name in ("prompt_ids", "finished"):
+        dtype = getattr(rollout, name).dtype
+        chosen[name] = torch.stack(chosen[name]) if mine else torch.empty(0, dtype=dtype)
+    return replace(rollout, **chosen)
