@@ -193,13 +193,13 @@ class Run:
         """Show what is being done, and measure it; what is yielded is filled in once the phase is over."""
         if self.ranks.is_first:
             self.progress.phase(name)
-        measured = Measured()
         reset_peak_memory(self.ranks.device)
-        started = time.perf_counter()
-        yield measured
+        measured = Measured(time.perf_counter())
+        with torch.profiler.record_function(name):
+            yield measured
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
-        measured.seconds = time.perf_counter() - started
+        measured.seconds = time.perf_counter() - measured.started
         measured.peak_memory = peak_memory(self.ranks.device)
 
 

@@ -26,10 +26,12 @@ class Measured:
     """A phase on this rank, once it is over.
 
     Attributes:
+        started: By `time.perf_counter`.
         seconds: Its duration.
         peak_memory: The most that was held during it: on CUDA bytes of torch's allocator, else of the process.
     """
 
+    started: float = 0.0
     seconds: float = 0.0
     peak_memory: int = 0
 

@@ -2,7 +2,7 @@
 
     prompts -> Rollout -> scores -> Experience -> packed micro-batches -> loss -> step -> metrics, checkpoint
 
-is one call in `Trainer.run`; what is learned from a rollout stands in `learner.py`. Around the loop are the
+is one call in `Trainer._take_step`; what is learned from a rollout stands in `learner.py`. Around the loop are the
 before/after evaluation on held-out prompts, the logs, and the checkpoints.
 """
 
@@ -21,6 +21,7 @@ from repo_fast.inputs import Inputs
 from repo_fast.learner import Learner
 from repo_fast.models.policy import save_policy
 from repo_fast.models.vocabulary import never_drawn
+from repo_fast.profiling import draw_timeline, traced
 from repo_fast.report.evaluations import read_evaluation, write_evaluation
 from repo_fast.report.metrics import read_metrics
 from repo_fast.report.plots import plot_metrics
@@ -30,7 +31,7 @@ from repo_fast.rollout import Rollout
 from repo_fast.rollout.hf import Request, end_tokens, generate
 from repo_fast.run import Run
 from repo_fast.scoring import finite_scores
-from repo_fast.throughput import PHASES, Measured, Throughput, speed_table
+from repo_fast.throughput import Measured, Throughput, speed_table
 
 # What the display shows of a step: the metric, its label, its format.
 _SHOWN = (
@@ -97,24 +98,35 @@ class Trainer(Run):
                     self.say(text)
             self._evaluate_before()
             while self.step < self.total_steps and not self.must_stop():
-                with self.phase("generate") as generate:
-                    drawn = self.generate(self._next_requests())
-                    rollout = over_ranks(drawn, self.learner.work, self.ranks)
-                with self.phase("score") as score:
-                    scores = self.score(rollout)
-                with self.phase("experience") as experience_phase:
-                    experience, rollout_metrics = self.learner.experience(rollout, scores)
-                with self.phase("update") as update:
-                    update_metrics = self.learner.update(experience)
-                self.step += 1
-                phases = dict(zip(PHASES, (generate, score, experience_phase, update), strict=True))
-                self._log_step(rollout, scores, rollout_metrics | update_metrics, phases)
+                if self.step + 1 == self.config.profile:
+                    folder = self.output_dir / "profile"
+                    with traced(folder, self.ranks):
+                        phases = self._take_step()
+                    draw_timeline(folder, phases, self.ranks)
+                else:
+                    self._take_step()
                 self.checkpoint_if_due()
             if self.step == self.total_steps:
                 self._finish()
         return self.exit_status()
 
     # ----------------------------------------------------------------------------------------------------- a step
+
+    def _take_step(self) -> dict[str, Measured]:
+        """One step; returns its phases."""
+        phases: dict[str, Measured] = {}
+        with self.phase("generate") as phases["generate"]:
+            drawn = self.generate(self._next_requests())
+            rollout = over_ranks(drawn, self.learner.work, self.ranks)
+        with self.phase("score") as phases["score"]:
+            scores = self.score(rollout)
+        with self.phase("experience") as phases["experience"]:
+            experience, rollout_metrics = self.learner.experience(rollout, scores)
+        with self.phase("update") as phases["update"]:
+            update_metrics = self.learner.update(experience)
+        self.step += 1
+        self._log_step(rollout, scores, rollout_metrics | update_metrics, phases)
+        return phases
 
     def _next_requests(self) -> list[Request]:
         prompts = self.sampler.next()

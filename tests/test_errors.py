@@ -35,6 +35,7 @@ def assert_refused(
             r"unknown option 'rollout\.temprature' .* nearest valid name is 'rollout\.temperature'",
         ),
         ("--total_steps zero", r"total_steps"),
+        ("--profile 7", r"profile is 7, expected a step of the run, at most total_steps \(6\)"),
         ("--rollout.top_p 0", r"rollout\.top_p is 0\.0, expected a number in \(0, 1\]"),
         ("--data.prompts nowhere.jsonl", r"nowhere\.jsonl: no such file"),
         ("--data.ptx nowhere.jsonl", r"nowhere\.jsonl: no such file"),

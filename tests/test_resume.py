@@ -1,7 +1,9 @@
 """A run that was stopped, by an option, a signal or a kill, goes on as if it had not been."""
 
 import contextlib
+import gzip
 import io
+import json
 import os
 import re
 import shutil
@@ -120,7 +122,7 @@ def several_runs_on_two_ranks(folder: Path) -> dict:
     engine.stop_distributed = lambda: None
     job = Job(folder)
     statuses = {
-        "whole": job.here(folder / "whole"),
+        "whole": job.here(folder / "whole", "--profile 2"),
         "stopped": job.here(folder / "stopped", "--stop_after 3"),
         "resumed": job.here(folder / "stopped", "--resume auto"),
         "resumed after torchrun": job.here(folder / "ended", "--resume auto"),
@@ -148,6 +150,21 @@ def test_two_ranks_stopped_by_the_option(two_ranks: tuple[Path, list[dict]]) -> 
     for rank in returned:
         assert rank["statuses"] | {"other ranks": 0} == dict.fromkeys(rank["statuses"], 0)
     assert_same_run(folder / "stopped", folder / "whole")
+
+
+def test_a_traced_step_changes_nothing_and_leaves_traces_of_all_ranks(two_ranks: tuple[Path, list[dict]]) -> None:
+    folder, _ = two_ranks
+    written = folder / "whole" / "profile"
+    assert sorted(path.name for path in written.iterdir()) == [
+        "timeline.png",
+        "trace-rank-0.json.gz",
+        "trace-rank-1.json.gz",
+    ]
+    for rank in range(2):
+        events = json.loads(gzip.decompress((written / f"trace-rank-{rank}.json.gz").read_bytes()))["traceEvents"]
+        assert {"generate", "score", "experience", "update"} <= {event.get("name") for event in events}
+    assert (written / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert_same_run(folder / "whole", folder / "ended")
 
 
 def test_two_ranks_stopped_by_torchrun(two_ranks: tuple[Path, list[dict]]) -> None:

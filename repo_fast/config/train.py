@@ -169,6 +169,9 @@ class TrainConfig(RunConfig):
     )
     update: UpdateConfig = field(default_factory=UpdateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    profile: int | None = None
+    """The step that torch's profiler traces: `profile/trace-rank-N.json.gz`, and `profile/timeline.png` of its phases
+    (a step number of the whole run)."""
     log: TrainLogConfig = field(default_factory=TrainLogConfig)
 
     def check(self) -> None:
@@ -182,6 +185,7 @@ class TrainConfig(RunConfig):
             1,
             {
                 "total_steps": self.total_steps,
+                "profile": self.profile,
                 "rollout.prompts_per_step": rollout.prompts_per_step,
                 "rollout.responses_per_prompt": rollout.responses_per_prompt,
                 "data.max_prompt_tokens": self.data.max_prompt_tokens,
@@ -213,6 +217,8 @@ class TrainConfig(RunConfig):
             algorithm.multiplier_init,
             f"at most algorithm.multiplier_max ({algorithm.multiplier_max})",
         )
+        traced = self.profile is None or self.profile <= self.total_steps
+        require(traced, "profile", self.profile, f"a step of the run, at most total_steps ({self.total_steps})")
         check_sampling("rollout", rollout)
         check_scorer("reward", self.reward)
         check_scorer("cost", self.cost)
