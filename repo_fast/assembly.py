@@ -24,6 +24,8 @@ from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.trunk import check_packing, load_config, train_last_layers
 from repo_fast.models.vocabulary import fit_vocabulary
+from repo_fast.rollout import Sampler
+from repo_fast.rollout.hf import HfSampler
 from repo_fast.scoring import (
     ClassifierScorer,
     EncoderClassifier,
@@ -80,6 +82,28 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
     )
     check_policy_packing(models.policy, ranks)
     return models, scorers
+
+
+def build_sampler(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Sampler:
+    """What draws the responses. All ranks must call it, after `build_models`.
+
+    Raises:
+        InputError: vLLM cannot draw from this policy, or is not installed.
+    """
+    if config.rollout.engine == "hf":
+        pad_is_new = config.policy.pad_token is not None
+        return HfSampler(inputs.tokenizer, config.rollout, ranks, pad_is_new=pad_is_new)
+    from repo_fast.rollout.vllm import VllmSampler
+
+    return VllmSampler(
+        inputs.policy_path,
+        inputs.tokenizer,
+        config.rollout,
+        ranks,
+        dtype=resolve_dtype(config.engine.dtype, ranks.device),
+        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        seed=config.seed,
+    )
 
 
 class WithoutAdapters:

@@ -252,6 +252,15 @@ class Engine:
             finally:
                 offload._register_deepspeed_module(self.module)
 
+    def weights_one_by_one(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and whole weight of each parameter, on its device. All ranks must go through all of them.
+
+        Each is gathered when its turn comes, and released with the next: it must be used or copied before.
+        """
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                yield name, parameter.detach()
+
     def whole_state(self) -> dict[str, torch.Tensor]:
         """The whole weights on the CPU, by name, on the first rank; empty on the others. All ranks must call it.
 

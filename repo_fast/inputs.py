@@ -28,7 +28,7 @@ from repo_fast.models.policy import check_vocabulary
 from repo_fast.models.trunk import load_config
 from repo_fast.ops.dispatch import resolve
 from repo_fast.report.metrics import check_loggers
-from repo_fast.rollout.hf import Request
+from repo_fast.rollout import Request
 from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from repo_fast.algorithm import prompt_means
-from repo_fast.assembly import build_models
+from repo_fast.assembly import build_models, build_sampler
 from repo_fast.balance import over_ranks
 from repo_fast.collectives import Ranks
 from repo_fast.config import TrainConfig
@@ -20,15 +20,13 @@ from repo_fast.engine import Engine
 from repo_fast.inputs import Inputs
 from repo_fast.learner import Learner
 from repo_fast.models.policy import save_policy
-from repo_fast.models.vocabulary import never_drawn
 from repo_fast.profiling import draw_timeline, traced
 from repo_fast.report.evaluations import read_evaluation, write_evaluation
 from repo_fast.report.metrics import read_metrics
 from repo_fast.report.plots import plot_metrics
 from repo_fast.report.samples import SampleLog
 from repo_fast.report.tables import batch_size_table, before_after_table
-from repo_fast.rollout import Rollout
-from repo_fast.rollout.hf import Request, end_tokens, generate
+from repo_fast.rollout import Request, Rollout
 from repo_fast.run import Run
 from repo_fast.scoring import finite_scores
 from repo_fast.throughput import Measured, Throughput, speed_table
@@ -62,6 +60,7 @@ class Trainer(Run):
         super().__init__(config, ranks, config.total_steps, _SHOWN)
         self.inputs = inputs
         models, self.scorers = build_models(config, inputs, ranks)
+        self.engine = build_sampler(config, inputs, ranks)
         self.learner = Learner(config, models, ranks, inputs.demonstrations)
         self.throughput = Throughput.of(
             models.policy.module.model,
@@ -91,6 +90,7 @@ class Trainer(Run):
         """
         self.listen()
         with self.reports() as stack:
+            stack.callback(self.engine.close)
             if self.ranks.is_first:
                 self.sample_log = SampleLog(self.output_dir, self.resume_step)
                 stack.callback(self.sample_log.close)
@@ -138,15 +138,7 @@ class Trainer(Run):
 
     def generate(self, requests: Sequence[Request]) -> Rollout:
         """Draw a response for each of this rank's requests from the current policy."""
-        with self.learner.models.policy.gathered() as policy, self.ranks.together("generation"):
-            model, tokenizer = policy.model, self.inputs.tokenizer
-            never = never_drawn(
-                model.config.vocab_size,
-                tokenizer,
-                end_tokens(model, tokenizer),
-                pad=self.config.policy.pad_token is not None,
-            )
-            return generate(model, tokenizer, requests, self.config.rollout, self.ranks.device, never)
+        return self.engine.draw(self.learner.models.policy, requests)
 
     def score(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """Rewards and costs of this rank's responses: float32 [S] each, on the CPU."""

@@ -48,6 +48,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class VllmConfig:
+    """vLLM beside the trainer, on the same devices."""
+
+    memory_share: float = 0.35
+    """Of the device's memory, for weights and cache while it draws; in (0, 1). On CPU the environment variable
+    VLLM_CPU_KVCACHE_SPACE (GiB) says how large the cache is."""
+    tensor_parallel: int = 1
+    """Ranks that share one engine: neighbours, so that it divides the number of ranks. 1: each has its own."""
+    sleep: bool = True
+    """On CUDA, give weights and cache back between steps."""
+    compile: bool = True
+    """Compile the model and capture CUDA graphs: faster, and a minute at the start."""
+
+
+@dataclass(frozen=True)
 class RolloutConfig(SamplingConfig):
     """What is drawn in a step, and how."""
 
@@ -55,6 +70,10 @@ class RolloutConfig(SamplingConfig):
     """Prompts of one step (prompts, over all ranks)."""
     responses_per_prompt: int = 4
     """K, responses drawn for each prompt."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """What draws: `hf`, the policy's own module; or vLLM in the same process, with the weights handed over before each
+    step (`pip install repo_fast[vllm]`). Evaluations are drawn by it too."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
 @dataclass(frozen=True)
@@ -220,6 +239,7 @@ class TrainConfig(RunConfig):
         traced = self.profile is None or self.profile <= self.total_steps
         require(traced, "profile", self.profile, f"a step of the run, at most total_steps ({self.total_steps})")
         check_sampling("rollout", rollout)
+        _check_vllm(self)
         check_scorer("reward", self.reward)
         check_scorer("cost", self.cost)
         if algorithm.scope is not None and not row.rectify:
@@ -254,3 +274,19 @@ class TrainConfig(RunConfig):
                 f"critics.lora.rank is {self.critics.lora.rank} with algorithm.advantage {algorithm.advantage!r}, "
                 "which has no critics; expected 0"
             )
+
+
+def _check_vllm(config: TrainConfig) -> None:
+    engine, vllm = config.rollout.engine, config.rollout.vllm
+    if engine == "hf":
+        require(vllm == VllmConfig(), "rollout.vllm", vllm, "its defaults with rollout.engine 'hf'")
+        return
+    share, parallel = vllm.memory_share, vllm.tensor_parallel
+    require(0 < share < 1, "rollout.vllm.memory_share", share, "a number in (0, 1)")
+    require_at_least(1, {"rollout.vllm.tensor_parallel": parallel})
+    for key, value, neutral in (
+        ("policy.lora.rank", config.policy.lora.rank, 0),
+        ("policy.pad_token", config.policy.pad_token, None),
+        ("policy.pad_vocabulary_to", config.policy.pad_vocabulary_to, 1),
+    ):
+        require(value == neutral, key, value, f"{neutral} with rollout.engine 'vllm', which draws from plain weights")

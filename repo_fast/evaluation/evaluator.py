@@ -41,8 +41,8 @@ from repo_fast.report.jsonl import write_rows
 from repo_fast.report.measures import Evaluation
 from repo_fast.report.page import write_page
 from repo_fast.report.tables import comparison_table
-from repo_fast.rollout import Rollout
-from repo_fast.rollout.hf import Request, end_tokens, generate
+from repo_fast.rollout import Request, Rollout
+from repo_fast.rollout.hf import end_tokens, generate
 from repo_fast.scoring import FunctionScorer, Scorer, ScorerSpec, finite_scores
 
 log = logging.getLogger(__name__)
@@ -170,7 +170,9 @@ class Evaluator:
     ) -> None:
         with self.ranks.together("loading a policy"):
             model = Policy.from_pretrained(policy.path, **self._loading).model.to(self.ranks.device)
-        never = never_drawn(model.config.vocab_size, policy.tokenizer, end_tokens(model, policy.tokenizer))
+        never = never_drawn(
+            model.config.vocab_size, policy.tokenizer, end_tokens(model.generation_config, policy.tokenizer)
+        )
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
         started, tokens, said = time.perf_counter(), 0, 0.0
         with torch.random.fork_rng(devices=devices), self._appending(file) as append:

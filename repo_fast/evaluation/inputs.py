@@ -11,7 +11,7 @@ from repo_fast.data import Prompt, PromptTemplate, load_prompts
 from repo_fast.errors import InputError
 from repo_fast.evaluation.cache import LOCK_FILE
 from repo_fast.inputs import find_model
-from repo_fast.rollout.hf import Request
+from repo_fast.rollout import Request
 from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
 
 # The resolved configuration, in the output folder: what tells it from others.

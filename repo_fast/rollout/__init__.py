@@ -1,8 +1,23 @@
 """Rollouts: responses drawn from the current policy. One file an engine; all of them return a `Rollout`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+from repo_fast.data import Prompt
+
+if TYPE_CHECKING:
+    from repo_fast.engine import Engine
+
+
+@dataclass(frozen=True)
+class Request:
+    """One response to draw: a prompt and its templated tokens (int64 [n], CPU)."""
+
+    prompt: Prompt
+    tokens: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -32,3 +47,19 @@ class Rollout:
     finished: torch.Tensor
     sampler_log_probs: list[torch.Tensor] | None = None
     computed_positions: int = 0
+
+
+class Sampler(Protocol):
+    """Draws responses from a policy under training."""
+
+    def draw(self, policy: "Engine", requests: Sequence[Request]) -> Rollout:
+        """One response for each of this rank's requests, in their order; may be none. All ranks must call it.
+
+        Raises:
+            InputError, RuntimeError: On every rank, where it fails on one.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds; nothing is drawn after it. While the process group is open."""
+        ...

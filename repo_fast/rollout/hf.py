@@ -7,7 +7,7 @@ repetition penalty or a top-k from there would sample from another distribution 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -22,18 +22,40 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from repo_fast.collectives import Ranks
 from repo_fast.config import SamplingConfig
-from repo_fast.data import Prompt
 from repo_fast.errors import InputError
-from repo_fast.rollout import Rollout
+from repo_fast.models.vocabulary import never_drawn
+from repo_fast.rollout import Request, Rollout
+
+if TYPE_CHECKING:
+    from repo_fast.engine import Engine
 
 
-@dataclass(frozen=True)
-class Request:
-    """One response to draw: a prompt and its templated tokens (int64 [n], CPU)."""
+class HfSampler:
+    """A `Sampler` that is the policy itself.
 
-    prompt: Prompt
-    tokens: torch.Tensor
+    Args:
+        tokenizer: The policy's.
+        config: Temperature, top-p, lengths, stop strings, batch size.
+        ranks: This process among all.
+        pad_is_new: Whether the pad token was added for this run, and must not be drawn.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: SamplingConfig, ranks: Ranks, *, pad_is_new: bool
+    ) -> None:
+        self._tokenizer, self._config, self._ranks, self._pad_is_new = tokenizer, config, ranks, pad_is_new
+
+    def draw(self, policy: "Engine", requests: Sequence[Request]) -> Rollout:
+        with policy.gathered() as module, self._ranks.together("generation"):
+            model = module.model
+            ends = end_tokens(model.generation_config, self._tokenizer)
+            never = never_drawn(model.config.vocab_size, self._tokenizer, ends, pad=self._pad_is_new)
+            return generate(model, self._tokenizer, requests, self._config, self._ranks.device, never)
+
+    def close(self) -> None:
+        """Nothing to do."""
 
 
 class _RecordLogProbs(LogitsProcessor):
@@ -84,13 +106,13 @@ class _StopStrings(StoppingCriteria):
         return torch.tensor([ended is not None for ended in self.lengths], device=input_ids.device)
 
 
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a response: the model folder's, and the tokenizer's.
 
     Raises:
         InputError: There is none.
     """
-    listed = model.generation_config.eos_token_id
+    listed = settings.eos_token_id
     tokens = set([listed] if isinstance(listed, int) else listed or [])
     if tokenizer.eos_token_id is not None:
         tokens.add(tokenizer.eos_token_id)
@@ -119,7 +141,7 @@ def generate(
         device: Where the model is.
         never_drawn: Ids that a response must not contain, such as rows of a padded vocabulary.
     """
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(model.generation_config, tokenizer)
     # Fills up finished rows of a batch; the response is cut before it, so any token will do, also an end token.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     settings = GenerationConfig(

@@ -1,0 +1,101 @@
+"""What `tests/rollout/test_vllm.py` runs on every rank of a torchrun.
+
+    torchrun ... -m tests.vllm_jobs WORDS OF repo_fast.train
+
+is the main job with an engine that fails on rank 1 in its second step, as `TEST_VLLM` says: `raise`, or `kill`. Without
+it, what the sampler said is compared with the trainer, and written to `TEST_VLLM_OUT`.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+
+from repo_fast.learner import Learner
+from repo_fast.rollout.vllm import VllmSampler
+from repo_fast.train import main
+
+RANK = os.environ["RANK"]
+
+
+def fail_in_the_second_step() -> None:
+    generate, calls = vllm.LLM.generate, 0
+
+    def failing(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and RANK == "1":
+            if os.environ["TEST_VLLM"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("the paged cache has no page 7")
+        return generate(*args, **options)
+
+    vllm.LLM.generate = failing
+
+
+def compare(found: dict[str, list]) -> None:
+    """In each step: the largest gap between the sampler's and the trainer's log-probabilities, and unequal weights."""
+    experience, hand_over = Learner.experience, VllmSampler._hand_over
+
+    def compared_experience(self: Learner, rollout: Any, scores: Any) -> Any:
+        result = experience(self, rollout, scores)
+        gap = torch.cat(rollout.sampler_log_probs) - result[0].old_log_probs
+        found["gaps"].append(float(gap.abs().max()))
+        found["lengths"].append([tokens.numel() for tokens in rollout.response_tokens])
+        found["finished"].append(rollout.finished.tolist())
+        return result
+
+    def compared_hand_over(self: VllmSampler, weights: Any) -> None:
+        kept: dict[str, torch.Tensor] = {}
+
+        def keep() -> Any:
+            for name, weight in weights:
+                kept[name.removeprefix("model.")] = weight.clone()
+                yield name, weight
+
+        hand_over(self, keep())
+        inside = self._engine.collective_rpc(lambda worker: weights_of(worker.model_runner.model))[0]
+        found["unequal"].append(unequal(kept, inside))
+
+    Learner.experience, VllmSampler._hand_over = compared_experience, compared_hand_over
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The engine's weights. A linear layer's may be packed away on a CPU: the identity gives them back, bit for bit."""
+    found = {}
+    for name, module in model.named_modules():
+        for part, value in module.named_parameters(recurse=False):
+            if value.numel() == 0:
+                value = module.quant_method.apply(module, torch.eye(module.input_size), None).T
+            found[f"{name}.{part}"] = value
+    return found
+
+
+def unequal(kept: dict[str, torch.Tensor], inside: dict[str, torch.Tensor]) -> list[str]:
+    """The trainer's weights that are not, bit for bit, in the engine, where some are joined and vocabularies padded."""
+    joined = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    names = []
+    for name, value in inside.items():
+        whole, parts = next(((w, p) for w, p in joined.items() if w in name), ("", ()))
+        sources = [name.replace(whole, part) for part in parts] or [name]
+        expected = torch.cat([kept.pop(source) for source in sources])
+        if not torch.equal(expected, value[: len(expected)]):
+            names.append(name)
+    return names + list(kept)
+
+
+if __name__ == "__main__":
+    found: dict[str, list] = {"gaps": [], "lengths": [], "finished": [], "unequal": []}
+    if "TEST_VLLM" in os.environ:
+        fail_in_the_second_step()
+    else:
+        compare(found)
+    status = main(sys.argv[1:])
+    if "TEST_VLLM_OUT" in os.environ:
+        Path(os.environ["TEST_VLLM_OUT"], f"rank-{RANK}.json").write_text(json.dumps(found))
+    sys.exit(status)
