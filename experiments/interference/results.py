@@ -322,7 +322,7 @@ def _draw_curves(path: Path, grid: list[Setting], folders: Mapping[tuple[str, in
         ("multiplier", "multiplier λ"),
         ("kl", "KL to the start (nats/response)"),
     )
-    figure = Figure(figsize=(15, 8), layout="constrained")
+    figure = Figure(figsize=(18, 8), layout="constrained")
     axes = list(figure.subplots(2, 3).flat)
     families = list(FAMILIES)
     for setting in headline(grid):
@@ -337,8 +337,8 @@ def _draw_curves(path: Path, grid: list[Setting], folders: Mapping[tuple[str, in
         ax.set_ylabel(label)
         ax.set_xlabel("step")
         ax.grid(alpha=0.3)
-    axes[0].legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=120, backend="agg")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
+    figure.savefig(path, dpi=80, backend="agg")
 
 
 def _draw_band(ax: "Axes", steps: np.ndarray, curves: np.ndarray, color: str, style: str, label: str) -> None:
