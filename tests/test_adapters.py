@@ -16,6 +16,7 @@ from repo_fast.config import CriticConfig, LoraConfig, parse
 from repo_fast.data import PromptTemplate
 from repo_fast.engine import Engine, start_distributed, stop_distributed
 from repo_fast.inputs import read_inputs
+from repo_fast.models.attention import PACKED
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.trainer import Trainer
@@ -145,7 +146,7 @@ def test_the_reference_is_the_start_to_the_last_bit_and_no_second_copy(
     ours = trainer.learner.log_probs(models.reference, rollout)
     now = trainer.learner.log_probs(models.policy, rollout)
     with assembly.sharded_loading(config.engine, ranks.device):
-        start = Policy.from_pretrained(str(job.folder / "policy"), dtype=torch.float32, attention="sdpa")
+        start = Policy.from_pretrained(str(job.folder / "policy"), dtype=torch.float32, attention=PACKED)
     theirs = trainer.learner.log_probs(Engine(start, config.engine, ranks), rollout)
     assert torch.equal(ours, theirs)
     assert (now - ours).abs().max() > 1e-3

@@ -25,7 +25,7 @@ ROLLOUT = Rollout(
     # Two rows of three prompt and four response positions.
     computed_positions=14,
 )
-PHASE_TIMES = {name: Measured(2.0**i, 10**9 * i) for i, name in enumerate(PHASES)}
+PHASE_TIMES = {name: Measured(seconds=2.0**i, peak_memory=10**9 * i) for i, name in enumerate(PHASES)}
 
 
 def test_a_steps_metrics_by_hand() -> None:
