@@ -102,7 +102,7 @@ def tiny_policy(cache_dir: str | Path | None = None) -> Path:
 
 def base_policy(cache_dir: str | Path | None = None) -> Path:
     """The same model before any supervised stage, pretrained on running text; otherwise as `tiny_policy`."""
-    return _cached("base-policy", Recipe(pretraining=True, steps=200, sharpness=1.0), cache_dir)
+    return _cached("base-policy", Recipe(pretraining=True, steps=400, sharpness=1.0), cache_dir)
 
 
 def _cached(name: str, recipe: Recipe, cache_dir: str | Path | None) -> Path:
