@@ -60,7 +60,7 @@ class Trainer(Run):
         super().__init__(config, ranks, config.total_steps, _SHOWN)
         self.inputs = inputs
         models, self.scorers = build_models(config, inputs, ranks)
-        self.engine = build_sampler(config, inputs, ranks)
+        self.rollout_engine = build_sampler(config, inputs, ranks)
         self.learner = Learner(config, models, ranks, inputs.demonstrations)
         self.throughput = Throughput.of(
             models.policy.module.model,
@@ -90,7 +90,7 @@ class Trainer(Run):
         """
         self.listen()
         with self.reports() as stack:
-            stack.callback(self.engine.close)
+            stack.callback(self.rollout_engine.close)
             if self.ranks.is_first:
                 self.sample_log = SampleLog(self.output_dir, self.resume_step)
                 stack.callback(self.sample_log.close)
@@ -138,7 +138,7 @@ class Trainer(Run):
 
     def generate(self, requests: Sequence[Request]) -> Rollout:
         """Draw a response for each of this rank's requests from the current policy."""
-        return self.engine.draw(self.learner.models.policy, requests)
+        return self.rollout_engine.draw(self.learner.models.policy, requests)
 
     def score(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """Rewards and costs of this rank's responses: float32 [S] each, on the CPU."""

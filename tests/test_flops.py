@@ -3,21 +3,14 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from repo_fast.flops import Shape, peak_flops
 from repo_fast.models.lora import add_lora
 from repo_fast.models.trunk import train_last_layers
+from tests.tiny import tiny_llama_config
 
-LLAMA = LlamaConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    vocab_size=61,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    attn_implementation="eager",
-)
+LLAMA = tiny_llama_config(61, num_hidden_layers=3, attn_implementation="eager")
 GPT2 = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=61, n_positions=64, attn_implementation="eager")
 N = 24
 

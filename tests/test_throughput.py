@@ -2,19 +2,16 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from repo_fast.collectives import Ranks
 from repo_fast.flops import Shape
 from repo_fast.rollout import Rollout
 from repo_fast.throughput import PHASES, Measured, Throughput, peak_memory, reset_peak_memory, speed_table
+from tests.tiny import tiny_llama_config
 
 CPU = torch.device("cpu")
-SHAPE = Shape.of(
-    AutoModelForCausalLM.from_config(
-        LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=31, num_attention_heads=2)
-    )
-)
+SHAPE = Shape.of(AutoModelForCausalLM.from_config(tiny_llama_config()))
 ROLLOUT = Rollout(
     prompt_ids=torch.tensor([0, 1]),
     prompts=["a", "b"],
