@@ -4,45 +4,48 @@
 
 One optimizer step (forward, backward and AdamW) on a rank's responses, on four paths that compute the same loss:
 
-    padded, full logits     one batch, every prompt padded to the longest one, every response likewise, logits of every
-                            position in float32: the way of Safe RLHF and most PPO trainers
-    packed, full logits     no padding, logits of the response tokens
-    packed, fused           no padding, the fused loss head: what the trainer runs, in the same micro-batches
-    packed, varlen, fused   the same with torch's variable-length FlashAttention in place of a dense block-diagonal mask
-                            (bfloat16 on CUDA only)
+    padded, full logits         one batch, every prompt padded to the longest one, every response likewise, logits of
+                                every position in float32: the way of Safe RLHF and most PPO trainers
+    padded, ... in parts        the same, a few responses at a time, each part padded to its own longest
+    ours                        what the trainer runs: packed rows of equal work, each sequence's attention by itself,
+                                the fused loss head
+    ours without ...            with one of these off: packing (the padded batch, the fused head at the response
+                                tokens), the fused head (full logits of the response tokens), attention by itself (the
+                                row under a block-diagonal mask), balance (rows filled in the order of the responses)
 
 Lengths are evenly spaced, so the mean is half the longest. Model FLOPs are those of the matrix products and of causal
 attention on real tokens, with a head at the response tokens only, three times the forward's: padding and recomputation
 are not counted as work. A model too large for one device is measured at two depths, as deep as fits and half of that;
 its full depth is their straight line and is called scaled.
 
-transformers computes the layers, in all four paths alike.
+transformers computes the layers, in all paths alike.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.measure import Task, Timing, peak_scratch, time_interleaved
 from bench.tables import at_least, render, render_targets
 from repo_fast.balance import split_by_tokens
 from repo_fast.experience import Experience, MicroBatch
+from repo_fast.flops import peak_flops
+from repo_fast.models.attention import attention_implementation, run_packed
 from repo_fast.ops import fused_rectified_policy_loss, prompt_violations, rectified_policy_loss
 from repo_fast.rollout import Rollout
 
 MULTIPLIER = 0.7
 RESPONSES_PER_PROMPT = 4
-BASELINE = "padded, full logits"
+BASELINE, OURS = "padded, full logits", "ours"
 # Weights and gradients in bfloat16; masters, their gradients and two moments in float32.
 STATE_BYTES = 2 + 2 + 4 + 4 + 8
-# Dense bfloat16 FLOP/s by NVIDIA's data sheets, by the name that the driver gives.
-DATASHEET_FLOPS = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
+PART = 8  # responses of a padded part
 
 
 @dataclass(frozen=True)
@@ -102,48 +105,32 @@ GEOMETRIES = {
 
 @dataclass(frozen=True)
 class Path:
-    """How the loss is computed: rows packed or padded, logits formed or not, and which attention."""
+    """How the loss is computed.
 
-    packed: bool
-    fused: bool
-    attention: str = "sdpa"
+    Attributes:
+        packed: Packed rows, else padded ones.
+        fused: By the fused head, else from logits.
+        masked: Attention of a packed row under a mask.
+        balanced: Packed rows of equal work.
+        part: Padded responses at once; 0: all.
+    """
+
+    packed: bool = True
+    fused: bool = True
+    masked: bool = False
+    balanced: bool = True
+    part: int = 0
 
 
 PATHS = {
     BASELINE: Path(packed=False, fused=False),
-    "packed, full logits": Path(packed=True, fused=False),
-    "packed, fused": Path(packed=True, fused=True),
-    "packed, varlen, fused": Path(packed=True, fused=True, attention="varlen"),
+    f"{BASELINE}, in parts of {PART}": Path(packed=False, fused=False, part=PART),
+    OURS: Path(),
+    f"{OURS} without packing": Path(packed=False),
+    f"{OURS} without the fused head": Path(fused=False),
+    f"{OURS} without attention by itself": Path(masked=True),
+    f"{OURS} without balance": Path(balanced=False),
 }
-
-
-def available_paths(device: torch.device) -> dict[str, Path]:
-    """The paths that can run on the device."""
-    return {name: path for name, path in PATHS.items() if path.attention == "sdpa" or device.type == "cuda"}
-
-
-def varlen_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    cu_seq_lens_q: Tensor,
-    max_length_q: int,
-    **unused: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of a packed row, as transformers calls it: [1, H, N, d] -> [1, N, H, d]."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    out = varlen_attn(
-        q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0)
-    )
-    return out.unsqueeze(0), None
-
-
-AttentionInterface.register("varlen", varlen_attention)
 
 
 def make_experience(geometry: Geometry) -> Experience:
@@ -186,6 +173,7 @@ class Padded:
     Attributes:
         input_ids, attention_mask: int64 [S, W].
         response_mask: bool [S, longest response], which of the last columns hold a response token.
+        targets: int64 [T], the response tokens in order.
         old_log_probs, reward_advantages, cost_advantages: float32 [T], the response tokens in order.
         sequence_ids: int64 [T].
         violations: float32 [S].
@@ -194,6 +182,7 @@ class Padded:
     input_ids: Tensor
     attention_mask: Tensor
     response_mask: Tensor
+    targets: Tensor
     old_log_probs: Tensor
     reward_advantages: Tensor
     cost_advantages: Tensor
@@ -201,8 +190,12 @@ class Padded:
     violations: Tensor
 
     @classmethod
-    def of(cls, experience: Experience, device: torch.device) -> "Padded":
-        prompts, responses = experience.rollout.prompt_tokens, experience.rollout.response_tokens
+    def of(cls, experience: Experience, indices: Sequence[int], device: torch.device) -> "Padded":
+        """Of some of its responses."""
+        prompts = [experience.rollout.prompt_tokens[i] for i in indices]
+        responses = [experience.rollout.response_tokens[i] for i in indices]
+        starts = experience.cu_seqlens.tolist()
+        tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices])
         start = max(map(len, prompts))
         input_ids = torch.zeros(len(prompts), start + max(map(len, responses)), dtype=torch.int64)
         mask = torch.zeros_like(input_ids)
@@ -215,11 +208,12 @@ class Padded:
             input_ids,
             mask,
             response_mask,
-            experience.old_log_probs,
-            experience.reward_advantages,
-            experience.cost_advantages,
+            torch.cat(responses),
+            experience.old_log_probs[tokens],
+            experience.reward_advantages[tokens],
+            experience.cost_advantages[tokens],
             response_mask.nonzero()[:, 0],
-            experience.violations,
+            experience.violations[list(indices)],
         )
         return cls(*(field.to(device) for field in fields))
 
@@ -267,30 +261,36 @@ class Update:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         self.experience = make_experience(geometry)
-        rows = split_by_tokens(self.experience.lengths(), geometry.micro_batch_tokens)
-        self.micro_batches = [self.experience.select(row, device) for row in rows]
-        self.varlen_arguments = [_varlen_arguments(micro_batch) for micro_batch in self.micro_batches]
-        self.padded = Padded.of(self.experience, device)
+        self._device = device
+        lengths, budget = self.experience.lengths(), geometry.micro_batch_tokens
+        work = [geometry.flop(layers, [length], 0) for length in lengths]
+        self.rows = {
+            True: [self.experience.select(row, device) for row in split_by_tokens(lengths, budget, work)],
+            False: [self.experience.select(row, device) for row in _in_order(lengths, budget)],
+        }
+        S = self.experience.responses
+        self.padded = {
+            part: [Padded.of(self.experience, range(S)[i : i + part], device) for i in range(0, S, part)]
+            for part in (S, PART)
+        }
 
     def losses(self, path: Path) -> Iterator[Tensor]:
         """RePO's policy loss, a scalar for each micro-batch; they add up to that of the step."""
         if not path.packed:
-            yield self._padded_loss()
+            self.model.set_attn_implementation("sdpa")
+            yield from (self._padded_loss(part, path) for part in self.padded[path.part or self.experience.responses])
             return
-        self.model.set_attn_implementation(path.attention)
-        loss = self._fused_loss if path.fused else self._full_loss
-        for micro_batch, arguments in zip(self.micro_batches, self.varlen_arguments, strict=True):
-            outputs = self.model.base_model(
-                input_ids=micro_batch.batch.input_ids,
-                position_ids=micro_batch.batch.position_ids,
-                use_cache=False,
-                **(arguments if path.attention == "varlen" else {}),
-            )
-            yield loss(outputs.last_hidden_state[0, micro_batch.batch.predictors], micro_batch)
+        # As the trainer chooses it.
+        own = attention_implementation("auto", self._device, self.model.dtype)
+        self.model.set_attn_implementation("sdpa" if path.masked else own)
+        for micro_batch in self.rows[path.balanced]:
+            row = micro_batch.batch
+            hidden = run_packed(self.model.base_model, row.input_ids, row.position_ids)[0, row.predictors]
+            yield self._loss(hidden, micro_batch, row.targets, row.sequence_ids, path.fused)
 
     def backward(self, path: Path) -> Tensor:
         """Forward and backward of all micro-batches, into gradients that are there already; the loss."""
-        total = torch.zeros((), device=self.padded.violations.device)
+        total = torch.zeros((), device=self._device)
         for loss in self.losses(path):
             loss.backward()
             total += loss.detach()
@@ -303,35 +303,39 @@ class Update:
         self.backward(path)
         self.optimizer.step()
 
-    def _fused_loss(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
+    def _padded_loss(self, padded: Padded, path: Path) -> Tensor:
+        own = padded.response_mask
+        if path.fused:
+            outputs = self.model.base_model(input_ids=padded.input_ids, attention_mask=padded.attention_mask)
+            # The states that predict the response tokens.
+            hidden = outputs.last_hidden_state[:, -own.shape[1] - 1 : -1][own]
+            return self._loss(hidden, padded, padded.targets, padded.sequence_ids, fused=True)
+        logits = self.model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits
+        log_probs = _gather_log_probs(logits[:, :-1], padded.input_ids[:, 1:])
+        return self._loss_of(log_probs[:, -own.shape[1] :][own], padded, padded.sequence_ids)
+
+    def _loss(
+        self, hidden: Tensor, tokens: MicroBatch | Padded, targets: Tensor, sequence_ids: Tensor, fused: bool
+    ) -> Tensor:
+        """From the states [T, D] that predict the targets."""
+        if not fused:
+            return self._loss_of(_gather_log_probs(self.model.lm_head(hidden), targets), tokens, sequence_ids)
         return fused_rectified_policy_loss(
             hidden,
             self.model.lm_head.weight,
-            micro_batch.batch.targets,
-            micro_batch.old_log_probs,
-            micro_batch.reward_advantages,
-            micro_batch.cost_advantages,
-            micro_batch.batch.sequence_ids,
-            micro_batch.costs,
-            micro_batch.prompt_ids,
-            violations=micro_batch.violations,
+            targets,
+            tokens.old_log_probs,
+            tokens.reward_advantages,
+            tokens.cost_advantages,
+            sequence_ids,
+            costs=None,
+            prompt_ids=None,
+            violations=tokens.violations,
             multiplier=MULTIPLIER,
             denominator=self.experience.responses,
         ).loss
 
-    def _full_loss(self, hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
-        log_probs = _gather_log_probs(self.model.lm_head(hidden), micro_batch.batch.targets)
-        return self._loss(log_probs, micro_batch, micro_batch.batch.sequence_ids)
-
-    def _padded_loss(self) -> Tensor:
-        padded = self.padded
-        self.model.set_attn_implementation("sdpa")
-        logits = self.model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits
-        log_probs = _gather_log_probs(logits[:, :-1], padded.input_ids[:, 1:])
-        own = log_probs[:, -padded.response_mask.shape[1] :][padded.response_mask]
-        return self._loss(own, padded, padded.sequence_ids)
-
-    def _loss(self, log_probs: Tensor, tokens: MicroBatch | Padded, sequence_ids: Tensor) -> Tensor:
+    def _loss_of(self, log_probs: Tensor, tokens: MicroBatch | Padded, sequence_ids: Tensor) -> Tensor:
         return rectified_policy_loss(
             log_probs,
             tokens.old_log_probs,
@@ -344,11 +348,14 @@ class Update:
         ).loss
 
 
-def _varlen_arguments(micro_batch: MicroBatch) -> dict[str, Any]:
-    """What transformers hands on to `varlen_attention`."""
-    ends = micro_batch.batch.last + 1
-    cu_seqlens = torch.cat([ends.new_zeros(1), ends]).int()
-    return {"cu_seq_lens_q": cu_seqlens, "max_length_q": int(cu_seqlens.diff().max())}
+def _in_order(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Rows filled one after the other."""
+    rows: list[list[int]] = [[]]
+    for index, length in enumerate(lengths):
+        if rows[-1] and sum(lengths[i] for i in rows[-1]) + length > budget:
+            rows.append([])
+        rows[-1].append(index)
+    return rows
 
 
 def _gather_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -377,20 +384,20 @@ def measure(
         backward, and its `scratch_share` of the baseline's.
     """
     update = Update(geometry, layers, device, checkpointing)
-    experience, (S, W) = update.experience, update.padded.input_ids.shape
+    experience = update.experience
+    S, W = update.padded[experience.responses][0].input_ids.shape
     lengths, response_tokens = experience.lengths(), int(experience.cu_seqlens[-1])
-    paths = available_paths(device)
     # Before the first step, which moves the weights.
-    losses = {name: update.backward(path).item() for name, path in paths.items()}
-    scratch = {name: peak_scratch(Task(partial(update.backward, path)), device) for name, path in paths.items()}
-    tasks = {name: Task(partial(update.step, path)) for name, path in paths.items()}
+    losses = {name: update.backward(path).item() for name, path in PATHS.items()}
+    scratch = {name: peak_scratch(Task(partial(update.backward, path)), device) for name, path in PATHS.items()}
+    tasks = {name: Task(partial(update.step, path)) for name, path in PATHS.items()}
     baseline = tasks.pop(BASELINE)
     timings = time_interleaved(tasks, baseline, device, budget_s)
     own = [ms for timing in timings.values() for ms in timing.floor_milliseconds]
     timings = {BASELINE: Timing(own, own)} | timings
 
     flop = geometry.flop(layers, lengths, response_tokens)
-    peak = DATASHEET_FLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    peak = peak_flops(device)
     rows = {}
     for name, timing in timings.items():
         seconds = 1e-3 * timing.median_ms
@@ -467,20 +474,18 @@ def judge(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The targets of the update phase against what `measure` found, by name: `value`, `target` and whether `met`."""
     targets: dict[str, Any] = {}
     for name, result in results.items():
-        fused = [path for path in result["paths"] if PATHS[path].fused]
         if "speedup_by_flop" not in result or result["geometry"] == asdict(GEOMETRIES["tiny"]):
             continue
-        for path in fused:
-            row = result["paths"][path]
-            large = result["geometry"] == asdict(GEOMETRIES["alpaca-7b"])
-            targets[f"tokens/s, {path} / padded, {name}"] = at_least(row["speedup"], 1.8 if large else 2.2)
-            if large:
-                targets[f"scratch, padded / {path}, {name}"] = at_least(1 / row["scratch_share"], 4.0)
-            else:
-                share = row["speedup"] / result["speedup_by_flop"]
-                targets[f"speed-up / speed-up by FLOP, {path}, {name}"] = at_least(share, 0.9)
-            if row["mfu"] is not None:
-                targets[f"model FLOP utilisation, {path}, {name}"] = at_least(row["mfu"], 0.5)
+        row = result["paths"][OURS]
+        large = result["geometry"] == asdict(GEOMETRIES["alpaca-7b"])
+        targets[f"tokens/s, ours / padded, {name}"] = at_least(row["speedup"], 1.8 if large else 2.2)
+        if large:
+            targets[f"scratch, padded / ours, {name}"] = at_least(1 / row["scratch_share"], 4.0)
+        else:
+            share = row["speedup"] / result["speedup_by_flop"]
+            targets[f"speed-up / speed-up by FLOP, {name}"] = at_least(share, 0.9)
+        if row["mfu"] is not None:
+            targets[f"model FLOP utilisation, {name}"] = at_least(row["mfu"], 0.5)
     return targets
 
 

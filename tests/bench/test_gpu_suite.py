@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import gpu_correctness, gpu_kernels, gpu_suite, training_phase
@@ -166,20 +165,8 @@ def test_a_peer_with_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch
 # ----------------------------------------------------------------------------------------------------- training
 
 
-def varlen_by_loop(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):  # noqa: ANN001, ANN201
-    """Stands for torch.nn.attention.varlen.varlen_attn, which has no CPU kernel: [N, H, d] -> [N, H, d]."""
-    assert window_size == (-1, 0)
-    parts = []
-    for start, stop in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
-        assert stop - start <= max_q == max_k
-        own = (x[start:stop].transpose(0, 1) for x in (q, k, v))
-        parts.append(F.scaled_dot_product_attention(*own, is_causal=True, scale=scale).transpose(0, 1))
-    return torch.cat(parts)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_all_paths_compute_the_same_loss_and_gradients(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_loop)
+def test_all_paths_compute_the_same_loss_and_gradients(checkpointing: bool) -> None:
     update = training_phase.Update(TINY, 2, CPU, checkpointing)
     losses, gradients = {}, {}
     for name, path in training_phase.PATHS.items():
@@ -196,7 +183,7 @@ def test_all_paths_compute_the_same_loss_and_gradients(checkpointing: bool, monk
 
 def test_lengths_have_half_the_longest_as_their_mean() -> None:
     experience = training_phase.make_experience(training_phase.GEOMETRIES["alpaca-7b"])
-    padded = training_phase.Padded.of(experience, CPU)
+    padded = training_phase.Padded.of(experience, range(16), CPU)
     lengths = experience.lengths()
     assert padded.input_ids.shape == (16, 512) and padded.attention_mask.sum() == sum(lengths)
     assert sum(lengths) / 16 == pytest.approx(512 / 2, abs=1.5)
@@ -206,23 +193,23 @@ def test_lengths_have_half_the_longest_as_their_mean() -> None:
 def test_model_flop_are_those_of_the_products_that_run() -> None:
     update = training_phase.Update(TINY, 2, CPU, False)
     with FlopCounterMode(display=False) as counter:
-        update.backward(training_phase.PATHS["packed, full logits"])
+        update.backward(training_phase.PATHS["ours without the fused head"])
     lengths = update.experience.lengths()
     attention = 3 * 2 * 2 * TINY.width * sum(length**2 for length in lengths)
-    products = TINY.flop(2, lengths, update.padded.old_log_probs.numel()) - attention
-    assert len(update.micro_batches) > 1
+    products = TINY.flop(2, lengths, int(update.experience.cu_seqlens[-1])) - attention
+    assert len(update.rows[True]) > 1
     assert counter.get_flop_counts()["Global"][torch.ops.aten.mm] == products
 
 
 def test_scaled_figures_lie_on_a_line() -> None:
     def at(layers: int) -> dict[str, Any]:
-        paths = {training_phase.BASELINE: {"ms": 10.0 + 4 * layers}, "packed, fused": {"ms": 4.0 + 2 * layers}}
+        paths = {training_phase.BASELINE: {"ms": 10.0 + 4 * layers}, "ours": {"ms": 4.0 + 2 * layers}}
         return {"layers": layers, "tokens": 1000, "paths": paths}
 
     scaled = training_phase.scale(training_phase.GEOMETRIES["alpaca-7b"], at(8), at(4))
     assert scaled["layers"] == 32 and scaled["measured_layers"] == [4, 8]
-    assert scaled["paths"]["packed, fused"]["scaled_ms"] == pytest.approx(68.0)
-    assert scaled["paths"]["packed, fused"]["scaled_speedup"] == pytest.approx(138 / 68)
+    assert scaled["paths"]["ours"]["scaled_ms"] == pytest.approx(68.0)
+    assert scaled["paths"]["ours"]["scaled_speedup"] == pytest.approx(138 / 68)
     assert "scaled to 32 layers" in training_phase.table({"alpaca-7b, scaled to 32 layers": scaled})
 
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config
 
 from repo_fast.errors import InputError
+from repo_fast.models import attention
 from repo_fast.models.attention import PACKED, attention_implementation, run_packed
 
 CPU = torch.device("cpu")
@@ -104,3 +106,33 @@ def test_the_choice() -> None:
         attention_implementation("flash_attention_2", CPU, torch.float32)
     with pytest.raises(InputError, match="'packed' on device cuda in torch.float32"):
         attention_implementation("packed", torch.device("cuda"), torch.float32)
+
+
+def varlen_by_loop(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):  # noqa: ANN001, ANN201
+    """Stands for torch.nn.attention.varlen.varlen_attn, which has no CPU kernel: [N, H, d] -> [N, H, d]."""
+    assert cu_seq_q.dtype == torch.int32 and window_size[1] == 0
+    parts = []
+    for start, stop in zip(cu_seq_q[:-1].tolist(), cu_seq_k[1:].tolist(), strict=True):
+        length = stop - start
+        assert length <= max_q == max_k
+        own = (x[start:stop].transpose(0, 1) for x in (q, k, v))
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+        if window_size[0] >= 0:
+            mask &= mask.triu(-window_size[0])
+        attended = scaled_dot_product_attention(*own, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+        parts.append(attended.transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_what_cuda_is_asked_for(heads: tuple[int, int], window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arguments of the variable-length kernel mean the same as the loop of the CPU."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_loop)
+    lengths = [5, 1, 9]
+    query, key, value = (torch.randn(1, count, 15, 8) for count in (heads[0], heads[1], heads[1]))
+    cu_seqlens = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
+    ours = attention._varlen(query, key, value, 0.3, cu_seqlens, 9, window)
+    groups = heads[0] // heads[1]
+    wide = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    torch.testing.assert_close(ours, attention._one_by_one(query, *wide, 0.3, lengths, window))
