@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import gpu_correctness, gpu_kernels, gpu_suite, training_phase
+from bench import gpu_correctness, gpu_kernels, gpu_suite, suite, training_phase
 from bench.gpu_suite import PARTS, Part
 from repo_fast.ops import linear_log_probs
 from tests.jobs import REPOSITORY
@@ -51,7 +51,7 @@ def units(*measures: Callable[[], dict[str, Any]]) -> Part:
 
 
 def run(part: Part, out: Path, seconds: float = 60.0) -> dict[str, Any]:
-    return gpu_suite.run_part("part", part, CPU, True, time.monotonic() + seconds, out)
+    return suite.run_part("part", part, CPU, True, time.monotonic() + seconds, out)
 
 
 def test_a_failure_is_kept_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
