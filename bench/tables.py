@@ -21,10 +21,20 @@ def at_least(value: float, target: float) -> dict[str, Any]:
     return {"value": value, "target": target, "met": value >= target}
 
 
+def at_most(value: float, target: float) -> dict[str, Any]:
+    """A measured value that should stay below a target."""
+    return {"value": value, "target": target, "met": value <= target, "at_most": True}
+
+
 def render_targets(targets: Mapping[str, Mapping[str, Any]]) -> str:
     """Judged targets as text, by name; empty for none."""
     rows = [
-        [name, f"{row['value']:.2f}", f"{row['target']:.2f}", "met" if row["met"] else "MISSED"]
+        [
+            name,
+            f"{row['value']:.2f}",
+            f"{'at most' if row.get('at_most') else 'at least'} {row['target']:.2f}",
+            "met" if row["met"] else "MISSED",
+        ]
         for name, row in targets.items()
     ]
-    return render(["target", "value", "at least", ""], rows) if rows else ""
+    return render(["target", "value", "", ""], rows) if rows else ""

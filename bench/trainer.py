@@ -1,0 +1,358 @@
+"""The trainer beside the peers and beside itself: one run, the same model, prompts, lengths and machine.
+
+    python -m bench.trainer --out DIR
+
+    environment   the machine, its bare speed, versions
+    update        tokens/s of the policy update: ours, ours with each feature off in turn, padded batches with full
+                  logits as in Safe RLHF                                                            (training_phase.py)
+                  TRL's GRPOTrainer at its best micro-batch size                                        (trl_update.py)
+    rollout       tokens/s of generation on two ranks under ZeRO-3: ours by Hugging Face, and by vLLM where it can be
+                  imported, `generate` as peers call it                                             (rollout_phase.py)
+    step          whole steps on one rank and on two, phase by phase, and their overhead                (step_phase.py)
+    growth        how a step grows with the length of responses, K, the width of the model              (step_phase.py)
+
+The geometry is that of `training_phase.GEOMETRIES`: a Llama of 4 layers, width 256, 32,001 tokens; 32 responses of 1 to
+256 tokens a step. DIR gets a JSON file for each part, `trainer.json` with the object `ratios`, `tables.md`, and
+`growth.png`. A run that is cut off leaves what it had measured. Exit status: not 0 if something failed; missed targets are told, and
+are no failure. With `--tiny`, sizes of no interest, as a test of the benchmark itself.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import rollout_phase, training_phase
+from bench.job_folder import write_job
+from bench.machine import environment_table, environment_units
+from bench.measure import Task, Timing, elapsed_ms, time_interleaved
+from bench.suite import Part, Results, run_part, write_json
+from bench.tables import at_least, at_most, render, render_targets
+from bench.training_phase import BASELINE, GEOMETRIES, OURS, Geometry, Update
+from bench.trl_update import MICRO_BATCH_SIZES, TrlUpdate
+from repo_fast.throughput import PHASES
+
+REPOSITORY = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+TRL = "TRL's GRPOTrainer"
+STEPS = 7
+# Losses of a fast and a plain path may differ by this (float32).
+SAME_LOSS = 1e-5
+# A process that takes this long hangs.
+LIMIT_SECONDS = 600
+Unit = tuple[str, Callable[[], dict[str, Any]]]
+
+
+def geometry_of(tiny: bool) -> Geometry:
+    return GEOMETRIES["tiny" if tiny else "cpu"]
+
+
+# ----------------------------------------------------------------------------------------------------- update
+
+
+def update_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[Unit]:
+    geometry = geometry_of(tiny)
+    yield "paths", partial(training_phase.measure, geometry, geometry.layers, CPU, False, budget_s * 0.7)
+    yield TRL, partial(beside_trl, geometry, budget_s * 0.3)
+
+
+def beside_trl(geometry: Geometry, budget_s: float) -> dict[str, Any]:
+    """An optimizer step of ours beside TRL's, which is tried at every micro-batch size first.
+
+    Returns:
+        `micro_batch_ms` by TRL's micro-batch sizes, and of the fastest of them `ms`, `tokens_per_s` and `ours_ms`;
+        `ratio`, ours to TRL's.
+    """
+    update = Update(geometry, geometry.layers, CPU, checkpointing=False)
+    sizes = [size for size in MICRO_BATCH_SIZES if size <= update.experience.responses]
+    tried = {}
+    for size in sizes:
+        task = Task(TrlUpdate(update, size).step)
+        elapsed_ms(task, CPU)
+        tried[size] = min(elapsed_ms(task, CPU) for _ in range(2))
+    best = min(tried, key=lambda size: tried[size])
+    trl, ours = Task(TrlUpdate(update, best).step), Task(partial(update.step, training_phase.PATHS[OURS]))
+    timing = time_interleaved({OURS: ours}, trl, CPU, budget_s)[OURS]
+    tokens = sum(update.experience.lengths())
+    trl_ms = Timing(timing.floor_milliseconds, timing.floor_milliseconds).median_ms
+    return {
+        "micro_batch_ms": tried,
+        "micro_batch_size": best,
+        "ms": trl_ms,
+        "ours_ms": timing.median_ms,
+        "tokens_per_s": 1e3 * tokens / trl_ms,
+        "ratio": timing.share_of_floor,
+    }
+
+
+def update_table(results: Results) -> str:
+    tables = []
+    if "paths" in results:
+        tables.append(training_phase.table({"update": results["paths"]}))
+    if TRL in results:
+        row = results[TRL]
+        tables.append(
+            render(
+                ["update beside TRL", "ms a step", "tokens/s", "x TRL"],
+                [
+                    [
+                        f"TRL, {row['micro_batch_size']} responses at once",
+                        f"{row['ms']:.1f}",
+                        f"{row['tokens_per_s']:.0f}",
+                        "1.00",
+                    ],
+                    [
+                        OURS,
+                        f"{row['ours_ms']:.1f}",
+                        f"{row['tokens_per_s'] * row['ms'] / row['ours_ms']:.0f}",
+                        f"{row['ratio']:.2f}",
+                    ],
+                ],
+            )
+        )
+    return "\n\n".join(tables)
+
+
+# ----------------------------------------------------------------------------------------- processes of their own
+
+
+def torchrun(ranks: int, module: str, *words: str) -> dict[str, Any]:
+    """Run a module of this folder on some ranks, the cores shared among them; returns what it wrote as JSON.
+
+    Raises:
+        RuntimeError: It failed, or took too long.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "out.json")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", module]
+        # vLLM reads the second; it would take gigabytes.
+        settings = {
+            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
+        run = subprocess.run(
+            [sys.executable, *launcher, *(word.replace("OUT", str(out)) for word in words)],
+            cwd=REPOSITORY,
+            env=os.environ | settings | {"OMP_WAIT_POLICY": "PASSIVE"},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+        )
+        if run.returncode != 0 or not out.exists():
+            raise RuntimeError(f"{module} ended with exit status {run.returncode}:\n{run.stderr[-4000:]}")
+        return json.loads(out.read_text())
+
+
+def with_job(geometry: Geometry, measure: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Call with a folder that holds a policy and prompts, which is removed afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_job(Path(folder), geometry, geometry.sequences)
+        return measure(Path(folder))
+
+
+# ---------------------------------------------------------------------------------------------------- rollout
+
+
+def rollout_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[Unit]:
+    name = "tiny" if tiny else "cpu"
+
+    def run(folder: Path) -> dict[str, Any]:
+        return torchrun(2, "bench.rollout_phase", str(folder), "OUT", name)
+
+    yield "two ranks, ZeRO-3", partial(with_job, GEOMETRIES[name], run)
+
+
+def rollout_table(results: Results) -> str:
+    ((name, ways),) = results.items()
+    slowest = ways[rollout_phase.HOOKS_ON]["tokens_per_s"]
+    rows = [[way, f"{row['tokens_per_s']:.0f}", f"{row['tokens_per_s'] / slowest:.2f}"] for way, row in ways.items()]
+    return render([f"rollout, {name}", "tokens/s", "x hooks on"], rows)
+
+
+# --------------------------------------------------------------------------------------------- step and growth
+
+
+def take_steps(geometry: Geometry, ranks: int, responses_per_prompt: int) -> dict[str, Any]:
+    """Whole steps of the main job: RePO with `rloo`, function scorers, ZeRO-3."""
+
+    def run(folder: Path) -> dict[str, Any]:
+        options = {
+            "policy.path": folder / "policy",
+            "data.prompts": folder / "prompts.jsonl",
+            "data.eval_prompts": "null",
+            "data.template": "plain",
+            "reward.path": "bench.job_folder:reward",
+            "cost.path": "bench.job_folder:cost",
+            "algorithm.advantage": "rloo",
+            "rollout.prompts_per_step": geometry.sequences // responses_per_prompt,
+            "rollout.responses_per_prompt": responses_per_prompt,
+            "rollout.max_new_tokens": geometry.responses[1],
+            "update.micro_batch_tokens": geometry.micro_batch_tokens,
+            # So small that the policy goes on as it is: the lengths stay comparable.
+            "policy_optimizer.learning_rate": 1e-9,
+            "checkpoint.every": 0,
+            "log.loggers": "[]",
+            "total_steps": STEPS,
+            "output_dir": folder / "run",
+        }
+        words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+        return torchrun(ranks, "bench.step_phase", "OUT", *words)
+
+    return with_job(geometry, run)
+
+
+def step_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[Unit]:
+    for ranks in (1, 2):
+        yield f"{ranks} rank{'s' * (ranks > 1)}", partial(take_steps, geometry_of(tiny), ranks, 4)
+
+
+def growth_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[Unit]:
+    geometry = geometry_of(tiny)
+    longest, width = geometry.responses[1], geometry.width
+    for length in (longest // 4, longest // 2, longest, 2 * longest):
+        grown = replace(geometry, responses=(1, length))
+        yield f"longest response {length}", partial(take_steps, grown, 1, 4)
+    for count in (2, 4, 8):
+        # So many responses of each of the same prompts.
+        grown = replace(geometry, sequences=geometry.sequences // 4 * count)
+        yield f"responses a prompt {count}", partial(take_steps, grown, 1, count)
+    for factor in (0.5, 1, 2):
+        wide = int(width * factor)
+        grown = replace(geometry, width=wide, intermediate=int(geometry.intermediate * factor))
+        yield f"width {wide}", partial(take_steps, grown, 1, 4)
+
+
+def step_table(results: Results) -> str:
+    header = ["whole steps", "seconds", *PHASES, "tokens/s", "overhead"]
+    rows = []
+    for name, row in results.items():
+        metrics = row["metrics"]
+        phases = [f"{metrics[f'{phase}_seconds']:.2f}" for phase in PHASES]
+        speed, overhead = f"{metrics['tokens_per_second']:.0f}", f"{row['overhead_share']:.1%}"
+        rows.append([name, f"{row['seconds']['step']:.2f}", *phases, speed, overhead])
+    return render(header, rows)
+
+
+def plot_growth(results: Results, path: Path) -> None:
+    """A panel for each thing that grows: the seconds of a step's phases."""
+    from matplotlib.figure import Figure
+
+    groups: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    for name, row in results.items():
+        what, _, value = name.rpartition(" ")
+        groups.setdefault(what, []).append((float(value), row["metrics"]))
+    figure = Figure(figsize=(4 * len(groups), 3.5), layout="constrained")
+    for axes, (what, points) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+        points.sort(key=lambda point: point[0])
+        for phase in PHASES:
+            seconds = [metrics[f"{phase}_seconds"] for _, metrics in points]
+            axes.plot([value for value, _ in points], seconds, marker="o", label=phase)
+        axes.set(xlabel=what, ylabel="seconds a step", xscale="log", yscale="log")
+        axes.set_xticks([value for value, _ in points], [f"{value:g}" for value, _ in points], minor=False)
+        axes.minorticks_off()
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+# ---------------------------------------------------------------------------------------------------- judging
+
+
+def ratios(records: Mapping[str, Results]) -> dict[str, float]:
+    """The figures that the targets are about, of the parts that were measured."""
+    found: dict[str, float] = {}
+    update = records.get("update", {})
+    if "paths" in update:
+        own = update["paths"]["paths"][OURS]["speedup"]
+        found["update_vs_padded"] = own
+        found["update_vs_padded_flops"] = own / update["paths"]["speedup_by_flop"]
+    if TRL in update:
+        found["update_vs_trl"] = update[TRL]["ratio"]
+    for ways in records.get("rollout", {}).values():
+        baseline = ways[rollout_phase.HOOKS_ON]["tokens_per_s"]
+        found["rollout_vs_zero3_generate"] = ways[rollout_phase.OURS]["tokens_per_s"] / baseline
+        if rollout_phase.OURS_VLLM in ways:
+            found["rollout_vllm_vs_zero3_generate"] = ways[rollout_phase.OURS_VLLM]["tokens_per_s"] / baseline
+    if "1 rank" in records.get("step", {}):
+        found["overhead_share"] = records["step"]["1 rank"]["overhead_share"]
+    return found
+
+
+TARGETS = {
+    "update_vs_padded": partial(at_least, target=2.2),
+    "update_vs_padded_flops": partial(at_least, target=0.9),
+    "update_vs_trl": partial(at_least, target=2.0),
+    "rollout_vs_zero3_generate": partial(at_least, target=2.5),
+    "overhead_share": partial(at_most, target=0.05),
+}
+
+
+def wrong_losses(update: Results) -> dict[str, float]:
+    """The paths whose loss is not that of the plain one, and by how much; relative where the loss is above 1."""
+    losses = {name: row["loss"] for name, row in update.get("paths", {}).get("paths", {}).items()}
+    if not losses:
+        return {}
+    plain = losses[BASELINE]
+    gaps = {name: abs(loss - plain) / max(1.0, abs(plain)) for name, loss in losses.items()}
+    return {name: gap for name, gap in gaps.items() if not gap <= SAME_LOSS or math.isnan(gap)}
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+PARTS = {
+    "environment": Part(environment_units, environment_table, 20),
+    "update": Part(update_units, update_table, 300),
+    "rollout": Part(rollout_units, rollout_table, 300),
+    "step": Part(step_units, step_table, 300),
+    "growth": Part(growth_units, step_table, 600),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results; made if it is not there")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these")
+    parser.add_argument("--tiny", action="store_true", help="sizes of no interest: a test of the benchmark")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    records: dict[str, dict[str, Any]] = {}
+    for name in options.parts:
+        deadline = time.monotonic() + PARTS[name].seconds
+        records[name] = run_part(name, PARTS[name], CPU, options.tiny, deadline, options.out)
+    results = {name: record["results"] for name, record in records.items() if record["results"]}
+    found = ratios(results)
+    targets = {name: TARGETS[name](value) for name, value in found.items() if name in TARGETS}
+    failures = {name: list(record["failures"]) for name, record in records.items() if record["failures"]}
+    summary = {
+        "ratios": found,
+        "targets": targets,
+        "wrong_losses": wrong_losses(results.get("update", {})),
+        "failures": failures,
+        "left_out": {name: record["left_out"] for name, record in records.items() if record["left_out"]},
+        "results": results,
+    }
+    write_json(options.out / "trainer.json", summary)
+    if results.get("growth"):
+        plot_growth(results["growth"], options.out / "growth.png")
+    tables = [*(PARTS[name].table(result) for name, result in results.items()), render_targets(targets)]
+    text = "\n\n".join(table for table in tables if table)
+    (options.out / "tables.md").write_text(text + "\n")
+    print(text)
+    for key in ("wrong_losses", "failures", "left_out"):
+        print(f"{key}: {summary[key]}")
+    return 1 if failures or summary["wrong_losses"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
