@@ -13,8 +13,8 @@
 
 The geometry is that of `training_phase.GEOMETRIES`: a Llama of 4 layers, width 256, 32,001 tokens; 32 responses of 1 to
 256 tokens a step. DIR gets a JSON file for each part, `trainer.json` with the object `ratios`, `tables.md`, and
-`growth.png`. A run that is cut off leaves what it had measured. Exit status: not 0 if something failed; missed targets are told, and
-are no failure. With `--tiny`, sizes of no interest, as a test of the benchmark itself.
+`growth.png`. A run that is cut off leaves what it had measured. Exit status: not 0 if something failed; missed targets
+are told, and are no failure. With `--tiny`, sizes of no interest, as a test of the benchmark itself.
 """
 
 import argparse
