@@ -135,7 +135,7 @@ def load_policy(
     with sharded_loading(engine, ranks.device):
         policy = Policy.from_pretrained(path, **loading_options(settings.attention, engine, ranks))
         _fit_vocabulary(policy.model, tokenizer, settings)
-    _prepare_training(policy.model, settings.trainable_layers, settings.lora, engine)
+    prepare_training(policy.model, settings.trainable_layers, settings.lora, engine)
     _say_what_is_trained(path, policy)
     return policy
 
@@ -181,7 +181,7 @@ def load_trained_score_model(
         _fit_vocabulary(model.trunk, tokenizer, settings)
     # DeepSpeed trains parameters of one dtype; it keeps float32 masters, and the head computes in float32 anyway.
     model.score_head.to(loading["dtype"])
-    _prepare_training(model.trunk, settings.trainable_layers, settings.lora, engine)
+    prepare_training(model.trunk, settings.trainable_layers, settings.lora, engine)
     _say_what_is_trained(path, model)
     return model
 
@@ -205,7 +205,7 @@ def _fit_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settin
     fit_vocabulary(model, tokenizer, pad_token=settings.pad_token, multiple=settings.pad_vocabulary_to)
 
 
-def _prepare_training(
+def prepare_training(
     transformer: nn.Module, trainable_layers: int | None, lora: LoraConfig, engine: EngineConfig
 ) -> None:
     """Freeze what is not trained, add adapters, and set up the recomputation of activations."""
@@ -233,7 +233,7 @@ def _critics(
     for group in groups:
         model = _critic_start(group[0], specs[group[0]], inputs, loading)
         critic = critics["_".join(group)] = Critic(model, group, loading["dtype"])
-        _prepare_training(critic.trunk, None, config.critics.lora, config.engine)
+        prepare_training(critic.trunk, None, config.critics.lora, config.engine)
         _say_what_is_trained(f"critic of {' and '.join(group)}", critic)
         if len(group) > 1:
             log.info("%s", _saved_by_sharing(critic, loading["dtype"]))

@@ -43,6 +43,10 @@ deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 _TAG = "state"
 
+# DeepSpeed's default for the buffer in which gradients wait to be reduced. ZeRO-3 allocates it whole, 2 GB of float32,
+# however small the model is, so it gets no more than the model has gradients.
+REDUCE_BUCKET_ELEMENTS = 500_000_000
+
 
 # DeepSpeed still calls names that newer torch has renamed; the user can do nothing about it, several lines a step.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
@@ -88,8 +92,14 @@ def resolve_dtype(choice: str, device: torch.device) -> torch.dtype:
     return getattr(torch, choice)
 
 
-def _deepspeed_config(config: EngineConfig, device: torch.device, gradient_clip: float) -> dict:
-    zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": device.type == "cuda"}
+def _deepspeed_config(
+    config: EngineConfig, device: torch.device, gradient_clip: float, trained: int = REDUCE_BUCKET_ELEMENTS
+) -> dict:
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "overlap_comm": device.type == "cuda",
+        "reduce_bucket_size": min(REDUCE_BUCKET_ELEMENTS, trained),
+    }
     if config.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = config.parameter_persistence_threshold
     if config.offload_optimizer:
@@ -198,11 +208,12 @@ class Engine:
             fused=ranks.device.type == "cuda" and not config.offload_optimizer,
         )
         factor = learning_rate_factor(optimizer.schedule, optimizer.warmup, steps)
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
         self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
             model=module,
             optimizer=adam,
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(adam, factor),
-            config=_deepspeed_config(config, ranks.device, optimizer.gradient_clip),
+            config=_deepspeed_config(config, ranks.device, optimizer.gradient_clip, trained),
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,183 @@
+"""The models of a run on paper: built without data, so that a 70B model takes no memory.
+
+What a forward keeps for its backward is not guessed from the architecture: one layer runs on torch's `meta` device, and
+what autograd saves is added up.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoModelForCausalLM, PretrainedConfig
+
+from repo_fast.algorithm import ALGORITHMS
+from repo_fast.assembly import prepare_training
+from repo_fast.config import EngineConfig, LoraConfig, TrainConfig
+from repo_fast.flops import Shape
+from repo_fast.models.trunk import load_config
+from repo_fast.scoring import load_scorer_spec
+
+_ON_PAPER = "repo_fast_plan"
+_PROBED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model of a run.
+
+    Attributes:
+        role: `policy`, `reference`, `reward`, `cost`, or the name of a critic.
+        parameters, trained: How many, and how many of them have a gradient.
+        largest: Parameters of its largest module, which ZeRO-3 gathers at once.
+        width, vocabulary: Of the hidden states, and of the head; 0 without one over tokens.
+        cache_elements: Keys and values of a token in all layers.
+        layers: How many keep activations for a backward: those from the first trained one on.
+        layer_activations, other_activations: Bytes that a token's forward keeps for the backward, in a layer and in all
+            that is not a layer, in the dtype of the run.
+        shape: For its operations; None where they cannot be counted.
+    """
+
+    role: str
+    parameters: int
+    trained: int
+    largest: int
+    width: int
+    vocabulary: int
+    cache_elements: int
+    layers: int
+    layer_activations: float
+    other_activations: float
+    shape: Shape | None
+
+
+def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
+    """The models that a run holds on its devices; scorers that are functions are not among them.
+
+    Raises:
+        InputError: A model's configuration cannot be read, or it cannot be trained as asked.
+    """
+    policy = _policy_config(config)
+    found = [network("policy", policy, dtype, head=True, lora=config.policy.lora, last=config.policy.trainable_layers)]
+    if not config.policy.lora.rank:
+        found.append(network("reference", policy, dtype, head=True, frozen=True))
+    trunks = {}
+    for role, path in (("reward", config.reward.path), ("cost", config.cost.path)):
+        if load_scorer_spec(path, role).kind == "model":
+            trunks[role] = load_config(path)
+            found.append(network(role, trunks[role], dtype, frozen=True))
+    if config.algorithm.advantage == "gae":
+        streams = ["reward", "cost"] if ALGORITHMS[config.algorithm.name].has_cost_stream else ["reward"]
+        shared = config.critics.shared_trunk
+        for stream in streams[:1] if shared else streams:
+            role = "critic" if shared else f"{stream} critic"
+            found.append(network(role, trunks.get(stream, policy), dtype, lora=config.critics.lora))
+    return found
+
+
+def _policy_config(config: TrainConfig) -> PretrainedConfig:
+    path = config.policy.path
+    if path.startswith("world:"):
+        from repo_fast.inputs import find_model
+
+        path = find_model(path)[0]
+    loaded = load_config(path)
+    multiple = config.policy.pad_vocabulary_to
+    loaded.vocab_size = -(-loaded.vocab_size // multiple) * multiple
+    return loaded
+
+
+def network(
+    role: str,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    head: bool = False,
+    frozen: bool = False,
+    lora: LoraConfig | None = None,
+    last: int | None = None,
+) -> Network:
+    """A model on paper.
+
+    Args:
+        role: Its name.
+        config: Of the architecture.
+        dtype: Of weights and activations.
+        head: Whether it has one over the vocabulary; else it is a trunk with a scalar head, which is not counted.
+        frozen, lora, last: What of it is trained: nothing; adapters; so many last layers; everything.
+    """
+    model = _on_meta(config, dtype, head)
+    if frozen:
+        model.requires_grad_(False)
+    else:
+        prepare_training(model, last, lora or LoraConfig(), EngineConfig())
+    one, two = (_saved_bytes(config, dtype, layers) for layers in (1, 2))
+    text = config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return Network(
+        role=role,
+        parameters=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        largest=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()),
+        width=text.hidden_size,
+        vocabulary=text.vocab_size if head else 0,
+        cache_elements=2 * text.num_hidden_layers * heads * size,
+        layers=0 if frozen else last or text.num_hidden_layers,
+        layer_activations=(two - one) / _PROBED_TOKENS,
+        other_activations=(2 * one - two) / _PROBED_TOKENS,
+        shape=Shape.of(model),
+    )
+
+
+def _on_meta(config: PretrainedConfig, dtype: torch.dtype, head: bool) -> nn.Module:
+    kind = AutoModelForCausalLM if head else AutoModel
+    with torch.device("meta"):
+        return kind.from_config(config, dtype=dtype, attn_implementation=_ON_PAPER)
+
+
+def _saved_bytes(config: PretrainedConfig, dtype: torch.dtype, layers: int) -> int:
+    """What the forward of a few tokens through a trunk of so many layers keeps for its backward."""
+    shallow = copy.deepcopy(config)
+    shallow.get_text_config().num_hidden_layers = layers
+    trunk = _on_meta(shallow, dtype, head=False)
+    weights = {parameter.untyped_storage()._cdata for parameter in trunk.parameters()}
+    kept: dict[int, Any] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids = torch.zeros(1, _PROBED_TOKENS, dtype=torch.int64, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # A mask of four dimensions is handed on as it is.
+        mask = torch.zeros(1, 1, 1, 1, device="meta")
+        trunk(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what FlashAttention keeps: its inputs, its output, a log-sum-exp a head and token."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise RuntimeError("a model on paper has no backward")
+
+
+def _attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> Any:
+    return _Attention.apply(query, key, value), None
+
+
+AttentionInterface.register(_ON_PAPER, _attention)
+AttentionMaskInterface.register(_ON_PAPER, lambda *_, **__: None)
