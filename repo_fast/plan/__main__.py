@@ -66,7 +66,7 @@ def describe(config: TrainConfig, gpus: int, device: Device, response_tokens: fl
     parts = [
         f"{gpus} x {device.name}, {str(dtype).removeprefix('torch.')}, ZeRO stage {config.engine.zero_stage}",
         _memory_table(models, held),
-        _verdict(config, held, gpus, device, dtype),
+        _verdict(config, models, held, gpus, device, dtype),
     ]
     if all(model.shape is not None for model in models):
         work = Workload.of(config, gpus, response_tokens)
@@ -97,10 +97,12 @@ def usable(config: TrainConfig, device: Device) -> float:
     return share * device.memory
 
 
-def _verdict(config: TrainConfig, held: Memory, gpus: int, device: Device, dtype: torch.dtype) -> str:
+def _verdict(
+    config: TrainConfig, models: Sequence[Network], held: Memory, gpus: int, device: Device, dtype: torch.dtype
+) -> str:
     room = usable(config, device)
     if held.peak <= room:
-        largest = largest_micro_batch(config, gpus, device, dtype)
+        largest = largest_micro_batch(config, models, gpus, device, dtype)
         return (
             f"It fits: {held.peak / 1e9:.1f} of {room / 1e9:.1f} GB (90 % of the device). The largest micro-batch that "
             f"fits: update.micro_batch_tokens {largest:,}."
@@ -116,9 +118,11 @@ def _verdict(config: TrainConfig, held: Memory, gpus: int, device: Device, dtype
     return "\n".join(lines)
 
 
-def largest_micro_batch(config: TrainConfig, gpus: int, device: Device, dtype: torch.dtype) -> int:
+def largest_micro_batch(
+    config: TrainConfig, models: Sequence[Network], gpus: int, device: Device, dtype: torch.dtype
+) -> int:
     """The largest power of two of tokens that fits, or 0."""
-    models, room = networks(config, dtype), usable(config, device)
+    room = usable(config, device)
 
     def fits(tokens: int) -> bool:
         update = dataclasses.replace(config.update, micro_batch_tokens=tokens)

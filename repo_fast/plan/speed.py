@@ -84,6 +84,15 @@ class Workload:
         lengths = [prompt + response for prompt, response in zip(prompts, reversed(responses), strict=True)]
         return cls(lengths, sum(responses))
 
+    @classmethod
+    def of_demonstrations(cls, config: TrainConfig, ranks: int) -> "Workload":
+        """The PTX loss's: evenly spaced lengths up to the longest, two thirds of each a response."""
+        if config.data.ptx is None:
+            return cls([], 0)
+        count = max(1, round(config.update.ptx_batch_size / ranks))
+        lengths = [round(1 + (config.data.ptx_max_tokens - 1) * (i + 0.5) / count) for i in range(count)]
+        return cls(lengths, sum(lengths) * 2 // 3)
+
     @property
     def tokens(self) -> int:
         return sum(self.lengths)
@@ -104,12 +113,17 @@ def step_seconds(
     # The reference is the policy itself where that has adapters.
     valued = [policy, models[1] if models[1:] and models[1].role == "reference" else policy, *critics]
     forward = [_forward_seconds(model, config, ranks, width, device, work) for model in valued]
+    ptx = Workload.of_demonstrations(config, ranks)
+    imitation = _update_seconds(policy, config, ranks, width, device, ptx, steps=0) if ptx.tokens else 0.0
     return {
         "generate": _generate_seconds(policy, config, ranks, width, device, work),
         "score": sum(_forward_seconds(model, config, ranks, width, device, work) for model in scorers),
         "experience": sum(forward),
         "update": config.update.epochs
-        * sum(_update_seconds(model, config, ranks, width, device, work) for model in trained),
+        * (
+            sum(_update_seconds(m, config, ranks, width, device, work, config.update.minibatches) for m in trained)
+            + config.update.minibatches * imitation
+        ),
     }
 
 
@@ -135,8 +149,9 @@ def _forward_seconds(
 
 
 def _update_seconds(
-    model: Network, config: TrainConfig, ranks: int, width: int, device: Device, work: Workload
+    model: Network, config: TrainConfig, ranks: int, width: int, device: Device, work: Workload, steps: int
 ) -> float:
+    """Forward and backward of the work, and so many optimizer steps."""
     assert model.shape is not None
     head = work.responses if model.vocabulary else 0
     compute = model.shape.forward_and_backward(work.lengths, head)
@@ -144,7 +159,6 @@ def _update_seconds(
         compute += model.shape.forward(work.lengths, 0)
     gather = _gather_seconds(model, config, ranks, width, device)
     reduce = gather * model.trained / model.parameters
-    steps = config.update.minibatches
     links = max(_micro_batches(config, work), steps) * (_GATHERS_AN_UPDATE * gather + reduce)
     # AdamW reads and writes masters and moments, and reads gradients.
     optimizer = steps * 28 * model.trained / ranks / device.bandwidth
