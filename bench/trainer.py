@@ -10,6 +10,8 @@
                   imported, `generate` as peers call it                                             (rollout_phase.py)
     step          whole steps on one rank and on two, phase by phase, and their overhead                (step_phase.py)
     growth        how a step grows with the length of responses, K, the width of the model              (step_phase.py)
+                  and what `repo_fast.plan` would have said                                               (on_paper.py)
+    scale         a step of Alpaca-7B on 8 to 1024 GPUs by the plan's formulas, on paper                  (on_paper.py)
 
 The geometry is that of `training_phase.GEOMETRIES`: a Llama of 4 layers, width 256, 32,001 tokens; 32 responses of 1 to
 256 tokens a step. DIR gets a JSON file for each part, `trainer.json` with the object `ratios`, `tables.md`, and
@@ -33,7 +35,7 @@ from typing import Any
 
 import torch
 
-from bench import rollout_phase, training_phase
+from bench import on_paper, rollout_phase, training_phase
 from bench.job_folder import write_job
 from bench.machine import environment_table, environment_units
 from bench.measure import Task, Timing, elapsed_ms, time_interleaved
@@ -217,20 +219,41 @@ def step_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[Un
         yield f"{ranks} rank{'s' * (ranks > 1)}", partial(take_steps, geometry_of(tiny), ranks, 4)
 
 
-def growth_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[Unit]:
-    geometry = geometry_of(tiny)
-    longest, width = geometry.responses[1], geometry.width
-    for length in (longest // 4, longest // 2, longest, 2 * longest):
-        grown = replace(geometry, responses=(1, length))
-        yield f"longest response {length}", partial(take_steps, grown, 1, 4)
-    for count in (2, 4, 8):
-        # So many responses of each of the same prompts.
-        grown = replace(geometry, sequences=geometry.sequences // 4 * count)
-        yield f"responses a prompt {count}", partial(take_steps, grown, 1, count)
+def growth_settings(geometry: Geometry) -> dict[str, tuple[Geometry, int]]:
+    """Geometries and responses a prompt, by what grows and its value."""
+    longest = geometry.responses[1]
+    settings = {
+        f"longest response {length}": (replace(geometry, responses=(1, length)), 4)
+        for length in (longest // 4, longest // 2, longest, 2 * longest)
+    }
+    # So many responses of each of the same prompts.
+    settings |= {
+        f"responses a prompt {count}": (replace(geometry, sequences=geometry.sequences // 4 * count), count)
+        for count in (2, 4, 8)
+    }
     for factor in (0.5, 1, 2):
-        wide = int(width * factor)
-        grown = replace(geometry, width=wide, intermediate=int(geometry.intermediate * factor))
-        yield f"width {wide}", partial(take_steps, grown, 1, 4)
+        width, intermediate = int(geometry.width * factor), int(geometry.intermediate * factor)
+        settings[f"width {width}"] = (replace(geometry, width=width, intermediate=intermediate), 4)
+    return settings
+
+
+def growth_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[Unit]:
+    for name, (geometry, count) in growth_settings(geometry_of(tiny)).items():
+        yield name, partial(take_steps, geometry, 1, count)
+
+
+def plan_beside(growth: Results, geometry: Geometry) -> Results:
+    """The plan's times beside those measured, by `on_paper.check_plan`; empty where its reference was not measured."""
+    reference = f"longest response {geometry.responses[1]}"
+    if reference not in growth:
+        return {}
+    settings = growth_settings(geometry)
+    steps = {name: (*settings[name], row["metrics"]) for name, row in growth.items()}
+    return on_paper.check_plan(steps, reference)
+
+
+def scale_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[Unit]:
+    yield "on paper", on_paper.simulate
 
 
 def step_table(results: Results) -> str:
@@ -315,6 +338,7 @@ PARTS = {
     "rollout": Part(rollout_units, rollout_table, 300),
     "step": Part(step_units, step_table, 300),
     "growth": Part(growth_units, step_table, 600),
+    "scale": Part(scale_units, lambda results: on_paper.scale_table(results["on paper"]), 60),
 }
 
 
@@ -340,12 +364,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "wrong_losses": wrong_losses(results.get("update", {})),
         "failures": failures,
         "left_out": {name: record["left_out"] for name, record in records.items() if record["left_out"]},
+        "plan": plan_beside(results.get("growth", {}), geometry_of(options.tiny)),
         "results": results,
     }
     write_json(options.out / "trainer.json", summary)
     if results.get("growth"):
         plot_growth(results["growth"], options.out / "growth.png")
-    tables = [*(PARTS[name].table(result) for name, result in results.items()), render_targets(targets)]
+    tables = [PARTS[name].table(result) for name, result in results.items()]
+    if summary["plan"]:
+        tables.append(on_paper.check_table(summary["plan"]))
+    tables.append(render_targets(targets))
     text = "\n\n".join(table for table in tables if table)
     (options.out / "tables.md").write_text(text + "\n")
     print(text)

@@ -62,7 +62,7 @@ def describe(config: TrainConfig, gpus: int, device: Device, response_tokens: fl
     """
     dtype = torch.float32 if config.engine.dtype == "float32" else torch.bfloat16
     models = networks(config, dtype)
-    held = memory(config, models, gpus, dtype, CUDA)
+    held = memory(config, models, gpus, dtype, CUDA, device.memory)
     parts = [
         f"{gpus} x {device.name}, {str(dtype).removeprefix('torch.')}, ZeRO stage {config.engine.zero_stage}",
         _memory_table(models, held),
@@ -109,7 +109,7 @@ def _verdict(
         )
     lines = [f"It does not fit: {held.peak / 1e9:.1f} GB, and {room / 1e9:.1f} can be used (90 % of the device)."]
     for change, changed in remedies(config):
-        peak = memory(changed, networks(changed, dtype), gpus, dtype, CUDA).peak
+        peak = memory(changed, networks(changed, dtype), gpus, dtype, CUDA, device.memory).peak
         lines.append(f"  with {change}: {peak / 1e9:.1f} GB{', fits' if peak <= room else ''}")
         if peak <= room:
             break
@@ -126,7 +126,8 @@ def largest_micro_batch(
 
     def fits(tokens: int) -> bool:
         update = dataclasses.replace(config.update, micro_batch_tokens=tokens)
-        return memory(dataclasses.replace(config, update=update), models, gpus, dtype, CUDA).peak <= room
+        changed = dataclasses.replace(config, update=update)
+        return memory(changed, models, gpus, dtype, CUDA, device.memory).peak <= room
 
     return max((tokens for tokens in _MICRO_BATCHES if fits(tokens)), default=0)
 

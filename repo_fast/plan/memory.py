@@ -44,9 +44,14 @@ class Memory:
 
 
 def memory(
-    config: TrainConfig, models: Sequence[Network], ranks: int, dtype: torch.dtype, device: torch.device
+    config: TrainConfig,
+    models: Sequence[Network],
+    ranks: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    device_bytes: float = 0.0,
 ) -> Memory:
-    """What a rank of so many holds."""
+    """What a rank of so many holds; of `device_bytes`, vLLM takes its share while it draws."""
     width = dtype.itemsize
     resident = {model.role: _resident(model, config.engine, ranks, width) for model in models}
     policy = models[0]
@@ -55,7 +60,9 @@ def memory(
     forward = max(_gathered(model, config.engine, width) + _forward(model, tokens, width, device) for model in models)
     scorers = [model for model in models if model.role in ("reward", "cost")]
     phases = {
-        "generate": _generation(policy, config, longest, width),
+        "generate": config.rollout.vllm.memory_share * device_bytes
+        if config.rollout.engine == "vllm"
+        else _generation(policy, config, longest, width),
         "score": max(
             (_gathered(m, config.engine, width) + _forward(m, tokens, width, device) for m in scorers), default=0
         ),
@@ -95,9 +102,6 @@ def _logits(model: Network, tokens: int, width: int, device: torch.device) -> fl
 
 
 def _generation(policy: Network, config: TrainConfig, longest: int, width: int) -> float:
-    if config.rollout.engine == "vllm":
-        # Told apart in the table: it takes a share of the device, whatever the model.
-        return 0.0
     batch = config.rollout.batch_size
     cache = batch * longest * policy.cache_elements * width
     # The last scores in float32, once more as log-probabilities, and sorted or exponentiated on the way to a draw.

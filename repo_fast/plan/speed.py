@@ -37,6 +37,7 @@ class Device:
         network: To the ranks of other machines, bytes/s a rank, one way.
         ranks_a_machine: That share the faster links.
         launch_seconds: Of a layer in a forward of Hugging Face, whatever its size.
+        launches_ahead: Whether the device computes while the host launches what comes next; a CPU does not.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Device:
     network: float
     ranks_a_machine: int
     launch_seconds: float
+    launches_ahead: bool = True
 
 
 # Data sheets for what is printed there. Efficiency, network and launch are assumptions: nothing here was measured on a
@@ -183,5 +185,6 @@ def _generate_seconds(
     arithmetic = batch * policy.shape.forward([1], 1) / (device.flops * device.efficiency)
     # CUDA graphs launch a whole forward at once.
     launch = 0.0 if vllm else device.launch_seconds * policy.shape.layers
-    each = max(weights + cache, arithmetic, launch)
+    busy = max(weights + cache, arithmetic)
+    each = max(busy, launch) if device.launches_ahead else busy + launch
     return _gather_seconds(policy, config, ranks, width, device) + prefill + steps * each

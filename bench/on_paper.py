@@ -1,0 +1,157 @@
+"""The plan's times against measured steps, and a step on 8 to 1024 GPUs by the same formulas.
+
+*Check.* Two constants of this machine, what its products reach and how long a layer takes to launch, are taken from
+one measured step; the other steps, with other lengths, K and widths, are predicted. So the formulas' form is tested,
+not the figures of a device's data sheet.
+
+*Scale.* Alpaca-7B's setting with 16 responses a GPU, so that the batch grows with the GPUs. Links of 8 GPUs at their
+data sheet's speed, the network of machines at 50 GB/s a GPU, both without contention and without latency; nothing waits
+for the slowest rank; the optimizer's settings are assumed to bear the larger batch. No GPU has confirmed any of it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from bench.suite import Results
+from bench.tables import render
+from bench.training_phase import GEOMETRIES, Geometry
+from repo_fast.config import TrainConfig, parse
+from repo_fast.plan.memory import memory
+from repo_fast.plan.networks import Network, network
+from repo_fast.plan.speed import DEVICES, Device, Workload, step_seconds
+from repo_fast.throughput import PHASES
+
+GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+FUNCTION = "bench.job_folder:reward"
+CHECKED = ("generate", "experience", "update")
+
+
+def job_config(geometry: Geometry, responses_per_prompt: int) -> TrainConfig:
+    """What `trainer.take_steps` runs, as a configuration."""
+    settings = {
+        "reward.path": FUNCTION,
+        "cost.path": FUNCTION,
+        "algorithm.advantage": "rloo",
+        "rollout.prompts_per_step": geometry.sequences // responses_per_prompt,
+        "rollout.responses_per_prompt": responses_per_prompt,
+        "rollout.max_new_tokens": geometry.responses[1],
+        "data.max_prompt_tokens": sum(geometry.prompts),
+        "update.micro_batch_tokens": geometry.micro_batch_tokens,
+        "engine.dtype": "float32",
+    }
+    return parse([word for key, value in settings.items() for word in (f"--{key}", str(value))], TrainConfig)
+
+
+def models_of(geometry: Geometry, dtype: torch.dtype) -> list[Network]:
+    config = geometry.config(geometry.layers)
+    return [
+        network("policy", config, dtype, head=True),
+        network("reference", config, dtype, head=True, frozen=True),
+    ]
+
+
+def check_plan(steps: Mapping[str, tuple[Geometry, int, dict[str, float]]], reference: str) -> Results:
+    """Predicted and measured seconds.
+
+    Args:
+        steps: By name: geometry, responses a prompt, the measured metrics of a step.
+        reference: The step that gives the constants.
+
+    Returns:
+        By step and phase, `measured`, `predicted` seconds; without the reference.
+    """
+    machine = Device("this machine", 1.0, 1.0, math.inf, math.inf, math.inf, math.inf, 1, 0.0, launches_ahead=False)
+
+    def predicted(name: str, device: Device) -> dict[str, float]:
+        geometry, responses_per_prompt, metrics = steps[name]
+        config = job_config(geometry, responses_per_prompt)
+        work = Workload.of(config, 1, metrics["response_length"])
+        return step_seconds(config, models_of(geometry, torch.float32), 1, torch.float32, device, work)
+
+    metrics = steps[reference][2]
+    # With 1 FLOP/s the plan gives operations, and with a second a layer, layers.
+    flops = predicted(reference, machine)["update"] / metrics["update_seconds"]
+    products_only = predicted(reference, replace(machine, flops=flops))["generate"]
+    launch = (metrics["generate_seconds"] - products_only) / (
+        predicted(reference, replace(machine, flops=math.inf, launch_seconds=1.0))["generate"]
+    )
+    machine = replace(machine, flops=flops, launch_seconds=max(0.0, launch))
+    found: Results = {}
+    for name, (_, _, measured) in steps.items():
+        if name != reference:
+            seconds = predicted(name, machine)
+            found[name] = {
+                phase: {"measured": measured[f"{phase}_seconds"], "predicted": seconds[phase]} for phase in CHECKED
+            }
+    return found
+
+
+def check_table(results: Results) -> str:
+    rows = [
+        [name, *(f"{result[phase]['predicted'] / result[phase]['measured']:.2f}" for phase in CHECKED)]
+        for name, result in results.items()
+    ]
+    return render(["the plan: predicted / measured", *CHECKED], rows)
+
+
+def simulate(device: Device = DEVICES["h100"]) -> Results:
+    """A step of Alpaca-7B's setting, by the rollout engine and the number of GPUs.
+
+    Returns:
+        Seconds by phase, `step`, `tokens_per_s_a_gpu`, `efficiency` against the fewest GPUs, `waiting`, the share of a
+        step that links cost, and `peak_gb` a rank.
+    """
+    geometry, dtype = GEOMETRIES["alpaca-7b"], torch.bfloat16
+    llama = geometry.config(geometry.layers)
+    models = [
+        network("policy", llama, dtype, head=True),
+        network("reference", llama, dtype, head=True, frozen=True),
+        *(network(role, llama, dtype, frozen=True) for role in ("reward", "cost")),
+        *(network(f"{stream} critic", llama, dtype) for stream in ("reward", "cost")),
+    ]
+    base = parse(["--config", "alpaca-7b"], TrainConfig)
+    free = replace(device, link=math.inf, network=math.inf)
+    results: Results = {}
+    for engine in ("hf", "vllm"):
+        first = None
+        for gpus in GPUS:
+            rollout = replace(base.rollout, engine=engine, prompts_per_step=geometry.sequences * gpus)
+            update = replace(base.update, ptx_batch_size=geometry.sequences * gpus)
+            config = replace(base, rollout=rollout, update=update)
+            work = Workload.of(config, gpus)
+            seconds = step_seconds(config, models, gpus, dtype, device, work)
+            step, unhindered = (
+                sum(seconds.values()),
+                sum(step_seconds(config, models, gpus, dtype, free, work).values()),
+            )
+            rate = work.responses / step
+            first = first or rate
+            results[f"{engine}, {gpus} GPUs"] = {
+                **seconds,
+                "step": step,
+                "tokens_per_s_a_gpu": rate,
+                "efficiency": rate / first,
+                "waiting": 1 - unhindered / step,
+                "peak_gb": memory(config, models, gpus, dtype, torch.device("cuda"), device.memory).peak / 1e9,
+            }
+    return results
+
+
+def scale_table(results: Results) -> str:
+    header = ["on paper, Alpaca-7B, H100", *PHASES, "step, s", "tokens/s a GPU", "efficiency", "waiting", "GB a rank"]
+    rows = [
+        [
+            name,
+            *(f"{row[phase]:.1f}" for phase in PHASES),
+            f"{row['step']:.1f}",
+            f"{row['tokens_per_s_a_gpu']:.0f}",
+            f"{row['efficiency']:.0%}",
+            f"{row['waiting']:.0%}",
+            f"{row['peak_gb']:.0f}",
+        ]
+        for name, row in results.items()
+    ]
+    return render(header, rows)

@@ -1,0 +1,143 @@
+"""The trainer's benchmark: that it runs, and that what it says follows from what it measured."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="the benchmark measures beside TRL")
+
+from bench import on_paper, rollout_phase, trainer, training_phase  # noqa: E402
+from bench.job_folder import make_policy, make_tokenizer  # noqa: E402
+from bench.step_phase import summarize  # noqa: E402
+from bench.training_phase import BASELINE, GEOMETRIES, OURS  # noqa: E402
+from repo_fast.throughput import PHASES  # noqa: E402
+
+TINY = GEOMETRIES["tiny"]
+
+
+def step(seconds: float, response_length: float = 10.0) -> dict[str, Any]:
+    metrics = {f"{phase}_seconds": seconds for phase in PHASES}
+    return {
+        "seconds": {"step": 4 * seconds},
+        "overhead_share": 0.06,
+        "metrics": metrics | {"tokens_per_second": 5.0, "response_length": response_length},
+    }
+
+
+def test_the_parts_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trainer.main(["--tiny", "--out", str(tmp_path), "--parts", "update", "rollout"]) == 0
+    said = json.loads((tmp_path / "trainer.json").read_text())
+    assert set(said["ratios"]) >= {
+        "update_vs_padded",
+        "update_vs_padded_flops",
+        "update_vs_trl",
+        "rollout_vs_zero3_generate",
+    }
+    assert not said["failures"] and not said["wrong_losses"]
+    assert all(ratio > 0 for ratio in said["ratios"].values())
+    assert (tmp_path / "tables.md").read_text().strip() in capsys.readouterr().out
+
+
+def test_a_step_is_taken_apart() -> None:
+    row = trainer.take_steps(TINY, 1, 4)
+    parts = sum(row["seconds"][name] for name in ("forward", "backward", "optimizer", "generate", "score"))
+    assert 0 < parts < row["seconds"]["step"] and 0 < row["overhead_share"] < 1
+    assert row["metrics"]["update_seconds"] > 0 and row["steps"] == trainer.STEPS - 1
+
+
+def test_overhead_is_what_is_left() -> None:
+    record = {
+        f"{phase}_{what}": 1.0 for phase in PHASES for what in ("seconds", "tokens", "tokens_per_second", "peak_gb")
+    }
+    record |= {"padding_share": 0.0, "tokens_per_second": 1.0, "response_length": 1.0}
+    watched = {"forward": 1.0, "backward": 2.0, "optimizer": 1.0, "step": 8.0}
+    first = {name: 100.0 for name in watched}
+    assert summarize([first, watched, watched], [record] * 3)["overhead_share"] == pytest.approx(2 / 8)
+
+
+def test_ratios_and_targets() -> None:
+    paths = {
+        BASELINE: {"speedup": 1.0, "loss": 0.5},
+        OURS: {"speedup": 2.4, "loss": 0.5 + 2e-6},
+    }
+    results = {
+        "update": {"paths": {"paths": paths, "speedup_by_flop": 2.5}, trainer.TRL: {"ratio": 1.9}},
+        "rollout": {
+            "two": {
+                rollout_phase.OURS: {"tokens_per_s": 300.0},
+                rollout_phase.HOOKS_ON: {"tokens_per_s": 100.0},
+            }
+        },
+        "step": {"1 rank": step(1.0)},
+    }
+    assert trainer.ratios(results) == pytest.approx(
+        {
+            "update_vs_padded": 2.4,
+            "update_vs_padded_flops": 0.96,
+            "update_vs_trl": 1.9,
+            "rollout_vs_zero3_generate": 3.0,
+            "overhead_share": 0.06,
+        }
+    )
+    met = {name: trainer.TARGETS[name](value)["met"] for name, value in trainer.ratios(results).items()}
+    assert met == {
+        "update_vs_padded": True,
+        "update_vs_padded_flops": True,
+        "update_vs_trl": False,
+        "rollout_vs_zero3_generate": True,
+        "overhead_share": False,
+    }
+    assert trainer.wrong_losses(results["update"]) == {}
+    paths[OURS]["loss"] = 0.5002
+    assert list(trainer.wrong_losses(results["update"])) == [OURS]
+    paths[OURS]["loss"] = float("nan")
+    assert list(trainer.wrong_losses(results["update"])) == [OURS]
+    assert trainer.ratios({}) == {} and trainer.wrong_losses({}) == {}
+
+
+def test_what_grows_is_drawn_and_compared_with_the_plan(tmp_path: Path) -> None:
+    settings = trainer.growth_settings(TINY)
+    machine = step(0.5)
+    growth = {name: machine for name in settings}
+    trainer.plot_growth(growth, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 5000
+    compared = trainer.plan_beside(growth, TINY)
+    # The same geometry as the reference under another name is predicted as it was measured.
+    same = compared[f"width {TINY.width}"]
+    for phase in ("generate", "update"):
+        assert same[phase]["predicted"] == pytest.approx(0.5, rel=1e-6)
+    wider = compared[f"width {2 * TINY.width}"]
+    assert wider["update"]["predicted"] > 1.5 * 0.5
+    assert "predicted" in on_paper.check_table(compared)
+    assert trainer.plan_beside({}, TINY) == {}
+
+
+def test_the_simulation_gets_no_cheaper_with_more_gpus() -> None:
+    rows = on_paper.simulate()
+    assert len(rows) == 2 * len(on_paper.GPUS)
+    for engine in ("hf", "vllm"):
+        efficiency = [rows[f"{engine}, {gpus} GPUs"]["efficiency"] for gpus in on_paper.GPUS]
+        assert efficiency[0] == 1 and all(a >= b for a, b in zip(efficiency, efficiency[1:], strict=False))
+    assert "1024 GPUs" in on_paper.scale_table(rows)
+
+
+def test_responses_end_by_chance_after_half_of_the_longest() -> None:
+    policy = make_policy(TINY)
+    torch.manual_seed(1)
+    prompts = torch.randint(2, TINY.vocabulary, (400, 6))
+    drawn = policy.generate(prompts, do_sample=True, top_k=0, max_new_tokens=200)[:, 6:]
+    lengths = ((drawn == 1).cumsum(1) == 0).sum(1) + 1
+    assert lengths.float().mean() == pytest.approx(TINY.responses[1] / 2, rel=0.25)
+    tokenizer = make_tokenizer(TINY.vocabulary)
+    assert len(tokenizer) == TINY.vocabulary and tokenizer("w0 w5").input_ids == [2, 7]
+
+
+def test_padded_parts_hold_every_token_once() -> None:
+    update = training_phase.Update(TINY, 1, torch.device("cpu"), False)
+    for parts in update.padded.values():
+        assert sum(int(part.response_mask.sum()) for part in parts) == int(update.experience.cu_seqlens[-1])
+    rows = training_phase._in_order([3, 3, 3, 9, 1], 7)
+    assert rows == [[0, 1], [2], [3], [4]]
