@@ -98,6 +98,7 @@ class Experience:
         reward_advantages, cost_advantages: float32 [T].
         reward_values, reward_returns: float32 [T], with critics; else None.
         cost_values, cost_returns: float32 [T], with a cost critic; else None.
+        importance_weights: float32 [T], a factor on the policy loss of each token; None: 1.
     """
 
     rollout: Rollout
@@ -111,6 +112,7 @@ class Experience:
     reward_returns: torch.Tensor | None = None
     cost_values: torch.Tensor | None = None
     cost_returns: torch.Tensor | None = None
+    importance_weights: torch.Tensor | None = None
 
     @property
     def responses(self) -> int:
@@ -165,6 +167,7 @@ class MicroBatch:
     reward_returns: torch.Tensor | None
     cost_values: torch.Tensor | None
     cost_returns: torch.Tensor | None
+    importance_weights: torch.Tensor | None
 
 
 _TOKEN_FIELDS = [field.name for field in fields(MicroBatch)][4:]

@@ -10,7 +10,7 @@ of the whole batch, is one number a response, gathered from all ranks.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,8 @@ class Learner:
     ) -> None:
         self.config, self.models, self.ranks, self.demonstrations = config, models, ranks, demonstrations
         self.ops_backend = resolve("fused_rectified_policy_loss", config.engine.ops_backend, ranks.device)
+        # Then the update's own forward gives log pi_old.
+        self.on_policy = config.update.old_log_probs == "sampler"
         settings = config.algorithm
         self.row = alg.ALGORITHMS[settings.name]
         self.multiplier = alg.Multiplier(
@@ -131,7 +133,8 @@ class Learner:
         lengths = torch.tensor([tokens.numel() for tokens in rollout.response_tokens], dtype=torch.int64)
         cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
         sequence_ids = torch.repeat_interleave(torch.arange(lengths.numel()), lengths)
-        old_log_probs = self.log_probs(self.models.policy, rollout)
+        sampled = torch.cat([torch.empty(0), *rollout.sampler_log_probs])
+        old_log_probs = sampled if self.on_policy else self.log_probs(self.models.policy, rollout)
         ref_log_probs = self.log_probs(self.models.reference, rollout)
         kl = old_log_probs - ref_log_probs
         kl_sums = kl.new_zeros(lengths.numel()).index_add_(0, sequence_ids, kl)
@@ -171,7 +174,14 @@ class Learner:
             cost_advantages=advantages["cost"],
             **values,
         )
-        return experience, self._rollout_metrics(rollout, old_log_probs, kl_sums) | {
+        correction: dict[str, float] = {}
+        if settings.importance_cap is not None:
+            weights_of_tokens = (old_log_probs - sampled).exp()
+            experience = replace(experience, importance_weights=weights_of_tokens.clamp(max=settings.importance_cap))
+            capped = (weights_of_tokens > settings.importance_cap).sum()
+            sums = ranks.sum(torch.stack([capped, torch.tensor(sampled.numel())]))
+            correction["importance_capped_share"] = float(sums[0] / sums[1])
+        return experience, self._rollout_metrics(rollout, kl_sums) | self._gap(sampled, old_log_probs) | correction | {
             "multiplier": self.multiplier.value,
             "constraint": constraint,
             "unsafe_fraction": float((all_violations > 0).double().mean()),
@@ -237,21 +247,24 @@ class Learner:
             "cost": (advantages["cost"] - cost_centre) * factor,
         }
 
-    def _rollout_metrics(
-        self, rollout: Rollout, old_log_probs: torch.Tensor, kl_sums: torch.Tensor
-    ) -> dict[str, float]:
-        """Of all ranks: KL to the reference (nats a response), lengths, and how the sampler's log-probs differ."""
-        gap = torch.cat([old_log_probs.new_zeros(0), *rollout.sampler_log_probs]) - old_log_probs
-        sums = [gap.sum(), gap.abs().sum(), kl_sums.sum(), rollout.finished.sum()]
-        counts = [torch.tensor(float(gap.numel())), torch.tensor(float(kl_sums.numel()))]
-        gaps, absolute, kl, finished, tokens, responses = self.ranks.sum(torch.stack([*sums, *counts])).tolist()
+    def _rollout_metrics(self, rollout: Rollout, kl_sums: torch.Tensor) -> dict[str, float]:
+        """Of all ranks: KL to the reference (nats a response), lengths."""
+        tokens = sum(response.numel() for response in rollout.response_tokens)
+        counts = [torch.tensor(float(count)) for count in (tokens, kl_sums.numel())]
+        parts = torch.stack([kl_sums.sum(), rollout.finished.sum(), *counts])
+        kl, finished, tokens, responses = self.ranks.sum(parts).tolist()
         return {
             "kl": kl / responses,
             "response_length": tokens / responses,
             "finished_share": finished / responses,
-            "sampler_gap": gaps / tokens,
-            "sampler_gap_absolute": absolute / tokens,
         }
+
+    def _gap(self, sampled: torch.Tensor, computed: torch.Tensor) -> dict[str, float]:
+        """How the sampler's log-probabilities [T] differ from the trainer's, a token, over all ranks."""
+        gap = sampled - computed
+        parts = torch.stack([gap.sum(), gap.abs().sum(), torch.tensor(float(gap.numel()))])
+        gaps, absolute, tokens = self.ranks.sum(parts).tolist()
+        return {"sampler_gap": gaps / tokens, "sampler_gap_absolute": absolute / tokens}
 
     def log_probs(self, engine: Callable[..., Any], rollout: Rollout) -> torch.Tensor:
         """Token log-probabilities (nats) of this rank's responses, at the rollout's temperature.
@@ -356,12 +369,16 @@ class Learner:
 
         ptx = self._ptx_batches()
         totals = torch.zeros(4, dtype=torch.float64)
+        gaps = [(torch.empty(0), torch.empty(0))]
         for batch, last in with_last(batches, after=ptx):
             outputs = self.models.policy(batch.batch, self._policy_loss(batch, denominator))
             self.models.policy.backward(outputs.loss, last=last)
             valid = int((batch.batch.targets != -100).sum())
             shares = [outputs.loss, outputs.clip_fraction * valid, outputs.approx_kl * valid, outputs.entropy.sum()]
             totals += torch.stack([share.detach().double().cpu() for share in shares])
+            if self.on_policy:
+                own = batch.batch.targets != -100
+                gaps.append((batch.old_log_probs[own].cpu(), outputs.log_probs.detach()[own].cpu()))
         loss, clipped, approx_kl, entropy = ranks.sum(totals).tolist()
         metrics |= {
             "loss": loss,
@@ -369,6 +386,8 @@ class Learner:
             "approx_kl": approx_kl / max(1.0, counts[1]),
             "entropy": entropy / max(1.0, counts[1]),
         }
+        if self.on_policy:
+            metrics |= self._gap(*(torch.cat(parts) for parts in zip(*gaps, strict=True)))
         if ptx:
             metrics["ptx_loss"] = self._ptx_backward(ptx)
         step = self.models.policy.step()
@@ -389,7 +408,7 @@ class Learner:
                 hidden,
                 weight,
                 packed.targets,
-                batch.old_log_probs,
+                None if self.on_policy else batch.old_log_probs,
                 batch.reward_advantages,
                 batch.cost_advantages,
                 packed.sequence_ids,
@@ -401,6 +420,7 @@ class Learner:
                 surrogate=settings.surrogate or self.row.surrogate,
                 clip=(settings.clip_low, settings.clip_high),
                 temperature=self.config.rollout.temperature,
+                importance_weights=batch.importance_weights,
                 entropy_coefficient=settings.entropy_coefficient,
                 reduction=settings.reduction,
                 denominator=denominator,

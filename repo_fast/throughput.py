@@ -7,12 +7,13 @@ Operations are those of `repo_fast.flops`, without scorers and PTX, for what the
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from repo_fast.collectives import Ranks
+from repo_fast.config import UpdateConfig
 from repo_fast.flops import Shape, peak_flops
 from repo_fast.report.jsonl import Value
 from repo_fast.report.tables import grid
@@ -67,6 +68,7 @@ class Throughput:
         policy: None where its operations cannot be counted.
         critics: Likewise.
         epochs: Passes of the update over a rollout.
+        log_probs: Forwards of the policy or its reference that an experience takes.
         ranks: This process among all.
         peak: FLOP/s of a rank's device at most; None where it is not known.
     """
@@ -75,13 +77,17 @@ class Throughput:
     critics: Sequence[Shape | None]
     epochs: int
     ranks: Ranks
-    peak: float | None = field(default=None)
+    peak: float | None = None
+    log_probs: int = 2
 
     @classmethod
-    def of(cls, policy: torch.nn.Module, critics: Sequence[torch.nn.Module], epochs: int, ranks: Ranks) -> "Throughput":
+    def of(
+        cls, policy: torch.nn.Module, critics: Sequence[torch.nn.Module], update: UpdateConfig, ranks: Ranks
+    ) -> "Throughput":
         """For models of transformers' that are trained."""
         shapes = [Shape.of(trunk) for trunk in critics]
-        return cls(Shape.of(policy), shapes, epochs, ranks, peak_flops(ranks.device))
+        log_probs = 1 if update.old_log_probs == "sampler" else 2
+        return cls(Shape.of(policy), shapes, update.epochs, ranks, peak_flops(ranks.device), log_probs)
 
     def metrics(self, rollout: Rollout, phases: Mapping[str, Measured]) -> dict[str, float]:
         """A step's metrics over all ranks; all ranks must call it.
@@ -107,7 +113,7 @@ class Throughput:
         tokens = {
             "generate": drawn,
             "score": 2 * all_tokens,
-            "experience": (2 + critics) * all_tokens,
+            "experience": (self.log_probs + critics) * all_tokens,
             "update": self.epochs * (1 + critics) * all_tokens,
         }
         operations = self._operations(lengths, drawn)
@@ -137,7 +143,8 @@ class Throughput:
         return {
             # A cache spares the same products that a forward of the whole would do once.
             "generate": self.policy.forward(lengths, drawn),
-            "experience": 2 * self.policy.forward(lengths, drawn) + sum(c.forward(lengths, 0) for c in critics),
+            "experience": self.log_probs * self.policy.forward(lengths, drawn)
+            + sum(c.forward(lengths, 0) for c in critics),
             "update": self.epochs * update,
         }
 

@@ -65,7 +65,7 @@ class Trainer(Run):
         self.throughput = Throughput.of(
             models.policy.module.model,
             [critic.module.trunk for critic in models.critics.values()],
-            config.update.epochs,
+            config.update,
             ranks,
         )
         self.sampler = PromptSampler(len(inputs.requests), config.rollout.prompts_per_step, config.seed)

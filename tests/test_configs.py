@@ -354,6 +354,17 @@ def test_words_that_are_no_options_are_refused():
             "--engine.offload_parameters true --engine.zero_stage 2",
             "engine.offload_parameters is true with engine.zero_stage 2",
         ),
+        ("--algorithm.importance_cap 0", "algorithm.importance_cap is 0"),
+        (
+            "--update.old_log_probs sampler --update.epochs 2",
+            "update.epochs is 2, expected 1 with update.old_log_probs",
+        ),
+        ("--update.old_log_probs sampler --update.minibatches 2", "update.minibatches is 2, expected 1"),
+        ("--update.old_log_probs sampler --rollout.top_p 0.9", "rollout.top_p is 0.9, expected 1.0"),
+        (
+            "--update.old_log_probs sampler --algorithm.importance_cap 2",
+            "algorithm.importance_cap is 2.0, expected None",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(words, said):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -80,6 +81,9 @@ def naive_loss(model, rollout, experience, costs, row, settings, multiplier, tem
                 losses.append(-(w_r * s(reward[i][t]) + w_c * s(-cost[i][t])))
             else:
                 losses.append(-s(w_r * reward[i][t] - w_c * cost[i][t]))
+            if settings.importance_cap is not None:
+                # The policy has not moved, and the sampler said log p = 0 of every token.
+                losses[-1] = losses[-1] * new[i][t].detach().exp().clamp(max=settings.importance_cap)
         sequences.append(torch.stack(losses))
         total = total + sequences[-1].sum()
     if settings.reduction == "sum":
@@ -97,6 +101,7 @@ def rows():
         for reduction in REDUCTIONS
     ]
     cases += [{"name": "repo", "scope": "response", "advantage": kind, "margin": 0.4} for kind in ("grpo", "rloo")]
+    cases += [{"name": "repo", "advantage": "rloo", "importance_cap": cap} for cap in (0.04, 2.0)]
     return cases
 
 
@@ -176,6 +181,43 @@ def test_shaping_subtracts_the_weighted_cost_from_the_reward(policy_folder, rank
     expected, _ = plain.experience(rollout, combined)
     torch.testing.assert_close(shaped.reward_advantages, expected.reward_advantages)
     assert not shaped.cost_advantages.any() and shaped.reward_advantages.any()
+
+
+def test_the_sampler_s_log_probs_spare_a_forward_and_change_no_gradient(policy_folder, ranks, monkeypatch):
+    results = {}
+    for source in ("trainer", "sampler"):
+        config = worker.make_config({"advantage": "rloo"})
+        learner = worker.make_learner(
+            replace(config, update=replace(config.update, old_log_probs=source)), policy_folder, ranks
+        )
+        rollout, scores, _ = worker.make_rollout(ranks)
+        drawn = learner.log_probs(learner.models.policy, rollout)
+        drawn = drawn.split([len(response) for response in rollout.response_tokens])
+        forwards = mock.Mock(wraps=learner.log_probs)
+        monkeypatch.setattr(learner, "log_probs", forwards)
+        experience, metrics = learner.experience(replace(rollout, sampler_log_probs=list(drawn)), scores)
+        metrics |= learner.update(experience)
+        models = [call.args[0] for call in forwards.call_args_list]
+        assert (learner.models.policy in models) == (source == "trainer") and learner.models.reference in models
+        results[source] = learner.models.policy.whole_state(), metrics
+    (plain, metrics), (spared, spared_metrics) = results["trainer"], results["sampler"]
+    for name, weight in plain.items():
+        torch.testing.assert_close(spared[name], weight, rtol=1e-6, atol=1e-7)
+    assert metrics.keys() == spared_metrics.keys()
+    for name in ("loss", "kl", "entropy", "gradient_norm"):
+        assert spared_metrics[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-6)
+    assert spared_metrics["sampler_gap_absolute"] < 1e-6
+
+
+def test_log_probs_of_tokens_that_another_distribution_drew_show_as_a_gap(policy_folder, ranks):
+    config = worker.make_config({"advantage": "rloo"})
+    config = replace(config, update=replace(config.update, old_log_probs="sampler"))
+    learner = worker.make_learner(config, policy_folder, ranks)
+    rollout, scores, _ = worker.make_rollout(ranks)
+    true = learner.log_probs(learner.models.policy, rollout)
+    experience, _ = learner.experience(rollout, scores)
+    metrics = learner.update(experience)
+    assert metrics["sampler_gap"] == pytest.approx(-float(true.mean()), rel=1e-5)
 
 
 def norm_wise(actual, expected):

@@ -122,6 +122,9 @@ class AlgorithmConfig:
     """A value's step from its old value is clipped to +- this in the critic loss."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus (nats a token)."""
+    importance_cap: float | None = None
+    """Truncated importance weights (Ionides 2008): a token's policy loss counts min(pi_old / pi_sampler, this), the
+    two as computed by the trainer and by what drew the response. Null: every token counts 1."""
     reduction: Literal["sequence_mean", "token_mean", "sum"] = "sequence_mean"
     """How token losses become one number; denominators are those of the whole global batch."""
     ptx_coefficient: float = 0.0
@@ -140,6 +143,9 @@ class UpdateConfig:
     """Largest packed micro-batch on a rank, prompts included (tokens). A longer sequence gets one of its own."""
     ptx_batch_size: int = 16
     """Demonstrations joined to each optimizer step when there is a PTX loss (demonstrations, over all ranks)."""
+    old_log_probs: Literal["trainer", "sampler"] = "trainer"
+    """What log pi_old is. `sampler`: as recorded while drawing, for the KL; and the ratio is 1 exactly. It spares a
+    forward of the policy, and needs one optimizer step a rollout."""
     max_skipped_steps: int = 5
     """The run stops when this many optimizer steps in a row had a non-finite loss or gradient and were skipped."""
 
@@ -239,6 +245,9 @@ class TrainConfig(RunConfig):
         traced = self.profile is None or self.profile <= self.total_steps
         require(traced, "profile", self.profile, f"a step of the run, at most total_steps ({self.total_steps})")
         check_sampling("rollout", rollout)
+        if algorithm.importance_cap is not None:
+            require(algorithm.importance_cap > 0, "algorithm.importance_cap", algorithm.importance_cap, "above 0")
+        _check_old_log_probs(self)
         _check_vllm(self)
         check_scorer("reward", self.reward)
         check_scorer("cost", self.cost)
@@ -274,6 +283,18 @@ class TrainConfig(RunConfig):
                 f"critics.lora.rank is {self.critics.lora.rank} with algorithm.advantage {algorithm.advantage!r}, "
                 "which has no critics; expected 0"
             )
+
+
+def _check_old_log_probs(config: TrainConfig) -> None:
+    if config.update.old_log_probs == "trainer":
+        return
+    for key, value, neutral in (
+        ("update.epochs", config.update.epochs, 1),
+        ("update.minibatches", config.update.minibatches, 1),
+        ("rollout.top_p", config.rollout.top_p, 1.0),
+        ("algorithm.importance_cap", config.algorithm.importance_cap, None),
+    ):
+        require(value == neutral, key, value, f"{neutral} with update.old_log_probs 'sampler'")
 
 
 def _check_vllm(config: TrainConfig) -> None:

@@ -114,6 +114,8 @@ def step_seconds(
     trained = [policy, *critics]
     # The reference is the policy itself where that has adapters.
     valued = [policy, models[1] if models[1:] and models[1].role == "reference" else policy, *critics]
+    if config.update.old_log_probs == "sampler":
+        valued = valued[1:]
     forward = [_forward_seconds(model, config, ranks, width, device, work) for model in valued]
     ptx = Workload.of_demonstrations(config, ranks)
     imitation = _update_seconds(policy, config, ranks, width, device, ptx, steps=0) if ptx.tokens else 0.0
