@@ -360,9 +360,12 @@ def test_words_that_are_no_options_are_refused():
             "update.epochs is 2, expected 1 with update.old_log_probs",
         ),
         ("--update.old_log_probs sampler --update.minibatches 2", "update.minibatches is 2, expected 1"),
-        ("--update.old_log_probs sampler --rollout.top_p 0.9", "rollout.top_p is 0.9, expected 1.0"),
         (
-            "--update.old_log_probs sampler --algorithm.importance_cap 2",
+            "--update.old_log_probs sampler --update.minibatches 1 --rollout.top_p 0.9",
+            "rollout.top_p is 0.9, expected 1.0",
+        ),
+        (
+            "--update.old_log_probs sampler --update.minibatches 1 --algorithm.importance_cap 2",
             "algorithm.importance_cap is 2.0, expected None",
         ),
     ],
