@@ -6,6 +6,7 @@
     correctness   every op against float64, and the other promises of the ops          (gpu_correctness.py)
     kernels       the loss head beside its peers; where its time goes; tuning          (gpu_kernels.py)
     training      the policy update at the geometry of a 7B model                      (training_phase.py)
+    rollout       generation, where DeepSpeed can be imported; vLLM's, where it can    (rollout_phase.py)
     limits        ids out of range, addresses beyond 32 bits: last, since a wrong address would end the process's use of
                   the device                                                           (gpu_correctness.py)
 
@@ -21,15 +22,17 @@ Without a GPU everything runs in tiny sizes on the CPU, as a test of the suite i
 """
 
 import argparse
+import importlib.util
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import gpu_correctness, gpu_kernels, training_phase
+from bench import gpu_correctness, gpu_kernels, processes, training_phase
 from bench.machine import environment_table, environment_units
 from bench.suite import Part, Results, run_part, write_json
 from bench.tables import render, render_targets
@@ -54,11 +57,32 @@ def checks_table(results: Results) -> str:
     )
 
 
+def rollout_units(
+    device: torch.device, tiny: bool, budget_s: float
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    if importlib.util.find_spec("deepspeed") is None:
+        return
+    name = "tiny" if tiny else "half-billion"
+
+    def run(folder: Path) -> dict[str, Any]:
+        return processes.torchrun(1, "bench.rollout_phase", str(folder), "OUT", name)
+
+    yield f"{name}, one rank", partial(processes.with_job, training_phase.GEOMETRIES[name], run)
+
+
+def rollout_table(results: Results) -> str:
+    # Knows DeepSpeed.
+    from bench import rollout_phase
+
+    return rollout_phase.table(results)
+
+
 PARTS = {
     "environment": Part(environment_units, environment_table, 20),
     "correctness": Part(gpu_correctness.units, checks_table, 130),
-    "kernels": Part(gpu_kernels.units, gpu_kernels.table, 170),
+    "kernels": Part(gpu_kernels.units, gpu_kernels.table, 150),
     "training": Part(training_phase.units, training_phase.table, 100),
+    "rollout": Part(rollout_units, rollout_table, 40),
     "limits": Part(gpu_correctness.limit_units, checks_table, 20),
 }
 NEAREST_CHECKS = 12

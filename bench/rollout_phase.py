@@ -27,6 +27,8 @@ import torch
 from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from bench.suite import Results
+from bench.tables import render
 from bench.training_phase import GEOMETRIES, Geometry
 from repo_fast.assembly import load_policy
 from repo_fast.collectives import Ranks
@@ -157,6 +159,14 @@ def _generate(
     drawn = output[:, longest:] == end
     # Up to the first end token, and with it.
     return int(((drawn.cumsum(1) - drawn.long()) == 0).sum())
+
+
+def table(results: Results) -> str:
+    """What `measure` found, as text."""
+    ((name, ways),) = results.items()
+    slowest = ways[HOOKS_ON]["tokens_per_s"]
+    rows = [[way, f"{row['tokens_per_s']:.0f}", f"{row['tokens_per_s'] / slowest:.2f}"] for way, row in ways.items()]
+    return render([f"rollout, {name}", "tokens/s", "x hooks on"], rows)
 
 
 def main(folder: str, out: str, name: str) -> None:

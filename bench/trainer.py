@@ -20,12 +20,8 @@ are told, and are no failure. With `--tiny`, sizes of no interest, as a test of 
 """
 
 import argparse
-import json
 import math
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -36,23 +32,20 @@ from typing import Any
 import torch
 
 from bench import on_paper, rollout_phase, training_phase
-from bench.job_folder import write_job
 from bench.machine import environment_table, environment_units
 from bench.measure import Task, Timing, elapsed_ms, time_interleaved
+from bench.processes import torchrun, with_job
 from bench.suite import Part, Results, run_part, write_json
 from bench.tables import at_least, at_most, render, render_targets
 from bench.training_phase import BASELINE, GEOMETRIES, OURS, Geometry, Update
 from bench.trl_update import MICRO_BATCH_SIZES, TrlUpdate
 from repo_fast.throughput import PHASES
 
-REPOSITORY = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 TRL = "TRL's GRPOTrainer"
 STEPS = 7
 # Losses of a fast and a plain path may differ by this (float32).
 SAME_LOSS = 1e-5
-# A process that takes this long hangs.
-LIMIT_SECONDS = 600
 Unit = tuple[str, Callable[[], dict[str, Any]]]
 
 
@@ -126,43 +119,6 @@ def update_table(results: Results) -> str:
     return "\n\n".join(tables)
 
 
-# ----------------------------------------------------------------------------------------- processes of their own
-
-
-def torchrun(ranks: int, module: str, *words: str) -> dict[str, Any]:
-    """Run a module of this folder on some ranks, the cores shared among them; returns what it wrote as JSON.
-
-    Raises:
-        RuntimeError: It failed, or took too long.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "out.json")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", module]
-        # vLLM reads the second; it would take gigabytes.
-        settings = {
-            "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-        }
-        run = subprocess.run(
-            [sys.executable, *launcher, *(word.replace("OUT", str(out)) for word in words)],
-            cwd=REPOSITORY,
-            env=os.environ | settings | {"OMP_WAIT_POLICY": "PASSIVE"},
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_SECONDS,
-        )
-        if run.returncode != 0 or not out.exists():
-            raise RuntimeError(f"{module} ended with exit status {run.returncode}:\n{run.stderr[-4000:]}")
-        return json.loads(out.read_text())
-
-
-def with_job(geometry: Geometry, measure: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Call with a folder that holds a policy and prompts, which is removed afterwards."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_job(Path(folder), geometry, geometry.sequences)
-        return measure(Path(folder))
-
-
 # ---------------------------------------------------------------------------------------------------- rollout
 
 
@@ -173,13 +129,6 @@ def rollout_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator
         return torchrun(2, "bench.rollout_phase", str(folder), "OUT", name)
 
     yield "two ranks, ZeRO-3", partial(with_job, GEOMETRIES[name], run)
-
-
-def rollout_table(results: Results) -> str:
-    ((name, ways),) = results.items()
-    slowest = ways[rollout_phase.HOOKS_ON]["tokens_per_s"]
-    rows = [[way, f"{row['tokens_per_s']:.0f}", f"{row['tokens_per_s'] / slowest:.2f}"] for way, row in ways.items()]
-    return render([f"rollout, {name}", "tokens/s", "x hooks on"], rows)
 
 
 # --------------------------------------------------------------------------------------------- step and growth
@@ -335,7 +284,7 @@ def wrong_losses(update: Results) -> dict[str, float]:
 PARTS = {
     "environment": Part(environment_units, environment_table, 20),
     "update": Part(update_units, update_table, 300),
-    "rollout": Part(rollout_units, rollout_table, 300),
+    "rollout": Part(rollout_units, rollout_phase.table, 300),
     "step": Part(step_units, step_table, 300),
     "growth": Part(growth_units, step_table, 600),
     "scale": Part(scale_units, lambda results: on_paper.scale_table(results["on paper"]), 60),
