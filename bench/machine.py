@@ -35,7 +35,7 @@ def environment_units(
     device: torch.device, tiny: bool, budget_s: float
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     yield "machine", partial(machine, device)
-    yield "speed", partial(bare_speed, device, 256 if tiny else 8192)
+    yield "speed", partial(bare_speed, device, 256 if tiny else 8192 if device.type == "cuda" else 2048)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
