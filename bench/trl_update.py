@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.training_phase import Update
 
-MICRO_BATCH_SIZES = (4, 8, 16, 32)
+MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 
 
 class TrlUpdate:
@@ -38,7 +38,7 @@ class TrlUpdate:
                 [lambda completions, **_: [0.0] * len(completions)],
                 GRPOConfig(
                     output_dir=folder,
-                    num_generations=min(4, micro_batch_size),
+                    num_generations=4,
                     per_device_train_batch_size=micro_batch_size,
                     gradient_accumulation_steps=S // micro_batch_size,
                     loss_type="grpo",
