@@ -103,11 +103,7 @@ class Workload:
 def step_seconds(
     config: TrainConfig, models: Sequence[Network], ranks: int, dtype: torch.dtype, device: Device, work: Workload
 ) -> dict[str, float]:
-    """Seconds of each phase.
-
-    Raises:
-        InputError: The operations of a model cannot be counted.
-    """
+    """Seconds of each phase, of models whose operations can be counted (`Network.shape`)."""
     policy, width = models[0], dtype.itemsize
     scorers = [model for model in models if model.role in ("reward", "cost")]
     critics = [model for model in models if model.role.endswith("critic")]
