@@ -57,19 +57,48 @@ def split_by_tokens(lengths: Sequence[int], budget: int, work: Sequence[float] |
     return [sorted(row) for row in filled if row]
 
 
+def by_prompt(prompt_ids: Sequence[int]) -> list[list[int]]:
+    """The responses of each prompt, in order of the prompts' first."""
+    groups: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompt_ids):
+        groups.setdefault(prompt, []).append(index)
+    return list(groups.values())
+
+
+def within_budget(unit: Sequence[int], prompt: int, responses: Sequence[int], budget: int) -> list[list[int]]:
+    """Cut responses that share a prompt into parts that fit a row, one response at least in each.
+
+    Args:
+        unit: Indices of the responses.
+        prompt: Tokens of their prompt, which each part repeats.
+        responses: Tokens of all responses, by index.
+        budget: Largest row (tokens).
+    """
+    parts: list[list[int]] = []
+    room = 0
+    for index in unit:
+        if not parts or responses[index] > room:
+            parts.append([])
+            room = budget - prompt
+        parts[-1].append(index)
+        room -= responses[index]
+    return parts
+
+
 def _least(totals: Sequence[float], tokens: Sequence[int], length: int, budget: int) -> int | None:
     """The row with least work among those with room: an empty one has it for anything."""
     fitting = [row for row in range(len(totals)) if tokens[row] == 0 or tokens[row] + length <= budget]
     return min(fitting, key=lambda row: totals[row], default=None)
 
 
-def over_ranks(rollout: Rollout, work: Callable[[int, int], float], ranks: Ranks) -> Rollout:
+def over_ranks(rollout: Rollout, work: Callable[[int, int], float], ranks: Ranks, *, together: bool = False) -> Rollout:
     """Deal the responses of all ranks over them anew. All ranks must call it.
 
     Args:
         rollout: This rank's.
         work: From the tokens of a prompt and of its response.
         ranks: This process among all.
+        together: Keep a prompt's responses on one rank.
 
     Returns:
         This rank's of the same responses; `computed_positions` stays that of what it drew.
@@ -82,7 +111,11 @@ def over_ranks(rollout: Rollout, work: Callable[[int, int], float], ranks: Ranks
     rows = ranks.gather_list(list(zip(*(column for column in columns if column is not None), strict=True)))
     everyone = {name: [row[place] for row in rows] for place, name in enumerate(present)}
     lengths = zip(everyone["prompt_tokens"], everyone["response_tokens"], strict=True)
-    mine = deal([work(prompt.numel(), response.numel()) for prompt, response in lengths], ranks.size)[ranks.rank]
+    works = [work(prompt.numel(), response.numel()) for prompt, response in lengths]
+    prompt_ids = [int(prompt) for prompt in everyone["prompt_ids"]]
+    units = by_prompt(prompt_ids) if together else [[index] for index in range(len(works))]
+    dealt = deal([sum(works[index] for index in unit) for unit in units], ranks.size)[ranks.rank]
+    mine = sorted(index for unit in dealt for index in units[unit])
     chosen = {name: [column[index] for index in mine] for name, column in everyone.items()}
     for name in ("prompt_ids", "finished"):
         dtype = getattr(rollout, name).dtype

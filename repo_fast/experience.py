@@ -20,7 +20,8 @@ class PackedBatch:
 
     Attributes:
         input_ids: int64 [1, N].
-        position_ids: int64 [1, N], from 0 in each sequence.
+        position_ids: int64 [1, N], from 0 in each sequence; from the prompt's length where a sequence shares the prompt
+            of the one before.
         predictors: int64 [T], the position in the row whose hidden state predicts each response token.
         targets: int64 [T], the response tokens; -100 in a batch that only keeps a rank in step.
         sequence_ids: int64 [T] in [0, S).
@@ -39,23 +40,32 @@ class PackedBatch:
         return self.last.numel()
 
 
-def pack(prompts: Sequence[torch.Tensor], responses: Sequence[torch.Tensor], device: torch.device) -> PackedBatch:
+def pack(
+    prompts: Sequence[torch.Tensor], responses: Sequence[torch.Tensor], device: torch.device, share: bool = False
+) -> PackedBatch:
     """Pack prompt-and-response sequences into one row.
 
     Args:
         prompts: int64 CPU tensors, at least one token each.
         responses: int64 CPU tensors, one for each prompt, at least one token each.
         device: Where the batch goes.
+        share: A prompt that is also the one before is not repeated: its responses share it (`models/attention.py`).
     """
     tokens, positions, predictors, sequence_ids, last = [], [], [], [], []
-    start = 0
+    start, end_of_prompt, before = 0, 0, None
     for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        length = prompt.numel() + response.numel()
-        tokens += [prompt, response]
-        positions.append(torch.arange(length))
-        predictors.append(torch.arange(start + prompt.numel() - 1, start + length - 1))
+        if not (share and before is not None and torch.equal(prompt, before)):
+            tokens.append(prompt)
+            positions.append(torch.arange(prompt.numel()))
+            start += prompt.numel()
+            end_of_prompt, before = start - 1, prompt
+        tokens.append(response)
+        positions.append(torch.arange(prompt.numel(), prompt.numel() + response.numel()))
+        own = torch.arange(start - 1, start + response.numel() - 1)
+        own[0] = end_of_prompt
+        predictors.append(own)
         sequence_ids.append(torch.full((response.numel(),), index))
-        start += length
+        start += response.numel()
         last.append(start - 1)
     return PackedBatch(
         input_ids=torch.cat(tokens)[None].to(device),
@@ -123,8 +133,11 @@ class Experience:
         pairs = zip(self.rollout.prompt_tokens, self.rollout.response_tokens, strict=True)
         return [prompt.numel() + response.numel() for prompt, response in pairs]
 
-    def select(self, indices: Sequence[int], device: torch.device) -> "MicroBatch":
-        """The micro-batch of some responses. With no indices: an idle one, which has no valid token."""
+    def select(self, indices: Sequence[int], device: torch.device, share: bool = False) -> "MicroBatch":
+        """The micro-batch of some responses. With no indices: an idle one, which has no valid token.
+
+        With `share`, responses to one prompt that follow each other share it.
+        """
         if indices:
             starts = self.cu_seqlens.tolist()
             tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in indices])
@@ -132,6 +145,7 @@ class Experience:
                 [self.rollout.prompt_tokens[i] for i in indices],
                 [self.rollout.response_tokens[i] for i in indices],
                 device,
+                share,
             )
 
             def cut(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

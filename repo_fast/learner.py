@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from repo_fast import algorithm as alg
-from repo_fast.balance import split_by_tokens
+from repo_fast.balance import by_prompt, split_by_tokens, within_budget
 from repo_fast.collectives import Ranks
 from repo_fast.config import TrainConfig
 from repo_fast.data import PromptSampler
 from repo_fast.engine import Engine, StepResult
+from repo_fast.errors import InputError
 from repo_fast.experience import (
     Experience,
     MicroBatch,
@@ -32,6 +33,7 @@ from repo_fast.experience import (
 )
 from repo_fast.flops import Shape
 from repo_fast.imitation import imitation_backward
+from repo_fast.models.attention import PACKED
 from repo_fast.ops import (
     PolicyLoss,
     fused_rectified_policy_loss,
@@ -96,6 +98,11 @@ class Learner:
         if demonstrations:
             self.ptx_sampler = PromptSampler(len(demonstrations), config.update.ptx_batch_size, config.seed)
         self._shape = Shape.of(models.policy.module.model)
+        implementation = models.policy.module.model.config._attn_implementation
+        if config.update.share_prompts and implementation != PACKED:
+            raise InputError(
+                f"update.share_prompts is true with attention {implementation!r}, expected policy.attention 'packed'"
+            )
         self.skipped = SkippedSteps(config.update.max_skipped_steps, "update.max_skipped_steps")
 
     def work(self, prompt: int, response: int = 0) -> float:
@@ -301,20 +308,41 @@ class Learner:
     def _over_rollout(self, rollout: Rollout, compute: Callable[[PackedBatch], torch.Tensor]) -> torch.Tensor:
         """Run packed micro-batches of a rollout, and put their results [..., T'] in the responses' order: [..., T]."""
         lengths = [tokens.numel() for tokens in rollout.response_tokens]
-        totals = [prompt.numel() + length for prompt, length in zip(rollout.prompt_tokens, lengths, strict=True)]
-        rows = split_by_tokens(totals, self.config.update.micro_batch_tokens, [self.work(n) for n in totals])
+        rows = self._rows(rollout, range(len(lengths)))
         results: list[torch.Tensor] = [torch.empty(0)] * len(lengths)
         for row in in_step(rows, self.ranks):
             if not row:
                 compute(idle_batch(self.ranks.device))
                 continue
             batch = pack(
-                [rollout.prompt_tokens[i] for i in row], [rollout.response_tokens[i] for i in row], self.ranks.device
+                [rollout.prompt_tokens[i] for i in row],
+                [rollout.response_tokens[i] for i in row],
+                self.ranks.device,
+                self.config.update.share_prompts,
             )
             parts = compute(batch).float().cpu().split([lengths[i] for i in row], dim=-1)
             for i, part in zip(row, parts, strict=True):
                 results[i] = part
         return torch.cat(results, dim=-1) if results else torch.empty(0)
+
+    def _rows(self, rollout: Rollout, indices: Sequence[int]) -> list[list[int]]:
+        """Deal some of this rank's responses over micro-batches of about equal work; a prompt's follow each other."""
+        budget = self.config.update.micro_batch_tokens
+        prompts = [rollout.prompt_tokens[i].numel() for i in indices]
+        responses = [rollout.response_tokens[i].numel() for i in indices]
+        units = [[index] for index in range(len(indices))]
+        if self.config.update.share_prompts:
+            units = [
+                part
+                for unit in by_prompt([int(rollout.prompt_ids[i]) for i in indices])
+                for part in within_budget(unit, prompts[unit[0]], responses, budget)
+            ]
+        lengths = [prompts[unit[0]] + sum(responses[i] for i in unit) for unit in units]
+        works = [
+            sum(self.work(prompts[i] + responses[i]) for i in unit) - (len(unit) - 1) * self.work(prompts[unit[0]])
+            for unit in units
+        ]
+        return [[indices[i] for unit in row for i in units[unit]] for row in split_by_tokens(lengths, budget, works)]
 
     # ------------------------------------------------------------------------------------------- 5 to 8: update
 
@@ -357,11 +385,9 @@ class Learner:
             InputError: Too many steps in a row had a non-finite loss or gradient.
         """
         settings, ranks = self.config.algorithm, self.ranks
-        lengths = experience.lengths()
-        chosen = [lengths[i] for i in indices]
-        split = split_by_tokens(chosen, self.config.update.micro_batch_tokens, [self.work(n) for n in chosen])
-        rows = [[indices[i] for i in row] for row in split]
-        batches = [experience.select(row, ranks.device) for row in in_step(rows, ranks)]
+        rows = self._rows(experience.rollout, indices)
+        share = self.config.update.share_prompts
+        batches = [experience.select(row, ranks.device, share) for row in in_step(rows, ranks)]
         tokens = sum(experience.rollout.response_tokens[i].numel() for i in indices)
         counts = ranks.sum(torch.tensor([len(indices), tokens])).tolist()
         denominator = max(1.0, counts[0] if settings.reduction == "sequence_mean" else counts[1])

@@ -1,7 +1,8 @@
 """What a training step achieves, phase by phase: tokens and operations a second, memory, padding.
 
 A step's phases are `generate`, `score`, `experience` (log-probabilities and values of what was generated) and `update`.
-Tokens are real ones, prompts included, once for each model that reads them; in `generate`, those of the responses.
+Tokens are real ones, prompts included, once for each model that reads them (also where responses share a prompt); in
+`generate`, those of the responses.
 Operations are those of `repo_fast.flops`, without scorers and PTX, for what these run is the user's.
 """
 

@@ -117,7 +117,8 @@ class Trainer(Run):
         phases: dict[str, Measured] = {}
         with self.phase("generate") as phases["generate"]:
             drawn = self.generate(self._next_requests())
-            rollout = over_ranks(drawn, self.learner.work, self.ranks)
+            share = self.config.update.share_prompts
+            rollout = over_ranks(drawn, self.learner.work, self.ranks, together=share)
         with self.phase("score") as phases["score"]:
             scores = self.score(rollout)
         with self.phase("experience") as phases["experience"]:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repo_fast.balance import deal, over_ranks, split_by_tokens
+from repo_fast.balance import by_prompt, deal, over_ranks, split_by_tokens, within_budget
 from repo_fast.collectives import Ranks
 from repo_fast.rollout import Rollout
 from tests.groups import in_group
@@ -90,3 +90,12 @@ def test_the_responses_of_all_ranks_are_dealt_anew(tmp_path: Path) -> None:
 def test_a_single_rank_keeps_its_own() -> None:
     drawn = rollout_of([3, 1])
     assert over_ranks(drawn, lambda prompt, response: response, Ranks(0, 1, torch.device("cpu"), None)) is drawn
+
+
+def test_responses_of_a_prompt_are_grouped_and_cut_to_what_fits() -> None:
+    assert by_prompt([7, 3, 7, 7, 3]) == [[0, 2, 3], [1, 4]] and by_prompt([]) == []
+    responses = [4, 9, 2, 3, 50]
+    assert within_budget([0, 2, 3], 5, responses, 14) == [[0, 2, 3]]
+    assert within_budget([0, 2, 3], 5, responses, 13) == [[0, 2], [3]]
+    # One that is too long by itself has a row of its own, as without sharing.
+    assert within_budget([0, 4, 2], 5, responses, 12) == [[0], [4], [2]]

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from repo_fast.algorithm import ALGORITHMS
 from repo_fast.config import DataConfig
 from repo_fast.engine import start_distributed
+from repo_fast.errors import InputError
 from tests import learner_worker as worker
 from tests.tiny import save_policy
 
@@ -181,6 +182,33 @@ def test_shaping_subtracts_the_weighted_cost_from_the_reward(policy_folder, rank
     expected, _ = plain.experience(rollout, combined)
     torch.testing.assert_close(shaped.reward_advantages, expected.reward_advantages)
     assert not shaped.cost_advantages.any() and shaped.reward_advantages.any()
+
+
+@pytest.mark.parametrize("budget", [4096, 30, 1])
+def test_sharing_prompts_changes_no_gradient(policy_folder, ranks, budget):
+    results = {}
+    for share in (False, True):
+        config = worker.make_config({"advantage": "gae"}, budget)
+        learner = worker.make_learner(
+            replace(config, update=replace(config.update, share_prompts=share)), policy_folder, ranks
+        )
+        results[share] = worker.one_update(learner, ranks)
+        rows = learner._rows(results[share]["experience"].rollout, range(9))
+        assert sorted(i for row in rows for i in row) == list(range(9))
+    assert norm_wise(results[True]["gradients"], results[False]["gradients"]) <= 1e-5
+    for name, value in results[False]["metrics"].items():
+        assert results[True]["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_sharing_prompts_needs_packed_attention(policy_folder, ranks):
+    config = worker.make_config({"advantage": "rloo"})
+    config = replace(
+        config,
+        update=replace(config.update, share_prompts=True),
+        policy=replace(config.policy, attention="sdpa"),
+    )
+    with pytest.raises(InputError, match="update.share_prompts is true with attention 'sdpa'"):
+        worker.make_learner(config, policy_folder, ranks)
 
 
 def test_the_sampler_s_log_probs_spare_a_forward_and_change_no_gradient(policy_folder, ranks, monkeypatch):

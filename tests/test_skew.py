@@ -27,21 +27,22 @@ def draw_rollout(seed: int, ranks: Ranks) -> tuple[Rollout, dict[str, torch.Tens
     dice = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     count = dice.randint(1, 14)
-    lengths = [(dice.choice([1, 1, 2, 5, 60]), dice.choice([1, 1, 2, 3, 7, 150])) for _ in range(count)]
+    lengths = [dice.choice([1, 1, 2, 3, 7, 150]) for _ in range(count)]
+    prompts = [torch.randint(3, 24, (dice.choice([1, 1, 2, 5, 60]),), generator=generator) for _ in range(4)]
     first_share = dice.choice([0.0, 0.0, 0.1, 0.5, 1.0])
     owners = [0 if dice.random() < first_share else 1 for _ in range(count)]
     prompt_ids = [dice.randrange(4) for _ in range(count)]
-    sequences = [tuple(torch.randint(3, 24, (length,), generator=generator) for length in pair) for pair in lengths]
+    responses = [torch.randint(3, 24, (length,), generator=generator) for length in lengths]
     scores = torch.randn(2, count, generator=generator)
     mine = [i for i in range(count) if ranks.size == 1 or owners[i] == ranks.rank]
     rollout = Rollout(
         prompt_ids=torch.tensor([prompt_ids[i] for i in mine], dtype=torch.int64),
         prompts=["p"] * len(mine),
         responses=["r"] * len(mine),
-        prompt_tokens=[sequences[i][0] for i in mine],
-        response_tokens=[sequences[i][1] for i in mine],
+        prompt_tokens=[prompts[prompt_ids[i]] for i in mine],
+        response_tokens=[responses[i] for i in mine],
         finished=torch.ones(len(mine), dtype=torch.bool),
-        sampler_log_probs=[torch.zeros(lengths[i][1]) for i in mine],
+        sampler_log_probs=[torch.zeros(lengths[i]) for i in mine],
     )
     return rollout, {"reward": scores[0, mine], "cost": scores[1, mine]}, dice.choice([1, 16, 100, 4096])
 
@@ -54,7 +55,10 @@ def learn(folder: Path) -> list[dict[str, float]]:
     start, found = learner.multiplier.state_dict(), []
     for seed in range(first, first + DRAWS):
         rollout, scores, micro_batch_tokens = draw_rollout(seed, ranks)
-        update = replace(learner.config.update, micro_batch_tokens=micro_batch_tokens)
+        # Every second time, the responses that a rank has of a prompt share it.
+        update = replace(
+            learner.config.update, micro_batch_tokens=micro_batch_tokens, share_prompts=bool((seed + ranks.size) % 2)
+        )
         learner.config = replace(learner.config, update=update)
         learner.multiplier.load_state_dict(start)
         experience, metrics = learner.experience(rollout, scores)

@@ -141,6 +141,9 @@ class UpdateConfig:
     """Optimizer steps in a pass; the rollout's responses are dealt over them anew in each pass."""
     micro_batch_tokens: int = 8192
     """Largest packed micro-batch on a rank, prompts included (tokens). A longer sequence gets one of its own."""
+    share_prompts: bool = False
+    """A prompt's responses share it in a micro-batch: it is computed once for all of them. Needs `policy.attention`
+    packed (`auto` without flash-attn)."""
     ptx_batch_size: int = 16
     """Demonstrations joined to each optimizer step when there is a PTX loss (demonstrations, over all ranks)."""
     old_log_probs: Literal["trainer", "sampler"] = "trainer"

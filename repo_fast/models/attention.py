@@ -6,6 +6,9 @@ in half precision, elsewhere SDPA sequence by sequence, neither with a mask. For
 float32, 8 heads of 32, sequences of 17 to 319 tokens: 3.5 times as fast as with the mask in a row of 1,118 tokens, 14
 times in one of 4,030.
 
+Responses to one prompt can share it: positions that start anew at p, above 0, belong to a sequence that goes on from
+the first p tokens of the last sequence that began at 0. The prompt is then computed once.
+
 It is registered with transformers, whose layers call it. Forwards that are not packed, such as generation with its
 cache and its padding, go to transformers' own SDPA with its masks.
 """
@@ -78,7 +81,8 @@ def run_packed(trunk: nn.Module, input_ids: torch.Tensor, position_ids: torch.Te
     Args:
         trunk: Without a head; `config._attn_implementation` names its attention.
         input_ids: int64 [1, N].
-        position_ids: int64 [1, N], from 0 in each sequence.
+        position_ids: int64 [1, N], from 0 in each sequence; or, under `PACKED`, from p where a sequence goes on from
+            the first p tokens of the last one that began at 0.
 
     Returns:
         The last hidden states [1, N, D].
@@ -86,7 +90,7 @@ def run_packed(trunk: nn.Module, input_ids: torch.Tensor, position_ids: torch.Te
     # Without a cache and without a mask, transformers keeps sequences apart by their restarting positions.
     options: dict[str, Any] = {"attention_mask": None, "use_cache": False}
     implementation = trunk.config._attn_implementation
-    if implementation in (PACKED, "flash_attention_2"):
+    if implementation == "flash_attention_2":
         starts = (position_ids[0] == 0).nonzero()[:, 0]
         ends = torch.full_like(starts[:1], position_ids.numel())
         cu_seqlens = torch.cat([starts, ends]).int()
@@ -94,8 +98,36 @@ def run_packed(trunk: nn.Module, input_ids: torch.Tensor, position_ids: torch.Te
         options |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
         options |= {"max_length_q": longest, "max_length_k": longest}
     if implementation == PACKED:
+        options |= _sequences(position_ids[0])
         options["attention_mask"] = torch.zeros(_NO_MASK_SIZE, device=input_ids.device)
     return trunk(input_ids=input_ids, position_ids=position_ids, **options).last_hidden_state
+
+
+def _sequences(position_ids: torch.Tensor) -> dict[str, Any]:
+    """What `packed_attention` is told of a row: where sequences start, and which keys they see."""
+    restart = torch.ones_like(position_ids, dtype=torch.bool)
+    restart[1:] = position_ids.diff() != 1
+    starts = restart.nonzero()[:, 0]
+    end = torch.full_like(starts[:1], position_ids.numel())
+    bounds = torch.cat([starts, end])
+    shared = position_ids[starts]
+    longest = int(position_ids.max()) + 1
+    options = {"cu_seq_lens_q": bounds.int(), "max_length_q": longest, "max_length_k": longest}
+    if not bool(shared.any()):
+        return options | {"cu_seq_lens_k": bounds.int(), "key_index": None}
+    # The last sequence that began at 0, of each.
+    roots = torch.where(shared == 0, starts, 0).cummax(0).values
+    lengths = bounds.diff()
+    pieces = [
+        torch.arange(start, start + count, device=position_ids.device)
+        for root, prefix, own, length in zip(*(x.tolist() for x in (roots, shared, starts, lengths)), strict=True)
+        for start, count in ((root, prefix), (own, length))
+    ]
+    ends = (shared + lengths).cumsum(0)
+    return options | {
+        "cu_seq_lens_k": torch.cat([torch.zeros_like(end), ends]).int(),
+        "key_index": torch.cat(pieces),
+    }
 
 
 def packed_attention(
@@ -108,7 +140,9 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    key_index: torch.Tensor | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -122,7 +156,9 @@ def packed_attention(
         scaling: Of the scores; None is 1/√d.
         dropout: Must be 0 in a packed row.
         cu_seq_lens_q: int32 [S + 1], where the sequences start and end; None in a forward that is not packed.
+        cu_seq_lens_k: int32 [S + 1], the same for the keys that they see, shared ones first.
         max_length_q: Tokens of the longest sequence.
+        key_index: int64 [M], the places in the row of these keys; None: each sequence sees its own.
         sliding_window: A token sees so many, itself included; None: all before it.
 
     Returns:
@@ -154,12 +190,16 @@ def packed_attention(
             f"{type(module).__name__} needs {asked[0]}, which packed attention lacks, expected attention 'sdpa' or "
             "'eager' for this architecture"
         )
+    assert cu_seq_lens_k is not None
+    if key_index is not None:
+        key, value = key.index_select(2, key_index), value.index_select(2, key_index)
+    bounds = (cu_seq_lens_q, cu_seq_lens_k)
     window = None if sliding_window is None or sliding_window >= max_length_q else sliding_window
     if query.is_cuda:
-        return _varlen(query, key, value, scaling, cu_seq_lens_q, max_length_q, window), None
+        return _varlen(query, key, value, scaling, bounds, max_length_q, window), None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    return _one_by_one(query, key, value, scaling, cu_seq_lens_q.diff().tolist(), window), None
+    return _one_by_one(query, key, value, scaling, bounds, window), None
 
 
 def _varlen(
@@ -167,7 +207,7 @@ def _varlen(
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float | None,
-    cu_seqlens: torch.Tensor,
+    bounds: tuple[torch.Tensor, torch.Tensor],
     longest: int,
     window: int | None,
 ) -> torch.Tensor:
@@ -175,8 +215,7 @@ def _varlen(
 
     out = varlen_attn(
         *(part[0].transpose(0, 1) for part in (query, key, value)),
-        cu_seqlens,
-        cu_seqlens,
+        *bounds,
         longest,
         longest,
         scale=scaling,
@@ -191,16 +230,22 @@ def _one_by_one(
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float | None,
-    lengths: list[int],
+    bounds: tuple[torch.Tensor, torch.Tensor],
     window: int | None,
 ) -> torch.Tensor:
     outputs = []
-    for length, *parts in zip(lengths, *(part.split(lengths, dim=2) for part in (query, key, value)), strict=True):
+    own, seen = (part.diff().tolist() for part in bounds)
+    sequences = zip(query.split(own, dim=2), key.split(seen, dim=2), value.split(seen, dim=2), strict=True)
+    for queries, keys, values in sequences:
+        count, shared = queries.shape[2], keys.shape[2] - queries.shape[2]
         mask = None
-        if window is not None and window < length:
-            ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
-            mask = ones.tril() & ones.triu(1 - window)
-        outputs.append(scaled_dot_product_attention(*parts, attn_mask=mask, is_causal=mask is None, scale=scaling))
+        if shared or (window is not None and window < count):
+            # Of the keys a token sees those before it, and all that are shared.
+            ones = torch.ones(count, count + shared, dtype=torch.bool, device=query.device)
+            mask = ones.tril(shared) if window is None else ones.tril(shared) & ones.triu(shared + 1 - window)
+        outputs.append(
+            scaled_dot_product_attention(queries, keys, values, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        )
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

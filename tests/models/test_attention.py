@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config
 
 from repo_fast.errors import InputError
+from repo_fast.experience import pack
 from repo_fast.models import attention
 from repo_fast.models.attention import PACKED, attention_implementation, run_packed
 
@@ -112,14 +113,17 @@ def varlen_by_loop(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_s
     """Stands for torch.nn.attention.varlen.varlen_attn, which has no CPU kernel: [N, H, d] -> [N, H, d]."""
     assert cu_seq_q.dtype == torch.int32 and window_size[1] == 0
     parts = []
-    for start, stop in zip(cu_seq_q[:-1].tolist(), cu_seq_k[1:].tolist(), strict=True):
-        length = stop - start
-        assert length <= max_q == max_k
-        own = (x[start:stop].transpose(0, 1) for x in (q, k, v))
-        mask = torch.ones(length, length, dtype=torch.bool).tril()
+    for own, seen in zip(cu_seq_q.unfold(0, 2, 1).tolist(), cu_seq_k.unfold(0, 2, 1).tolist(), strict=True):
+        count, shared = own[1] - own[0], seen[1] - seen[0] - own[1] + own[0]
+        assert count + shared <= max_q == max_k
+        queries, keys, values = (x[slice(*at)].transpose(0, 1) for x, at in ((q, own), (k, seen), (v, seen)))
+        # FlashAttention aligns the mask with the last key.
+        mask = torch.ones(count, count + shared, dtype=torch.bool).tril(shared)
         if window_size[0] >= 0:
-            mask &= mask.triu(-window_size[0])
-        attended = scaled_dot_product_attention(*own, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
+            mask &= mask.triu(shared - window_size[0])
+        attended = scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+        )
         parts.append(attended.transpose(0, 1))
     return torch.cat(parts)
 
@@ -129,10 +133,43 @@ def varlen_by_loop(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_s
 def test_what_cuda_is_asked_for(heads: tuple[int, int], window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The arguments of the variable-length kernel mean the same as the loop of the CPU."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_loop)
-    lengths = [5, 1, 9]
     query, key, value = (torch.randn(1, count, 15, 8) for count in (heads[0], heads[1], heads[1]))
     cu_seqlens = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
-    ours = attention._varlen(query, key, value, 0.3, cu_seqlens, 9, window)
+    ours = attention._varlen(query, key, value, 0.3, (cu_seqlens, cu_seqlens), 9, window)
     groups = heads[0] // heads[1]
     wide = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-    torch.testing.assert_close(ours, attention._one_by_one(query, *wide, 0.3, lengths, window))
+    torch.testing.assert_close(ours, attention._one_by_one(query, *wide, 0.3, (cu_seqlens, cu_seqlens), window))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_what_cuda_is_asked_for_where_a_prompt_is_shared(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_loop)
+    query, key, value = torch.randn(1, 2, 12, 8), *torch.randn(2, 1, 2, 18, 8)
+    bounds = (torch.tensor([0, 7, 10, 12]).int(), torch.tensor([0, 7, 13, 18]).int())
+    ours = attention._varlen(query, key, value, 0.3, bounds, 7, window)
+    torch.testing.assert_close(ours, attention._one_by_one(query, key, value, 0.3, bounds, window))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_responses_that_share_a_prompt_are_those_that_repeat_it(name: str) -> None:
+    """Hidden states of the responses, and every gradient, in float64; prompts of one token, responses of one token."""
+    shared, repeated = trunk_of(name, PACKED), trunk_of(name, PACKED)
+    prompts = [torch.randint(61, (length,)) for length in (6, 1, 9)]
+    groups = [[4, 1, 13], [2, 5], [3]]
+    responses = [[torch.randint(61, (length,)) for length in lengths] for lengths in groups]
+    flat = [(prompt, response) for prompt, own in zip(prompts, responses, strict=True) for response in own]
+    whole = pack(*zip(*flat, strict=True), CPU)
+    once = pack(*zip(*flat, strict=True), CPU, share=True)
+    saved = sum((len(own) - 1) * prompt.numel() for prompt, own in zip(prompts, responses, strict=True))
+    assert once.input_ids.numel() == whole.input_ids.numel() - saved
+    assert torch.equal(once.targets, whole.targets) and torch.equal(once.sequence_ids, whole.sequence_ids)
+    upstream = torch.randn(whole.targets.numel(), 32, dtype=torch.float64)
+    results = []
+    for trunk, row in ((shared, once), (repeated, whole)):
+        hidden = run_packed(trunk, row.input_ids, row.position_ids)[0]
+        (hidden[row.predictors] * upstream).sum().backward()
+        results.append((hidden[row.predictors], hidden[row.last]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-11)
+    for (parameter, ours), theirs in zip(shared.named_parameters(), repeated.parameters(), strict=True):
+        # The norms of transformers compute in float32, whatever they are given.
+        assert (ours.grad - theirs.grad).norm() <= 1e-6 * theirs.grad.norm(), parameter
