@@ -43,7 +43,8 @@ from repo_fast.throughput import PHASES
 
 CPU = torch.device("cpu")
 TRL = "TRL's GRPOTrainer"
-STEPS = 7
+# Of a measured run; the first is not counted.
+STEPS, GROWTH_STEPS = 7, 4
 # Losses of a fast and a plain path may differ by this (float32).
 SAME_LOSS = 1e-5
 Unit = tuple[str, Callable[[], dict[str, Any]]]
@@ -134,7 +135,7 @@ def rollout_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator
 # --------------------------------------------------------------------------------------------- step and growth
 
 
-def take_steps(geometry: Geometry, ranks: int, responses_per_prompt: int) -> dict[str, Any]:
+def take_steps(geometry: Geometry, ranks: int, responses_per_prompt: int, steps: int = STEPS) -> dict[str, Any]:
     """Whole steps of the main job: RePO with `rloo`, function scorers, ZeRO-3."""
 
     def run(folder: Path) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def take_steps(geometry: Geometry, ranks: int, responses_per_prompt: int) -> dic
             "policy_optimizer.learning_rate": 1e-9,
             "checkpoint.every": 0,
             "log.loggers": "[]",
-            "total_steps": STEPS,
+            "total_steps": steps,
             "output_dir": folder / "run",
         }
         words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
@@ -168,19 +169,20 @@ def step_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[Un
         yield f"{ranks} rank{'s' * (ranks > 1)}", partial(take_steps, geometry_of(tiny), ranks, 4)
 
 
+UNCHANGED = "unchanged"
+
+
 def growth_settings(geometry: Geometry) -> dict[str, tuple[Geometry, int]]:
-    """Geometries and responses a prompt, by what grows and its value."""
+    """Geometries and responses a prompt, by what is changed and its value; `UNCHANGED` comes first."""
     longest = geometry.responses[1]
-    settings = {
-        f"longest response {length}": (replace(geometry, responses=(1, length)), 4)
-        for length in (longest // 4, longest // 2, longest, 2 * longest)
-    }
+    settings = {UNCHANGED: (geometry, 4)}
+    for length in (longest // 4, longest // 2, 2 * longest):
+        settings[f"longest response {length}"] = (replace(geometry, responses=(1, length)), 4)
     # So many responses of each of the same prompts.
-    settings |= {
-        f"responses a prompt {count}": (replace(geometry, sequences=geometry.sequences // 4 * count), count)
-        for count in (2, 4, 8)
-    }
-    for factor in (0.5, 1, 2):
+    for count in (2, 8):
+        sequences = geometry.sequences // 4 * count
+        settings[f"responses a prompt {count}"] = (replace(geometry, sequences=sequences), count)
+    for factor in (0.5, 2):
         width, intermediate = int(geometry.width * factor), int(geometry.intermediate * factor)
         settings[f"width {width}"] = (replace(geometry, width=width, intermediate=intermediate), 4)
     return settings
@@ -188,17 +190,16 @@ def growth_settings(geometry: Geometry) -> dict[str, tuple[Geometry, int]]:
 
 def growth_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[Unit]:
     for name, (geometry, count) in growth_settings(geometry_of(tiny)).items():
-        yield name, partial(take_steps, geometry, 1, count)
+        yield name, partial(take_steps, geometry, 1, count, GROWTH_STEPS)
 
 
 def plan_beside(growth: Results, geometry: Geometry) -> Results:
     """The plan's times beside those measured, by `on_paper.check_plan`; empty where its reference was not measured."""
-    reference = f"longest response {geometry.responses[1]}"
-    if reference not in growth:
+    if UNCHANGED not in growth:
         return {}
     settings = growth_settings(geometry)
     steps = {name: (*settings[name], row["metrics"]) for name, row in growth.items()}
-    return on_paper.check_plan(steps, reference)
+    return on_paper.check_plan(steps, UNCHANGED)
 
 
 def scale_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[Unit]:
@@ -216,14 +217,19 @@ def step_table(results: Results) -> str:
     return render(header, rows)
 
 
-def plot_growth(results: Results, path: Path) -> None:
+def plot_growth(results: Results, geometry: Geometry, path: Path) -> None:
     """A panel for each thing that grows: the seconds of a step's phases."""
     from matplotlib.figure import Figure
 
     groups: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for name, row in results.items():
-        what, _, value = name.rpartition(" ")
-        groups.setdefault(what, []).append((float(value), row["metrics"]))
+        if name != UNCHANGED:
+            what, _, value = name.rpartition(" ")
+            groups.setdefault(what, []).append((float(value), row["metrics"]))
+    unchanged = {"longest response": geometry.responses[1], "responses a prompt": 4, "width": geometry.width}
+    for what, points in groups.items():
+        if UNCHANGED in results:
+            points.append((unchanged[what], results[UNCHANGED]["metrics"]))
     figure = Figure(figsize=(4 * len(groups), 3.5), layout="constrained")
     for axes, (what, points) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         points.sort(key=lambda point: point[0])
@@ -286,7 +292,7 @@ PARTS = {
     "update": Part(update_units, update_table, 300),
     "rollout": Part(rollout_units, rollout_phase.table, 300),
     "step": Part(step_units, step_table, 300),
-    "growth": Part(growth_units, step_table, 600),
+    "growth": Part(growth_units, step_table, 1200),
     "scale": Part(scale_units, lambda results: on_paper.scale_table(results["on paper"]), 60),
 }
 
@@ -318,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     write_json(options.out / "trainer.json", summary)
     if results.get("growth"):
-        plot_growth(results["growth"], options.out / "growth.png")
+        plot_growth(results["growth"], geometry_of(options.tiny), options.out / "growth.png")
     tables = [PARTS[name].table(result) for name, result in results.items()]
     if summary["plan"]:
         tables.append(on_paper.check_table(summary["plan"]))

@@ -9,6 +9,7 @@ One optimizer step (forward, backward and AdamW) on a rank's responses, on four 
     padded, ... in parts        the same, a few responses at a time, each part padded to its own longest
     ours                        what the trainer runs: packed rows of equal work, each sequence's attention by itself,
                                 the fused loss head
+    ours, prompts shared        with the option `update.share_prompts`: the responses of a prompt share it
     ours without ...            with one of these off: packing (the padded batch, the fused head at the response
                                 tokens), the fused head (full logits of the response tokens), attention by itself (the
                                 row under a block-diagonal mask), balance (rows filled in the order of the responses)
@@ -33,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.measure import Task, Timing, peak_scratch, time_interleaved
 from bench.tables import at_least, render, render_targets
-from repo_fast.balance import split_by_tokens
+from repo_fast.balance import micro_batches
 from repo_fast.experience import Experience, MicroBatch
 from repo_fast.flops import peak_flops
 from repo_fast.models.attention import attention_implementation, run_packed
@@ -115,6 +116,7 @@ class Path:
         fused: By the fused head, else from logits.
         masked: Attention of a packed row under a mask.
         balanced: Packed rows of equal work.
+        shared: The responses of a prompt share it.
         part: Padded responses at once; 0: all.
     """
 
@@ -122,6 +124,7 @@ class Path:
     fused: bool = True
     masked: bool = False
     balanced: bool = True
+    shared: bool = False
     part: int = 0
 
 
@@ -129,6 +132,7 @@ PATHS = {
     BASELINE: Path(packed=False, fused=False),
     f"{BASELINE}, in parts of {PART}": Path(packed=False, fused=False, part=PART),
     OURS: Path(),
+    f"{OURS}, prompts shared": Path(shared=True),
     f"{OURS} without packing": Path(packed=False),
     f"{OURS} without the fused head": Path(fused=False),
     f"{OURS} without attention by itself": Path(masked=True),
@@ -141,11 +145,13 @@ def make_experience(geometry: Geometry) -> Experience:
     g = torch.Generator().manual_seed(0)
     S = geometry.sequences
 
-    def draw(shortest: int, longest: int) -> list[Tensor]:
-        lengths = torch.linspace(shortest, longest, S).round().long()[torch.randperm(S, generator=g)]
+    def draw(count: int, shortest: int, longest: int) -> list[Tensor]:
+        lengths = torch.linspace(shortest, longest, count).round().long()[torch.randperm(count, generator=g)]
         return [torch.randint(geometry.vocabulary, (length,), generator=g) for length in lengths.tolist()]
 
-    prompts, responses = draw(*geometry.prompts), draw(*geometry.responses)
+    distinct = draw(S // RESPONSES_PER_PROMPT, *geometry.prompts)
+    prompts = [prompt for prompt in distinct for _ in range(RESPONSES_PER_PROMPT)]
+    responses = draw(S, *geometry.responses)
     cu_seqlens = torch.tensor([0, *map(len, responses)]).cumsum(0).int()
     T = int(cu_seqlens[-1])
     prompt_ids, costs = torch.arange(S) // RESPONSES_PER_PROMPT, torch.randn(S, generator=g)
@@ -265,13 +271,20 @@ class Update:
             parameter.grad = torch.zeros_like(parameter)
         self.experience = make_experience(geometry)
         self._device = device
-        lengths, budget = self.experience.lengths(), geometry.micro_batch_tokens
-        work = [geometry.flop(layers, [length], 0) for length in lengths]
-        self.rows = {
-            True: [self.experience.select(row, device) for row in split_by_tokens(lengths, budget, work)],
-            False: [self.experience.select(row, device) for row in _in_order(lengths, budget)],
-        }
-        S = self.experience.responses
+        rollout, S, budget = self.experience.rollout, self.experience.responses, geometry.micro_batch_tokens
+        prompts, responses = (list(map(len, parts)) for parts in (rollout.prompt_tokens, rollout.response_tokens))
+
+        def pack(balanced: bool, shared: bool) -> list[MicroBatch]:
+            rows = _in_order(self.experience.lengths(), budget)
+            if balanced:
+                prompt_ids = rollout.prompt_ids.tolist() if shared else None
+                rows = micro_batches(
+                    prompts, responses, budget, lambda length: geometry.flop(layers, [length], 0), prompt_ids
+                )
+            return [self.experience.select(row, device, shared) for row in rows]
+
+        packed = {(path.balanced, path.shared) for path in PATHS.values() if path.packed}
+        self.rows = {(balanced, shared): pack(balanced, shared) for balanced, shared in packed}
         self.padded = {
             part: [Padded.of(self.experience, range(S)[i : i + part], device) for i in range(0, S, part)]
             for part in (S, PART)
@@ -283,10 +296,10 @@ class Update:
             self.model.set_attn_implementation("sdpa")
             yield from (self._padded_loss(part, path) for part in self.padded[path.part or self.experience.responses])
             return
-        # As the trainer chooses it.
-        own = attention_implementation("auto", self._device, self.model.dtype)
+        # As the trainer chooses it; prompts can be shared in its own implementation alone.
+        own = attention_implementation("packed" if path.shared else "auto", self._device, self.model.dtype)
         self.model.set_attn_implementation("sdpa" if path.masked else own)
-        for micro_batch in self.rows[path.balanced]:
+        for micro_batch in self.rows[path.balanced, path.shared]:
             row = micro_batch.batch
             hidden = run_packed(self.model.base_model, row.input_ids, row.position_ids)[0, row.predictors]
             yield self._loss(hidden, micro_batch, row.targets, row.sequence_ids, path.fused)

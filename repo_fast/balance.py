@@ -85,6 +85,38 @@ def within_budget(unit: Sequence[int], prompt: int, responses: Sequence[int], bu
     return parts
 
 
+def micro_batches(
+    prompts: Sequence[int],
+    responses: Sequence[int],
+    budget: int,
+    work: Callable[[int], float],
+    sharing: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """Deal a rank's responses over packed rows of about equal work.
+
+    Args:
+        prompts: Tokens of each response's prompt.
+        responses: Tokens of each response.
+        budget: Largest row (tokens).
+        work: From the tokens of a sequence.
+        sharing: The id of each response's prompt, where responses in one row share it: they follow each other, and
+            their prompt counts once. None: none do.
+
+    Returns:
+        Lists of indices; none is empty.
+    """
+    units = [[index] for index in range(len(responses))]
+    if sharing is not None:
+        units = [
+            part for unit in by_prompt(sharing) for part in within_budget(unit, prompts[unit[0]], responses, budget)
+        ]
+    lengths = [prompts[unit[0]] + sum(responses[i] for i in unit) for unit in units]
+    works = [
+        sum(work(prompts[i] + responses[i]) for i in unit) - (len(unit) - 1) * work(prompts[unit[0]]) for unit in units
+    ]
+    return [[index for unit in row for index in units[unit]] for row in split_by_tokens(lengths, budget, works)]
+
+
 def _least(totals: Sequence[float], tokens: Sequence[int], length: int, budget: int) -> int | None:
     """The row with least work among those with room: an empty one has it for anything."""
     fitting = [row for row in range(len(totals)) if tokens[row] == 0 or tokens[row] + length <= budget]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from repo_fast import algorithm as alg
-from repo_fast.balance import by_prompt, split_by_tokens, within_budget
+from repo_fast.balance import micro_batches, split_by_tokens
 from repo_fast.collectives import Ranks
 from repo_fast.config import TrainConfig
 from repo_fast.data import PromptSampler
@@ -327,22 +327,15 @@ class Learner:
 
     def _rows(self, rollout: Rollout, indices: Sequence[int]) -> list[list[int]]:
         """Deal some of this rank's responses over micro-batches of about equal work; a prompt's follow each other."""
-        budget = self.config.update.micro_batch_tokens
-        prompts = [rollout.prompt_tokens[i].numel() for i in indices]
-        responses = [rollout.response_tokens[i].numel() for i in indices]
-        units = [[index] for index in range(len(indices))]
-        if self.config.update.share_prompts:
-            units = [
-                part
-                for unit in by_prompt([int(rollout.prompt_ids[i]) for i in indices])
-                for part in within_budget(unit, prompts[unit[0]], responses, budget)
-            ]
-        lengths = [prompts[unit[0]] + sum(responses[i] for i in unit) for unit in units]
-        works = [
-            sum(self.work(prompts[i] + responses[i]) for i in unit) - (len(unit) - 1) * self.work(prompts[unit[0]])
-            for unit in units
-        ]
-        return [[indices[i] for unit in row for i in units[unit]] for row in split_by_tokens(lengths, budget, works)]
+        settings = self.config.update
+        rows = micro_batches(
+            [rollout.prompt_tokens[i].numel() for i in indices],
+            [rollout.response_tokens[i].numel() for i in indices],
+            settings.micro_batch_tokens,
+            self.work,
+            [int(rollout.prompt_ids[i]) for i in indices] if settings.share_prompts else None,
+        )
+        return [[indices[i] for i in row] for row in rows]
 
     # ------------------------------------------------------------------------------------------- 5 to 8: update
 

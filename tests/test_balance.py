@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repo_fast.balance import by_prompt, deal, over_ranks, split_by_tokens, within_budget
+from repo_fast.balance import by_prompt, deal, micro_batches, over_ranks, split_by_tokens, within_budget
 from repo_fast.collectives import Ranks
 from repo_fast.rollout import Rollout
 from tests.groups import in_group
@@ -26,6 +26,22 @@ def test_split_keeps_every_sequence_once_within_the_budget(lengths, budget, powe
         # hold one of the large ones each.
         large = sum(2 * length > budget for length in lengths)
         assert len(rows) <= max(2 * sum(lengths) / budget, large) + 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 30)), max_size=30), st.integers(10, 80), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_micro_batches_count_a_shared_prompt_once(pairs, budget, share):
+    prompt_ids, responses = [prompt for prompt, _ in pairs], [length for _, length in pairs]
+    prompts = [3 + prompt for prompt in prompt_ids]
+    rows = micro_batches(prompts, responses, budget, lambda length: length**2, prompt_ids if share else None)
+    assert sorted(index for row in rows for index in row) == list(range(len(pairs)))
+    for row in rows:
+        # The prompts that begin anew in the row.
+        begun = [
+            i for place, i in enumerate(row) if not (share and place and prompt_ids[row[place - 1]] == prompt_ids[i])
+        ]
+        tokens = sum(prompts[i] for i in begun) + sum(responses[i] for i in row)
+        assert tokens <= budget or len(row) == 1
 
 
 @given(st.lists(st.integers(1, 10**6), max_size=60), st.integers(1, 9))

@@ -14,7 +14,7 @@ from repo_fast.experience import pack
 from repo_fast.models.attention import PACKED
 from repo_fast.models.loss_head import LossHead, summed_cross_entropy
 from repo_fast.models.policy import Policy
-from repo_fast.plan.__main__ import largest_micro_batch, main, usable
+from repo_fast.plan.__main__ import USABLE, largest_micro_batch, main
 from repo_fast.plan.memory import memory
 from repo_fast.plan.networks import network, networks
 from repo_fast.plan.speed import DEVICES, Workload, step_seconds
@@ -183,7 +183,20 @@ def test_the_largest_micro_batch_is_the_largest(large: list[str]) -> None:
         changed = replace(config, update=replace(config.update, micro_batch_tokens=tokens))
         return memory(changed, models, 8, torch.bfloat16, torch.device("cuda")).peak
 
-    assert peak(largest) <= usable(config, device) < peak(2 * largest)
+    assert peak(largest) <= USABLE * device.memory < peak(2 * largest)
+
+
+def test_vllm_takes_its_share_while_it_draws_or_all_the_time(large: list[str]) -> None:
+    def phases(*words: str) -> dict[str, float]:
+        config = parse([*large, "--rollout.engine", "vllm", *words], TrainConfig)
+        models = networks(config, torch.bfloat16)
+        return memory(config, models, 8, torch.bfloat16, torch.device("cuda"), 80e9).phases
+
+    asleep, awake = phases(), phases("--rollout.vllm.sleep", "false")
+    share = 0.35 * 80e9
+    assert asleep["generate"] == awake["generate"] == share
+    for phase in ("score", "experience", "update"):
+        assert awake[phase] == asleep[phase] + share
 
 
 def test_time_follows_the_work(large: list[str]) -> None:

@@ -89,18 +89,10 @@ def _memory_table(models: Sequence[Network], held: Memory) -> str:
     return grid(["GB a rank", "parameters, 10⁹", *columns, "sum"], rows)
 
 
-def usable(config: TrainConfig, device: Device) -> float:
-    """Bytes of a device that a plan may fill."""
-    share = USABLE
-    if config.rollout.engine == "vllm" and not config.rollout.vllm.sleep:
-        share -= config.rollout.vllm.memory_share
-    return share * device.memory
-
-
 def _verdict(
     config: TrainConfig, models: Sequence[Network], held: Memory, gpus: int, device: Device, dtype: torch.dtype
 ) -> str:
-    room = usable(config, device)
+    room = USABLE * device.memory
     if held.peak <= room:
         largest = largest_micro_batch(config, models, gpus, device, dtype)
         return (
@@ -122,7 +114,7 @@ def largest_micro_batch(
     config: TrainConfig, models: Sequence[Network], gpus: int, device: Device, dtype: torch.dtype
 ) -> int:
     """The largest power of two of tokens that fits, or 0."""
-    room = usable(config, device)
+    room = USABLE * device.memory
 
     def fits(tokens: int) -> bool:
         update = dataclasses.replace(config.update, micro_batch_tokens=tokens)

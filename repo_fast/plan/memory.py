@@ -51,7 +51,7 @@ def memory(
     device: torch.device,
     device_bytes: float = 0.0,
 ) -> Memory:
-    """What a rank of so many holds; of `device_bytes`, vLLM takes its share while it draws."""
+    """What a rank of so many holds; of `device_bytes`, vLLM takes its share, while it draws or all the time."""
     width = dtype.itemsize
     resident = {model.role: _resident(model, config.engine, ranks, width) for model in models}
     policy = models[0]
@@ -59,16 +59,17 @@ def memory(
     tokens = max(config.update.micro_batch_tokens, longest)
     forward = max(_gathered(model, config.engine, width) + _forward(model, tokens, width, device) for model in models)
     scorers = [model for model in models if model.role in ("reward", "cost")]
+    drawing, vllm = config.rollout.engine == "vllm", config.rollout.vllm
     phases = {
-        "generate": config.rollout.vllm.memory_share * device_bytes
-        if config.rollout.engine == "vllm"
-        else _generation(policy, config, longest, width),
+        "generate": vllm.memory_share * device_bytes if drawing else _generation(policy, config, longest, width),
         "score": max(
             (_gathered(m, config.engine, width) + _forward(m, tokens, width, device) for m in scorers), default=0
         ),
         "experience": forward,
         "update": max(_update(model, config.engine, ranks, tokens, width, device) for model in models if model.trained),
     }
+    if drawing and not vllm.sleep:
+        phases |= {phase: phases["generate"] + phases[phase] for phase in PHASES if phase != "generate"}
     return Memory(resident, {phase: phases[phase] for phase in PHASES})
 
 

@@ -102,11 +102,13 @@ def test_what_grows_is_drawn_and_compared_with_the_plan(tmp_path: Path) -> None:
     settings = trainer.growth_settings(TINY)
     machine = step(0.5)
     growth = {name: machine for name in settings}
-    trainer.plot_growth(growth, tmp_path / "growth.png")
+    trainer.plot_growth(growth, TINY, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 5000
     compared = trainer.plan_beside(growth, TINY)
+    assert set(compared) == set(settings) - {trainer.UNCHANGED}
     # The same geometry as the reference under another name is predicted as it was measured.
-    same = compared[f"width {TINY.width}"]
+    again = {"unchanged": (*settings["unchanged"], machine["metrics"]), "again": (TINY, 4, machine["metrics"])}
+    same = on_paper.check_plan(again, trainer.UNCHANGED)["again"]
     for phase in ("generate", "update"):
         assert same[phase]["predicted"] == pytest.approx(0.5, rel=1e-6)
     wider = compared[f"width {2 * TINY.width}"]
