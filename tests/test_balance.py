@@ -36,11 +36,9 @@ def test_micro_batches_count_a_shared_prompt_once(pairs, budget, share):
     rows = micro_batches(prompts, responses, budget, lambda length: length**2, prompt_ids if share else None)
     assert sorted(index for row in rows for index in row) == list(range(len(pairs)))
     for row in rows:
-        # The prompts that begin anew in the row.
-        begun = [
-            i for place, i in enumerate(row) if not (share and place and prompt_ids[row[place - 1]] == prompt_ids[i])
-        ]
-        tokens = sum(prompts[i] for i in begun) + sum(responses[i] for i in row)
+        before = [None, *(prompt_ids[i] for i in row)] if share else [None] * len(row)
+        repeated = sum(prompts[i] for i, last in zip(row, before, strict=False) if prompt_ids[i] == last)
+        tokens = sum(prompts[i] + responses[i] for i in row) - repeated
         assert tokens <= budget or len(row) == 1
 
 
