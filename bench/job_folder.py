@@ -37,6 +37,8 @@ def make_policy(geometry: Geometry) -> LlamaForCausalLM:
         states = policy.model(torch.randint(2, geometry.vocabulary, (16, geometry.prompts[1]))).last_hidden_state
         others = (states @ head.T).logsumexp(-1).mean()
         head[1, 0] = (others - math.log(geometry.responses[1] / 2)) / states[..., 0].mean()
+    # The update has no use for a cache, and so says the configuration; without one, generation computes all anew.
+    policy.generation_config.use_cache = True
     policy.generation_config.eos_token_id = 1
     policy.generation_config.pad_token_id = 0
     return policy

@@ -128,6 +128,8 @@ def test_the_simulation_gets_no_cheaper_with_more_gpus() -> None:
 
 def test_responses_end_by_chance_after_half_of_the_longest() -> None:
     policy = make_policy(TINY)
+    # Or every way of generating would be measured without.
+    assert policy.generation_config.use_cache
     torch.manual_seed(1)
     prompts = torch.randint(2, TINY.vocabulary, (400, 6))
     drawn = policy.generate(prompts, do_sample=True, top_k=0, max_new_tokens=200)[:, 6:]

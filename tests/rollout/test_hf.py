@@ -14,7 +14,7 @@ from repo_fast.data import Prompt
 from repo_fast.experience import pack
 from repo_fast.models.policy import Policy
 from repo_fast.ops import linear_log_probs
-from repo_fast.rollout import Rollout
+from repo_fast.rollout import Rollout, hf
 from repo_fast.rollout.hf import Request, generate
 from tests.tiny import EOS, save_policy, word_tokenizer
 
@@ -59,6 +59,42 @@ def trainer_log_probs(policy: Policy, rollout: Rollout, temperature: float) -> l
     with torch.no_grad():
         packed = policy(batch, lambda h, w, b: linear_log_probs(h, w, b.targets, temperature=temperature))
     return list(packed.split([tokens.numel() for tokens in rollout.response_tokens]))
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
+    torch.manual_seed(0)
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.125, 1e-3, 0.124, 0.0])
+    count = 200_000
+    drawn = hf.draw(probabilities.expand(count, -1))
+    assert drawn.shape == (count, 1)
+    share = torch.bincount(drawn[:, 0], minlength=8) / count
+    deviation = (probabilities * (1 - probabilities) / count).sqrt()
+    assert ((share - probabilities).abs() <= 4.5 * deviation).all()
+    # Whatever they add up to.
+    torch.manual_seed(0)
+    assert torch.equal(hf.draw(8 * probabilities.expand(count, -1)), drawn)
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
+def test_a_token_of_probability_0_is_never_drawn(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, number, **options))
+    vocabulary = torch.randn(50, 300).softmax(-1)
+    vocabulary[:, [0, 1, 298, 299]] = 0
+    # Sums that a number next to 1 rounds up to, and a token that alone has all.
+    peaked = torch.zeros(1, 300)
+    peaked[0, 77] = 1
+    drawn = hf.draw(torch.cat([vocabulary, peaked]))[:, 0]
+    assert (drawn[:50] == (2 if number == 0 else 297)).all() and drawn[50] == 77
+
+
+def test_the_rarest_token_is_drawn_too() -> None:
+    """In float32 the running sum would lose it behind the others."""
+    probabilities = torch.cat([torch.full((32000,), 1 / 32000), torch.tensor([1e-9])])
+    sums = probabilities.double().cumsum(0)
+    middle = float((sums[-2] + sums[-1]) / 2 / sums[-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, middle, **options))
+        assert hf.draw(probabilities[None]).item() == 32000
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
@@ -166,15 +202,15 @@ def test_stop_strings(policy, tokenizer, stop: str) -> None:
 def test_prompts_in_one_batch_are_answered_as_each_alone(policy, tokenizer, batch_size: int) -> None:
     """At a temperature so low that chance has no say; also shows that answers stay with their prompts."""
     asked = requests(tokenizer)
-    together = draw(policy, tokenizer, asked, temperature=0.005, batch_size=batch_size)
+    together = draw(policy, tokenizer, asked, temperature=0.0005, batch_size=batch_size)
     assert together.prompts == TEXTS
     assert together.prompt_ids.tolist() == list(range(len(TEXTS)))
-    alone = [draw(policy, tokenizer, [request], temperature=0.005) for request in asked]
+    alone = [draw(policy, tokenizer, [request], temperature=0.0005) for request in asked]
     assert len({tuple(one.response_tokens[0].tolist()) for one in alone}) > 1
     for i, one in enumerate(alone):
         assert together.response_tokens[i].tolist() == one.response_tokens[0].tolist()
         assert torch.equal(together.prompt_tokens[i], asked[i].tokens)
-        torch.testing.assert_close(together.sampler_log_probs[i], one.sampler_log_probs[0], atol=1e-3, rtol=0)
+        torch.testing.assert_close(together.sampler_log_probs[i], one.sampler_log_probs[0], atol=5e-3, rtol=0)
 
 
 def test_no_requests(policy, tokenizer) -> None:
