@@ -74,8 +74,11 @@ def _output(*command: str) -> str | None:
 
 
 def bare_speed(device: torch.device, size: int) -> dict[str, Any]:
-    """A square bfloat16 product on random data, and a copy: what the device does with nothing in the way."""
-    a, b = torch.randn(2, size, size, device=device).bfloat16()
+    """A square product on random data, and a copy: what the device does with nothing in the way.
+
+    In bfloat16 on a GPU and in float32 on a CPU, as the trainer computes there.
+    """
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     copy = torch.empty(size, size, 4, device=device)
     source = torch.zeros_like(copy)
     product_ms, copy_ms = (
