@@ -7,6 +7,7 @@ before/after evaluation on held-out prompts, the logs, and the checkpoints.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -28,7 +29,7 @@ from repo_fast.report.samples import SampleLog
 from repo_fast.report.tables import batch_size_table, before_after_table
 from repo_fast.rollout import Request, Rollout
 from repo_fast.run import Run
-from repo_fast.scoring import finite_scores
+from repo_fast.scoring import EarlyScores, FunctionScorer, finite_scores
 from repo_fast.throughput import Measured, Throughput, speed_table
 
 # What the display shows of a step: the metric, its label, its format.
@@ -61,6 +62,11 @@ class Trainer(Run):
         self.inputs = inputs
         models, self.scorers = build_models(config, inputs, ranks)
         self.rollout_engine = build_sampler(config, inputs, ranks)
+        self.early_scorers = {
+            name: scorer
+            for name, scorer in self.scorers.items()
+            if config.rollout.score_early and isinstance(scorer, FunctionScorer)
+        }
         self.learner = Learner(config, models, ranks, inputs.demonstrations)
         self.throughput = Throughput.of(
             models.policy.module.model,
@@ -138,13 +144,22 @@ class Trainer(Run):
         return self.ranks.share([prompt for prompt in prompts for _ in range(responses_per_prompt)])
 
     def generate(self, requests: Sequence[Request]) -> Rollout:
-        """Draw a response for each of this rank's requests from the current policy."""
-        return self.rollout_engine.draw(self.learner.models.policy, requests)
+        """Draw a response for each of this rank's requests from the current policy, and score it if that is early."""
+        policy = self.learner.models.policy
+        if not self.early_scorers:
+            return self.rollout_engine.draw(policy, requests)
+        with EarlyScores(self.early_scorers, requests) as early:
+            rollout = self.rollout_engine.draw(policy, requests, early)
+            with self.ranks.together("scoring"):
+                return replace(rollout, scores=early.scores())
 
     def score(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """Rewards and costs of this rank's responses: float32 [S] each, on the CPU."""
         scores = {}
         for name, scorer in self.scorers.items():
+            if rollout.scores is not None and name in self.early_scorers:
+                scores[name] = torch.tensor([score[name] for score in rollout.scores])
+                continue
             with self.ranks.together(f"the {name}"):
                 scores[name] = finite_scores(scorer, rollout)
         return scores

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import vllm
+from vllm.v1.engine.llm_engine import LLMEngine
 
 from repo_fast.learner import Learner
 from repo_fast.rollout.vllm import VllmSampler
@@ -24,18 +24,25 @@ RANK = os.environ["RANK"]
 
 
 def fail_in_the_second_step() -> None:
-    generate, calls = vllm.LLM.generate, 0
+    """When the rollout's first tokens are drawn."""
+    generate, step = VllmSampler._generate, LLMEngine.step
+    rollouts, tokens = 0, 0
 
-    def failing(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2 and RANK == "1":
+    def counted(*args: Any) -> Any:
+        nonlocal rollouts, tokens
+        rollouts, tokens = rollouts + 1, 0
+        return generate(*args)
+
+    def failing(engine: LLMEngine) -> Any:
+        nonlocal tokens
+        tokens += 1
+        if rollouts == 2 and tokens == 2 and RANK == "1":
             if os.environ["TEST_VLLM"] == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("the paged cache has no page 7")
-        return generate(*args, **options)
+        return step(engine)
 
-    vllm.LLM.generate = failing
+    VllmSampler._generate, LLMEngine.step = counted, failing
 
 
 def compare(found: dict[str, list]) -> None:

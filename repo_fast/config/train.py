@@ -74,6 +74,10 @@ class RolloutConfig(SamplingConfig):
     """What draws: `hf`, the policy's own module; or vLLM in the same process, with the weights handed over before each
     step (`pip install repo_fast[vllm]`). Evaluations are drawn by it too."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
+    score_early: bool = False
+    """Call scoring functions on responses that are done while others are still drawn: with `hf` after each batch of
+    `batch_size`, with `vllm` as they end. A function is then called several times a step, in a thread of its own, and a
+    run can be repeated only if no function draws from torch's global random state."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +258,11 @@ class TrainConfig(RunConfig):
         _check_vllm(self)
         check_scorer("reward", self.reward)
         check_scorer("cost", self.cost)
+        if rollout.score_early and not any(":" in scorer.path for scorer in (self.reward, self.cost)):
+            raise InputError(
+                f"rollout.score_early is true with reward.path {self.reward.path!r} and cost.path {self.cost.path!r}, "
+                "expected a function for one of them: only functions are called while responses are drawn"
+            )
         if algorithm.scope is not None and not row.rectify:
             raise InputError(
                 f"algorithm.scope is {algorithm.scope!r} with algorithm.name {algorithm.name!r}, which is not "

@@ -1,6 +1,6 @@
 """Rollouts: responses drawn from the current policy. One file an engine; all of them return a `Rollout`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,6 +10,10 @@ from repo_fast.data import Prompt
 
 if TYPE_CHECKING:
     from repo_fast.engine import Engine
+
+
+# Told of responses as soon as they are there, while others are still drawn: the places of their requests, their texts.
+Finished = Callable[[Sequence[int], Sequence[str]], None]
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Rollout:
         sampler_log_probs: S float32 CPU tensors. What the sampler says its tokens' log-probabilities (nats) were, under
             the distribution it really drew from (temperature and top-p applied). Only compared and logged:
             training uses the log-probabilities that the trainer computes itself. None for responses read from a file.
+        scores: S dicts by scorer. What was scored while others were drawn. None: nothing was.
         computed_positions: How many positions the sampler computed for them, padding included. 0: not known.
     """
 
@@ -46,14 +51,20 @@ class Rollout:
     response_tokens: list[torch.Tensor]
     finished: torch.Tensor
     sampler_log_probs: list[torch.Tensor] | None = None
+    scores: list[dict[str, float]] | None = None
     computed_positions: int = 0
 
 
 class Sampler(Protocol):
     """Draws responses from a policy under training."""
 
-    def draw(self, policy: "Engine", requests: Sequence[Request]) -> Rollout:
+    def draw(self, policy: "Engine", requests: Sequence[Request], finished: Finished | None = None) -> Rollout:
         """One response for each of this rank's requests, in their order; may be none. All ranks must call it.
+
+        Args:
+            policy: Whose weights are drawn from.
+            requests: What is asked for.
+            finished: Called on this rank as responses become known, each of them once.
 
         Raises:
             InputError, RuntimeError: On every rank, where it fails on one.

@@ -30,7 +30,7 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import SamplingConfig
 from repo_fast.errors import InputError
 from repo_fast.models.vocabulary import never_drawn
-from repo_fast.rollout import Request, Rollout
+from repo_fast.rollout import Finished, Request, Rollout
 
 if TYPE_CHECKING:
     from repo_fast.engine import Engine
@@ -51,12 +51,12 @@ class HfSampler:
     ) -> None:
         self._tokenizer, self._config, self._ranks, self._pad_is_new = tokenizer, config, ranks, pad_is_new
 
-    def draw(self, policy: "Engine", requests: Sequence[Request]) -> Rollout:
+    def draw(self, policy: "Engine", requests: Sequence[Request], finished: Finished | None = None) -> Rollout:
         with policy.gathered() as module, self._ranks.together("generation"):
             model = module.model
             ends = end_tokens(model.generation_config, self._tokenizer)
             never = never_drawn(model.config.vocab_size, self._tokenizer, ends, pad=self._pad_is_new)
-            return generate(model, self._tokenizer, requests, self._config, self._ranks.device, never)
+            return generate(model, self._tokenizer, requests, self._config, self._ranks.device, never, finished)
 
     def close(self) -> None:
         """Nothing to do."""
@@ -148,6 +148,7 @@ def generate(
     config: SamplingConfig,
     device: torch.device,
     never_drawn: Sequence[int] = (),
+    announce: Finished | None = None,
 ) -> Rollout:
     """Draw one response for each request, from torch's global random state.
 
@@ -158,6 +159,7 @@ def generate(
         config: Temperature, top-p, lengths, stop strings, batch size.
         device: Where the model is.
         never_drawn: Ids that a response must not contain, such as rows of a padded vocabulary.
+        announce: Called with the responses of each batch.
     """
     ends = end_tokens(model.generation_config, tokenizer)
     # Fills up finished rows of a batch; the response is cut before it, so any token will do, also an end token.
@@ -172,6 +174,7 @@ def generate(
     )
     order = sorted(range(len(requests)), key=lambda index: requests[index].tokens.numel())
     responses: dict[int, torch.Tensor] = {}
+    texts: dict[int, str] = {}
     log_probs: dict[int, torch.Tensor] = {}
     finished: dict[int, bool] = {}
     computed_positions = 0
@@ -188,14 +191,16 @@ def generate(
             for row, index in enumerate(indices):
                 length, finished[index] = _response_length(drawn[row], ends, stopped[row])
                 responses[index], log_probs[index] = drawn[row, :length], recorded[row, :length]
+                texts[index] = tokenizer.decode(responses[index], skip_special_tokens=True)
+            if announce is not None:
+                announce(indices, [texts[index] for index in indices])
     finally:
         model.generation_config = own_settings
         model.train(was_training)
-    texts = [tokenizer.decode(responses[i], skip_special_tokens=True) for i in range(len(requests))]
     return Rollout(
         prompt_ids=torch.tensor([request.prompt.id for request in requests], dtype=torch.int64),
         prompts=[request.prompt.text for request in requests],
-        responses=texts,
+        responses=[texts[i] for i in range(len(requests))],
         prompt_tokens=[request.tokens for request in requests],
         response_tokens=[responses[i] for i in range(len(requests))],
         finished=torch.tensor([finished[i] for i in range(len(requests))], dtype=torch.bool),

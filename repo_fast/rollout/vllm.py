@@ -23,7 +23,7 @@ from repo_fast.config import RolloutConfig
 from repo_fast.errors import InputError, first_line
 from repo_fast.models.trunk import load_config
 from repo_fast.models.vocabulary import never_drawn
-from repo_fast.rollout import Request, Rollout
+from repo_fast.rollout import Finished, Request, Rollout
 from repo_fast.rollout.hf import end_tokens
 
 if TYPE_CHECKING:
@@ -70,10 +70,11 @@ class VllmSampler:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import vllm
+        from vllm.sampling_params import RequestOutputKind
 
         self._tokenizer, self._config, self._ranks, self._dtype = tokenizer, config, ranks, dtype
         self._sleeps = config.vllm.sleep and ranks.device.type == "cuda"
-        self._parameters = vllm.SamplingParams
+        self._parameters, self._output_kind = vllm.SamplingParams, RequestOutputKind
         self._ends = end_tokens(_generation_settings(path), tokenizer)
         vocabulary = load_config(path).vocab_size
         never = set(never_drawn(vocabulary, tokenizer, self._ends))
@@ -101,14 +102,14 @@ class VllmSampler:
                 raise InputError(f"vLLM cannot run {path!r}: {first_line(error)}") from error
         self._sleep()
 
-    def draw(self, policy: "Engine", requests: Sequence[Request]) -> Rollout:
+    def draw(self, policy: "Engine", requests: Sequence[Request], finished: Finished | None = None) -> Rollout:
         if self._sleeps:
             self._engine.wake_up(tags=["weights"])
         self._hand_over(policy.weights_one_by_one())
         with self._ranks.together("generation"):
             if self._sleeps:
                 self._engine.wake_up(tags=["kv_cache"])
-            rollout = self._generate(requests)
+            rollout = self._generate(requests, finished)
         self._sleep()
         return rollout
 
@@ -136,7 +137,7 @@ class VllmSampler:
                 for _ in weights:
                     pass
 
-    def _generate(self, requests: Sequence[Request]) -> Rollout:
+    def _generate(self, requests: Sequence[Request], finished: Finished | None) -> Rollout:
         config = self._config
         seeded = list(zip(requests, torch.randint(2**31, (len(requests),)).tolist(), strict=True))
         parallel = config.vllm.tensor_parallel
@@ -160,18 +161,31 @@ class VllmSampler:
             # Of the drawn token alone.
             "logprobs": 0,
             "detokenize": bool(config.stop),
+            "output_kind": self._output_kind.FINAL_ONLY,
         }
-        drawn = self._engine.generate(
-            [{"prompt_token_ids": request.tokens.tolist()} for request, _ in shared],
-            [self._parameters(seed=seed, **common) for _, seed in shared],
-            use_tqdm=False,
-        )
-        outputs = [request.outputs[0] for request in drawn[first : first + len(requests)]]
+        engine = self._engine.llm_engine
+        for place, (request, seed) in enumerate(shared):
+            prompt = {"prompt_token_ids": request.tokens.tolist()}
+            engine.add_request(str(place), prompt, self._parameters(seed=seed, **common))
+        drawn: dict[int, Any] = {}
+        texts: dict[int, str] = {}
+        while engine.has_unfinished_requests():
+            ended = {int(output.request_id) - first: output.outputs[0] for output in engine.step()}
+            mine = {place: output for place, output in ended.items() if 0 <= place < len(requests)}
+            drawn |= mine
+            decoded = {
+                place: self._tokenizer.decode(output.token_ids, skip_special_tokens=True)
+                for place, output in mine.items()
+            }
+            texts |= decoded
+            if finished is not None and decoded:
+                finished(list(decoded), list(decoded.values()))
+        outputs = [drawn[place] for place in range(len(requests))]
         tokens = [torch.tensor(output.token_ids, dtype=torch.int64) for output in outputs]
         return Rollout(
             prompt_ids=torch.tensor([request.prompt.id for request in requests], dtype=torch.int64),
             prompts=[request.prompt.text for request in requests],
-            responses=[self._tokenizer.decode(response, skip_special_tokens=True) for response in tokens],
+            responses=[texts[place] for place in range(len(requests))],
             prompt_tokens=[request.tokens for request in requests],
             response_tokens=tokens,
             finished=torch.tensor([output.finish_reason == "stop" for output in outputs], dtype=torch.bool),

@@ -5,6 +5,7 @@ A score comes from a Python callable (`FunctionScorer`), from a decoder with a s
 """
 
 from repo_fast.scoring.base import Scorer, ScorerSpec, finite_scores, load_scorer_spec
+from repo_fast.scoring.early import EarlyScores
 from repo_fast.scoring.expectation import check_expected_score, score_text
 from repo_fast.scoring.functions import FunctionScorer
 from repo_fast.scoring.score_models import (
@@ -17,6 +18,7 @@ from repo_fast.scoring.score_models import (
 
 __all__ = [
     "ClassifierScorer",
+    "EarlyScores",
     "EncoderClassifier",
     "FunctionScorer",
     "ModelScorer",

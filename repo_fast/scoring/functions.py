@@ -9,7 +9,7 @@ import math
 import numbers
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -49,9 +49,17 @@ class FunctionScorer:
         Raises:
             InputError: The function raised, or did not return one finite number a response.
         """
-        prompts, responses = list(rollout.prompts), list(rollout.responses)
+        return torch.tensor(self.score_texts(rollout.prompts, rollout.responses))
+
+    def score_texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        """The function's score of each response, all finite.
+
+        Raises:
+            InputError: As for `score`.
+        """
+        prompts, responses = list(prompts), list(responses)
         if not responses:
-            return torch.zeros(0)
+            return []
         try:
             returned = self.function(prompts, responses)
         except Exception as error:
@@ -62,7 +70,7 @@ class FunctionScorer:
             raise InputError(f"{self} returned a {type(returned).__name__}, expected a list of {len(prompts)} numbers")
         if len(values) != len(prompts):
             raise InputError(f"{self} returned {len(values)} scores for {len(prompts)} responses")
-        return torch.tensor([self._number(value, i, rollout.prompts[i]) for i, value in enumerate(values)])
+        return [self._number(value, i, prompts[i]) for i, value in enumerate(values)]
 
     def _number(self, value: object, index: int, prompt: str) -> float:
         if isinstance(value, torch.Tensor) and value.numel() == 1:

@@ -87,6 +87,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(job: Path, ten_steps: tuple[Path
     assert all((value == theirs[name]).all() for name, value in weights(tmp_path / "run").items())
 
 
+def test_scores_of_what_is_done_are_those_of_the_whole(job: Path, tmp_path: Path) -> None:
+    """Without noise, which depends on how often a function is called."""
+    plain = ("--total_steps", "2", "--reward.path", "tests.scorers:cost")
+    found = []
+    for early in ("false", "true"):
+        finished = train(job, tmp_path / early, *plain, "--rollout.score_early", early)
+        assert finished.returncode == 0, finished.stderr[-4000:]
+        found.append(metrics(tmp_path / early))
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
 @pytest.mark.parametrize("how", ["raise", "kill"])
 def test_a_failure_on_one_rank_ends_all_and_the_run_resumes(job: Path, tmp_path: Path, how: str) -> None:
     every = ("--checkpoint.every", "1", "--total_steps", "3")
