@@ -60,7 +60,7 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
     settings = {"reward": config.reward, "cost": config.cost}
     streams = ("reward", "cost") if ALGORITHMS[config.algorithm.name].has_cost_stream else ("reward",)
     policy = load_policy(inputs.policy_path, inputs.tokenizer, config.policy, config.engine, ranks)
-    with sharded_loading(config.engine, ranks.device):
+    with sharded_loading(config.engine, ranks.device, frozen=True):
         reference = None
         if not config.policy.lora.rank:
             reference = Policy.from_pretrained(inputs.policy_path, **loading)
@@ -70,6 +70,7 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
             name: load_scorer(name, specs[name], settings[name], config.engine, ranks, loading, budget)(inputs.template)
             for name in specs
         }
+    with sharded_loading(config.engine, ranks.device):
         critics = _critics(streams, specs, config, inputs, loading) if config.algorithm.advantage == "gae" else {}
     policy_engine = Engine(policy, config.engine, ranks, config.policy_optimizer, steps)
     models = Models(

@@ -93,7 +93,12 @@ def resolve_dtype(choice: str, device: torch.device) -> torch.dtype:
 
 
 def _deepspeed_config(
-    config: EngineConfig, device: torch.device, gradient_clip: float, trained: int = REDUCE_BUCKET_ELEMENTS
+    config: EngineConfig,
+    device: torch.device,
+    *,
+    frozen: bool,
+    gradient_clip: float = 0.0,
+    trained: int = REDUCE_BUCKET_ELEMENTS,
 ) -> dict:
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
@@ -104,7 +109,7 @@ def _deepspeed_config(
         zero["stage3_param_persistence_threshold"] = config.parameter_persistence_threshold
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
-    if config.offload_parameters:
+    if config.offload_parameters or (frozen and config.offload_frozen):
         zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -120,8 +125,14 @@ def _deepspeed_config(
 
 
 @contextlib.contextmanager
-def sharded_loading(config: EngineConfig, device: torch.device) -> Iterator[None]:
-    """While this is open, `from_pretrained` loads straight into ZeRO-3 shards (stage 3; else nothing changes)."""
+def sharded_loading(config: EngineConfig, device: torch.device, *, frozen: bool = False) -> Iterator[None]:
+    """While this is open, `from_pretrained` loads straight into ZeRO-3 shards (stage 3; else nothing changes).
+
+    Args:
+        config: Stage and offload.
+        device: Where models compute.
+        frozen: Whether it is for models that are not trained.
+    """
     if config.zero_stage != 3:
         yield
         return
@@ -129,7 +140,7 @@ def sharded_loading(config: EngineConfig, device: torch.device) -> Iterator[None
     from transformers.integrations import deepspeed as integration
 
     # transformers holds only a weak reference, so this one must live as long as the loading.
-    alive = HfDeepSpeedConfig(_deepspeed_config(config, device, 0.0))
+    alive = HfDeepSpeedConfig(_deepspeed_config(config, device, frozen=frozen))
     try:
         yield
     finally:
@@ -198,7 +209,7 @@ class Engine:
             module.requires_grad_(False)
             self._engine = module.to(ranks.device)
             if self._stage == 3:
-                settings = _deepspeed_config(config, ranks.device, 0.0)
+                settings = _deepspeed_config(config, ranks.device, frozen=True)
                 self._engine = deepspeed.initialize(model=module, config=settings)[0]
             return
         adam = torch.optim.AdamW(
@@ -213,7 +224,9 @@ class Engine:
             model=module,
             optimizer=adam,
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(adam, factor),
-            config=_deepspeed_config(config, ranks.device, optimizer.gradient_clip, trained),
+            config=_deepspeed_config(
+                config, ranks.device, frozen=False, gradient_clip=optimizer.gradient_clip, trained=trained
+            ),
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

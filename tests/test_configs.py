@@ -126,6 +126,12 @@ def test_so_does_one_of_a_supervised_job(kind, name, tmp_path, capsys):
     assert again.output_dir != kind.__dataclass_fields__["output_dir"].default
 
 
+@pytest.mark.parametrize("kind", [SftConfig, ScoreConfig])
+def test_a_job_without_frozen_models_has_none_to_keep_on_the_host(kind):
+    with pytest.raises(InputError, match="engine.offload_frozen is True, expected false: this job has no frozen model"):
+        parse(["--config", "alpaca-7b", "--engine.offload_frozen", "true"], kind)
+
+
 def test_the_score_recipe_has_the_published_settings():
     config = parse(["--config", "alpaca-7b"], ScoreConfig)
     assert (config.epochs, config.optimizer.learning_rate, config.optimizer.schedule) == (2, 2e-5, "cosine")
@@ -353,6 +359,10 @@ def test_words_that_are_no_options_are_refused():
         (
             "--engine.offload_parameters true --engine.zero_stage 2",
             "engine.offload_parameters is true with engine.zero_stage 2",
+        ),
+        (
+            "--engine.offload_frozen true --engine.zero_stage 1",
+            "engine.offload_frozen is true with engine.zero_stage 1",
         ),
         ("--algorithm.importance_cap 0", "algorithm.importance_cap is 0"),
         (

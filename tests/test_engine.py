@@ -32,6 +32,9 @@ SETTINGS = {
     "stage 1, activation checkpointing": {"zero_stage": 1, "activation_checkpointing": True},
     "stage 3, offload of the optimizer": {"offload_optimizer": True},
     "stage 2, offload of the optimizer": {"zero_stage": 2, "offload_optimizer": True},
+    "stage 3, offload of optimizer and parameters": {"offload_optimizer": True, "offload_parameters": True},
+    # What is trained stays.
+    "stage 3, offload of frozen models": {"offload_frozen": True},
 }
 # What each rank learns from: of different lengths.
 LEARNED = [
@@ -66,6 +69,18 @@ class OnTwoRanks:
             policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
             policy.model.enable_input_require_grads()
         return Engine(policy, config, self.ranks, OPTIMIZER, steps=10)
+
+    def frozen(self, **settings) -> tuple[torch.Tensor, bool]:
+        """A frozen model's log-probabilities, and whether DeepSpeed keeps its parameters on the host."""
+        config = EngineConfig(dtype="float32", parameter_persistence_threshold=0, **settings)
+        with sharded_loading(config, CPU, frozen=True):
+            engine = Engine(
+                Policy.from_pretrained(self.folder, dtype=torch.float32, attention="sdpa"), config, self.ranks
+            )
+        with torch.no_grad():
+            loss = engine(batch(self.ranks.rank), negative_log_likelihood)
+        offload = engine.frozen_module.zero_offload_param()
+        return loss, offload is not None and offload.device == "cpu"
 
     def step(self, engine: Engine, factor: float = 1.0) -> tuple[bool, float, float]:
         """One optimizer step: whether it was applied, the gradient's norm, the learning rate."""
@@ -108,6 +123,8 @@ def measure(folder: Path) -> dict[str, Any]:
     on.step(plain)
     on.step(plain)
     found["weights after two steps"] = plain.whole_state()
+
+    found["frozen"] = {name: on.frozen(offload_frozen=offload) for name, offload in (("kept", False), ("away", True))}
 
     found["skipped"] = {}
     for stage in (1, 2, 3):
@@ -175,6 +192,13 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     assert theirs.keys() <= ours.keys()
     difference = sum((ours[name] - theirs[name]).square().sum() for name in theirs)
     return float((difference / sum(value.square().sum() for value in theirs.values())).sqrt())
+
+
+def test_a_frozen_model_kept_on_the_host_computes_the_same(found) -> None:
+    for rank in found:
+        (kept, kept_on_host), (away, away_on_host) = rank["frozen"]["kept"], rank["frozen"]["away"]
+        assert not kept_on_host and away_on_host
+        assert kept != 0 and torch.equal(kept, away)
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))

@@ -81,6 +81,8 @@ class EngineConfig:
     """Keep optimizer states in host memory."""
     offload_parameters: bool = False
     """Keep parameters in host memory between uses (ZeRO stage 3)."""
+    offload_frozen: bool = False
+    """Keep the parameters of frozen models (reference, reward, cost) in host memory between uses (ZeRO stage 3)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward instead of keeping them."""
     parameter_persistence_threshold: int = 10_000
@@ -182,10 +184,9 @@ class RunConfig(JobConfig):
                 "engine.parameter_persistence_threshold": self.engine.parameter_persistence_threshold,
             },
         )
-        if self.engine.offload_parameters and self.engine.zero_stage != 3:
-            raise InputError(
-                f"engine.offload_parameters is true with engine.zero_stage {self.engine.zero_stage}, expected 3"
-            )
+        for name in ("offload_parameters", "offload_frozen"):
+            if getattr(self.engine, name) and self.engine.zero_stage != 3:
+                raise InputError(f"engine.{name} is true with engine.zero_stage {self.engine.zero_stage}, expected 3")
 
 
 def require(condition: bool, key: str, value: object, expected: str) -> None:

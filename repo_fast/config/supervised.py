@@ -9,6 +9,7 @@ from repo_fast.config.sections import (
     RunConfig,
     check_model,
     check_optimizer,
+    require,
     require_at_least,
 )
 
@@ -59,3 +60,5 @@ class SupervisedConfig(RunConfig):
         require_at_least(1, {name: getattr(self, name) for name in names})
         require_at_least(1, {"data.limit": self.data.limit, "data.max_tokens": self.data.max_tokens})
         require_at_least(0, {"evaluate_every": self.evaluate_every})
+        offload = self.engine.offload_frozen
+        require(not offload, "engine.offload_frozen", offload, "false: this job has no frozen model")

@@ -156,6 +156,7 @@ def remedies(config: TrainConfig) -> list[tuple[str, TrainConfig]]:
             config.algorithm.advantage == "gae" and not config.critics.shared_trunk,
             share,
         ),
+        ("engine.offload_frozen true", not config.engine.offload_frozen, engine(offload_frozen=True)),
         ("engine.offload_optimizer true", not config.engine.offload_optimizer, engine(offload_optimizer=True)),
         ("engine.offload_parameters true", not config.engine.offload_parameters, engine(offload_parameters=True)),
     ]

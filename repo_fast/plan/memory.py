@@ -80,7 +80,7 @@ def _resident(model: Network, engine: EngineConfig, ranks: int, width: int) -> d
     # each rank its share, in float32.
     gradients = {1: _FLOAT32 * trained, 2: width * trained, 3: _FLOAT32 * trained / ranks}[stage]
     return {
-        "weights": 0.0 if engine.offload_parameters and stage == 3 else weights,
+        "weights": 0.0 if engine.offload_parameters or (engine.offload_frozen and not trained) else weights,
         "gradients": 0.0 if engine.offload_optimizer else gradients,
         # A master and Adam's two moments.
         "optimizer": 0.0 if engine.offload_optimizer else 3 * _FLOAT32 * trained / ranks,
