@@ -15,8 +15,8 @@
 
 The geometry is that of `training_phase.GEOMETRIES`: a Llama of 4 layers, width 256, 32,001 tokens; 32 responses of 1 to
 256 tokens a step. DIR gets a JSON file for each part, `trainer.json` with the object `ratios`, `tables.md`, and
-`growth.png`. A run that is cut off leaves what it had measured. Exit status: not 0 if something failed; missed targets
-are told, and are no failure. With `--tiny`, sizes of no interest, as a test of the benchmark itself.
+`beside.png`, `growth.png`. A run that is cut off leaves what it had measured. Exit status: not 0 if something failed;
+missed targets are told, and are no failure. With `--tiny`, sizes of no interest, as a test of the benchmark itself.
 """
 
 import argparse
@@ -59,8 +59,8 @@ def geometry_of(tiny: bool) -> Geometry:
 
 def update_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[Unit]:
     geometry = geometry_of(tiny)
-    yield "paths", partial(training_phase.measure, geometry, geometry.layers, CPU, False, budget_s * 0.7)
-    yield TRL, partial(beside_trl, geometry, budget_s * 0.3)
+    yield "paths", partial(training_phase.measure, geometry, geometry.layers, CPU, False, budget_s * 0.25)
+    yield TRL, partial(beside_trl, geometry, budget_s * 0.1)
 
 
 def beside_trl(geometry: Geometry, budget_s: float) -> dict[str, Any]:
@@ -243,6 +243,27 @@ def plot_growth(results: Results, geometry: Geometry, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_beside(records: Mapping[str, Results], path: Path) -> None:
+    """Tokens a second beside the peers, a bar for each way: of the update, and of generation."""
+    from matplotlib.figure import Figure
+
+    update = records.get("update", {})
+    bars = {name: row["tokens_per_s"] for name, row in update.get("paths", {}).get("paths", {}).items()}
+    if TRL in update:
+        bars[TRL] = update[TRL]["tokens_per_s"]
+    panels = {"update": bars}
+    for ways in records.get("rollout", {}).values():
+        panels["rollout"] = {name: row["tokens_per_s"] for name, row in ways.items()}
+    panels = {what: bars for what, bars in panels.items() if bars}
+    figure = Figure(figsize=(6.5 * len(panels), 3.5), layout="constrained")
+    for axes, (what, bars) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        colours = ["tab:blue" if name.startswith(OURS) else "tab:grey" for name in bars]
+        axes.barh(list(bars), list(bars.values()), color=colours)
+        axes.invert_yaxis()
+        axes.set(xlabel=f"{what}, tokens/s")
+    figure.savefig(path, dpi=120)
+
+
 # ---------------------------------------------------------------------------------------------------- judging
 
 
@@ -289,10 +310,10 @@ def wrong_losses(update: Results) -> dict[str, float]:
 
 PARTS = {
     "environment": Part(environment_units, environment_table, 20),
-    "update": Part(update_units, update_table, 300),
+    "update": Part(update_units, update_table, 1200),
     "rollout": Part(rollout_units, rollout_phase.table, 300),
-    "step": Part(step_units, step_table, 300),
-    "growth": Part(growth_units, step_table, 1200),
+    "step": Part(step_units, step_table, 600),
+    "growth": Part(growth_units, step_table, 1800),
     "scale": Part(scale_units, lambda results: on_paper.scale_table(results["on paper"]), 60),
 }
 
@@ -323,6 +344,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "results": results,
     }
     write_json(options.out / "trainer.json", summary)
+    if results.get("update") or results.get("rollout"):
+        plot_beside(results, options.out / "beside.png")
     if results.get("growth"):
         plot_growth(results["growth"], geometry_of(options.tiny), options.out / "growth.png")
     tables = [PARTS[name].table(result) for name, result in results.items()]

@@ -37,6 +37,7 @@ def test_the_parts_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         "rollout_vs_zero3_generate",
     }
     assert not said["failures"] and not said["wrong_losses"]
+    assert (tmp_path / "beside.png").stat().st_size > 5000
     assert all(ratio > 0 for ratio in said["ratios"].values())
     assert (tmp_path / "tables.md").read_text().strip() in capsys.readouterr().out
 
