@@ -7,11 +7,14 @@ first, each to where there is least. The result depends on the numbers alone, so
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from typing import TypeVar
 
 import torch
 
 from repo_fast.collectives import Ranks
 from repo_fast.rollout import Rollout
+
+Item = TypeVar("Item")
 
 
 def deal(work: Sequence[float], parts: int) -> list[list[int]]:
@@ -23,6 +26,11 @@ def deal(work: Sequence[float], parts: int) -> list[list[int]]:
         dealt[part].append(index)
         totals[part] += work[index]
     return [sorted(part) for part in dealt]
+
+
+def share_out(items: Sequence[Item], work: Callable[[Item], float], ranks: Ranks) -> list[Item]:
+    """This rank's of items that all ranks have, in their order; every rank has about equal work."""
+    return [items[index] for index in deal([work(item) for item in items], ranks.size)[ranks.rank]]
 
 
 def split_by_tokens(lengths: Sequence[int], budget: int, work: Sequence[float] | None = None) -> list[list[int]]:

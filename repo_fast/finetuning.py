@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from repo_fast.assembly import check_policy_packing, load_policy
+from repo_fast.balance import share_out
 from repo_fast.collectives import Ranks
 from repo_fast.config import SftConfig
 from repo_fast.data import PromptTemplate
@@ -64,8 +65,11 @@ class FineTuning(SupervisedRun[TokenPair]):
             self.inputs.model_path, self.inputs.tokenizer, self.config.model, self.config.engine, self.ranks
         )
 
-    def tokens(self, example: TokenPair) -> int:
-        return sum(part.numel() for part in example)
+    def transformer(self) -> torch.nn.Module:
+        return self.engine.module.model
+
+    def lengths(self, example: TokenPair) -> list[int]:
+        return [sum(part.numel() for part in example)]
 
     def weight(self, example: TokenPair) -> int:
         """Response tokens: the loss is their mean."""
@@ -76,7 +80,7 @@ class FineTuning(SupervisedRun[TokenPair]):
 
     def evaluate(self) -> dict[str, float]:
         """Cross-entropy (nats a response token) and perplexity of the held-out demonstrations."""
-        mine = self.ranks.share(self.inputs.held_out)
+        mine = share_out(self.inputs.held_out, self.work, self.ranks)
         rows = [[mine[i] for i in row] for row in self.micro_batches(mine)]
         total = self.ranks.sum(imitation_loss(self.engine, rows, self.ranks.device, self.ops_backend))
         loss = float(total) / sum(self.weight(example) for example in self.inputs.held_out)

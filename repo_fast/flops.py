@@ -113,3 +113,8 @@ class Shape:
     def _attention(self, lengths: Sequence[int]) -> int:
         """Scores and weighted values over the lower half of each square."""
         return 2 * self.layers * self.attention_width * sum(length**2 for length in lengths)
+
+
+def forward_work(shape: Shape | None, lengths: Sequence[int], head_positions: int = 0) -> int:
+    """What work is evened out by: a forward's operations, or the tokens where these cannot be counted."""
+    return sum(lengths) if shape is None else shape.forward(lengths, head_positions)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from repo_fast import algorithm as alg
-from repo_fast.balance import micro_batches, split_by_tokens
+from repo_fast.balance import micro_batches, share_out, split_by_tokens
 from repo_fast.collectives import Ranks
 from repo_fast.config import TrainConfig
 from repo_fast.data import PromptSampler
@@ -31,7 +31,7 @@ from repo_fast.experience import (
     pack,
     with_last,
 )
-from repo_fast.flops import Shape
+from repo_fast.flops import Shape, forward_work
 from repo_fast.imitation import imitation_backward
 from repo_fast.models.attention import PACKED
 from repo_fast.ops import (
@@ -107,8 +107,7 @@ class Learner:
 
     def work(self, prompt: int, response: int = 0) -> float:
         """What a sequence costs, by the tokens of its prompt and its response: operations of the policy's forward."""
-        tokens = prompt + response
-        return tokens if self._shape is None else self._shape.forward([tokens], response)
+        return forward_work(self._shape, [prompt + response], response)
 
     def state_dict(self) -> dict:
         """The state that a resumed run needs beside the engines', as plain numbers and lists."""
@@ -452,9 +451,13 @@ class Learner:
         """This rank's demonstrations of one optimizer step, in micro-batches as many as the other ranks have."""
         if self.ptx_sampler is None:
             return []
-        mine = self.ranks.share([self.demonstrations[i] for i in self.ptx_sampler.next()])
+
+        def work(pair: tuple[torch.Tensor, torch.Tensor]) -> float:
+            return self.work(pair[0].numel(), pair[1].numel())
+
+        mine = share_out([self.demonstrations[i] for i in self.ptx_sampler.next()], work, self.ranks)
         totals = [prompt.numel() + response.numel() for prompt, response in mine]
-        rows = split_by_tokens(totals, self.config.update.micro_batch_tokens)
+        rows = split_by_tokens(totals, self.config.update.micro_batch_tokens, [work(pair) for pair in mine])
         return [[mine[i] for i in row] for row in in_step(rows, self.ranks)]
 
     def _ptx_backward(self, rows: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from repo_fast.assembly import is_score_model, load_trained_score_model
+from repo_fast.balance import share_out
 from repo_fast.collectives import Ranks
 from repo_fast.config import ScoreConfig
 from repo_fast.data import Candidate, Preference, PromptTemplate, load_preferences
@@ -146,8 +147,11 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
         check_layout(inputs.model_path, model, score_type=kind, layout=config.layout)
         return model
 
-    def tokens(self, example: TokenizedPreference) -> int:
-        return sum(sequence.numel() for sequence in example.sequences)
+    def transformer(self) -> torch.nn.Module:
+        return self.engine.module.trunk
+
+    def lengths(self, example: TokenizedPreference) -> list[int]:
+        return [sequence.numel() for sequence in example.sequences]
 
     def weight(self, example: TokenizedPreference) -> int:
         """The loss is the mean over examples."""
@@ -167,7 +171,7 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
     def evaluate(self) -> dict[str, float]:
         """Ranking and safety accuracy, calibration and loss; the scores go to `eval_scores.jsonl` and the plots."""
         held_out = self.inputs.held_out
-        mine = self.ranks.share(range(len(held_out)))
+        mine = share_out(range(len(held_out)), lambda index: self.work(held_out[index]), self.ranks)
         loss, rows = torch.zeros((), dtype=torch.float64), []
         for row in self.micro_batches([held_out[i] for i in mine]):
             examples = [held_out[mine[i]] for i in row]

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from repo_fast.balance import split_by_tokens
+from repo_fast.balance import share_out, split_by_tokens
 from repo_fast.collectives import Ranks
 from repo_fast.config import SupervisedConfig
 from repo_fast.data import PromptSampler, PromptTemplate
 from repo_fast.engine import Engine
 from repo_fast.experience import in_step
+from repo_fast.flops import Shape, forward_work
 from repo_fast.ops.dispatch import resolve
 from repo_fast.report.metrics import read_metrics
 from repo_fast.report.plots import Panel, plot_panels
@@ -82,6 +83,7 @@ class SupervisedRun(Run, Generic[Example]):
         self.inputs, self.panels = inputs, panels
         self.ops_backend = resolve("fused_rectified_policy_loss", config.engine.ops_backend, ranks.device)
         self.engine = Engine(self.load_model(), config.engine, ranks, config.optimizer, total_steps)
+        self._shape = Shape.of(self.transformer())
         self.sampler = PromptSampler(len(inputs.examples), self.batch_size, config.seed)
         self.skipped = SkippedSteps(config.max_skipped_steps, "max_skipped_steps")
         self.start(inputs.resume_from, inputs.model_path)
@@ -92,12 +94,17 @@ class SupervisedRun(Run, Generic[Example]):
         """The model to train; under ZeRO-3 as shards. All ranks call it."""
         raise NotImplementedError
 
-    def tokens(self, example: Example) -> int:
-        """Tokens of an example, for packing."""
+    def transformer(self) -> nn.Module:
+        """The transformers model inside the engine."""
+        raise NotImplementedError
+
+    def lengths(self, example: Example) -> list[int]:
+        """Tokens of each sequence of an example."""
         raise NotImplementedError
 
     def weight(self, example: Example) -> int:
-        """How much an example counts in the mean that the loss is: its response tokens, or 1."""
+        """How much an example counts in the mean that the loss is, as many positions as a head sees of it: its response
+        tokens, or 1."""
         raise NotImplementedError
 
     def backward(self, rows: list[list[Example]], scale: float) -> dict[str, float]:
@@ -136,7 +143,8 @@ class SupervisedRun(Run, Generic[Example]):
         """
         self.listen()
         with self.reports():
-            for text in (self._batch_sizes(), *self.inputs.notes):
+            chosen = f"attention: {self.transformer().config._attn_implementation}; loss head: {self.ops_backend}"
+            for text in (self._batch_sizes(), chosen, *self.inputs.notes):
                 self.say(text)
             while self.step < self.total_steps and not self.must_stop():
                 with self.phase("update") as update:
@@ -164,7 +172,7 @@ class SupervisedRun(Run, Generic[Example]):
         Raises:
             InputError: Too many steps in a row had a non-finite loss or gradient.
         """
-        mine = self.ranks.share(batch)
+        mine = share_out(batch, self.work, self.ranks)
         rows = [[mine[i] for i in row] for row in self.micro_batches(mine)]
         total = sum(self.weight(example) for example in batch)
         sums = self.backward(rows, 1 / total)
@@ -181,10 +189,17 @@ class SupervisedRun(Run, Generic[Example]):
             "steps_skipped": self.skipped.total - skipped,
         }
 
+    def tokens(self, example: Example) -> int:
+        return sum(self.lengths(example))
+
+    def work(self, example: Example) -> int:
+        """Operations of the model's forward on an example."""
+        return forward_work(self._shape, self.lengths(example), self.weight(example))
+
     def micro_batches(self, examples: Sequence[Example]) -> list[list[int]]:
         """This rank's examples, by index, in micro-batches of the token budget, as many as the other ranks have."""
-        lengths = [self.tokens(example) for example in examples]
-        return in_step(split_by_tokens(lengths, self.config.micro_batch_tokens), self.ranks)
+        lengths, works = [self.tokens(example) for example in examples], [self.work(example) for example in examples]
+        return in_step(split_by_tokens(lengths, self.config.micro_batch_tokens, works), self.ranks)
 
     def _finish(self) -> None:
         """Write the model and the plots."""

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from repo_fast.balance import by_prompt, deal, micro_batches, over_ranks, split_by_tokens, within_budget
+from repo_fast.balance import by_prompt, deal, micro_batches, over_ranks, share_out, split_by_tokens, within_budget
 from repo_fast.collectives import Ranks
 from repo_fast.rollout import Rollout
 from tests.groups import in_group
@@ -40,6 +40,21 @@ def test_micro_batches_count_a_shared_prompt_once(pairs, budget, share):
         repeated = sum(prompts[i] for i, last in zip(row, before, strict=False) if prompt_ids[i] == last)
         tokens = sum(prompts[i] + responses[i] for i in row) - repeated
         assert tokens <= budget or len(row) == 1
+
+
+def test_what_shares_a_prompt_fits_a_row_that_the_same_apart_does_not():
+    lengths = ([10, 10], [5, 5], 20, lambda length: length)
+    assert micro_batches(*lengths, [7, 7]) == [[0, 1]]
+    assert micro_batches(*lengths) == [[0], [1]]
+
+
+@given(st.lists(st.integers(1, 100), max_size=20), st.integers(1, 4))
+def test_ranks_share_out_what_all_of_them_have(items, size):
+    device = torch.device("cpu")
+    shares = [share_out(items, lambda item: item**2, Ranks(rank, size, device)) for rank in range(size)]
+    assert sorted(item for share in shares for item in share) == sorted(items)
+    work = [sum(item**2 for item in share) for share in shares]
+    assert max(work) - min(work) <= max(items, default=0) ** 2
 
 
 @given(st.lists(st.integers(1, 10**6), max_size=60), st.integers(1, 9))

@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from repo_fast.balance import split_by_tokens
 from repo_fast.data.templates import PromptTemplate
 from repo_fast.errors import InputError, first_line
+from repo_fast.flops import Shape, forward_work
 from repo_fast.models.policy import check_vocabulary
 from repo_fast.models.score_checkpoint import LAYOUTS, Checkpoint
 from repo_fast.models.score_model import ScoreModel
@@ -78,6 +79,7 @@ class ModelScorer:
         module.eval()
         self._module, self._template, self._device = module, template, device
         self._max_tokens, self._token_budget, self._agree_on_count = max_tokens, token_budget, agree_on_count
+        self._shape = Shape.of(_unwrapped(module).trunk)
         self._keeps_response = same_tokens(template.tokenizer, policy_template.tokenizer)
         self._keeps_prompt = self._keeps_response and template.renders_like(policy_template)
         tokenizer = template.tokenizer
@@ -102,7 +104,8 @@ class ModelScorer:
         """
         sequences = list(self._sequences(rollout))
         scores = torch.zeros(len(sequences))
-        rows = split_by_tokens([len(sequence) for sequence in sequences], self._token_budget)
+        lengths = [len(sequence) for sequence in sequences]
+        rows = split_by_tokens(lengths, self._token_budget, [forward_work(self._shape, [length]) for length in lengths])
         for row in rows:
             scores[row] = self._forward([sequences[i] for i in row])
         for _ in range(self._agree_on_count(len(rows)) - len(rows)):

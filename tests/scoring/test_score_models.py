@@ -1,11 +1,9 @@
 """A model's score is read at the last real token, whatever surrounds the sequence."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from repo_fast.data import PromptTemplate
 from repo_fast.errors import InputError
@@ -66,7 +64,8 @@ class Recorder(nn.Module):
 
     def __init__(self, vocabulary=1000):
         super().__init__()
-        self.trunk = SimpleNamespace(config=SimpleNamespace(vocab_size=vocabulary))
+        self.trunk = nn.Module()
+        self.trunk.config = LlamaConfig(vocab_size=vocabulary)
         self.rows = []
 
     def forward(self, input_ids, position_ids, positions):
