@@ -1,7 +1,10 @@
-"""The Slurm script, with stand-ins for Slurm's commands: two launchers on this machine, a rank each."""
+"""Several machines on this one: the Slurm script with stand-ins for Slurm's commands, and two launchers that meet."""
 
 import os
 import random
+import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,13 +12,20 @@ import pytest
 
 from tests.jobs import REPOSITORY, Job, metrics, run, same_bits, weights
 
-SCRIPT = REPOSITORY / "examples" / "slurm" / "alpaca-7b.sbatch"
-# Runs its command once for each node, as srun does on each of them, and fails if one of them does.
+FOLDER = REPOSITORY / "examples" / "slurm"
+# Runs its command once for each task, as srun does on the nodes; fails if one of them does. Slurm's own signal to the
+# tasks is SIGUSR1; here it comes when SIGTERM does.
 SRUN = """#!/bin/bash
 [ "$1" = --kill-on-bad-exit=1 ] && shift
-for node in $(seq "$SLURM_NNODES"); do "$@" & children+=($!); done
+trap 'kill -USR1 "${children[@]}"' TERM
+for task in $(seq 0 $((SLURM_NTASKS - 1))); do SLURM_PROCID=$task SLURM_LOCALID=0 "$@" & children+=($!); done
 status=0
-for child in "${children[@]}"; do wait "$child" || status=1; done
+for child in "${children[@]}"; do
+  wait "$child"; code=$?
+  # A wait that the signal ended.
+  while kill -0 "$child" 2> /dev/null; do wait "$child"; code=$?; done
+  [ $code = 0 ] || status=$code
+done
 exit $status
 """
 SCONTROL = """#!/bin/bash
@@ -34,29 +44,57 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     return {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "PYTHON": sys.executable,
-        "RANKS_PER_NODE": "1",
-        "SLURM_NNODES": "2",
+        "SLURM_NTASKS": "2",
         "SLURM_JOB_NODELIST": "two[1-2]",
         "SLURM_JOB_ID": str(random.randrange(10**6)),
     }
 
 
-def test_two_machines_train_as_two_ranks_of_one(slurm: dict[str, str], tmp_path: Path) -> None:
-    job = Job.make(tmp_path)
-    options = ("--total_steps 2", "--checkpoint.every 1")
-    assert job.torchrun(2, tmp_path / "one", *options).returncode == 0
+def submit(slurm: dict[str, str], words: list[str], **environment: str) -> subprocess.CompletedProcess:
+    return run(["bash", str(FOLDER / "alpaca-7b.sbatch"), *words], slurm | environment)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job.make(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def one_machine(job: Job) -> Path:
+    assert job.torchrun(2, job.folder / "one", "--total_steps 3").returncode == 0
+    return job.folder / "one"
+
+
+def test_two_nodes_train_as_two_ranks_of_one_and_a_signal_stops_them_with_a_checkpoint(
+    slurm: dict[str, str], job: Job, one_machine: Path, tmp_path: Path
+) -> None:
     # The last of two options of a name counts.
-    stopped = run(["bash", str(SCRIPT), *job.words(tmp_path / "two", *options, "--stop_after 1")], slurm)
-    assert stopped.returncode == 0, stopped.stderr[-4000:]
+    words = job.words(tmp_path / "two", "--total_steps 3")
+    stopped = submit(slurm, words, TEST_TERMINATE_AT="2")
+    assert stopped.returncode != 0 and "stopped after step 2 of 3" in stopped.stdout, stopped.stderr[-4000:]
     assert not (tmp_path / "two" / "policy").exists()
-    gone_on = run(["bash", str(SCRIPT), *job.words(tmp_path / "two", *options)], slurm)
+    gone_on = submit(slurm, words)
     assert gone_on.returncode == 0, gone_on.stderr[-4000:]
-    assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
-    assert same_bits(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    assert metrics(tmp_path / "two") == metrics(one_machine)
+    assert same_bits(weights(tmp_path / "two"), weights(one_machine))
 
 
-def test_what_a_rank_says_of_bad_input_comes_through(slurm: dict[str, str], tmp_path: Path) -> None:
-    job = Job.make(tmp_path)
-    finished = run(["bash", str(SCRIPT), *job.words(tmp_path / "out", "--rollout.top_p 2")], slurm)
+def test_so_do_two_launchers(job: Job, one_machine: Path, tmp_path: Path) -> None:
+    """By the recipe's words for them."""
+    recipe = (FOLDER / "README.md").read_text()
+    port, number = random.randrange(20000, 40000), random.randrange(10**6)
+    (meeting,) = re.findall(r"--rdzv-backend.*?--rdzv-id \S+", recipe)
+    meeting = meeting.replace("first-machine:29500", f"localhost:{port}").replace("run-1", str(number))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    training = ["-m", "repo_fast.train", *job.words(tmp_path / "two", "--total_steps 3")]
+    words = shlex.join([*launcher, *meeting.split(), *training])
+    finished = run(["bash", "-c", f"{words} & {words}; status=$?; wait $! && exit $status"])
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert metrics(tmp_path / "two") == metrics(one_machine)
+    assert same_bits(weights(tmp_path / "two"), weights(one_machine))
+
+
+def test_what_a_rank_says_of_bad_input_comes_through(slurm: dict[str, str], job: Job, tmp_path: Path) -> None:
+    finished = submit(slurm, job.words(tmp_path / "out", "--rollout.top_p 2"))
     assert finished.returncode != 0
     assert "error: rollout.top_p is 2.0, expected a number in (0, 1]" in finished.stderr
