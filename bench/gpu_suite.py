@@ -61,6 +61,7 @@ def rollout_units(
     device: torch.device, tiny: bool, budget_s: float
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     if importlib.util.find_spec("deepspeed") is None:
+        print("rollout: left out, for deepspeed is not installed", file=sys.stderr)
         return
     name = "tiny" if tiny else "half-billion"
 
@@ -100,6 +101,10 @@ def summarize(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for part, judge in (("kernels", gpu_kernels.judge), ("training", training_phase.judge)):
         if part in records:
             targets |= judge(records[part]["results"])
+    if records.get("rollout", {}).get("results"):
+        from bench import rollout_phase
+
+        targets |= rollout_phase.judge(records["rollout"]["results"])
     return {
         "parts": {name: f"{record['status']}, {record['seconds']:.0f} s" for name, record in records.items()},
         "failures": {name: list(record["failures"]) for name, record in records.items() if record["failures"]},

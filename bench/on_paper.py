@@ -4,14 +4,14 @@
 one measured step; the other steps, with other lengths, K and widths, are predicted. So the formulas' form is tested,
 not the figures of a device's data sheet.
 
-*Scale.* Alpaca-7B's setting with 16 responses a GPU, so that the batch grows with the GPUs. Links of 8 GPUs at their
-data sheet's speed, the network of machines at 50 GB/s a GPU, both without contention and without latency; nothing waits
-for the slowest rank; the optimizer's settings are assumed to bear the larger batch. No GPU has confirmed any of it.
+*Scale.* What is assumed is printed with the result: `ASSUMPTIONS`.
 """
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -25,6 +25,16 @@ from repo_fast.plan.speed import DEVICES, Device, Workload, step_seconds
 from repo_fast.throughput import PHASES
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+ASSUMPTIONS = (
+    "16 responses and 16 demonstrations a GPU: the batch grows with the GPUs, and the optimizer bears it",
+    "products at half of the data sheet's FLOP/s, memory, and links within a machine of 8 GPUs, at all of it",
+    "50 GB/s a GPU between machines, without contention and without latency",
+    "lengths are evenly spaced, and no rank waits for a slower one",
+    "scorers that run on the host, checkpoints and logs take no time",
+    "no GPU has confirmed any of it",
+)
+# Of a step, from which on waiting for links is called a break.
+FELT = 0.1
 FUNCTION = "bench.job_folder:reward"
 CHECKED = ("generate", "experience", "update")
 
@@ -89,20 +99,33 @@ def check_plan(steps: Mapping[str, tuple[Geometry, int, dict[str, float]]], refe
     return found
 
 
+def plan_errors(results: Results) -> dict[str, dict[str, float]]:
+    """Of `check_plan`'s predictions: the `median` and the `largest` error by phase, relative to what was measured."""
+    errors = {
+        phase: [abs(result[phase]["predicted"] / result[phase]["measured"] - 1) for result in results.values()]
+        for phase in CHECKED
+    }
+    return {phase: {"median": statistics.median(found), "largest": max(found)} for phase, found in errors.items()}
+
+
 def check_table(results: Results) -> str:
     rows = [
         [name, *(f"{result[phase]['predicted'] / result[phase]['measured']:.2f}" for phase in CHECKED)]
         for name, result in results.items()
     ]
+    errors = plan_errors(results)
+    for which in ("median", "largest"):
+        rows.append([f"{which} error", *(f"{errors[phase][which]:.0%}" for phase in CHECKED)])
     return render(["the plan: predicted / measured", *CHECKED], rows)
 
 
-def simulate(device: Device = DEVICES["h100"]) -> Results:
+def simulate(device: Device = DEVICES["h100"]) -> dict[str, Any]:
     """A step of Alpaca-7B's setting, by the rollout engine and the number of GPUs.
 
     Returns:
-        Seconds by phase, `step`, `tokens_per_s_a_gpu`, `efficiency` against the fewest GPUs, `waiting`, the share of a
-        step that links cost, and `peak_gb` a rank.
+        `steps`, by name: seconds by phase, `step`, `tokens_per_s_a_gpu`, `efficiency` against the fewest GPUs,
+        `waiting`, the share of a step that links cost, the phase that `waits_most`, and `peak_gb` a rank.
+        `breaks_first`, by engine, and `assumptions`, in words.
     """
     geometry, dtype = GEOMETRIES["alpaca-7b"], torch.bfloat16
     llama = geometry.config(geometry.layers)
@@ -123,10 +146,9 @@ def simulate(device: Device = DEVICES["h100"]) -> Results:
             config = replace(base, rollout=rollout, update=update)
             work = Workload.of(config, gpus)
             seconds = step_seconds(config, models, gpus, dtype, device, work)
-            step, unhindered = (
-                sum(seconds.values()),
-                sum(step_seconds(config, models, gpus, dtype, free, work).values()),
-            )
+            unhindered = step_seconds(config, models, gpus, dtype, free, work)
+            waits = {phase: seconds[phase] - unhindered[phase] for phase in seconds}
+            step = sum(seconds.values())
             rate = work.responses / step
             first = first or rate
             results[f"{engine}, {gpus} GPUs"] = {
@@ -134,13 +156,31 @@ def simulate(device: Device = DEVICES["h100"]) -> Results:
                 "step": step,
                 "tokens_per_s_a_gpu": rate,
                 "efficiency": rate / first,
-                "waiting": 1 - unhindered / step,
+                "waiting": sum(waits.values()) / step,
+                "waits_most": max(waits, key=lambda phase: waits[phase]),
                 "peak_gb": memory(config, models, gpus, dtype, torch.device("cuda"), device.memory).peak / 1e9,
             }
-    return results
+    breaks = {engine: _breaks_first(results, engine, device) for engine in ("hf", "vllm")}
+    return {"steps": results, "breaks_first": breaks, "assumptions": ASSUMPTIONS}
 
 
-def scale_table(results: Results) -> str:
+def _breaks_first(steps: Results, engine: str, device: Device) -> str:
+    """Where a rollout engine's runs first lose time or memory to their size, in words."""
+    for gpus in GPUS:
+        row = steps[f"{engine}, {gpus} GPUs"]
+        if row["peak_gb"] > device.memory / 1e9:
+            return f"memory, at {gpus} GPUs: {row['peak_gb']:.0f} GB a rank"
+        if row["waiting"] >= FELT:
+            links = "links between machines" if gpus > device.ranks_a_machine else "links within a machine"
+            return (
+                f"{links}, at {gpus} GPUs: {row['waiting']:.0%} of a step waits for weights and gradients, most of it "
+                f"in {row['waits_most']}"
+            )
+    return f"nothing up to {GPUS[-1]} GPUs"
+
+
+def scale_table(simulated: Mapping[str, Any]) -> str:
+    results = simulated["steps"]
     header = ["on paper, Alpaca-7B, H100", *PHASES, "step, s", "tokens/s a GPU", "efficiency", "waiting", "GB a rank"]
     rows = [
         [
@@ -154,4 +194,6 @@ def scale_table(results: Results) -> str:
         ]
         for name, row in results.items()
     ]
-    return render(header, rows)
+    words = [f"Breaks first with {engine}: {what}." for engine, what in simulated["breaks_first"].items()]
+    words += ["Assumed:", *(f"- {assumption}" for assumption in simulated["assumptions"])]
+    return "\n".join([render(header, rows), "", *words])

@@ -10,7 +10,9 @@ Every way draws one response for each of a rank's prompts, from the same engine,
                             forward gathers all weights anew
     gathered, one batch     weights gathered, hooks off, all prompts padded in one batch: the way of TRL
 
-The policy ends its responses by chance, so ways differ in the tokens that they draw; what counts is tokens a second.
+At the CPU's geometry a rank's prompts fit one batch, so there ours differs from the last way by how tokens are drawn
+alone. `hooks on` runs once, after the others have warmed the machine up. The policy ends its responses by chance, so
+ways differ in the tokens that they draw; what counts is tokens a second.
 """
 
 import gc
@@ -28,7 +30,7 @@ from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from bench.suite import Results
-from bench.tables import render
+from bench.tables import at_least, render
 from bench.training_phase import GEOMETRIES, Geometry
 from repo_fast.assembly import load_policy
 from repo_fast.collectives import Ranks
@@ -162,6 +164,16 @@ def _generate(
     drawn = output[:, longest:] == end
     # Up to the first end token, and with it.
     return int(((drawn.cumsum(1) - drawn.long()) == 0).sum())
+
+
+def judge(results: Results) -> dict[str, Any]:
+    """The target of generation by vLLM on a GPU against what `measure` found, by name."""
+    targets = {}
+    for name, ways in results.items():
+        if OURS_VLLM in ways and not name.startswith("tiny"):
+            ratio = ways[OURS_VLLM]["tokens_per_s"] / ways[HOOKS_ON]["tokens_per_s"]
+            targets[f"rollout, vLLM / hooks on, {name}"] = at_least(ratio, 5.0)
+    return targets
 
 
 def table(results: Results) -> str:

@@ -20,6 +20,7 @@ missed targets are told, and are no failure. With `--tiny`, sizes of no interest
 """
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -37,7 +38,7 @@ from bench.measure import Task, Timing, elapsed_ms, time_interleaved
 from bench.processes import torchrun, with_job
 from bench.suite import Part, Results, run_part, write_json
 from bench.tables import at_least, at_most, render, render_targets
-from bench.training_phase import BASELINE, GEOMETRIES, OURS, Geometry, Update
+from bench.training_phase import BASELINE, GEOMETRIES, IN_PARTS, OURS, Geometry, Update
 from bench.trl_update import MICRO_BATCH_SIZES, TrlUpdate
 from repo_fast.throughput import PHASES
 
@@ -207,13 +208,13 @@ def scale_units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[U
 
 
 def step_table(results: Results) -> str:
-    header = ["whole steps", "seconds", *PHASES, "tokens/s", "overhead"]
+    header = ["whole steps", "seconds", *PHASES, "tokens/s", "overhead", "with log-probs"]
     rows = []
     for name, row in results.items():
         metrics = row["metrics"]
         phases = [f"{metrics[f'{phase}_seconds']:.2f}" for phase in PHASES]
-        speed, overhead = f"{metrics['tokens_per_second']:.0f}", f"{row['overhead_share']:.1%}"
-        rows.append([name, f"{row['seconds']['step']:.2f}", *phases, speed, overhead])
+        shares = [f"{share:.1%}" for share in (row["overhead_share"], _with_log_probs(row))]
+        rows.append([name, f"{row['seconds']['step']:.2f}", *phases, f"{metrics['tokens_per_second']:.0f}", *shares])
     return render(header, rows)
 
 
@@ -272,8 +273,10 @@ def ratios(records: Mapping[str, Results]) -> dict[str, float]:
     found: dict[str, float] = {}
     update = records.get("update", {})
     if "paths" in update:
-        own = update["paths"]["paths"][OURS]["speedup"]
+        paths = update["paths"]["paths"]
+        own = paths[OURS]["speedup"]
         found["update_vs_padded"] = own
+        found["update_vs_padded_in_parts"] = own / paths[IN_PARTS]["speedup"]
         found["update_vs_padded_flops"] = own / update["paths"]["speedup_by_flop"]
     if TRL in update:
         found["update_vs_trl"] = update[TRL]["ratio"]
@@ -283,8 +286,16 @@ def ratios(records: Mapping[str, Results]) -> dict[str, float]:
         if rollout_phase.OURS_VLLM in ways:
             found["rollout_vllm_vs_zero3_generate"] = ways[rollout_phase.OURS_VLLM]["tokens_per_s"] / baseline
     if "1 rank" in records.get("step", {}):
-        found["overhead_share"] = records["step"]["1 rank"]["overhead_share"]
+        row = records["step"]["1 rank"]
+        found["overhead_share"] = row["overhead_share"]
+        found["overhead_share_with_log_probs"] = _with_log_probs(row)
     return found
+
+
+def _with_log_probs(row: Mapping[str, Any]) -> float:
+    """The share of a step outside generation, scoring and the update's work on the model: the forwards that give
+    log-probabilities of policy and reference, which are model work too, are then called overhead."""
+    return row["overhead_share"] + row["metrics"]["experience_seconds"] / row["seconds"]["step"]
 
 
 TARGETS = {
@@ -323,13 +334,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results; made if it is not there")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these")
+    parser.add_argument("--again", action="store_true", help="measure nothing: summarize anew what DIR holds")
     parser.add_argument("--tiny", action="store_true", help="sizes of no interest: a test of the benchmark")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     records: dict[str, dict[str, Any]] = {}
     for name in options.parts:
         deadline = time.monotonic() + PARTS[name].seconds
-        records[name] = run_part(name, PARTS[name], CPU, options.tiny, deadline, options.out)
+        if not options.again:
+            records[name] = run_part(name, PARTS[name], CPU, options.tiny, deadline, options.out)
+        elif (options.out / f"{name}.json").is_file():
+            records[name] = json.loads((options.out / f"{name}.json").read_text())
     results = {name: record["results"] for name, record in records.items() if record["results"]}
     found = ratios(results)
     targets = {name: TARGETS[name](value) for name, value in found.items() if name in TARGETS}

@@ -44,9 +44,10 @@ from repo_fast.rollout import Rollout
 MULTIPLIER = 0.7
 RESPONSES_PER_PROMPT = 4
 BASELINE, OURS = "padded, full logits", "ours"
+PART = 8  # responses of a padded part
+IN_PARTS = f"{BASELINE}, in parts of {PART}"
 # Weights and gradients in bfloat16; masters, their gradients and two moments in float32.
 STATE_BYTES = 2 + 2 + 4 + 4 + 8
-PART = 8  # responses of a padded part
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Path:
 
 PATHS = {
     BASELINE: Path(packed=False, fused=False),
-    f"{BASELINE}, in parts of {PART}": Path(packed=False, fused=False, part=PART),
+    IN_PARTS: Path(packed=False, fused=False, part=PART),
     OURS: Path(),
     f"{OURS}, prompts shared": Path(shared=True),
     f"{OURS} without packing": Path(packed=False),
@@ -413,18 +414,23 @@ def measure(
     timings = {BASELINE: Timing(own, own)} | timings
 
     flop = geometry.flop(layers, lengths, response_tokens)
+    ids, prompts = experience.rollout.prompt_ids.tolist(), experience.rollout.prompt_tokens
+    # Where it is shared, a prompt is work once.
+    repeated = [len(prompt) for i, prompt in enumerate(prompts) if ids[i] in ids[:i]]
+    spared = geometry.flop(layers, repeated, 0)
     peak = peak_flops(device)
     rows = {}
     for name, timing in timings.items():
         seconds = 1e-3 * timing.median_ms
+        work = flop - spared if PATHS[name].shared else flop
         rows[name] = {
             "loss": losses[name],
             "ms": timing.median_ms,
             "spread_ms": timing.spread_ms,
             "tokens_per_s": sum(lengths) / seconds,
             "speedup": timing.share_of_floor,
-            "model_tflops": 1e-12 * flop / seconds,
-            "mfu": None if peak is None else flop / seconds / peak,
+            "model_tflops": 1e-12 * work / seconds,
+            "mfu": None if peak is None else work / seconds / peak,
             "scratch_mib": scratch[name],
             "scratch_share": scratch[name] / scratch[BASELINE],
         }
@@ -507,19 +513,30 @@ def judge(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """What `units` found, as text."""
-    header = ["", "ms a step", "tokens/s", "x padded", "x by FLOP", "MFU", "scratch MiB", "of padded's"]
+    header = [
+        "",
+        "ms a step",
+        "tokens/s",
+        "x padded",
+        "x by FLOP",
+        "MFU",
+        "scratch MiB",
+        "of padded's",
+        "loss - padded's",
+    ]
     rows = []
     for name, result in results.items():
         rows.append([name, *[""] * (len(header) - 1)])
         for path, row in result["paths"].items():
             if "scaled_ms" in row:
                 cells = [f"{row['scaled_ms']:.1f}", f"{row['scaled_tokens_per_s']:.0f}", f"{row['scaled_speedup']:.2f}"]
-                cells += [""] * 4
+                cells += [""] * 5
             else:
                 allowed = f"{result['speedup_by_flop']:.2f}" if path != BASELINE else ""
                 mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
                 cells = [f"{row['ms']:.1f}", f"{row['tokens_per_s']:.0f}", f"{row['speedup']:.2f}", allowed, mfu]
                 cells += [f"{row['scratch_mib']:.0f}", f"{row['scratch_share']:.2f}"]
+                cells.append(f"{row['loss'] - result['paths'][BASELINE]['loss']:.0e}")
             rows.append([f"  {path}", *cells])
     return render(header, rows)
 

@@ -2,7 +2,8 @@
 
 The responses are given to the trainer's own loss as its generation would leave them: padded to the longest of the step,
 split into equal micro-batches, no reference model (beta 0), log-probabilities of before taken from the same forward.
-What is timed is that loss, its backward and the same AdamW. Its micro-batch size is a setting, so several are tried.
+What is timed is that loss, its backward and the same AdamW. Its micro-batch size is a setting, so several are tried;
+`use_liger_kernel` needs a GPU.
 """
 
 import copy

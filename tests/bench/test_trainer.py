@@ -12,7 +12,7 @@ pytest.importorskip("trl", reason="the benchmark measures beside TRL")
 from bench import on_paper, rollout_phase, trainer, training_phase  # noqa: E402
 from bench.job_folder import make_policy, make_tokenizer  # noqa: E402
 from bench.step_phase import summarize  # noqa: E402
-from bench.training_phase import BASELINE, GEOMETRIES, OURS  # noqa: E402
+from bench.training_phase import BASELINE, GEOMETRIES, IN_PARTS, OURS  # noqa: E402
 from repo_fast.throughput import PHASES  # noqa: E402
 
 TINY = GEOMETRIES["tiny"]
@@ -39,7 +39,11 @@ def test_the_parts_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert not said["failures"] and not said["wrong_losses"]
     assert (tmp_path / "beside.png").stat().st_size > 5000
     assert all(ratio > 0 for ratio in said["ratios"].values())
-    assert (tmp_path / "tables.md").read_text().strip() in capsys.readouterr().out
+    tables = (tmp_path / "tables.md").read_text()
+    assert tables.strip() in capsys.readouterr().out
+    assert trainer.main(["--tiny", "--out", str(tmp_path), "--again"]) == 0
+    assert json.loads((tmp_path / "trainer.json").read_text()) == said
+    assert (tmp_path / "tables.md").read_text() == tables
 
 
 def test_a_step_is_taken_apart() -> None:
@@ -62,6 +66,7 @@ def test_overhead_is_what_is_left() -> None:
 def test_ratios_and_targets() -> None:
     paths = {
         BASELINE: {"speedup": 1.0, "loss": 0.5},
+        IN_PARTS: {"speedup": 1.5, "loss": 0.5},
         OURS: {"speedup": 2.4, "loss": 0.5 + 2e-6},
     }
     results = {
@@ -77,13 +82,15 @@ def test_ratios_and_targets() -> None:
     assert trainer.ratios(results) == pytest.approx(
         {
             "update_vs_padded": 2.4,
+            "update_vs_padded_in_parts": 1.6,
             "update_vs_padded_flops": 0.96,
             "update_vs_trl": 1.9,
             "rollout_vs_zero3_generate": 3.0,
             "overhead_share": 0.06,
+            "overhead_share_with_log_probs": 0.31,
         }
     )
-    met = {name: trainer.TARGETS[name](value)["met"] for name, value in trainer.ratios(results).items()}
+    met = {name: target(trainer.ratios(results)[name])["met"] for name, target in trainer.TARGETS.items()}
     assert met == {
         "update_vs_padded": True,
         "update_vs_padded_flops": True,
@@ -115,16 +122,25 @@ def test_what_grows_is_drawn_and_compared_with_the_plan(tmp_path: Path) -> None:
     wider = compared[f"width {2 * TINY.width}"]
     assert wider["update"]["predicted"] > 1.5 * 0.5
     assert "predicted" in on_paper.check_table(compared)
+    half = {phase: {"measured": 2.0, "predicted": 1.0} for phase in on_paper.CHECKED}
+    exact = {phase: {"measured": 2.0, "predicted": 2.0} for phase in on_paper.CHECKED}
+    errors = on_paper.plan_errors({"a": half, "b": exact})
+    assert errors["update"] == {"median": 0.25, "largest": 0.5}
     assert trainer.plan_beside({}, TINY) == {}
 
 
 def test_the_simulation_gets_no_cheaper_with_more_gpus() -> None:
-    rows = on_paper.simulate()
+    simulated = on_paper.simulate()
+    rows = simulated["steps"]
     assert len(rows) == 2 * len(on_paper.GPUS)
     for engine in ("hf", "vllm"):
         efficiency = [rows[f"{engine}, {gpus} GPUs"]["efficiency"] for gpus in on_paper.GPUS]
         assert efficiency[0] == 1 and all(a >= b for a, b in zip(efficiency, efficiency[1:], strict=False))
-    assert "1024 GPUs" in on_paper.scale_table(rows)
+    said = on_paper.scale_table(simulated)
+    assert "1024 GPUs" in said and "no GPU has confirmed any of it" in said
+    for engine, words in simulated["breaks_first"].items():
+        gpus = next(gpus for gpus in on_paper.GPUS if rows[f"{engine}, {gpus} GPUs"]["waiting"] >= on_paper.FELT)
+        assert f"at {gpus} GPUs" in words and words in said
 
 
 def test_responses_end_by_chance_after_half_of_the_longest() -> None:
