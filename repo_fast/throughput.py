@@ -177,5 +177,6 @@ def speed_table(steps: Sequence[Mapping[str, Value]], ranks: int) -> str:
     ]
     heads = ["", "seconds", "tokens", "tokens/s", "... a rank", "TFLOP/s a rank", "MFU", "peak GB a rank"]
     padding = median("padding_share", "{:.1%}".format)
+    # An encoder that scores is padded too; what it computes is not counted.
     note = f"Medians of {len(steps)} steps. Padding: {padding} of generation; packed rows have none."
     return f"{grid(heads, rows)}\n{note}"

@@ -100,7 +100,7 @@ class Trainer(Run):
             if self.ranks.is_first:
                 self.sample_log = SampleLog(self.output_dir, self.resume_step)
                 stack.callback(self.sample_log.close)
-                for text in (self._batch_sizes(), *self.inputs.notes):
+                for text in (self._batch_sizes(), *self.inputs.notes, *self._notes()):
                     self.say(text)
             self._evaluate_before()
             while self.step < self.total_steps and not self.must_stop():
@@ -121,11 +121,13 @@ class Trainer(Run):
     def _take_step(self) -> dict[str, Measured]:
         """One step; returns its phases."""
         phases: dict[str, Measured] = {}
+        requests = self._next_requests()
+        early = self._early_scores(requests)
         with self.phase("generate") as phases["generate"]:
-            drawn = self.generate(self._next_requests())
-            share = self.config.update.share_prompts
-            rollout = over_ranks(drawn, self.learner.work, self.ranks, together=share)
+            drawn = self.generate(requests, early)
         with self.phase("score") as phases["score"]:
+            share = self.config.update.share_prompts
+            rollout = over_ranks(self._with_early(drawn, early), self.learner.work, self.ranks, together=share)
             scores = self.score(rollout)
         with self.phase("experience") as phases["experience"]:
             experience, rollout_metrics = self.learner.experience(rollout, scores)
@@ -143,15 +145,19 @@ class Trainer(Run):
         """This rank's share of the responses to draw; a prompt's may lie on two ranks."""
         return self.ranks.share([prompt for prompt in prompts for _ in range(responses_per_prompt)])
 
-    def generate(self, requests: Sequence[Request]) -> Rollout:
-        """Draw a response for each of this rank's requests from the current policy, and score it if that is early."""
-        policy = self.learner.models.policy
-        if not self.early_scorers:
-            return self.rollout_engine.draw(policy, requests)
-        with EarlyScores(self.early_scorers, requests) as early:
-            rollout = self.rollout_engine.draw(policy, requests, early)
-            with self.ranks.together("scoring"):
-                return replace(rollout, scores=early.scores())
+    def generate(self, requests: Sequence[Request], early: EarlyScores | None = None) -> Rollout:
+        """Draw a response for each of this rank's requests from the current policy, scored meanwhile by `early`."""
+        return self.rollout_engine.draw(self.learner.models.policy, requests, early)
+
+    def _early_scores(self, requests: Sequence[Request]) -> EarlyScores | None:
+        return EarlyScores(self.early_scorers, requests, self.ranks.device) if self.early_scorers else None
+
+    def _with_early(self, rollout: Rollout, early: EarlyScores | None) -> Rollout:
+        """The responses with the scores that they were given meanwhile; waits for the last of these."""
+        if early is None:
+            return rollout
+        with self.ranks.together("scoring"):
+            return replace(rollout, scores=early.scores())
 
     def score(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """Rewards and costs of this rank's responses: float32 [S] each, on the CPU."""
@@ -207,7 +213,9 @@ class Trainer(Run):
         with self.phase(f"evaluate {name}"), torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.config.seed * 1_000_003 + _EVALUATION_SEEDS[name] * 10_007 + self.ranks.rank)
             count = self.config.evaluation.samples_per_prompt
-            rollout = self.generate(self._requests(self.inputs.eval_requests, count))
+            requests = self._requests(self.inputs.eval_requests, count)
+            early = self._early_scores(requests)
+            rollout = self._with_early(self.generate(requests, early), early)
             scores = self.score(rollout)
             # Before the first step the policy is the reference.
             kl = self.learner.response_kl(rollout) if self.step else torch.zeros(len(rollout.responses))
@@ -258,6 +266,19 @@ class Trainer(Run):
             (self.output_dir / "before_after.txt").write_text(table + "\n", encoding="utf-8")
             self.say(table)
         self.say(f"policy: {self.output_dir / 'policy'}   metrics: {self.output_dir / 'metrics.jsonl'}")
+
+    def _notes(self) -> list[str]:
+        """What was chosen for this machine, and what the settings do not get."""
+        model = self.learner.models.policy.module.model
+        notes = [f"attention: {model.config._attn_implementation}; loss head: {self.learner.ops_backend}"]
+        rollout = self.config.rollout
+        most = -(-rollout.prompts_per_step * rollout.responses_per_prompt // self.ranks.size)
+        if self.early_scorers and rollout.engine == "hf" and most <= rollout.batch_size:
+            notes.append(
+                f"rollout.score_early spares no time in training: {most} responses a rank are drawn as one batch "
+                f"(rollout.batch_size {rollout.batch_size})"
+            )
+        return notes
 
     def _batch_sizes(self) -> str:
         rollout, update, size = self.config.rollout, self.config.update, self.ranks.size

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,6 +166,14 @@ def metrics(output_dir: Path) -> list[dict]:
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:
     """The weights of the `policy/` that a run wrote."""
     return load_file(output_dir / "policy" / "model.safetensors")
+
+
+def assert_scored_by(cost: Callable[[list[str], list[str]], list[float]], output_dir: Path, steps: int) -> None:
+    """That `samples.jsonl` has the cost of every response of so many steps, and not all have the same."""
+    rows = [json.loads(line) for line in (output_dir / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == set(range(1, steps + 1))
+    assert [row["cost"] for row in rows] == cost([row["prompt"] for row in rows], [row["response"] for row in rows])
+    assert len({row["cost"] for row in rows}) > 1
 
 
 def same_bits(ours, theirs) -> bool:

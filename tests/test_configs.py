@@ -364,6 +364,10 @@ def test_words_that_are_no_options_are_refused():
             "--engine.offload_frozen true --engine.zero_stage 1",
             "engine.offload_frozen is true with engine.zero_stage 1",
         ),
+        (
+            "--engine.offload_frozen true --policy.lora.rank 4",
+            "engine.offload_frozen is true with policy.lora.rank 4 and scoring functions",
+        ),
         ("--algorithm.importance_cap 0", "algorithm.importance_cap is 0"),
         (
             "--update.old_log_probs sampler --update.epochs 2",

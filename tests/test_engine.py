@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations.deepspeed import deepspeed_config
 
 from repo_fast.config import EngineConfig, OptimizerConfig, RolloutConfig
 from repo_fast.data import Prompt
@@ -126,6 +127,8 @@ def measure(folder: Path) -> dict[str, Any]:
 
     found["frozen"] = {name: on.frozen(offload_frozen=offload) for name, offload in (("kept", False), ("away", True))}
 
+    found["trained on host"] = on.engine(offload_frozen=True).frozen_module.zero_offload_param() is not None
+
     found["skipped"] = {}
     for stage in (1, 2, 3):
         engine = on.engine(zero_stage=stage)
@@ -194,7 +197,14 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     return float((difference / sum(value.square().sum() for value in theirs.values())).sqrt())
 
 
+def test_models_are_loaded_to_where_they_are_kept() -> None:
+    for frozen in (False, True):
+        with sharded_loading(EngineConfig(offload_frozen=True), CPU, frozen=frozen):
+            assert ("offload_param" in deepspeed_config()["zero_optimization"]) == frozen
+
+
 def test_a_frozen_model_kept_on_the_host_computes_the_same(found) -> None:
+    assert not any(rank["trained on host"] for rank in found)
     for rank in found:
         (kept, kept_on_host), (away, away_on_host) = rank["frozen"]["kept"], rank["frozen"]["away"]
         assert not kept_on_host and away_on_host

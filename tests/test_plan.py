@@ -1,19 +1,22 @@
 """The plan's formulas against what runs hold, and what its command says."""
 
 import gc
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from repo_fast.config import EngineConfig, LoraConfig, OptimizerConfig, ScorerConfig, TrainConfig, parse
 from repo_fast.engine import Engine, start_distributed, stop_distributed
 from repo_fast.experience import pack
 from repo_fast.models.attention import PACKED
+from repo_fast.models.critic import Critic
 from repo_fast.models.loss_head import LossHead, summed_cross_entropy
 from repo_fast.models.policy import Policy
+from repo_fast.models.score_model import ScoreModel
 from repo_fast.plan.__main__ import USABLE, largest_micro_batch, main
 from repo_fast.plan.memory import memory
 from repo_fast.plan.networks import network, networks
@@ -65,20 +68,34 @@ def live_bytes() -> int:
     return sum(found.values())
 
 
+def make_critic(dtype: torch.dtype) -> Critic:
+    trunk = LlamaModel._from_config(LLAMA, dtype=dtype, attn_implementation=PACKED)
+    return Critic(ScoreModel(trunk, torch.zeros(1, LLAMA.hidden_size)), ("reward",), dtype)
+
+
+def values(critic: Engine) -> torch.Tensor:
+    batch = pack([torch.randint(1500, (9,))], [torch.randint(1500, (31,))], CPU)
+    return critic(batch.input_ids, batch.position_ids, batch.predictors).sum()
+
+
+ROLES = {"policy": (make_policy, backward), "critic": (make_critic, values)}
+
+
 def held_after_a_step(folder: Path) -> dict:
-    """On each rank of a torchrun: what an engine holds, by stage and dtype."""
+    """On each rank of a torchrun: what an engine holds, by stage, dtype and what it trains."""
     ranks = start_distributed()
     held, engines = {}, []
-    for stage, dtype in STAGES:
+    for (stage, dtype), role in itertools.product(STAGES, ROLES):
+        make, loss = ROLES[role]
         before = live_bytes()
         config = EngineConfig(
             zero_stage=stage, dtype=str(dtype).removeprefix("torch."), parameter_persistence_threshold=0
         )
-        engine = Engine(make_policy(dtype), config, ranks, OptimizerConfig())
+        engine = Engine(make(dtype), config, ranks, OptimizerConfig())
         for _ in range(2):
-            engine.backward(backward(engine), last=True)
+            engine.backward(loss(engine), last=True)
             engine.step()
-        held[stage, dtype] = live_bytes() - before
+        held[stage, dtype, role] = live_bytes() - before
         # Not let go of, or the next would be measured against what it frees.
         engines.append(engine)
     stop_distributed()
@@ -88,11 +105,11 @@ def held_after_a_step(folder: Path) -> dict:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_stays_is_what_deepspeed_holds(ranks: int, tmp_path: Path) -> None:
     for held in on_ranks(ranks, "tests.test_plan:held_after_a_step", tmp_path):
-        for (stage, dtype), measured in held.items():
+        for (stage, dtype, role), measured in held.items():
             config = TrainConfig(engine=EngineConfig(zero_stage=stage), reward=SCORER, cost=SCORER)
-            policy = network("policy", LLAMA, dtype, head=True)
-            planned = memory(config, [policy], ranks, dtype, CPU).resident_total
-            assert planned == pytest.approx(measured, rel=0.03), (stage, dtype)
+            trained = network(role, LLAMA, dtype, head=role == "policy")
+            planned = memory(config, [trained], ranks, dtype, CPU).resident_total
+            assert planned == pytest.approx(measured, rel=0.03), (stage, dtype, role)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -76,8 +76,8 @@ class RolloutConfig(SamplingConfig):
     vllm: VllmConfig = field(default_factory=VllmConfig)
     score_early: bool = False
     """Call scoring functions on responses that are done while others are still drawn: with `hf` after each batch of
-    `batch_size`, with `vllm` as they end. A function is then called several times a step, in a thread of its own, and a
-    run can be repeated only if no function draws from torch's global random state."""
+    `batch_size`, with `vllm` as they end. A function is then called several times a step, and not in the main thread
+    (where alone Python sets signal handlers); a run can be repeated only if none draws from global random states."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,12 @@ class TrainConfig(RunConfig):
         _check_vllm(self)
         check_scorer("reward", self.reward)
         check_scorer("cost", self.cost)
+        adapters, functions = self.policy.lora.rank > 0, all(":" in s.path for s in (self.reward, self.cost))
+        if self.engine.offload_frozen and adapters and functions:
+            raise InputError(
+                f"engine.offload_frozen is true with policy.lora.rank {self.policy.lora.rank} and scoring functions, "
+                "expected false: no model is frozen"
+            )
         if rollout.score_early and not any(":" in scorer.path for scorer in (self.reward, self.cost)):
             raise InputError(
                 f"rollout.score_early is true with reward.path {self.reward.path!r} and cost.path {self.cost.path!r}, "

@@ -145,6 +145,7 @@ class Evaluator:
             "template": self.config.template,
             "sampling": to_dict(self.config)["sampling"],
             "seed": self.config.seed,
+            "random numbers": "one a token",
             **self._computing,
         }
         folder = self.cache_dir / key_of(about)

@@ -105,8 +105,9 @@ def _logits(model: Network, tokens: int, width: int, device: torch.device) -> fl
 def _generation(policy: Network, config: TrainConfig, longest: int, width: int) -> float:
     batch = config.rollout.batch_size
     cache = batch * longest * policy.cache_elements * width
-    # The last scores, log-probabilities and probabilities in float32, the running sum of these in float64.
-    scores = 5 * _FLOAT32 * batch * policy.vocabulary
+    # The last logits, the scores made of them, log-probabilities and probabilities in float32, the running sum of these
+    # in float64; with top-p, their order before that.
+    scores = 7 * _FLOAT32 * batch * policy.vocabulary
     whole = policy.parameters * width if config.engine.zero_stage == 3 else 0.0
     return whole + cache + scores
 

@@ -96,7 +96,8 @@ def draw(probabilities: torch.Tensor) -> torch.Tensor:
     uniform = torch.rand(total.shape, dtype=torch.float64, device=total.device)
     # A product that rounds up to the total would be above every sum.
     where = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(sums, where, right=True)
+    # Beyond the last only where there is a NaN, which the log-probability will be too.
+    return torch.searchsorted(sums, where, right=True).clamp(max=sums.shape[-1] - 1)
 
 
 class _StopStrings(StoppingCriteria):
@@ -238,8 +239,11 @@ def _generate_batch(model, tokenizer, prompts: list[torch.Tensor], config: Sampl
             stopping_criteria=StoppingCriteriaList(stops),
             synced_gpus=False,
         )
+    log_probs = torch.stack(sampling.log_probs, dim=1).cpu()
+    if not log_probs.isfinite().all():
+        raise RuntimeError("the policy gives scores that are not finite: no token can be drawn from them")
     stopped = stops[0].lengths if stops else [None] * len(prompts)
-    return output[:, longest:].cpu(), torch.stack(sampling.log_probs, dim=1).cpu(), stopped
+    return output[:, longest:].cpu(), log_probs, stopped
 
 
 def _response_length(tokens: torch.Tensor, ends: list[int], stopped: int | None) -> tuple[int, bool]:

@@ -70,11 +70,10 @@ class VllmSampler:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import vllm
-        from vllm.sampling_params import RequestOutputKind
 
         self._tokenizer, self._config, self._ranks, self._dtype = tokenizer, config, ranks, dtype
         self._sleeps = config.vllm.sleep and ranks.device.type == "cuda"
-        self._parameters, self._output_kind = vllm.SamplingParams, RequestOutputKind
+        self._parameters = vllm.SamplingParams
         self._ends = end_tokens(_generation_settings(path), tokenizer)
         vocabulary = load_config(path).vocab_size
         never = set(never_drawn(vocabulary, tokenizer, self._ends))
@@ -161,16 +160,18 @@ class VllmSampler:
             # Of the drawn token alone.
             "logprobs": 0,
             "detokenize": bool(config.stop),
-            "output_kind": self._output_kind.FINAL_ONLY,
         }
-        engine = self._engine.llm_engine
-        for place, (request, seed) in enumerate(shared):
-            prompt = {"prompt_token_ids": request.tokens.tolist()}
-            engine.add_request(str(place), prompt, self._parameters(seed=seed, **common))
+        numbers = self._engine.enqueue(
+            [{"prompt_token_ids": request.tokens.tolist()} for request, _ in shared],
+            [self._parameters(seed=seed, **common) for _, seed in shared],
+            use_tqdm=False,
+        )
+        # An output has the number of its request, without what enqueue makes it unique by.
+        places = {number.partition("-")[0]: place - first for place, number in enumerate(numbers)}
         drawn: dict[int, Any] = {}
         texts: dict[int, str] = {}
-        while engine.has_unfinished_requests():
-            ended = {int(output.request_id) - first: output.outputs[0] for output in engine.step()}
+        while self._engine.llm_engine.has_unfinished_requests():
+            ended = {places[output.request_id]: output.outputs[0] for output in self._engine.llm_engine.step()}
             mine = {place: output for place, output in ended.items() if 0 <= place < len(requests)}
             drawn |= mine
             decoded = {

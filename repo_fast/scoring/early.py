@@ -3,54 +3,72 @@
 A scoring model is not called so: it computes on the device that draws, and under ZeRO-3 all ranks have to call it.
 """
 
+import queue
+import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
+
+import torch
 
 from repo_fast.rollout import Request
 from repo_fast.scoring.functions import FunctionScorer
 
 
 class EarlyScores:
-    """Calls functions in a thread beside the one that draws; is told of responses as a sampler's `finished`.
+    """Calls functions in a thread beside the one that draws, which tells it of responses as a sampler's `finished`.
 
-    One thread, so that a function is never called twice at once. To be used as a context: functions that are not yet
-    called when it is left are not called any more.
+    There is one thread, so that a function is never called twice at once; what became known during a call is scored
+    together in the next. A function that failed is not called again. The thread does not keep a process alive.
 
     Args:
         scorers: The functions by name.
         requests: What is drawn for.
+        device: Of this rank: a thread has a current CUDA device of its own.
     """
 
-    def __init__(self, scorers: Mapping[str, FunctionScorer], requests: Sequence[Request]) -> None:
-        self._scorers, self._requests = scorers, requests
-        self._thread = ThreadPoolExecutor(1, "scores")
-        self._scored: list[tuple[Sequence[int], Future[dict[str, list[float]]]]] = []
+    def __init__(
+        self, scorers: Mapping[str, FunctionScorer], requests: Sequence[Request], device: torch.device
+    ) -> None:
+        self._scorers, self._requests, self._device = scorers, requests, device
+        # Places and texts of responses; None after the last.
+        self._known: queue.SimpleQueue[tuple[Sequence[int], Sequence[str]] | None] = queue.SimpleQueue()
+        self._scores: dict[int, dict[str, float]] = {}
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="scores", daemon=True)
+        self._thread.start()
 
     def __call__(self, places: Sequence[int], responses: Sequence[str]) -> None:
-        prompts = [self._requests[place].prompt.text for place in places]
-        self._scored.append((places, self._thread.submit(self._score, prompts, responses)))
-
-    def _score(self, prompts: Sequence[str], responses: Sequence[str]) -> dict[str, list[float]]:
-        return {name: scorer.score_texts(prompts, responses) for name, scorer in self._scorers.items()}
+        self._known.put((places, responses))
 
     def scores(self) -> list[dict[str, float]]:
-        """Of every request, by function; waits for what is not scored yet.
+        """Of every request, by function; waits for what is not scored yet. To be called once, after the last response.
 
         Raises:
             InputError: A function failed, or did not return one finite number a response.
         """
-        found: dict[int, dict[str, float]] = {}
-        for places, future in self._scored:
-            for name, values in future.result().items():
-                for place, value in zip(places, values, strict=True):
-                    found.setdefault(place, {})[name] = value
-        return [found[place] for place in range(len(self._requests))]
+        self._known.put(None)
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return [self._scores[place] for place in range(len(self._requests))]
 
-    def __enter__(self) -> "EarlyScores":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+    def _run(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        more = True
+        while more:
+            known = [self._known.get()]
+            while not self._known.empty():
+                known.append(self._known.get())
+            more = known[-1] is not None
+            pairs = [pair for part in known if part is not None for pair in zip(*part, strict=True)]
+            if not pairs:
+                continue
+            places, responses = zip(*pairs, strict=True)
+            prompts = [self._requests[place].prompt.text for place in places]
+            try:
+                for name, scorer in self._scorers.items():
+                    for place, score in zip(places, scorer.score_texts(prompts, responses), strict=True):
+                        self._scores.setdefault(place, {})[name] = score
+            except Exception as error:
+                self._failure = error
+                return

@@ -87,6 +87,13 @@ def test_a_token_of_probability_0_is_never_drawn(number: float, monkeypatch: pyt
     assert (drawn[:50] == (2 if number == 0 else 297)).all() and drawn[50] == 77
 
 
+def test_scores_that_are_no_numbers_are_an_error(policy, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = policy.model.get_output_embeddings()
+    monkeypatch.setattr(head, "forward", lambda hidden: torch.full((*hidden.shape[:-1], 32), torch.nan))
+    with pytest.raises(RuntimeError, match="gives scores that are not finite"):
+        draw(policy, tokenizer, requests(tokenizer))
+
+
 def test_the_rarest_token_is_drawn_too() -> None:
     """In float32 the running sum would lose it behind the others."""
     probabilities = torch.cat([torch.full((32000,), 1 / 32000), torch.tensor([1e-9])])

@@ -14,22 +14,43 @@ from repo_fast.models.policy import Policy
 from repo_fast.rollout import Request
 from repo_fast.rollout.hf import generate
 from repo_fast.scoring import EarlyScores, FunctionScorer
-from tests.jobs import Job, metrics, weights
+from tests.jobs import Job, assert_scored_by
+from tests.scorers import cost
 from tests.tiny import save_policy, word_tokenizer
 
-go_on = threading.Event()
-calls: list[tuple[list[str], list[str]]] = []
+CPU = torch.device("cpu")
+entered, go_on = threading.Event(), threading.Event()
+calls: list[tuple[list[str], list[str], str]] = []
+
+
+def note(prompts: list[str], responses: list[str]) -> None:
+    calls.append((prompts, responses, threading.current_thread().name))
 
 
 def waits(prompts: list[str], responses: list[str]) -> list[float]:
     """Like a server that answers when it likes."""
-    calls.append((prompts, responses))
+    note(prompts, responses)
+    entered.set()
     assert go_on.wait(timeout=60)
     return [float(response) for response in responses]
 
 
 def fails(prompts: list[str], responses: list[str]) -> list[float]:
+    note(prompts, responses)
+    entered.set()
     raise OSError("503")
+
+
+def noted(prompts: list[str], responses: list[str]) -> list[float]:
+    note(prompts, responses)
+    return [len(text) % 7 - 3.0 for text in responses]
+
+
+@pytest.fixture(autouse=True)
+def nothing_called() -> None:
+    entered.clear()
+    go_on.clear()
+    calls.clear()
 
 
 def requests(count: int) -> list[Request]:
@@ -40,36 +61,34 @@ def scorers(**functions: str) -> dict[str, FunctionScorer]:
     return {name: FunctionScorer(f"{__name__}:{function}", name) for name, function in functions.items()}
 
 
-def test_scores_come_from_a_thread_and_go_to_their_responses() -> None:
-    go_on.clear()
-    calls.clear()
-    with EarlyScores(scorers(reward="waits", cost="waits"), requests(3)) as early:
-        early([2, 0], ["2.5", "0.5"])
-        # The function still waits, and this goes on.
-        early([1], ["1.5"])
-        go_on.set()
-        assert early.scores() == [{"reward": value, "cost": value} for value in (0.5, 1.5, 2.5)]
-    assert calls[0] == (["prompt 2", "prompt 0"], ["2.5", "0.5"]) and len(calls) == 4
+def test_scores_go_to_their_responses_and_what_comes_meanwhile_is_scored_at_once() -> None:
+    early = EarlyScores(scorers(reward="waits", cost="noted"), requests(7), CPU)
+    early([2, 0], ["2.5", "0.5"])
+    assert entered.wait(timeout=60)
+    # The function still waits, and this goes on.
+    for place in (6, 1, 3, 5, 4):
+        early([place], [f"{place}.5"])
+    go_on.set()
+    scores = early.scores()
+    assert [score["reward"] for score in scores] == [place + 0.5 for place in range(7)]
+    assert all(score["cost"] == 0.0 for score in scores)
+    first, later = ["prompt 2", "prompt 0"], [f"prompt {place}" for place in (6, 1, 3, 5, 4)]
+    assert [prompts for prompts, _, _ in calls] == [first, first, later, later]
+    assert {thread for _, _, thread in calls} == {"scores"}
 
 
-def test_a_function_that_fails_is_an_error() -> None:
-    with (
-        pytest.raises(InputError, match=r"the cost function '.*:fails' raised OSError: 503"),
-        EarlyScores(scorers(cost="fails"), requests(1)) as early,
-    ):
-        early([0], ["x"])
+def test_a_function_that_fails_is_an_error_and_not_called_again() -> None:
+    early = EarlyScores(scorers(cost="fails"), requests(2), CPU)
+    early([0], ["x"])
+    assert entered.wait(timeout=60)
+    early([1], ["x"])
+    with pytest.raises(InputError, match=r"the cost function '.*:fails' raised OSError: 503"):
         early.scores()
-
-
-def test_where_drawing_fails_no_more_functions_are_called() -> None:
-    go_on.clear()
-    calls.clear()
-    with pytest.raises(RuntimeError, match="out of memory"), EarlyScores(scorers(cost="waits"), requests(9)) as early:
-        for place in range(9):
-            early([place], ["0"])
-        threading.Timer(0.2, go_on.set).start()
-        raise RuntimeError("out of memory")
     assert len(calls) == 1
+
+
+def test_no_requests_have_no_scores() -> None:
+    assert EarlyScores(scorers(cost="fails"), [], CPU).scores() == []
 
 
 def test_each_batch_is_announced_before_the_next_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,23 +109,29 @@ def test_each_batch_is_announced_before_the_next_is_drawn(tmp_path: Path, monkey
     monkeypatch.setattr(type(policy.model), "generate", watched)
     asked = [Request(Prompt(i, "x"), torch.arange(4, 4 + length)) for i, length in enumerate((3, 1, 2, 5, 4))]
     config = SamplingConfig(max_new_tokens=6, batch_size=2)
-    rollout = generate(policy.model, tokenizer, asked, config, torch.device("cpu"), announce=announce)
+    rollout = generate(policy.model, tokenizer, asked, config, CPU, announce=announce)
     assert events == ["draw", [1, 2], "draw", [0, 4], "draw", [3]]
     assert [texts[place] for place in range(5)] == rollout.responses
 
 
-def test_a_run_learns_the_same(tmp_path: Path) -> None:
-    """On two ranks, which exchange responses and their scores after they are drawn."""
+@pytest.mark.parametrize(("early", "thread", "most"), [("false", "MainThread", 6), ("true", "scores", 2)])
+def test_a_run_calls_a_function_from_its_thread(early: str, thread: str, most: int, tmp_path: Path) -> None:
+    """Batch by batch; six responses a step."""
     job = Job.make(tmp_path)
-    options = ("--reward.path tests.scorers:cost", "--total_steps 2", "--rollout.batch_size 1")
-    found = []
-    for name, more in (("late", ()), ("early", ("--rollout.score_early true",))):
-        finished = job.torchrun(2, tmp_path / name, *options, *more)
-        assert finished.returncode == 0, finished.stderr[-4000:]
-        found.append((metrics(tmp_path / name), weights(tmp_path / name)))
-    (late, late_weights), (early, early_weights) = found
-    assert early == late and len(late) == 2
-    assert all(torch.equal(value, late_weights[name]) for name, value in early_weights.items())
+    words = (f"--rollout.score_early {early}", f"--cost.path {__name__}:noted", "--rollout.batch_size 2")
+    assert job.here(tmp_path / "run", *words, "--total_steps 1") == 0
+    assert {name for _, _, name in calls} == {thread}
+    assert sum(len(responses) for _, responses, _ in calls) == 6
+    assert len(calls[0][1]) == most
+
+
+def test_ranks_exchange_responses_with_their_scores(tmp_path: Path) -> None:
+    """The balance over ranks comes after the drawing."""
+    job = Job.make(tmp_path)
+    words = ("--rollout.score_early true", "--cost.path tests.scorers:early_cost", "--rollout.batch_size 1")
+    finished = job.torchrun(2, tmp_path / "run", *words, "--total_steps 2", "--log.samples_every 1")
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert_scored_by(cost, tmp_path / "run", steps=2)
 
 
 def test_a_run_whose_function_fails_ends_with_one_line(tmp_path: Path) -> None:
