@@ -1,8 +1,8 @@
 """The plan's times against measured steps, and a step on 8 to 1024 GPUs by the same formulas.
 
-*Check.* Two constants of this machine, what its products reach and how long a layer takes to launch, are taken from
-one measured step; the other steps, with other lengths, K and widths, are predicted. So the formulas' form is tested,
-not the figures of a device's data sheet.
+*Check.* Three constants of this machine, what its products reach, how long a layer takes to launch, and how long the
+optimizer takes a parameter, are taken from one measured step; the other steps, with other lengths, K and widths, are
+predicted. So the formulas' form is tested, not the figures of a device's data sheet.
 
 *Scale.* What is assumed is printed with the result: `ASSUMPTIONS`.
 """
@@ -67,7 +67,7 @@ def check_plan(steps: Mapping[str, tuple[Geometry, int, dict[str, float]]], refe
     """Predicted and measured seconds.
 
     Args:
-        steps: By name: geometry, responses a prompt, the measured metrics of a step.
+        steps: By name: geometry, responses a prompt, the measured metrics of a step and its `optimizer_seconds`.
         reference: The step that gives the constants.
 
     Returns:
@@ -81,9 +81,12 @@ def check_plan(steps: Mapping[str, tuple[Geometry, int, dict[str, float]]], refe
         work = Workload.of(config, 1, metrics["response_length"])
         return step_seconds(config, models_of(geometry, torch.float32), 1, torch.float32, device, work)
 
+    def parameters(name: str) -> int:
+        return models_of(steps[name][0], torch.float32)[0].trained
+
     metrics = steps[reference][2]
-    # With 1 FLOP/s the plan gives operations, and with a second a layer, layers.
-    flops = predicted(reference, machine)["update"] / metrics["update_seconds"]
+    # With 1 FLOP/s the plan gives operations, and with a second a layer, layers. Its optimizer is as fast as memory.
+    flops = predicted(reference, machine)["update"] / (metrics["update_seconds"] - metrics["optimizer_seconds"])
     products_only = predicted(reference, replace(machine, flops=flops))["generate"]
     launch = (metrics["generate_seconds"] - products_only) / (
         predicted(reference, replace(machine, flops=math.inf, launch_seconds=1.0))["generate"]
@@ -93,6 +96,7 @@ def check_plan(steps: Mapping[str, tuple[Geometry, int, dict[str, float]]], refe
     for name, (_, _, measured) in steps.items():
         if name != reference:
             seconds = predicted(name, machine)
+            seconds["update"] += metrics["optimizer_seconds"] * parameters(name) / parameters(reference)
             found[name] = {
                 phase: {"measured": measured[f"{phase}_seconds"], "predicted": seconds[phase]} for phase in CHECKED
             }

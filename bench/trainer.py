@@ -199,7 +199,10 @@ def plan_beside(growth: Results, geometry: Geometry) -> Results:
     if UNCHANGED not in growth:
         return {}
     settings = growth_settings(geometry)
-    steps = {name: (*settings[name], row["metrics"]) for name, row in growth.items()}
+    steps = {
+        name: (*settings[name], row["metrics"] | {"optimizer_seconds": row["seconds"]["optimizer"]})
+        for name, row in growth.items()
+    }
     return on_paper.check_plan(steps, UNCHANGED)
 
 

@@ -21,7 +21,7 @@ TINY = GEOMETRIES["tiny"]
 def step(seconds: float, response_length: float = 10.0) -> dict[str, Any]:
     metrics = {f"{phase}_seconds": seconds for phase in PHASES}
     return {
-        "seconds": {"step": 4 * seconds},
+        "seconds": {"step": 4 * seconds, "optimizer": seconds / 10},
         "overhead_share": 0.06,
         "metrics": metrics | {"tokens_per_second": 5.0, "response_length": response_length},
     }
@@ -115,7 +115,8 @@ def test_what_grows_is_drawn_and_compared_with_the_plan(tmp_path: Path) -> None:
     compared = trainer.plan_beside(growth, TINY)
     assert set(compared) == set(settings) - {trainer.UNCHANGED}
     # The same geometry as the reference under another name is predicted as it was measured.
-    again = {"unchanged": (*settings["unchanged"], machine["metrics"]), "again": (TINY, 4, machine["metrics"])}
+    metrics = machine["metrics"] | {"optimizer_seconds": 0.05}
+    again = {"unchanged": (*settings["unchanged"], metrics), "again": (TINY, 4, metrics)}
     same = on_paper.check_plan(again, trainer.UNCHANGED)["again"]
     for phase in ("generate", "update"):
         assert same[phase]["predicted"] == pytest.approx(0.5, rel=1e-6)
