@@ -59,7 +59,7 @@ def returns_a_number(prompts: list[str], responses: list[str]) -> float:
 
 def huge(prompts: list[str], responses: list[str]) -> list[float]:
     """Finite, but not after squaring in float32."""
-    return [1e38] * len(responses)
+    return [3e38] * len(responses)
 
 
 def raises_on_rank_1_at_step_2(prompts: list[str], responses: list[str]) -> list[float]:

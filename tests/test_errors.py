@@ -144,8 +144,10 @@ def test_a_scorer_that_is_wrong(
 
 
 def test_losses_that_stay_not_finite_stop_the_run(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Rewards so large that the value loss overflows: two skipped steps of the first rollout, one of the second."""
-    options = ("--reward.path tests.scorers:huge", "--algorithm.score_clamp 1e38", "--update.max_skipped_steps 3")
+    """Rewards so large that gradients overflow: two skipped steps of the first rollout, one of the second."""
+    options = ("--reward.path tests.scorers:huge", "--algorithm.score_clamp 3e38", "--update.max_skipped_steps 3")
+    # Nothing is divided by the number of responses.
+    options += ("--algorithm.reduction sum",)
     capsys.readouterr()
     assert job.here(tmp_path / "run", *options, "--checkpoint.every 1") == 2
     said = capsys.readouterr()

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEFT_BEHIND = shutil.ignore_patterns(".*", "outputs", "build", "dist", "*.egg-info", "*.so", "__pycache__")
-LIMIT_SECONDS = 300
+LIMIT_SECONDS = 600
 
 
 def run(*words: str | Path, cwd: Path, **environment: str) -> str:

@@ -139,9 +139,19 @@ def test_the_simulation_gets_no_cheaper_with_more_gpus() -> None:
         assert efficiency[0] == 1 and all(a >= b for a, b in zip(efficiency, efficiency[1:], strict=False))
     said = on_paper.scale_table(simulated)
     assert "1024 GPUs" in said and "no GPU has confirmed any of it" in said
-    for engine, words in simulated["breaks_first"].items():
-        gpus = next(gpus for gpus in on_paper.GPUS if rows[f"{engine}, {gpus} GPUs"]["waiting"] >= on_paper.FELT)
-        assert f"at {gpus} GPUs" in words and words in said
+    for words in simulated["breaks_first"].values():
+        assert words in said
+
+
+def test_what_breaks_first_is_what_is_short_first() -> None:
+    device, fine = on_paper.DEVICES["h100"], {"waiting": 0.01, "waits_most": "update", "peak_gb": 60.0}
+    steps = {f"hf, {gpus} GPUs": fine for gpus in on_paper.GPUS}
+    assert on_paper._breaks_first(steps, "hf", device) == "nothing up to 1024 GPUs"
+    steps["hf, 64 GPUs"] = fine | {"waiting": 0.25}
+    said = on_paper._breaks_first(steps, "hf", device)
+    assert said.startswith("links between machines, at 64 GPUs: 25%") and said.endswith("in update")
+    steps["hf, 8 GPUs"] = fine | {"peak_gb": 81.0}
+    assert on_paper._breaks_first(steps, "hf", device) == "memory, at 8 GPUs: 81 GB a rank"
 
 
 def test_responses_end_by_chance_after_half_of_the_longest() -> None:
