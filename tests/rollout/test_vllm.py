@@ -92,6 +92,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(job: Path, ten_steps: tuple[Path
     assert all((value == theirs[name]).all() for name, value in weights(tmp_path / "run").items())
 
 
+def test_two_ranks_share_an_engine(job: Path, tmp_path: Path) -> None:
+    """Each asks for all responses and keeps its own, which the trainer finds as probable as the engine said."""
+    words = ["--config", str(job), "--output_dir", str(tmp_path), "--total_steps", "2"]
+    shared = [*torchrun(2), "repo_fast.train", *words, "--rollout.vllm.tensor_parallel", "2"]
+    finished = run(shared, {"VLLM_CPU_KVCACHE_SPACE": "1"})
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert [0 < row["sampler_gap_absolute"] < NEAR for row in metrics(tmp_path)] == [True, True]
+
+
 def test_responses_are_scored_while_others_are_drawn(job: Path, tmp_path: Path) -> None:
     options = ("--total_steps", "2", "--rollout.score_early", "true", "--cost.path", "tests.scorers:early_cost")
     finished = train(job, tmp_path / "run", *options, "--log.samples_every", "1")
