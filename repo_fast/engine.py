@@ -52,12 +52,16 @@ REDUCE_BUCKET_ELEMENTS = 500_000_000
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
 
 
+# What torchrun says to each rank, for a process that was started without it. Port 0 lets the store choose a free one:
+# two such runs on one machine do not meet.
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+_said_here: set[str] = set()
+
+
 def start_distributed() -> Ranks:
     """Open the process group (gloo on CPU, nccl on CUDA) as torchrun's environment says, or one of a single process."""
-    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, alone)
-    # Port 0 lets the store choose a free one: two single-process runs on one machine do not meet.
-    os.environ.setdefault("MASTER_PORT", "0")
+    _said_here.update(_ALONE.keys() - os.environ.keys())
+    os.environ.update({name: _ALONE[name] for name in _said_here})
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -79,10 +83,13 @@ def _pause_at_exit() -> None:
 
 
 def stop_distributed() -> None:
-    """Close the process group, if it is open."""
+    """Close the process group, if it is open, and leave the environment as it was."""
     if torch.distributed.is_initialized():
         # DeepSpeed's own: it also forgets the groups it keeps, so that a process can run again.
         deepspeed.comm.destroy_process_group()
+    # Other libraries take these for a launch by torchrun, and open groups of their own.
+    while _said_here:
+        os.environ.pop(_said_here.pop(), None)
 
 
 def resolve_dtype(choice: str, device: torch.device) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Fixtures of the tests that run the main job."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,7 +22,9 @@ from tests.jobs import Job  # noqa: E402
 def pytest_configure() -> None:
     # A spinning thread pool slows every other process of a test that starts several.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # As the processes that tests start: runs of one and of two threads differ in their last bits.
+    # As the processes that tests start: runs of one and of two threads differ in their last bits. Where the variable is
+    # not set, accelerate, which TRL starts, chooses the number itself once there is a process group.
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 
@@ -29,6 +32,12 @@ def pytest_configure() -> None:
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The inputs of the main job, with one tiny random policy, made once."""
     return Job.make(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(autouse=True)
+def _leaves_the_number_of_threads() -> Iterator[None]:
+    yield
+    assert torch.get_num_threads() == 1
 
 
 @pytest.fixture(autouse=True)

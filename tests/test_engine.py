@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,19 @@ def test_a_skipped_step_of_a_run(job: Job, tmp_path: Path, monkeypatch: pytest.M
     assert rows[-1]["learning_rate"] == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * 3 / 5)))
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-000003" / "run.json").read_text())
     assert state["state"]["learner"]["skipped"] == [1, 0]
+
+
+def test_a_group_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun said stays, what was made up goes."""
+    stop_distributed()
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    before = dict(os.environ)
+    start_distributed()
+    assert os.environ["WORLD_SIZE"] == "1"
+    stop_distributed()
+    assert os.environ == before
 
 
 @pytest.mark.parametrize(
