@@ -6,6 +6,7 @@ RANKS ?= 1
 ARGS ?=
 # Test files at once; most tests use one core.
 JOBS ?= 2
+SPREAD := --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 # outputs/tiny, or the first of outputs/tiny-1, outputs/tiny-2, ... that is free.
 OUTPUT = $(shell n=; while [ -e outputs/tiny$$n ]; do n=$$(($${n:-0} - 1)); done; echo outputs/tiny$$n)
 
@@ -40,7 +41,7 @@ pipeline: setup ## From demonstrations and preferences to a safer policy: SFT, r
 	$(VENV)/bin/python -m repo_fast.pipeline --output_dir outputs/pipeline --ranks $(RANKS) $(ARGS)
 
 test: lint ## Check and test everything but what is marked slow
-	$(VENV)/bin/pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(VENV)/bin/pytest -m "not slow" $(SPREAD) $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.done ## Test rollouts by vLLM's CPU build, in an environment of its own
 	$(VLLM_VENV)/bin/pytest tests/rollout/test_vllm.py $(ARGS)
@@ -56,7 +57,7 @@ $(VLLM_VENV)/.done: $(VENV)/.done
 	@touch $@
 
 acceptance: lint ## Check and test everything
-	$(VENV)/bin/pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+	$(VENV)/bin/pytest $(SPREAD) $(ARGS)
 
 lint: setup ## Style, types of the public ops, and which room may import which
 	$(VENV)/bin/ruff check

@@ -28,6 +28,11 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest first: as the last, one of two workers would wait for it.
+    items.sort(key=lambda item: item.path.name != "test_default_run.py")
+
+
 @pytest.fixture(scope="session")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The inputs of the main job, with one tiny random policy, made once."""

@@ -135,6 +135,7 @@ def test_a_failed_run_is_named(tmp_path: Path) -> None:
     assert "/no/such" in (tmp_path / "bad" / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_shrunk_experiment_runs_and_is_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,39 +1,17 @@
-"""The plan's formulas against what runs hold, and what its command says."""
+"""What the plan's command says of a 7B."""
 
-import gc
-import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig
 
-from repo_fast.config import EngineConfig, LoraConfig, OptimizerConfig, ScorerConfig, TrainConfig, parse
-from repo_fast.engine import Engine, start_distributed, stop_distributed
-from repo_fast.experience import pack
-from repo_fast.models.attention import PACKED
-from repo_fast.models.critic import Critic
-from repo_fast.models.loss_head import LossHead, summed_cross_entropy
-from repo_fast.models.policy import Policy
-from repo_fast.models.score_model import ScoreModel
+from repo_fast.config import TrainConfig, parse
 from repo_fast.plan.__main__ import USABLE, largest_micro_batch, main
 from repo_fast.plan.memory import memory
-from repo_fast.plan.networks import network, networks
+from repo_fast.plan.networks import networks
 from repo_fast.plan.speed import DEVICES, Workload, step_seconds
-from tests.jobs import on_ranks
 
-CPU = torch.device("cpu")
-SCORER = ScorerConfig("package.module:function")
-LLAMA = LlamaConfig(
-    hidden_size=96,
-    intermediate_size=200,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_hidden_layers=3,
-    vocab_size=1500,
-)
-STAGES = [(stage, dtype) for stage in (1, 2, 3) for dtype in (torch.float32, torch.bfloat16)]
 LARGE = LlamaConfig(
     hidden_size=4096,
     intermediate_size=11008,
@@ -42,111 +20,6 @@ LARGE = LlamaConfig(
     vocab_size=32001,
     architectures=["LlamaForCausalLM"],
 )
-
-
-def make_policy(dtype: torch.dtype) -> Policy:
-    model = LlamaForCausalLM._from_config(LLAMA, dtype=dtype, attn_implementation=PACKED)
-    model.get_output_embeddings().__class__ = LossHead
-    return Policy(model)
-
-
-def backward(policy: Engine | Policy) -> torch.Tensor:
-    tokens = torch.randint(1500, (40,))
-    batch = pack([tokens[:9], tokens[9:15]], [tokens[15:20], tokens[20:]], CPU)
-    return policy(batch, lambda hidden, weight, row: summed_cross_entropy(hidden, weight, row.targets))
-
-
-def live_bytes() -> int:
-    """Of all tensors that Python knows, each memory once."""
-    gc.collect()
-    found = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
-            for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None:
-                    found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-    return sum(found.values())
-
-
-def make_critic(dtype: torch.dtype) -> Critic:
-    trunk = LlamaModel._from_config(LLAMA, dtype=dtype, attn_implementation=PACKED)
-    return Critic(ScoreModel(trunk, torch.zeros(1, LLAMA.hidden_size)), ("reward",), dtype)
-
-
-def values(critic: Engine) -> torch.Tensor:
-    batch = pack([torch.randint(1500, (9,))], [torch.randint(1500, (31,))], CPU)
-    return critic(batch.input_ids, batch.position_ids, batch.predictors).sum()
-
-
-ROLES = {"policy": (make_policy, backward), "critic": (make_critic, values)}
-
-
-def held_after_a_step(folder: Path) -> dict:
-    """On each rank of a torchrun: what an engine holds, by stage, dtype and what it trains."""
-    ranks = start_distributed()
-    held, engines = {}, []
-    for (stage, dtype), role in itertools.product(STAGES, ROLES):
-        make, loss = ROLES[role]
-        before = live_bytes()
-        config = EngineConfig(
-            zero_stage=stage, dtype=str(dtype).removeprefix("torch."), parameter_persistence_threshold=0
-        )
-        engine = Engine(make(dtype), config, ranks, OptimizerConfig())
-        for _ in range(2):
-            engine.backward(loss(engine), last=True)
-            engine.step()
-        held[stage, dtype, role] = live_bytes() - before
-        # Not let go of, or the next would be measured against what it frees.
-        engines.append(engine)
-    stop_distributed()
-    return held
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_what_stays_is_what_deepspeed_holds(ranks: int, tmp_path: Path) -> None:
-    for held in on_ranks(ranks, "tests.test_plan:held_after_a_step", tmp_path):
-        for (stage, dtype, role), measured in held.items():
-            config = TrainConfig(engine=EngineConfig(zero_stage=stage), reward=SCORER, cost=SCORER)
-            trained = network(role, LLAMA, dtype, head=role == "policy")
-            planned = memory(config, [trained], ranks, dtype, CPU).resident_total
-            assert planned == pytest.approx(measured, rel=0.03), (stage, dtype, role)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_on_paper_are_those_of_a_forward(dtype: torch.dtype) -> None:
-    policy = make_policy(dtype)
-    weights = {parameter.untyped_storage()._cdata for parameter in policy.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
-    tokens = torch.randint(1500, (400,))
-    batch = pack([tokens[:150], tokens[150:300]], [tokens[300:350], tokens[350:]], CPU)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        policy(batch, lambda hidden, weight, row: hidden.sum())
-    measured = sum(storage.nbytes() for storage in kept.values())
-    planned = network("policy", LLAMA, dtype, head=True)
-    total = 400 * (planned.layers * planned.layer_activations + planned.other_activations)
-    # The CPU's attention keeps some tensors once more than FlashAttention.
-    assert total == pytest.approx(measured, rel=0.15)
-
-
-def test_what_is_trained_is_what_is_counted() -> None:
-    whole = network("policy", LLAMA, torch.float32, head=True)
-    parameters = sum(p.numel() for p in make_policy(torch.float32).parameters())
-    assert whole.parameters == whole.trained == parameters and whole.layers == 3
-    assert network("reference", LLAMA, torch.float32, head=True, frozen=True).trained == 0
-    last = network("policy", LLAMA, torch.float32, head=True, last=1)
-    assert 0 < last.trained < parameters // 3 and last.layers == 1
-    adapters = network("policy", LLAMA, torch.float32, head=True, lora=LoraConfig(rank=4))
-    assert 0 < adapters.trained < parameters // 10 and adapters.parameters == parameters + adapters.trained
-
-
-# ------------------------------------------------------------------------------------------------- the 7B on paper
 
 
 @pytest.fixture(scope="module")

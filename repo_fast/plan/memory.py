@@ -1,8 +1,9 @@
 """Memory of a rank, by model and phase, from formulas.
 
-What stays (weights, gradients, optimizer states) is what DeepSpeed keeps, checked to the byte against live tensors.
-What comes and goes is an estimate: activations are those of one layer on paper times the tokens of a micro-batch; the
-allocator's fragments, CUDA's context and NCCL's buffers are not in it.
+What stays (weights, gradients, optimizer states) is what DeepSpeed keeps, checked against live tensors. What comes and
+goes is an estimate, checked against what small runs on a CPU allocate: activations are those of one layer on paper
+times the tokens of a micro-batch, also where no backward needs them; the allocator's fragments, CUDA's context and
+NCCL's buffers are not in it.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,12 @@ from repo_fast.ops.sweep import chunk_rows
 from repo_fast.plan.networks import Network
 from repo_fast.throughput import PHASES
 
-# DeepSpeed's default: ZeRO-3 releases what it gathered once so many parameters are whole.
+# DeepSpeed's defaults: ZeRO-3 releases what it gathered once so many parameters are whole, and its bfloat16 optimizer
+# of stage 1 reduces so many gradients at a time.
 _LIVE_PARAMETERS = 10**9
+_REDUCED_ELEMENTS = 500_000_000
 _FLOAT32 = 4
+_SCORERS = ("reward", "cost")
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,17 @@ def memory(
     policy = models[0]
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     tokens = max(config.update.micro_batch_tokens, longest)
-    forward = max(_gathered(model, config.engine, width) + _forward(model, tokens, width, device) for model in models)
-    scorers = [model for model in models if model.role in ("reward", "cost")]
     drawing, vllm = config.rollout.engine == "vllm", config.rollout.vllm
+
+    def forwards(which: Sequence[Network]) -> float:
+        """One after the other, without a backward. The last one's weights are still whole when the next gathers."""
+        gathered = sorted(_gathered(model, config.engine, ranks, width) for model in which)
+        return sum(gathered[-2:]) + max((_forward(model, tokens, width, device) for model in which), default=0.0)
+
     phases = {
-        "generate": vllm.memory_share * device_bytes if drawing else _generation(policy, config, longest, width),
-        "score": max(
-            (_gathered(m, config.engine, width) + _forward(m, tokens, width, device) for m in scorers), default=0
-        ),
-        "experience": forward,
+        "generate": vllm.memory_share * device_bytes if drawing else _generation(policy, config, ranks, longest, width),
+        "score": forwards([model for model in models if model.role in _SCORERS]),
+        "experience": forwards([model for model in models if model.role not in _SCORERS]),
         "update": max(_update(model, config.engine, ranks, tokens, width, device) for model in models if model.trained),
     }
     if drawing and not vllm.sleep:
@@ -76,9 +82,9 @@ def memory(
 def _resident(model: Network, engine: EngineConfig, ranks: int, width: int) -> dict[str, float]:
     stage, trained = engine.zero_stage, model.trained
     weights = model.parameters * width / (ranks if stage == 3 else 1)
-    # DeepSpeed accumulates in float32 in its bf16 engine of stage 1, whole; in stage 2 in the weights' type; in stage 3
-    # each rank its share, in float32.
-    gradients = {1: _FLOAT32 * trained, 2: width * trained, 3: _FLOAT32 * trained / ranks}[stage]
+    # Their sum over micro-batches: in stage 3 each rank's share, and in the bfloat16 optimizer of stage 1 whole. Others
+    # let go of it after a step (`_gradients`).
+    gradients = {1: 0.0 if width == _FLOAT32 else _FLOAT32 * trained, 2: 0.0, 3: _FLOAT32 * trained / ranks}[stage]
     return {
         "weights": 0.0 if engine.offload_parameters or (engine.offload_frozen and not trained) else weights,
         "gradients": 0.0 if engine.offload_optimizer else gradients,
@@ -88,9 +94,11 @@ def _resident(model: Network, engine: EngineConfig, ranks: int, width: int) -> d
     }
 
 
-def _gathered(model: Network, engine: EngineConfig, width: int) -> float:
-    """Whole parameters, beside this rank's shards, while the model runs."""
-    return width * min(model.parameters, _LIVE_PARAMETERS + model.largest) if engine.zero_stage == 3 else 0.0
+def _gathered(model: Network, engine: EngineConfig, ranks: int, width: int) -> float:
+    """Whole parameters, beside this rank's shards, while the model runs. A single rank's shards are whole."""
+    if engine.zero_stage != 3 or ranks == 1:
+        return 0.0
+    return width * min(model.parameters, _LIVE_PARAMETERS + model.largest)
 
 
 def _forward(model: Network, tokens: int, width: int, device: torch.device) -> float:
@@ -102,14 +110,31 @@ def _logits(model: Network, tokens: int, width: int, device: torch.device) -> fl
     return min(chunk_rows(device, model.vocabulary), tokens) * model.vocabulary * width if model.vocabulary else 0.0
 
 
-def _generation(policy: Network, config: TrainConfig, longest: int, width: int) -> float:
+def _generation(policy: Network, config: TrainConfig, ranks: int, longest: int, width: int) -> float:
     batch = config.rollout.batch_size
     cache = batch * longest * policy.cache_elements * width
     # The last logits, the scores made of them, log-probabilities and probabilities in float32, the running sum of these
     # in float64; with top-p, their order before that.
     scores = 7 * _FLOAT32 * batch * policy.vocabulary
-    whole = policy.parameters * width if config.engine.zero_stage == 3 else 0.0
+    whole = policy.parameters * width if config.engine.zero_stage == 3 and ranks > 1 else 0.0
     return whole + cache + scores
+
+
+def _gradients(
+    model: Network, engine: EngineConfig, ranks: int, width: int, device: torch.device
+) -> tuple[float, float]:
+    """Beside what stays: of gradients, what is held from one micro-batch to the next, and what reducing them takes."""
+    share = _FLOAT32 * model.trained / ranks
+    bucket = width * min(REDUCE_BUCKET_ELEMENTS, model.trained)
+    if engine.zero_stage == 3:
+        # A copy that is scattered, beside the one before it; gloo makes one more.
+        return 0.0, (3 if device.type == "cpu" and ranks > 1 else 2) * bucket
+    if engine.zero_stage == 2:
+        # The bucket (two, where one is filled while the other is reduced), and the gradients that go into it.
+        return share, (3 if device.type == "cuda" else 2) * bucket
+    if width == _FLOAT32:
+        return _FLOAT32 * model.trained, bucket + share
+    return width * model.trained, _FLOAT32 * min(_REDUCED_ELEMENTS, model.trained) + width * model.trained
 
 
 def _update(model: Network, engine: EngineConfig, ranks: int, tokens: int, width: int, device: torch.device) -> float:
@@ -121,6 +146,7 @@ def _update(model: Network, engine: EngineConfig, ranks: int, tokens: int, width
     if model.vocabulary:
         # The gradients of hidden states and head, formed in the forward; the head's is summed in float32.
         backward += tokens * model.width * width + _FLOAT32 * model.vocabulary * model.width
+    held, reducing = _gradients(model, engine, ranks, width, device)
     # Stage 3 takes the optimizer's step a part of at most so many parameters at a time, with a float32 gradient.
     step = _FLOAT32 * min(model.trained / ranks, _LIVE_PARAMETERS)
-    return _gathered(model, engine, width) + max(backward, step)
+    return _gathered(model, engine, ranks, width) + held + max(backward + reducing, step)
