@@ -66,13 +66,18 @@ def attention_implementation(choice: str, device: torch.device, dtype: torch.dty
 
 
 @functools.cache
-def _varlen_can_run() -> bool:
-    """Whether this torch has variable-length attention with all that is needed of it."""
+def _varlen_options() -> frozenset[str]:
+    """The arguments of this torch's variable-length attention; none without it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _varlen_can_run() -> bool:
+    """Whether this torch has variable-length attention with all that is needed of it."""
+    return {"scale", "window_size"} <= _varlen_options()
 
 
 def run_packed(trunk: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -213,6 +218,8 @@ def _varlen(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    # torch 2.11's has no such argument, and takes grouped heads as they come.
+    grouped = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _varlen_options() else {}
     out = varlen_attn(
         *(part[0].transpose(0, 1) for part in (query, key, value)),
         *bounds,
@@ -220,7 +227,7 @@ def _varlen(
         longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     return out[None]
 

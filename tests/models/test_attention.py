@@ -1,5 +1,7 @@
 """Attention in packed rows: equal to each sequence alone, forward and backward, and nothing sees its neighbour."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -128,11 +130,40 @@ def varlen_by_loop(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_s
     return torch.cat(parts)
 
 
+def varlen_of_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # noqa: ANN001, ANN201
+    """Stands for torch 2.11's, which takes grouped heads without being told."""
+    options = {"scale": scale, "window_size": window_size, "enable_gqa": True}
+    return varlen_by_loop(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+
+
+@pytest.fixture(params=[varlen_by_loop, varlen_of_2_11], ids=["torch 2.13", "torch 2.11"])
+def _varlen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", request.param)
+    attention._varlen_options.cache_clear()
+    yield
+    attention._varlen_options.cache_clear()
+
+
+@pytest.mark.usefixtures("_varlen")
+def test_packed_attention_runs_on_cuda_whatever_the_version_of_torch() -> None:
+    cuda = torch.device("cuda")
+    assert attention_implementation("packed", cuda, torch.bfloat16) == PACKED
+    assert attention_implementation("auto", cuda, torch.bfloat16) in (PACKED, "flash_attention_2")
+
+
+def test_without_a_scale_or_a_window_variable_length_attention_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v: None)
+    attention._varlen_options.cache_clear()
+    with pytest.raises(InputError, match="'packed' on device cuda in torch.bfloat16"):
+        attention_implementation("packed", torch.device("cuda"), torch.bfloat16)
+    attention._varlen_options.cache_clear()
+
+
+@pytest.mark.usefixtures("_varlen")
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-def test_what_cuda_is_asked_for(heads: tuple[int, int], window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cuda_is_asked_for(heads: tuple[int, int], window: int | None) -> None:
     """The arguments of the variable-length kernel mean the same as the loop of the CPU."""
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_loop)
     query, key, value = (torch.randn(1, count, 15, 8) for count in (heads[0], heads[1], heads[1]))
     cu_seqlens = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
     ours = attention._varlen(query, key, value, 0.3, (cu_seqlens, cu_seqlens), 9, window)
@@ -141,9 +172,9 @@ def test_what_cuda_is_asked_for(heads: tuple[int, int], window: int | None, monk
     torch.testing.assert_close(ours, attention._one_by_one(query, *wide, 0.3, (cu_seqlens, cu_seqlens), window))
 
 
+@pytest.mark.usefixtures("_varlen")
 @pytest.mark.parametrize("window", [None, 4])
-def test_what_cuda_is_asked_for_where_a_prompt_is_shared(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_loop)
+def test_what_cuda_is_asked_for_where_a_prompt_is_shared(window: int | None) -> None:
     query, key, value = torch.randn(1, 2, 12, 8), *torch.randn(2, 1, 2, 18, 8)
     bounds = (torch.tensor([0, 7, 10, 12]).int(), torch.tensor([0, 7, 13, 18]).int())
     ours = attention._varlen(query, key, value, 0.3, bounds, 7, window)
