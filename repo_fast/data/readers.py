@@ -9,6 +9,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from repo_fast.data.dialogue import Dialogue
 from repo_fast.data.sources import chat_messages, chat_turns, check_limit, read_rows, string, text
 from repo_fast.errors import InputError
 
@@ -24,13 +25,20 @@ class Prompt:
 
     Attributes:
         id: Its index after de-duplication: stable for a given source.
-        text: Without template, never blank.
+        text: Without template, never blank; of a dialogue, `Dialogue.text`.
         category: The source's `category`, where it has one.
+        dialogue: Where it is more than one turn of the user's.
     """
 
     id: int
     text: str
     category: str | None = None
+    dialogue: Dialogue | None = None
+
+    @property
+    def asked(self) -> Dialogue:
+        """What is to be answered, turn by turn."""
+        return self.dialogue or Dialogue((self.text,))
 
 
 @dataclass(frozen=True)

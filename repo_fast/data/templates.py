@@ -17,11 +17,11 @@ from functools import cached_property
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from repo_fast.data.dialogue import HH_ASSISTANT, Dialogue
 from repo_fast.data.readers import Prompt
 from repo_fast.errors import InputError, first_line
 
 SAFE_RLHF_START, SAFE_RLHF_USER = "BEGINNING OF CONVERSATION: ", "USER: {} ASSISTANT:"
-HH_USER, HH_ASSISTANT = "\n\nHuman: ", "\n\nAssistant:"
 NAMES = ("auto", "chat", "safe-rlhf", "plain")
 
 
@@ -51,7 +51,7 @@ class PromptTemplate:
         self.name = name
         self.render("text")  # to find out now
 
-    def render(self, prompt: str | Sequence[str]) -> str:
+    def render(self, prompt: str | Sequence[str] | Dialogue) -> str:
         """The templated prompt as text.
 
         Args:
@@ -59,23 +59,24 @@ class PromptTemplate:
 
         Raises:
             InputError: The number of turns is even, or the tokenizer cannot write a dialogue of several turns: its chat
-                template refuses, or it has no end-of-sequence token for `safe-rlhf`.
+                template refuses, or it has no end-of-sequence token for `safe-rlhf`. There is a system text, and the
+                template has no place for one.
         """
-        turns = [prompt] if isinstance(prompt, str) else list(prompt)
+        dialogue = Dialogue.of(prompt)
+        turns = list(dialogue.turns)
         if len(turns) % 2 == 0:
             raise InputError(f"a prompt of {len(turns)} turns, expected an odd number: the user's first and last")
         if self.name == "chat":
-            return self._render_chat(turns)
+            return self._render_chat(dialogue)
+        if dialogue.system is not None:
+            raise InputError(f"template {self.name!r} has no place for a system text ({dialogue.system[:40]!r})")
         if self.name == "safe-rlhf":
             users = [SAFE_RLHF_USER.replace("{}", turn) for turn in turns[::2]]
             answers = [answer + self._eos_token for answer in turns[1::2]]
             return SAFE_RLHF_START + "".join(user + answer for user, answer in zip(users, [*answers, ""], strict=True))
-        if len(turns) == 1:
-            return turns[0]
-        marks = [HH_ASSISTANT + " " if i % 2 else HH_USER for i in range(len(turns))]
-        return "".join(mark + turn for mark, turn in zip(marks, turns, strict=True)) + HH_ASSISTANT
+        return dialogue.text if len(turns) == 1 else dialogue.text + HH_ASSISTANT
 
-    def encode_prompt(self, prompt: str | Sequence[str]) -> list[int]:
+    def encode_prompt(self, prompt: str | Sequence[str] | Dialogue) -> list[int]:
         """The tokens of a prompt, from the begin-of-sequence token to where the response starts; see `render`."""
         return self._encode(self.render(prompt))
 
@@ -110,8 +111,11 @@ class PromptTemplate:
             return False
         return self.name != "chat" or self.tokenizer.chat_template == other.tokenizer.chat_template
 
-    def _render_chat(self, turns: list[str]) -> str:
+    def _render_chat(self, dialogue: Dialogue) -> str:
+        turns = dialogue.turns
         chat = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
+        if dialogue.system is not None:
+            chat.insert(0, {"role": "system", "content": dialogue.system})
         try:
             return str(self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
         except jinja2.TemplateError as error:
@@ -171,7 +175,7 @@ def tokenize_prompts(
     Raises:
         InputError: No prompt fits.
     """
-    encoded = [(prompt, template.encode_prompt(prompt.text)) for prompt in prompts]
+    encoded = [(prompt, template.encode_prompt(prompt.asked)) for prompt in prompts]
     kept = [(prompt, tokens) for prompt, tokens in encoded if len(tokens) <= max_tokens]
     if not kept:
         shortest = min(len(tokens) for _, tokens in encoded)

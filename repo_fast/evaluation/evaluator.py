@@ -335,6 +335,7 @@ def _rollout(rows: Sequence[dict[str, Any]], requests: dict[int, Request]) -> Ro
     return Rollout(
         prompt_ids=torch.tensor([row["prompt_id"] for row in rows], dtype=torch.int64),
         prompts=[request.prompt.text for request in asked],
+        dialogues=[request.prompt.asked for request in asked],
         responses=[row["response"] for row in rows],
         prompt_tokens=[request.tokens for request in asked],
         response_tokens=[torch.tensor(row["tokens"], dtype=torch.int64) for row in rows],

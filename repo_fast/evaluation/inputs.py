@@ -75,7 +75,7 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
     found = {name: find_model(path) for name, path in config.policies.items()}
     templates = {name: PromptTemplate(tokenizer, config.template) for name, (_, tokenizer) in found.items()}
     tokens = {
-        name: {prompt.id: torch.tensor(template.encode_prompt(prompt.text)) for prompt in prompts}
+        name: {prompt.id: torch.tensor(template.encode_prompt(prompt.asked)) for prompt in prompts}
         for name, template in templates.items()
     }
     kept = [

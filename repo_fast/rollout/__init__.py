@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from repo_fast.data import Prompt
+from repo_fast.data import Dialogue, Prompt
 
 if TYPE_CHECKING:
     from repo_fast.engine import Engine
@@ -31,7 +31,7 @@ class Rollout:
     Attributes:
         prompt_ids: int64 [S], CPU. The dataset id of each response's prompt. The responses of one prompt share it, and
             may lie on different ranks.
-        prompts: S strings. The prompt as the user wrote it, without template.
+        prompts: S strings. The prompt as the user wrote it, without template; of a dialogue, `Dialogue.text`.
         responses: S strings. The decoded response, without special tokens.
         prompt_tokens: S int64 CPU tensors. The templated prompt, never padded.
         response_tokens: S int64 CPU tensors, at least one token each. The end-of-sequence token is included when the
@@ -42,6 +42,7 @@ class Rollout:
             training uses the log-probabilities that the trainer computes itself. None for responses read from a file.
         scores: S dicts by scorer. What was scored while others were drawn. None: nothing was.
         computed_positions: How many positions the sampler computed for them, padding included. 0: not known.
+        dialogues: S dialogues, what each response answers. None: each prompt is one turn of the user's.
     """
 
     prompt_ids: torch.Tensor
@@ -53,6 +54,11 @@ class Rollout:
     sampler_log_probs: list[torch.Tensor] | None = None
     scores: list[dict[str, float]] | None = None
     computed_positions: int = 0
+    dialogues: list[Dialogue] | None = None
+
+    def asked(self, index: int) -> Dialogue:
+        """What a response answers, turn by turn."""
+        return Dialogue((self.prompts[index],)) if self.dialogues is None else self.dialogues[index]
 
 
 class Sampler(Protocol):

@@ -206,6 +206,7 @@ def generate(
         response_tokens=[responses[i] for i in range(len(requests))],
         finished=torch.tensor([finished[i] for i in range(len(requests))], dtype=torch.bool),
         sampler_log_probs=[log_probs[i] for i in range(len(requests))],
+        dialogues=[request.prompt.asked for request in requests],
         computed_positions=computed_positions,
     )
 

@@ -194,6 +194,7 @@ class VllmSampler:
                 torch.tensor([at[token].logprob for at, token in zip(output.logprobs, output.token_ids, strict=True)])
                 for output in outputs
             ],
+            dialogues=[request.prompt.asked for request in requests],
             # No padding.
             computed_positions=sum(
                 request.tokens.numel() + response.numel() for request, response in zip(requests, tokens, strict=True)

@@ -113,10 +113,10 @@ class ModelScorer:
         return scores
 
     def _sequences(self, rollout: Rollout) -> Iterator[torch.Tensor]:
-        for i, prompt in enumerate(rollout.prompts):
+        for i in range(len(rollout.prompts)):
             prompt_tokens, response_tokens = rollout.prompt_tokens[i], rollout.response_tokens[i]
             if not self._keeps_prompt:
-                prompt_tokens = torch.tensor(self._template.encode_prompt(prompt), dtype=torch.int64)
+                prompt_tokens = torch.tensor(self._template.encode_prompt(rollout.asked(i)), dtype=torch.int64)
             if not self._keeps_response:
                 tokens = self._template.encode_response(rollout.responses[i], finished=bool(rollout.finished[i]))
                 response_tokens = torch.tensor(tokens, dtype=torch.int64)
