@@ -37,7 +37,7 @@ from bench.tables import at_least, render, render_targets
 from repo_fast.balance import micro_batches
 from repo_fast.experience import Experience, MicroBatch
 from repo_fast.flops import peak_flops
-from repo_fast.models.attention import attention_implementation, run_packed
+from repo_fast.models.attention import attention_candidates, run_packed
 from repo_fast.ops import fused_rectified_policy_loss, prompt_violations, rectified_policy_loss
 from repo_fast.rollout import Rollout
 
@@ -298,7 +298,7 @@ class Update:
             yield from (self._padded_loss(part, path) for part in self.padded[path.part or self.experience.responses])
             return
         # As the trainer chooses it; prompts can be shared in its own implementation alone.
-        own = attention_implementation("packed" if path.shared else "auto", self._device, self.model.dtype)
+        own = attention_candidates("packed" if path.shared else "auto", self._device, self.model.dtype)[0]
         self.model.set_attn_implementation("sdpa" if path.masked else own)
         for micro_batch in self.rows[path.balanced, path.shared]:
             row = micro_batch.batch

@@ -17,12 +17,14 @@ from repo_fast.errors import InputError
 from repo_fast.experience import PackedBatch
 from repo_fast.inputs import Inputs
 from repo_fast.learner import Models
-from repo_fast.models.attention import attention_implementation
+from repo_fast.models.attention import attention_candidates
 from repo_fast.models.critic import Critic
 from repo_fast.models.lora import adapters_off, add_lora, describe
+from repo_fast.models.model_config import load_config
+from repo_fast.models.packing import settle_packing, state_before
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
-from repo_fast.models.trunk import check_packing, load_config, train_last_layers
+from repo_fast.models.trunk import train_last_layers
 from repo_fast.models.vocabulary import fit_vocabulary
 from repo_fast.rollout import Sampler
 from repo_fast.rollout.hf import HfSampler
@@ -54,7 +56,8 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
     Raises:
         InputError: A model cannot be used.
     """
-    loading = loading_options(config.policy.attention, config.engine, ranks)
+    attention = config.policy.attention
+    loading = loading_options(attention, config.engine, ranks)
     steps = config.total_steps * config.update.epochs * config.update.minibatches
     specs = {"reward": inputs.reward, "cost": inputs.cost}
     settings = {"reward": config.reward, "cost": config.cost}
@@ -65,24 +68,21 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
         if not config.policy.lora.rank:
             reference = Policy.from_pretrained(inputs.policy_path, **loading)
             _fit_vocabulary(reference.model, inputs.tokenizer, config.policy)
-        budget = config.update.micro_batch_tokens
-        scorers = {
-            name: load_scorer(name, specs[name], settings[name], config.engine, ranks, loading, budget)(inputs.template)
-            for name in specs
-        }
+        common = (config.engine, ranks, attention, config.update.micro_batch_tokens)
+        scorers = {name: load_scorer(name, specs[name], settings[name], *common)(inputs.template) for name in specs}
     with sharded_loading(config.engine, ranks.device):
         critics = _critics(streams, specs, config, inputs, loading) if config.algorithm.advantage == "gae" else {}
     policy_engine = Engine(policy, config.engine, ranks, config.policy_optimizer, steps)
-    models = Models(
-        policy=policy_engine,
-        reference=WithoutAdapters(policy_engine) if reference is None else Engine(reference, config.engine, ranks),
-        critics={
-            name: Engine(critic, config.engine, ranks, config.critic_optimizer, steps)
-            for name, critic in critics.items()
-        },
-    )
-    check_policy_packing(models.policy, ranks)
-    return models, scorers
+    settle_policy("the policy", policy_engine, attention, ranks)
+    frozen: Any = WithoutAdapters(policy_engine)
+    if reference is not None:
+        frozen = Engine(reference, config.engine, ranks)
+        settle_policy("the reference", frozen, attention, ranks)
+    critic_engines = {}
+    for name, critic in critics.items():
+        critic_engines[name] = Engine(critic, config.engine, ranks, config.critic_optimizer, steps)
+        settle_scores(f"the critic of {name}", critic_engines[name], critic.heads[critic.streams[0]], attention, ranks)
+    return Models(policy_engine, frozen, critic_engines), scorers
 
 
 def build_sampler(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Sampler:
@@ -141,16 +141,55 @@ def load_policy(
     return policy
 
 
-def check_policy_packing(policy: Engine, ranks: Ranks) -> None:
-    """Raise `InputError` where the policy's architecture lets packed sequences see each other."""
+def settle_policy(name: str, policy: Engine, attention: str, ranks: Ranks) -> str:
+    """Settle how a policy runs packed sequences, and say so. All ranks must call it.
+
+    Args:
+        name: For messages.
+        policy: An engine around a `Policy`.
+        attention: `ModelConfig.attention`.
+        ranks: This process among all.
+
+    Returns:
+        What is said.
+
+    Raises:
+        InputError: No way that the choice allows is right, or the policy changes its logits after the head.
+    """
 
     def last_state(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """One number of the state that would predict a token after the row."""
         last = torch.tensor([input_ids.numel() - 1], device=input_ids.device)
         batch = PackedBatch(input_ids, position_ids, predictors=last, targets=last, sequence_ids=last * 0, last=last)
-        return policy(batch, lambda hidden, weight, _: hidden[0, 0].float())
+        return policy(batch, lambda hidden, weight, _: hidden[0])
 
-    check_packing(last_state, "the policy", ranks.device)
+    said = settle_packing(name, policy.module.model, last_state, attention, ranks.device)
+    _check_logits(name, policy, ranks.device)
+    log.info("attention of %s: %s", name, said)
+    return said
+
+
+@torch.no_grad()
+def _check_logits(name: str, policy: Engine, device: torch.device) -> None:
+    """Raise `InputError` where transformers' logits are not the head's product, which is all that a loss sees."""
+    ids = torch.arange(8, device=device)[None] % 4
+    everywhere = torch.arange(8, device=device)
+    batch = PackedBatch(ids, everywhere[None], everywhere, everywhere, everywhere * 0, everywhere[-1:])
+    plain = policy(batch, lambda hidden, weight, _: hidden.float() @ weight.float().T).log_softmax(-1)
+    logits = policy(batch, None)[0]
+    gap = float((logits.float().log_softmax(-1) - plain).abs().max())
+    # Logits up to 32 in bfloat16 are rounded to multiples of 1/8.
+    if gap > (1e-3 if logits.dtype == torch.float32 else 0.5):
+        raise InputError(
+            f"{name} ({type(policy.module.model).__name__}) changes its logits after the head (log-probabilities "
+            f"differ by up to {gap:.3g} nats), expected plain softmax logits: the loss head computes no others"
+        )
+
+
+def settle_scores(name: str, engine: Engine, head: nn.Module, attention: str, ranks: Ranks) -> None:
+    """The same for an engine around a `ScoreModel` or a `Critic`, and one of its heads."""
+    last_state = state_before(head, engine.frozen_module)
+    said = settle_packing(name, engine.module.trunk, last_state, attention, ranks.device)
+    log.info("attention of %s: %s", name, said)
 
 
 def load_trained_score_model(
@@ -193,13 +232,13 @@ def is_score_model(path: str) -> bool:
 
 
 def loading_options(attention: str, engine: EngineConfig, ranks: Ranks) -> dict[str, Any]:
-    """The dtype and the attention implementation that models are loaded with.
+    """The dtype and the attention implementations that models are loaded with.
 
     Raises:
         InputError: The attention implementation cannot run here.
     """
     dtype = resolve_dtype(engine.dtype, ranks.device)
-    return {"dtype": dtype, "attention": attention_implementation(attention, ranks.device, dtype)}
+    return {"dtype": dtype, "attention": attention_candidates(attention, ranks.device, dtype)}
 
 
 def _fit_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: ModelConfig) -> None:
@@ -271,7 +310,7 @@ def load_scorer(
     settings: ScorerConfig,
     engine: EngineConfig,
     ranks: Ranks,
-    loading: dict[str, Any],
+    attention: str,
     token_budget: int,
 ) -> Callable[[PromptTemplate], Scorer]:
     """Where the rewards or the costs come from. All ranks must call it.
@@ -281,7 +320,7 @@ def load_scorer(
         spec, settings: What and how.
         engine: Stage and dtype of a score model.
         ranks: This process among all.
-        loading: From `loading_options`.
+        attention: As for a policy.
         token_budget: Largest packed row or padded batch (tokens).
 
     Returns:
@@ -293,6 +332,7 @@ def load_scorer(
     if spec.kind == "function":
         function = FunctionScorer(spec.path, name)
         return lambda _: function
+    loading = loading_options(attention, engine, ranks)
     model = load_score_model(spec.path, role=name, **loading)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(spec.path)
     common: dict[str, Any] = {
@@ -304,7 +344,10 @@ def load_scorer(
     if engine.zero_stage == 3:
         # Sharded, every call is a collective; whole, a rank runs on its own.
         common["agree_on_count"] = ranks.max
-    module = Engine(model, engine, ranks).frozen_module
+    frozen = Engine(model, engine, ranks)
+    module = frozen.frozen_module
+    if isinstance(model, ScoreModel):
+        settle_scores(f"the {name} model", frozen, model.score_head, attention, ranks)
     if settings.expect is not None:
         text, expected = settings.expect
         check_expected_score(lambda text: score_text(module, tokenizer, text, ranks.device), text, expected, name)

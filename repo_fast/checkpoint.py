@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from repo_fast.errors import InputError
+from repo_fast.files import publish
 
 _COMPLETE = re.compile(r"step-(\d{6,})")
 # May differ between a checkpoint and the run that goes on from it: they change nothing that is computed.
@@ -144,7 +145,7 @@ def complete(folder: Path, keep: int) -> None:
     for path in partial(folder).rglob("*"):
         if path.is_file():
             _to_disk(path)
-    os.rename(partial(folder), folder)
+    publish(partial(folder), folder)
     _to_disk(folder.parent)
     for old in checkpoints(folder.parent.parent)[:-keep] if keep else []:
         # A removal that is killed half-way must not leave what looks complete.

@@ -311,6 +311,15 @@ class Engine:
             state |= {name: buffer.detach().cpu().clone() for name, buffer in saved.items()}
         return state
 
+    def sample_state(self) -> dict[str, torch.Tensor]:
+        """Zeros in place of a few of the smallest weights that `whole_state` gives: to try out what takes it."""
+        sizes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+        heads = [name for name in sizes if name.startswith("score_head.")]
+        # Those with adapters come with them or not at all.
+        plain = [name for name in sizes if name not in heads and "lora_" not in name and ".base_layer." not in name]
+        chosen = [*heads, min(plain, key=lambda name: sizes[name].numel())]
+        return {name: torch.zeros(sizes[name], dtype=self.module.get_parameter(name).dtype) for name in chosen}
+
     def save(self, folder: Path) -> None:
         """Write model, optimizer and schedule of all ranks into `folder`. All ranks must call it."""
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 
-from repo_fast.assembly import check_policy_packing, load_policy
+from repo_fast.assembly import load_policy, settle_policy
 from repo_fast.balance import share_out
 from repo_fast.collectives import Ranks
 from repo_fast.config import SftConfig
 from repo_fast.data import PromptTemplate
 from repo_fast.imitation import TokenPair, imitation_backward, imitation_loss
 from repo_fast.inputs import check_start, find_model, tokenize_demonstrations
+from repo_fast.models.on_paper import check_positions
 from repo_fast.models.policy import Policy, save_policy
 from repo_fast.supervised import SupervisedInputs, SupervisedRun
 
@@ -42,6 +43,8 @@ def read_inputs(config: SftConfig) -> SupervisedInputs[TokenPair]:
     held_out: list[TokenPair] = []
     if data.eval is not None:
         held_out = tokenize_demonstrations(data.eval, data.eval_split, template, data.max_tokens, notes)
+    longest = max(prompt.numel() + response.numel() for prompt, response in examples + held_out)
+    check_positions(path, longest, f"a demonstration, below data.max_tokens ({data.max_tokens})")
     return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes)
 
 
@@ -58,7 +61,7 @@ class FineTuning(SupervisedRun[TokenPair]):
 
     def __init__(self, config: SftConfig, inputs: SupervisedInputs[TokenPair], ranks: Ranks) -> None:
         super().__init__(config, inputs, ranks, _SHOWN, _PANELS)
-        check_policy_packing(self.engine, ranks)
+        settle_policy("the policy", self.engine, config.model.attention, ranks)
 
     def load_model(self) -> Policy:
         return load_policy(

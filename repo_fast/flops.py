@@ -64,10 +64,11 @@ class Shape:
         """From a transformers model, with or without a head; its parameters may be shards, or without data.
 
         Returns:
-            None for a mixture of experts, in which a token meets a part of the weights.
+            None for a mixture of experts, in which a token meets a part of the weights, and for what has no heads.
         """
         config = model.config.get_text_config()
-        if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        experts = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+        if experts or not getattr(config, "num_attention_heads", None):
             return None
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if get_head is not None else None

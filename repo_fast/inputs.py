@@ -24,12 +24,14 @@ from repo_fast.data import (
 )
 from repo_fast.errors import InputError, first_line
 from repo_fast.imitation import TokenPair
+from repo_fast.models.model_config import load_config
+from repo_fast.models.on_paper import check_positions
 from repo_fast.models.policy import check_vocabulary
-from repo_fast.models.trunk import load_config
 from repo_fast.ops.dispatch import resolve
 from repo_fast.report.metrics import check_loggers
 from repo_fast.rollout import Request
 from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
+from repo_fast.scoring.score_models import is_encoder, same_tokens
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,17 @@ def read_inputs(config: TrainConfig) -> Inputs:
         )
     eval_requests = tokenized(held_out, str(data.eval_prompts)) if held_out else []
     demonstrations = _demonstrations(config, template, notes) if data.ptx is not None else []
+    drawn = max(request.tokens.numel() for request in requests + eval_requests) + config.rollout.max_new_tokens
+    shown = max((prompt.numel() + response.numel() for prompt, response in demonstrations), default=0)
+    check_positions(policy_path, drawn, f"a prompt and rollout.max_new_tokens ({config.rollout.max_new_tokens})")
+    check_positions(policy_path, shown, f"a demonstration of data.ptx {data.ptx!r}")
+    for name, spec, settings in (("reward", reward, config.reward), ("cost", cost, config.cost)):
+        # An encoder cuts its texts to what it can read, and counts them.
+        if spec.kind == "model" and not is_encoder(spec.path):
+            longest = min(settings.max_tokens, drawn)
+            check_positions(spec.path, longest, f"a prompt and its response, cut to {name}.max_tokens")
+            if config.algorithm.advantage == "gae" and same_tokens(load_tokenizer(spec.path), tokenizer):
+                check_positions(spec.path, drawn, f"a prompt and its response, for the critic from {name}.path")
     return Inputs(
         policy_path=policy_path,
         tokenizer=tokenizer,

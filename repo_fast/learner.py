@@ -33,7 +33,7 @@ from repo_fast.experience import (
 )
 from repo_fast.flops import Shape, forward_work
 from repo_fast.imitation import imitation_backward
-from repo_fast.models.attention import PACKED
+from repo_fast.models.attention import PACKED, PADDED
 from repo_fast.ops import (
     PolicyLoss,
     fused_rectified_policy_loss,
@@ -98,7 +98,8 @@ class Learner:
         if demonstrations:
             self.ptx_sampler = PromptSampler(len(demonstrations), config.update.ptx_batch_size, config.seed)
         self._shape = Shape.of(models.policy.module.model)
-        implementation = models.policy.module.model.config._attn_implementation
+        model = models.policy.module.model
+        implementation = PADDED if getattr(model.base_model, PADDED, False) else model.config._attn_implementation
         if config.update.share_prompts and implementation != PACKED:
             raise InputError(
                 f"update.share_prompts is true with attention {implementation!r}, expected policy.attention 'packed'"

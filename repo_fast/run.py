@@ -6,7 +6,6 @@ writes its results aside before they take their place.
 """
 
 import contextlib
-import os
 import random
 import shutil
 import signal
@@ -23,8 +22,10 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import RunConfig, to_dict, to_yaml
 from repo_fast.engine import Engine
 from repo_fast.errors import InputError
+from repo_fast.files import publish
 from repo_fast.report.jsonl import Value
 from repo_fast.report.metrics import MetricsLog
+from repo_fast.report.plots import plot_panels
 from repo_fast.report.progress import Progress
 from repo_fast.throughput import Measured, peak_memory, reset_peak_memory
 
@@ -147,13 +148,45 @@ class Run:
     def _model(self) -> dict:
         return checkpoint.describe_model(next(iter(self.trained().values())).module)
 
+    def write_model(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        """Write the run's result, a Hugging Face folder, from whole weights. The first rank calls it."""
+        raise NotImplementedError
+
+    def rehearse(self) -> None:
+        """Try what the end of the run will do, in a folder that goes again. All ranks must call it.
+
+        What is wrong with it would otherwise show when the last step is done.
+
+        Raises:
+            InputError: The result or a plot cannot be written.
+        """
+        state = next(iter(self.trained().values())).sample_state()
+        curve: list[Mapping[str, Value]] = [{"step": 1, "loss": 0.0}]
+        ends: dict[str, Callable[[Path], object]] = {
+            "writing the model": lambda folder: self.write_model(folder, state),
+            "drawing a plot": lambda folder: plot_panels(curve, {"loss": [("loss", "loss")]}, folder),
+        }
+        with self.ranks.together("the rehearsal of the run's end"):
+            if not self.ranks.is_first:
+                return
+            folder = self.output_dir / "rehearsal.partial"
+            for what, end in ends.items():
+                shutil.rmtree(folder, ignore_errors=True)
+                try:
+                    end(folder)
+                except Exception as error:  # whatever libraries and the file system raise
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    raise InputError(f"the run could not end: {what} fails ({reason})") from error
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+
     def write_folder(self, name: str, write: Callable[[Path], None]) -> None:
         """Let `write` make a folder of results aside, then give it its name. For the first rank to call."""
         final, aside = self.output_dir / name, self.output_dir / f"{name}.partial"
         shutil.rmtree(aside, ignore_errors=True)
         write(aside)
         shutil.rmtree(final, ignore_errors=True)
-        os.rename(aside, final)
+        publish(aside, final)
 
     # ---------------------------------------------------------------------------------------------------- reports
 

@@ -82,8 +82,8 @@ def _convert_or_check(words: list[str]) -> int:
     if (chosen.convert is None) != (chosen.to is None):
         raise InputError("--convert FOLDER and --to FOLDER belong together, expected both or neither")
     # After the command line is known to be good: these take seconds to import.
+    from repo_fast.models.model_config import load_config
     from repo_fast.models.score_checkpoint import convert_score_model
-    from repo_fast.models.trunk import load_config
     from repo_fast.scoring.expectation import check_folder
 
     if chosen.check is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from repo_fast.assembly import is_score_model, load_trained_score_model
+from repo_fast.assembly import is_score_model, load_trained_score_model, settle_scores
 from repo_fast.balance import share_out
 from repo_fast.collectives import Ranks
 from repo_fast.config import ScoreConfig
@@ -16,9 +16,9 @@ from repo_fast.errors import InputError
 from repo_fast.experience import with_last
 from repo_fast.inputs import check_start, find_model
 from repo_fast.models.lora import merged_state, save_adapter
+from repo_fast.models.on_paper import check_positions
 from repo_fast.models.score_checkpoint import check_layout, save_score_model
 from repo_fast.models.score_model import ScoreModel
-from repo_fast.models.trunk import check_packing
 from repo_fast.preference import PreferenceLoss, preference_loss
 from repo_fast.report.preferences import ScoredPreferences, plot_scores, preference_measures, write_scored
 from repo_fast.scoring import check_expected_score, score_text
@@ -77,6 +77,8 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
 
     examples = read(data.train, data.train_split, data.limit)
     held_out = [] if data.eval is None else read(data.eval, data.eval_split)
+    longest = max(sequence.numel() for example in examples + held_out for sequence in example.sequences)
+    check_positions(path, longest, f"a prompt and its response, cut to data.max_tokens ({data.max_tokens})")
     return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes)
 
 
@@ -120,21 +122,10 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
 
     def __init__(self, config: ScoreConfig, inputs: SupervisedInputs[TokenizedPreference], ranks: Ranks) -> None:
         super().__init__(config, inputs, ranks, _SHOWN, _PANELS)
-        self._check_packing()
+        settle_scores("the model", self.engine, self.engine.module.score_head, config.model.attention, ranks)
         if config.expect is not None and inputs.resume_from is None:
             text, expected = config.expect
             check_expected_score(self._score_of, text, expected, config.kind)
-
-    def _check_packing(self) -> None:
-        """On a number of the trunk's: the head of a new score model is zero, and would hide what moves."""
-        device = self.ranks.device
-        last = torch.tensor([5], device=device)
-        head = self.engine.module.score_head
-        instead = head.register_forward_hook(lambda module, inputs, output: inputs[0][:, :1].float())
-        try:
-            check_packing(lambda ids, positions: self.engine(ids, positions, last), "the model", device)
-        finally:
-            instead.remove()
 
     def _score_of(self, text: str) -> float:
         return score_text(self.engine, self.inputs.tokenizer, text, self.ranks.device)

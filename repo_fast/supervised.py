@@ -119,10 +119,6 @@ class SupervisedRun(Run, Generic[Example]):
         """Metrics of the held-out examples, over all ranks."""
         raise NotImplementedError
 
-    def write_model(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
-        """Write the model from its whole weights. The first rank calls it."""
-        raise NotImplementedError
-
     # ------------------------------------------------------------------------------------------------------ the run
 
     def trained(self) -> dict[str, Engine]:
@@ -143,9 +139,9 @@ class SupervisedRun(Run, Generic[Example]):
         """
         self.listen()
         with self.reports():
-            chosen = f"attention: {self.transformer().config._attn_implementation}; loss head: {self.ops_backend}"
-            for text in (self._batch_sizes(), chosen, *self.inputs.notes):
+            for text in (self._batch_sizes(), f"loss head: {self.ops_backend}", *self.inputs.notes):
                 self.say(text)
+            self.rehearse()
             while self.step < self.total_steps and not self.must_stop():
                 with self.phase("update") as update:
                     metrics = self.update([self.inputs.examples[i] for i in self.sampler.next()])

@@ -8,6 +8,7 @@ before/after evaluation on held-out prompts, the logs, and the checkpoints.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -102,6 +103,7 @@ class Trainer(Run):
                 stack.callback(self.sample_log.close)
                 for text in (self._batch_sizes(), *self.inputs.notes, *self._notes()):
                     self.say(text)
+            self.rehearse()
             self._evaluate_before()
             while self.step < self.total_steps and not self.must_stop():
                 if self.step + 1 == self.config.profile:
@@ -203,9 +205,14 @@ class Trainer(Run):
 
     def _evaluate_before(self) -> None:
         """Twice, from independent samples: the difference between the two is what sampling alone does."""
+        if not self.inputs.eval_requests or self.step:
+            return
         for name in ("before", "before_again"):
-            if self.inputs.eval_requests and self.step == 0:
-                self._evaluate(name)
+            self._evaluate(name)
+        with self.ranks.together("a first table"):
+            if self.ranks.is_first:
+                # For what is wrong with the last one would take the run's results with it.
+                self._table("before_again")
 
     def _evaluate(self, name: str) -> None:
         """Sample and score the held-out prompts, into `eval_NAME.jsonl`. Leaves the random state as it was."""
@@ -240,6 +247,10 @@ class Trainer(Run):
 
     # -------------------------------------------------------------------------------------------------------- end
 
+    def write_model(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        policy = self.learner.models.policy.module
+        save_policy(folder, policy, state, self.inputs.tokenizer, self.inputs.policy_path)
+
     def _finish(self) -> None:
         """Evaluate, write the policy as a Hugging Face folder, draw the plots, print the table."""
         if self.inputs.eval_requests:
@@ -248,8 +259,7 @@ class Trainer(Run):
             policy = self.learner.models.policy
             state = policy.whole_state()
             if self.ranks.is_first:
-                tokenizer, base = self.inputs.tokenizer, self.inputs.policy_path
-                self.write_folder("policy", lambda folder: save_policy(folder, policy.module, state, tokenizer, base))
+                self.write_folder("policy", lambda folder: self.write_model(folder, state))
         if not self.ranks.is_first:
             return
         metrics = read_metrics(self.output_dir / "metrics.jsonl")
@@ -258,19 +268,20 @@ class Trainer(Run):
         if self.inputs.eval_requests and not (self.output_dir / "eval_before.jsonl").is_file():
             self.say("no before/after table: the start was evaluated in the folder of the checkpoint resumed from")
         elif self.inputs.eval_requests:
-            before, again, after = (
-                read_evaluation(self.output_dir / f"eval_{name}.jsonl")[0]
-                for name in ("before", "before_again", "after")
-            )
-            table = before_after_table(before, after, self.config.algorithm.threshold, before_again=again)
+            table = self._table("after")
             (self.output_dir / "before_after.txt").write_text(table + "\n", encoding="utf-8")
             self.say(table)
         self.say(f"policy: {self.output_dir / 'policy'}   metrics: {self.output_dir / 'metrics.jsonl'}")
 
+    def _table(self, after: str) -> str:
+        """The start beside another evaluation. For the first rank to call."""
+        names = ("before", "before_again", after)
+        before, again, other = (read_evaluation(self.output_dir / f"eval_{name}.jsonl")[0] for name in names)
+        return before_after_table(before, other, self.config.algorithm.threshold, before_again=again)
+
     def _notes(self) -> list[str]:
         """What was chosen for this machine, and what the settings do not get."""
-        model = self.learner.models.policy.module.model
-        notes = [f"attention: {model.config._attn_implementation}; loss head: {self.learner.ops_backend}"]
+        notes = [f"loss head: {self.learner.ops_backend}"]
         rollout = self.config.rollout
         most = -(-rollout.prompts_per_step * rollout.responses_per_prompt // self.ranks.size)
         if self.early_scorers and rollout.engine == "hf" and most <= rollout.batch_size:

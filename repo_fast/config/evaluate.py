@@ -60,9 +60,10 @@ class EvaluateConfig(JobConfig):
     """Bootstrap resamples of the prompts."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and activations. `auto`: bfloat16 on a GPU, float32 on CPU."""
-    attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation. `packed`: each sequence of a packed row by itself; `sdpa`: the row under a mask.
-    `auto`: flash_attention_2 on CUDA where flash-attn is installed, else packed where it can run, else sdpa."""
+    attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2", "padded"] = "auto"
+    """Attention implementation. `packed`: each sequence of a packed row by itself; `sdpa`, `eager`: the row under a
+    mask; `padded`: each sequence a row of its own, slower and with more memory. `auto`: the first that is right for the
+    architecture, found by trying: flash_attention_2 on CUDA where flash-attn is installed, then these in order."""
     scoring_tokens: int = 8192
     """Largest packed row that a score model reads at once on a rank (tokens). A longer text gets one of its own."""
 

@@ -32,9 +32,10 @@ class ModelConfig:
     model before any supervised stage."""
     trainable_layers: int | None = None
     """Train only this many last transformer layers, the final norm, and a score head (layers). Null trains all."""
-    attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention implementation. `packed`: each sequence of a packed row by itself; `sdpa`: the row under a mask.
-    `auto`: flash_attention_2 on CUDA where flash-attn is installed, else packed where it can run, else sdpa."""
+    attention: Literal["auto", "packed", "sdpa", "eager", "flash_attention_2", "padded"] = "auto"
+    """Attention implementation. `packed`: each sequence of a packed row by itself; `sdpa`, `eager`: the row under a
+    mask; `padded`: each sequence a row of its own, slower and with more memory. `auto`: the first that is right for the
+    architecture, found by trying: flash_attention_2 on CUDA where flash-attn is installed, then these in order."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     pad_token: str | None = None
     """Added to a tokenizer that has no pad token, and saved with it. Null: the tokenizer stays as it is."""

@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from repo_fast.errors import InputError
-from repo_fast.models.trunk import load_config
+from repo_fast.models.model_config import load_config
 from repo_fast.report.jsonl import open_log, read_records, write_record
 from repo_fast.scoring import ScorerSpec
 

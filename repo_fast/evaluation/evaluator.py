@@ -98,7 +98,11 @@ class Evaluator:
         self._engine = EngineConfig(dtype=config.dtype, zero_stage=1)
         self._loading = loading_options(config.attention, self._engine, ranks)
         # What any number that a model gives depends on.
-        self._computing = {"device": ranks.device.type, **{key: str(value) for key, value in self._loading.items()}}
+        self._computing = {
+            "device": ranks.device.type,
+            "dtype": str(self._loading["dtype"]),
+            "attention": self._loading["attention"][0],
+        }
 
     def run(self) -> int:
         """Draw and score what is not in the cache yet, and write the report.
@@ -217,7 +221,7 @@ class Evaluator:
         about: dict[str, Any] = {"scorer": scorer_fingerprint(spec)}
         if spec.kind == "model":
             about |= {"template": settings.template, "max_tokens": settings.max_tokens, **self._computing}
-        options = (self._engine, self.ranks, self._loading, self.config.scoring_tokens)
+        options = (self._engine, self.ranks, self.config.attention, self.config.scoring_tokens)
         return _Column(name, about, cache(lambda: load_scorer(name, spec, settings, *options)))
 
     def _score(self, column: _Column, name: str, samples: Samples) -> None:

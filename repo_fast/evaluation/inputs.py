@@ -11,6 +11,7 @@ from repo_fast.data import Prompt, PromptTemplate, load_prompts
 from repo_fast.errors import InputError
 from repo_fast.evaluation.cache import LOCK_FILE
 from repo_fast.inputs import find_model
+from repo_fast.models.on_paper import check_positions
 from repo_fast.rollout import Request
 from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
 
@@ -88,6 +89,10 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
             f"{config.prompts}: all {len(prompts)} prompts are longer than max_prompt_tokens "
             f"({config.max_prompt_tokens}), expected at least one that is not"
         )
+    for name, (path, _) in found.items():
+        longest = max(tokens[name][prompt.id].numel() for prompt in kept) + config.sampling.max_new_tokens
+        what = f"policy {name!r}, a prompt and sampling.max_new_tokens ({config.sampling.max_new_tokens})"
+        check_positions(path, longest, what)
     policies = {
         name: PolicyInput(
             path, tokenizer, templates[name], [Request(prompt, tokens[name][prompt.id]) for prompt in kept]

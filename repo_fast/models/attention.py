@@ -29,6 +29,10 @@ from repo_fast.errors import InputError
 
 PACKED = "repo_fast_packed"
 """The name that transformers knows it by."""
+PADDED = "padded"
+"""Each sequence a row of its own: for trunks that cannot keep the sequences of one row apart."""
+MASKED = ("sdpa", "eager")
+"""What attends under a mask of the row."""
 
 # transformers hands a mask of four dimensions on as it is, rather than to build one of the whole row.
 _NO_MASK_SIZE = (1, 1, 1, 1)
@@ -36,12 +40,13 @@ _NO_MASK_SIZE = (1, 1, 1, 1)
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
-def attention_implementation(choice: str, device: torch.device, dtype: torch.dtype) -> str:
-    """What transformers calls the attention that is chosen.
+def attention_candidates(choice: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """What transformers calls the attentions that a choice allows, the fastest first.
 
     Args:
-        choice: `auto`, `packed`, or a name of transformers'. `auto` is FlashAttention 2 where it can run, else `packed`
-            where it can, else SDPA with a mask.
+        choice: `auto`, `packed`, `padded`, or a name of transformers'. `auto` is FlashAttention 2 where it can run,
+            `packed` where it can, SDPA with a mask, and eager attention. `padded` rows are attended to by either of the
+            last two.
         device, dtype: Of the activations.
 
     Raises:
@@ -61,8 +66,8 @@ def attention_implementation(choice: str, device: torch.device, dtype: torch.dty
             "needs bfloat16 and a torch with torch.nn.attention.varlen"
         )
     if choice == "auto":
-        return "flash_attention_2" if flash else PACKED if packed else "sdpa"
-    return PACKED if choice == "packed" else choice
+        return ("flash_attention_2",) * flash + (PACKED,) * packed + MASKED
+    return {"packed": (PACKED,), PADDED: MASKED}.get(choice, (choice,))
 
 
 @functools.cache
@@ -92,6 +97,8 @@ def run_packed(trunk: nn.Module, input_ids: torch.Tensor, position_ids: torch.Te
     Returns:
         The last hidden states [1, N, D].
     """
+    if getattr(trunk, PADDED, False):
+        return _run_padded(trunk, input_ids[0], position_ids[0])
     # Without a cache and without a mask, transformers keeps sequences apart by their restarting positions.
     options: dict[str, Any] = {"attention_mask": None, "use_cache": False}
     implementation = trunk.config._attn_implementation
@@ -106,6 +113,19 @@ def run_packed(trunk: nn.Module, input_ids: torch.Tensor, position_ids: torch.Te
         options |= _sequences(position_ids[0])
         options["attention_mask"] = torch.zeros(_NO_MASK_SIZE, device=input_ids.device)
     return trunk(input_ids=input_ids, position_ids=position_ids, **options).last_hidden_state
+
+
+def _run_padded(trunk: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+    """`run_packed` with a row a sequence, in one call: ranks must make as many, however their sequences are.
+
+    Padding stands behind the sequences, where what is causal does not see it: no mask is needed.
+    """
+    starts = (position_ids == 0).nonzero()[:, 0]
+    bounds = torch.cat([starts, torch.full_like(starts[:1], position_ids.numel())])
+    rows = torch.repeat_interleave(torch.arange(starts.numel(), device=starts.device), bounds.diff())
+    padded = input_ids.new_zeros(starts.numel(), int(position_ids.max()) + 1)
+    padded[rows, position_ids] = input_ids
+    return trunk(input_ids=padded, use_cache=False).last_hidden_state[rows, position_ids][None]
 
 
 def _sequences(position_ids: torch.Tensor) -> dict[str, Any]:
@@ -172,6 +192,11 @@ def packed_attention(
     Raises:
         InputError: The architecture asks for what is not supported.
     """
+    if asked := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
+        raise InputError(
+            f"{type(module).__name__} needs {asked[0]}, which packed attention lacks, expected attention 'sdpa' or "
+            "'eager' for this architecture"
+        )
     if cu_seq_lens_q is None or max_length_q is None:
         if attention_mask is not None and attention_mask.shape == _NO_MASK_SIZE and query.shape[2] > 1:
             raise InputError(
@@ -189,12 +214,8 @@ def packed_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
-    asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None] + ["dropout"] * (dropout > 0)
-    if asked:
-        raise InputError(
-            f"{type(module).__name__} needs {asked[0]}, which packed attention lacks, expected attention 'sdpa' or "
-            "'eager' for this architecture"
-        )
+    if dropout > 0:
+        raise InputError(f"{type(module).__name__} has dropout {dropout} in its attention, expected 0 in a packed row")
     assert cu_seq_lens_k is not None
     if key_index is not None:
         key, value = key.index_select(2, key_index), value.index_select(2, key_index)

@@ -4,26 +4,33 @@ The trainer never sees logits. It calls the policy with a packed batch and with 
 runs its trunk, picks the hidden states that predict a response token, and lets its `LossHead` do the rest.
 """
 
-from collections.abc import Callable
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from repo_fast.errors import InputError, first_line
+from repo_fast.errors import InputError
 from repo_fast.experience import PackedBatch
 from repo_fast.models.attention import run_packed
 from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.loss_head import LossHead
-from repo_fast.models.trunk import disable_dropout, load_config
+from repo_fast.models.model_config import load_config, restored, set_aside
+from repo_fast.models.trunk import disable_dropout, load_transformer
+
+_log = logging.getLogger(__name__)
 
 # Settings by which a model changes its logits after the head. The loss head would leave them out.
 _LOGIT_SETTINGS = {
     "final_logit_softcapping": None,
     "logit_scale": 1,
     "logits_scaling": 1,
+    "logits_soft_cap": None,
     "lm_head_multiplier": 1,
     "output_multiplier": 1,
 }
@@ -34,23 +41,25 @@ class Policy(nn.Module):
 
     Args:
         model: A `...ForCausalLM` with a linear head without bias and nothing after it.
+        aside: What was taken out of its configuration (`trunk.set_aside`), and is written back with it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, aside: Mapping[str, Any] = MappingProxyType({})) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.aside = model, dict(aside)
 
     @classmethod
-    def from_pretrained(cls, path: str, *, dtype: torch.dtype, attention: str) -> "Policy":
+    def from_pretrained(cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str]) -> "Policy":
         """Load a Hugging Face folder; under ZeRO-3 loading, straight into shards.
 
         Args:
             path: Folder or hub name.
             dtype: Of weights and activations.
-            attention: Name of a transformers attention implementation.
+            attention: Name of a transformers attention implementation, or several: the first that can run.
 
         Raises:
-            InputError: The folder cannot be read, is not a causal language model, or changes its logits after the head.
+            InputError: The folder cannot be read, lacks weights, is not a causal language model, or changes its logits
+                after the head.
         """
         config = load_config(path)
         for name, neutral in _LOGIT_SETTINGS.items():
@@ -59,32 +68,62 @@ class Policy(nn.Module):
                 raise InputError(
                     f"{path!r} has {name} = {value}, expected {neutral}: the loss head computes plain softmax logits"
                 )
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype, attn_implementation=attention
-            )
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path!r} cannot be loaded as a causal language model: {first_line(error)}") from error
+        model = load_transformer(
+            AutoModelForCausalLM, path, "a causal language model", config=config, dtype=dtype, attention=attention
+        )
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear or head.bias is not None:
             raise InputError(f"{path!r} has the head {head}, expected a linear layer without bias")
         head.__class__ = LossHead
         disable_dropout(model)
-        return cls(model)
+        _make_valid(path, model.generation_config)
+        return cls(model, set_aside(path))
 
-    def forward(self, batch: PackedBatch, loss: Callable[[torch.Tensor, torch.Tensor, PackedBatch], Any]) -> Any:
+    def forward(self, batch: PackedBatch, loss: Callable[[torch.Tensor, torch.Tensor, PackedBatch], Any] | None) -> Any:
         """Run a packed batch and let the head compute.
 
         Args:
             batch: The packed sequences.
             loss: Called inside the head as `loss(hidden, weight, batch)`, with hidden [T, D] the states that predict
-                each of the batch's response tokens, and weight [V, D].
+                each of the batch's response tokens, and weight [V, D]. None: what transformers makes of a batch of one
+                sequence.
 
         Returns:
-            What `loss` returns.
+            What `loss` returns; without it logits [1, N, V].
         """
+        if loss is None:
+            return self.model(input_ids=batch.input_ids, use_cache=False).logits
         hidden = run_packed(self.model.base_model, batch.input_ids, batch.position_ids)[0, batch.predictors]
         return self.model.get_output_embeddings()(hidden, lambda h, w: loss(h, w, batch))
+
+
+def _make_valid(path: str, settings: GenerationConfig) -> None:
+    """Make generation settings such that transformers writes them: it reads what it then refuses to write.
+
+    Published folders (Vicuna, Llama 2) have a temperature and no `do_sample`, which is what they mean by it. Other
+    settings that it refuses have no effect as they stand, and go.
+    """
+    changes = []
+    if (invalid := _invalid(settings)) and not settings.do_sample:
+        before, settings.do_sample = settings.do_sample, True
+        if _invalid(settings) != invalid:
+            changes.append("do_sample is now true")
+        else:
+            settings.do_sample = before
+    for name in _invalid(settings):
+        changes.append(f"{name} ({getattr(settings, name)}) is left out")
+        setattr(settings, name, getattr(GenerationConfig(), name))
+    if changes:
+        _log.info("%r has generation settings that could not be written: %s", path, ", ".join(changes))
+
+
+def _invalid(settings: GenerationConfig) -> list[str]:
+    """The settings that transformers would not write."""
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        return re.findall(r"^- `(\w+)`", str(error), re.MULTILINE)
+    return []
 
 
 def check_vocabulary(path: str, vocabulary: int, tokenizer) -> None:
@@ -123,6 +162,11 @@ def save_policy(
     """
     merged = merged_state(policy, state)
     whole = {name.removeprefix("model."): value for name, value in merged.items()}
-    save_hugging_face(folder, policy.model, whole, tokenizer)
+    aside = policy.aside
+    if aside.get("pad_token_id") is None:
+        # One that was added for the run.
+        aside = aside | {"pad_token_id": policy.model.generation_config.pad_token_id}
+    with restored(policy.model.config, aside):
+        save_hugging_face(folder, policy.model, whole, tokenizer)
     if merged is not state:
         save_adapter(folder / "adapter", policy, state, base_path)

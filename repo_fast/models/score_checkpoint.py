@@ -17,36 +17,32 @@ the same names in all three: those of the architecture's causal language model.
 What the file says is kept with the model as a `ScoreFormat`, so that writing a loaded model gives back every bit.
 """
 
-import contextlib
 import json
 import logging
-import pickle
 import shutil
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-from transformers.utils import cached_file
 
 from repo_fast.errors import InputError, first_line
-from repo_fast.models.trunk import load_config
+from repo_fast.files import publish
+from repo_fast.models.model_config import load_config, restored, set_aside
+from repo_fast.models.weight_files import Checkpoint, find_file
 
 if TYPE_CHECKING:
     from repo_fast.models.score_model import ScoreModel
 
 _log = logging.getLogger(__name__)
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SHARD_SIZE = "5GB"
 # Safe RLHF's normalizer, by its `score_type`: (subtract the mean, divide by the standard deviation).
 NORMALIZERS = {"reward": (True, True), "cost": (False, True), "critic": (False, False)}
@@ -113,13 +109,13 @@ class ScoreFormat:
         score_type: `reward`, `cost` or `critic`; None where it does not say.
         do_normalize: Whether scores are normalised, as `score_type` says (`NORMALIZERS`).
         normalizer: The tensors `normalizer.*` by name, as they are in the file; empty where it has none.
-        pad_token_id: The configuration's, which `load_config` takes out.
+        aside: What is taken out of its configuration while it is used (`trunk.set_aside`).
     """
 
     score_type: str | None = None
     do_normalize: bool = False
     normalizer: Mapping[str, torch.Tensor] = field(default_factory=_identity_normalizer)
-    pad_token_id: int | None = None
+    aside: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_normalized(self) -> bool:
@@ -141,98 +137,12 @@ class ScoreFormat:
         return 1.0
 
 
-class Checkpoint:
-    """The weight files of a folder or hub name, safetensors or PyTorch's (without unpickling code).
-
-    Args:
-        path: Folder or hub name.
-
-    Attributes:
-        files: The file of each tensor, by name.
-        index: The `...index.json` of a sharded checkpoint; None of a single file.
-
-    Raises:
-        InputError: There are no weights, or they cannot be read.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        with self._readable():
-            for name in WEIGHT_FILES:
-                if index := find_file(path, f"{name}.index.json"):
-                    self.index: dict | None = json.loads(Path(index).read_text())
-                    self.files: dict[str, str] = self.index["weight_map"]
-                    for file in self.files.values():
-                        # It becomes part of a path, also of one that is written.
-                        if Path(file).name != file:
-                            raise ValueError(f"{name}.index.json names {file!r}, expected a file of the same folder")
-                    return
-                if found := find_file(path, name):
-                    self.index = None
-                    with _open(found) as tensors:
-                        self.files = dict.fromkeys(tensors, name)
-                    return
-        raise InputError(f"{path!r} has no weights, expected {' or '.join(WEIGHT_FILES)} (or sharded ones)")
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU."""
-        return next(tensor for _, tensor in self.read_file(self.files[name], [name]))
-
-    def read_file(self, file: str, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Some tensors of a file with their names, one after the other, on the CPU."""
-        with self._readable():
-            found = find_file(self.path, file)
-            if found is None:
-                raise FileNotFoundError(f"{file} is missing")
-            with _open(found) as tensors:
-                for name in names:
-                    yield name, tensors[name]
-
-    @contextlib.contextmanager
-    def _readable(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-            raise InputError(f"the weights of {self.path!r} cannot be read: {first_line(error)}") from error
-
-
-def find_file(path: str, name: str) -> str | None:
-    """A file of a folder or hub name, downloaded where need be; None where it has none of that name."""
-    return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-
-
 def read_settings(path: str) -> dict:
-    """The `config.json` of a folder or hub name as it is, with what `load_config` takes out."""
+    """The `config.json` of a folder or hub name as it is."""
     try:
         return json.loads(Path(str(find_file(path, "config.json"))).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"the config.json of {path!r} cannot be read: {first_line(error)}") from error
-
-
-class _Lazy(Mapping):
-    """A safetensors file as a mapping that reads a tensor when asked for it."""
-
-    def __init__(self, file: Any) -> None:
-        self._file, self._names = file, list(file.keys())
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-@contextlib.contextmanager
-def _open(file: str) -> Iterator[Mapping[str, torch.Tensor]]:
-    if file.endswith(".safetensors"):
-        with safe_open(file, framework="pt") as opened:
-            yield _Lazy(opened)
-    else:
-        # PyTorch's older files are no zip archives, and cannot be mapped.
-        yield torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
 class ScoreCheckpoint:
@@ -286,9 +196,9 @@ class ScoreCheckpoint:
         Raises:
             InputError: The normalizer cannot be used.
         """
-        pad_token_id = read_settings(self.path).get("pad_token_id")
+        aside = set_aside(self.path)
         if self.layout.is_classifier:
-            return ScoreFormat(pad_token_id=pad_token_id)
+            return ScoreFormat(aside=aside)
         score_type = getattr(self.config, "score_type", None)
         do_normalize = bool(getattr(self.config, "do_normalize", False))
         if do_normalize and score_type not in NORMALIZERS:
@@ -303,7 +213,7 @@ class ScoreCheckpoint:
             value = getattr(self.config, name, None)
             if do_normalize and value is not None and f"{_NORMALIZER}{name}" not in normalizer:
                 normalizer[f"{_NORMALIZER}{name}"] = torch.tensor(value, dtype=torch.float32).reshape(1)
-        form = ScoreFormat(score_type, do_normalize, normalizer, pad_token_id)
+        form = ScoreFormat(score_type, do_normalize, normalizer, aside)
         if do_normalize and not form.is_normalized:
             _log.warning("%r has do_normalize, but no normalizer.mean and .var: scores are not normalised", self.path)
         return form
@@ -367,7 +277,8 @@ def save_score_model(
     wanted, form = find_layout(layout), model.format
     trunk: Any = model.trunk
     head = {name: tensor for name, tensor in state.items() if name.startswith("score_head.")}
-    settings = json.loads(trunk.config.to_json_string())
+    with restored(trunk.config, form.aside):
+        settings = json.loads(trunk.config.to_json_string())
     bias = head.get("score_head.bias")
     written = _written_format(str(folder), form, wanted, bias, score_type)
     architecture = _architecture(type(trunk).__name__.removesuffix("Model"), wanted, trunk.config.model_type)
@@ -391,7 +302,8 @@ def save_score_model(
     rope = settings.get("rope_parameters") or {}
     if "rope_theta" in rope:
         settings["rope_theta"] = rope["rope_theta"]
-    settings["pad_token_id"] = tokenizer.pad_token_id if form.pad_token_id is None else form.pad_token_id
+    pad_token_id = form.aside.get("pad_token_id")
+    settings["pad_token_id"] = tokenizer.pad_token_id if pad_token_id is None else pad_token_id
     folder.mkdir(parents=True, exist_ok=True)
     _write_settings(folder, settings, architecture, wanted, written, has_bias)
     save_torch_state_dict(tensors, folder, max_shard_size=SHARD_SIZE)
@@ -435,7 +347,7 @@ def convert_score_model(source: str, target: Path, *, layout: str, score_type: s
     for name in _OTHER_FILES:
         if found := find_file(source, name):
             shutil.copyfile(found, partial / name)
-    partial.rename(target)
+    publish(partial, target)
 
 
 def find_layout(name: str) -> Layout:

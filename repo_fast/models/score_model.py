@@ -5,20 +5,20 @@ the head is read from the file here, because transformers would only warn about 
 one.
 
 Sequences are scored packed, several in a row whose `position_ids` start anew at each: no compute goes to padding, and
-"the last token" needs no mask. transformers then keeps the sequences apart only without a cache and without an
-attention mask, and only for trunks that attend by position (not, say, ALiBi or recurrent ones): `check_packing`.
+"the last token" needs no mask. Whether the architecture keeps the sequences apart is found out by `settle_packing`.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, PretrainedConfig
-from transformers.utils import logging as transformers_logging
 
-from repo_fast.errors import InputError, first_line
 from repo_fast.models.attention import run_packed
-from repo_fast.models.score_checkpoint import ScoreCheckpoint, ScoreFormat, read_settings
-from repo_fast.models.trunk import disable_dropout, load_config
+from repo_fast.models.model_config import load_config, set_aside
+from repo_fast.models.score_checkpoint import ScoreCheckpoint, ScoreFormat
+from repo_fast.models.trunk import disable_dropout, load_transformer
 
 
 class ScoreHead(nn.Linear):
@@ -61,13 +61,13 @@ class ScoreModel(nn.Module):
         disable_dropout(trunk)
 
     @classmethod
-    def from_pretrained(cls, path: str, *, dtype: torch.dtype, attention: str = "sdpa") -> "ScoreModel":
+    def from_pretrained(cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str] = "sdpa") -> "ScoreModel":
         """Loads a reward or cost model; under ZeRO-3 loading, straight into shards.
 
         Args:
             path: Folder or hub name.
             dtype: Of the trunk's weights and activations. The head keeps its file's; the score is float32 in any case.
-            attention: Name of a transformers attention implementation.
+            attention: Name of a transformers attention implementation, or several: the first that can run.
 
         Raises:
             InputError: The folder cannot be read, is not a score model of a known layout, has not exactly one output,
@@ -79,19 +79,19 @@ class ScoreModel(nn.Module):
         return cls(_load_trunk(path, checkpoint.config, dtype, attention), weight, bias, format=form)
 
     @classmethod
-    def from_policy(cls, path: str, *, dtype: torch.dtype, attention: str = "sdpa") -> "ScoreModel":
+    def from_policy(cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str] = "sdpa") -> "ScoreModel":
         """The trunk of a causal language model with a zero head: where a critic starts without a score model.
 
         Args:
             path: Folder or hub name.
             dtype: Of the trunk's weights and activations.
-            attention: Name of a transformers attention implementation.
+            attention: Name of a transformers attention implementation, or several: the first that can run.
 
         Raises:
             InputError: The folder cannot be read, or lacks a weight.
         """
         config = load_config(path)
-        form = ScoreFormat(pad_token_id=read_settings(path).get("pad_token_id"))
+        form = ScoreFormat(aside=set_aside(path))
         return cls(_load_trunk(path, config, dtype, attention), torch.zeros(1, config.hidden_size), format=form)
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -109,18 +109,5 @@ class ScoreModel(nn.Module):
         return (scores - self.mean) / self.std
 
 
-def _load_trunk(path: str, config: PretrainedConfig, dtype: torch.dtype, attention: str) -> nn.Module:
-    verbosity = transformers_logging.get_verbosity()
-    # transformers reports the head as left over, and only warns of what is missing; that is an error here.
-    transformers_logging.set_verbosity_error()
-    try:
-        trunk, loading = AutoModel.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation=attention, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path!r} cannot be loaded as a transformer trunk: {first_line(error)}") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    if missing := sorted(loading["missing_keys"]):
-        raise InputError(f"{path!r} lacks {len(missing)} weights of its architecture, {missing[0]} for one")
-    return trunk
+def _load_trunk(path: str, config: PretrainedConfig, dtype: torch.dtype, attention: str | Sequence[str]) -> nn.Module:
+    return load_transformer(AutoModel, path, "a transformer trunk", config=config, dtype=dtype, attention=attention)

@@ -1,35 +1,144 @@
 """What every transformer trunk needs before it is trained or scored here, whatever head it carries."""
 
-from collections.abc import Callable
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
-from repo_fast.errors import InputError, first_line
+from repo_fast.errors import InputError
+from repo_fast.models.model_config import is_dropout, load_config
+from repo_fast.models.on_paper import PASSED_OVER, built, first_attention
+from repo_fast.models.weight_files import Checkpoint
 
-
-def load_config(path: str) -> PretrainedConfig:
-    """A model folder's configuration, without its pad token: under ZeRO-3 an embedding with one cannot be built.
-
-    Raises:
-        InputError: There is no readable model configuration at `path`.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path!r} is not a Hugging Face model folder or hub name: {first_line(error)}") from error
-    config.pad_token_id = None
-    return config
+# An ImportError is of a package that a quantised model needs.
+_CANNOT_LOAD = (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError, pickle.UnpicklingError)
+# What mixtures of experts multiply their inputs by while they train, by the name of the layer's attribute.
+_ROUTER_NOISE = {"jitter_noise": 0.0, "input_jitter_noise": 0.0, "moe_jitter_eps": None}
 
 
 def disable_dropout(module: nn.Module) -> None:
-    """Switch dropout off in every layer: new and old probabilities, and values, must differ by the update alone."""
+    """Switch dropout and routers' noise off: new and old probabilities, and values, must differ by the update alone.
+
+    Some architectures hold dropout in modules, some in plain numbers of their layers, some read the configuration in
+    their forward. What still draws random numbers is found by `settle_packing`.
+    """
     for layer in module.modules():
-        if isinstance(layer, nn.Dropout):
+        if isinstance(layer, nn.modules.dropout._DropoutNd):
             layer.p = 0.0
-        if isinstance(getattr(layer, "attention_dropout", None), float):
-            layer.attention_dropout = 0.0  # type: ignore[assignment]
+        for holder in (layer, getattr(layer, "config", None)):
+            for name, value in vars(holder).items() if holder is not None else ():
+                if is_dropout(name, value):
+                    setattr(holder, name, 0.0)
+        for name, neutral in _ROUTER_NOISE.items():
+            if hasattr(layer, name):
+                setattr(layer, name, neutral)
+
+
+def load_transformer(
+    kind: type,
+    path: str,
+    what: str,
+    *,
+    dtype: torch.dtype,
+    config: PretrainedConfig | None = None,
+    attention: str | Sequence[str] | None = None,
+) -> Any:
+    """Load a Hugging Face model with all its weights; under ZeRO-3 loading, straight into shards.
+
+    transformers only warns of a weight that it does not find, and draws a random one; of one that it has no place for,
+    it says little more.
+
+    Args:
+        kind: The `AutoModel...` class.
+        path: Folder or hub name.
+        what: The kind of model, for messages.
+        dtype: Of weights and activations.
+        config: Its configuration; None: the folder's as it is.
+        attention: Name of a transformers attention implementation, or several: the first that the architecture can
+            run. None: what transformers takes.
+
+    Raises:
+        InputError: The folder cannot be read, or lacks a weight of the architecture, has one of another shape, or one
+            of a module of the architecture that the configuration leaves out.
+    """
+    settings = config or load_config(path)
+    options: dict[str, Any] = {} if config is None else {"config": config}
+    passed_over: tuple[str, ...] = ()
+    if attention is not None:
+        names = (attention,) if isinstance(attention, str) else attention
+        options["attn_implementation"], passed_over = first_attention(kind, path, settings, names)
+    if type(settings) in kind._model_mapping:  # type: ignore[attr-defined]
+        # Before loading, in which under ZeRO-3 the first rank alone would see what does not fit.
+        _check_files(path, what, built(kind, settings, options.get("attn_implementation", "eager")))
+    verbosity = transformers_logging.get_verbosity()
+    # Its own report of what is left over or missing is long; the latter is an error here.
+    transformers_logging.set_verbosity_error()
+    try:
+        model, loading = kind.from_pretrained(  # type: ignore[attr-defined]
+            path,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except _CANNOT_LOAD as error:
+        # Without the advice that follows, which is about options that are not the user's here.
+        reason = " ".join(str(error).split()).partition(". You may")[0]
+        raise InputError(f"{path!r} cannot be loaded as {what}: {reason:.300}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(f"{path!r} holds an adapter beside its weights, expected a model that it is merged into")
+    if missing := sorted(loading["missing_keys"]):
+        raise InputError(f"{path!r} lacks {len(missing)} weights of its architecture, {missing[0]} for one")
+    setattr(model, PASSED_OVER, passed_over)
+    return model
+
+
+def _check_files(path: str, what: str, model: nn.Module) -> None:
+    """Raise `InputError` where the weights in the files are not those of a model, which is on paper.
+
+    What its files lack is told by transformers, which knows what is tied and what it renames.
+    """
+    prefix = f"{model.base_model_prefix}."
+    expected = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name.removeprefix(prefix): (name, shape) for name, shape in Checkpoint(path).shapes().items()}
+    wrong = [name for name in sorted(found) if name in expected and found[name][1] != expected[name]]
+    if wrong:
+        name, shape = found[wrong[0]]
+        raise InputError(
+            f"{path!r} cannot be loaded as {what}: {len(wrong)} weights have another shape than its configuration "
+            f"says, {name} for one: {list(shape)}, expected {list(expected[wrong[0]])}"
+        )
+    modules = {name.removeprefix(prefix): module for name, module in model.named_modules()}
+    left_out = [name for name in sorted(found) if name not in expected and _belongs(name, modules)]
+    if left_out:
+        raise InputError(
+            f"{path!r} has {len(left_out)} weights that its configuration leaves out, {found[left_out[0]][0]} for one: "
+            "expected those of this architecture"
+        )
+
+
+def _belongs(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a weight's name is of a module that there is, or of one more layer of a stack.
+
+    Not so are the heads of other uses, what older releases kept beside the weights (masks, rotary tables), and what
+    transformers renames.
+    """
+    path, _, tensor = name.rpartition(".")
+    if tensor in ("weight", "bias") and path in modules and not next(modules[path].children(), None):
+        return True
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        stack = modules.get(".".join(parts[:i]))
+        if part.isdigit() and isinstance(stack, nn.ModuleList) and int(part) >= len(stack):
+            return True
+    return False
 
 
 def train_last_layers(transformer: nn.Module, layers: int) -> None:
@@ -38,40 +147,13 @@ def train_last_layers(transformer: nn.Module, layers: int) -> None:
     Raises:
         InputError: The model has fewer layers.
     """
-    blocks = next(module for module in transformer.modules() if isinstance(module, nn.ModuleList))
+    path, blocks = next((p, module) for p, module in transformer.named_modules() if isinstance(module, nn.ModuleList))
     if layers > len(blocks):
         raise InputError(f"trainable_layers is {layers}, expected at most the model's {len(blocks)} layers")
     transformer.requires_grad_(False)
     for block in blocks[-layers:]:
         block.requires_grad_(True)
-    for name, module in transformer.base_model.named_children():
-        if "norm" in name:
+    # By its class: it is called norm, ln_f, final_layer_norm, norm_f, ... That of the embeddings is not the final one.
+    for name, module in transformer.get_submodule(path.rpartition(".")[0]).named_children():
+        if "norm" in type(module).__name__.lower() and "emb" not in name:
             module.requires_grad_(True)
-
-
-@torch.no_grad()
-def check_packing(run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], name: str, device: torch.device) -> None:
-    """Make sure that what is computed of a sequence does not depend on what is packed before it.
-
-    transformers keeps packed sequences apart by their restarting positions, but only in trunks that attend by
-    position, not in ALiBi or recurrent ones. Runs the model twice, on every rank alike.
-
-    Args:
-        run: Maps input_ids and position_ids, int64 [1, 6] each, to a float at the last position.
-        name: For the message.
-        device: Where the inputs go.
-
-    Raises:
-        InputError: It depends on the company.
-    """
-    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1]], device=device)
-    first, second = (
-        float(run(torch.tensor([[*company, 1, 2]], device=device), position_ids))
-        for company in ([0, 1, 2, 3], [3, 3, 3, 3])
-    )
-    # The rows differ in the company alone: an untouched value keeps its bits, up to the kernel's order of summation.
-    if abs(first - second) > 1e-3 * max(1.0, abs(first)):
-        raise InputError(
-            f"{name} cannot be run packed: its architecture lets sequences of one row see each other "
-            f"(a value moved from {first:.4g} to {second:.4g})"
-        )

@@ -73,13 +73,19 @@ def describe(config: TrainConfig, gpus: int, device: Device, response_tokens: fl
         f"{gpus} x {device.name}, {str(dtype).removeprefix('torch.')}, ZeRO stage {config.engine.zero_stage}",
         _memory_table(models, held),
         _verdict(config, models, held, gpus, device, dtype),
+        *(
+            f"{model.role}: not packed ({model.masked}). What attention takes under a mask or in padded rows, with the "
+            "square of their length, is not in this plan."
+            for model in models
+            if model.masked
+        ),
     ]
     if all(model.shape is not None for model in models):
         work = Workload.of(config, gpus, response_tokens)
         parts.append(_time_table(step_seconds(config, models, gpus, dtype, device, work), work, gpus))
         parts.append(CERTAINTY)
     else:
-        parts.append("Time: not known for a mixture of experts.")
+        parts.append("Time: not known for a mixture of experts, or a recurrent trunk.")
     return "\n\n".join(parts)
 
 

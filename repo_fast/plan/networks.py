@@ -16,7 +16,9 @@ from repo_fast.algorithm import ALGORITHMS
 from repo_fast.assembly import prepare_training
 from repo_fast.config import EngineConfig, LoraConfig, TrainConfig
 from repo_fast.flops import Shape
-from repo_fast.models.trunk import load_config
+from repo_fast.models.attention import MASKED, PACKED
+from repo_fast.models.model_config import load_config
+from repo_fast.models.on_paper import built, first_attention
 from repo_fast.scoring import load_scorer_spec
 
 _ON_PAPER = "repo_fast_plan"
@@ -37,6 +39,7 @@ class Network:
         layer_activations, other_activations: Bytes that a token's forward keeps for the backward, in a layer and in all
             that is not a layer, in the dtype of the run.
         shape: For its operations; None where they cannot be counted.
+        masked: Why its attention is not packed; empty where it is.
     """
 
     role: str
@@ -50,6 +53,7 @@ class Network:
     layer_activations: float
     other_activations: float
     shape: Shape | None
+    masked: str = ""
 
 
 def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
@@ -107,15 +111,19 @@ def network(
         head: Whether it has one over the vocabulary; else it is a trunk with a scalar head, which is not counted.
         frozen, lora, last: What of it is trained: nothing; adapters; so many last layers; everything.
     """
-    model = _on_meta(config, dtype, head)
+    kind = AutoModelForCausalLM if head else AutoModel
+    model = built(kind, config).to(dtype)
     if frozen:
         model.requires_grad_(False)
     else:
         prepare_training(model, last, lora or LoraConfig(), EngineConfig())
-    one, two = (_saved_bytes(config, dtype, layers) for layers in (1, 2))
+    attention, passed_over = first_attention(kind, config.name_or_path, config, (PACKED, *MASKED))
+    one, two = (_saved_bytes(config, dtype, layers, attention) for layers in (1, 2))
     text = config.get_text_config()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    # A recurrent trunk has none.
+    queries = getattr(text, "num_attention_heads", 0)
+    size = getattr(text, "head_dim", None) or text.hidden_size // max(queries, 1)
+    heads = getattr(text, "num_key_value_heads", None) or queries
     return Network(
         role=role,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -128,20 +136,16 @@ def network(
         layer_activations=(two - one) / _PROBED_TOKENS,
         other_activations=(2 * one - two) / _PROBED_TOKENS,
         shape=Shape.of(model),
+        masked="; ".join(passed_over),
     )
 
 
-def _on_meta(config: PretrainedConfig, dtype: torch.dtype, head: bool) -> nn.Module:
-    kind = AutoModelForCausalLM if head else AutoModel
-    with torch.device("meta"):
-        return kind.from_config(config, dtype=dtype, attn_implementation=_ON_PAPER)
-
-
-def _saved_bytes(config: PretrainedConfig, dtype: torch.dtype, layers: int) -> int:
+def _saved_bytes(config: PretrainedConfig, dtype: torch.dtype, layers: int, attention: str) -> int:
     """What the forward of a few tokens through a trunk of so many layers keeps for its backward."""
     shallow = copy.deepcopy(config)
     shallow.get_text_config().num_hidden_layers = layers
-    trunk = _on_meta(shallow, dtype, head=False)
+    # FlashAttention's stands for the packed one.
+    trunk = built(AutoModel, shallow, _ON_PAPER if attention == PACKED else attention).to(dtype)
     weights = {parameter.untyped_storage()._cdata for parameter in trunk.parameters()}
     kept: dict[int, Any] = {}
 
@@ -153,9 +157,13 @@ def _saved_bytes(config: PretrainedConfig, dtype: torch.dtype, layers: int) -> i
 
     ids = torch.zeros(1, _PROBED_TOKENS, dtype=torch.int64, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        # A mask of four dimensions is handed on as it is.
-        mask = torch.zeros(1, 1, 1, 1, device="meta")
-        trunk(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
+        if attention == PACKED:
+            # A mask of four dimensions is handed on as it is.
+            mask = torch.zeros(1, 1, 1, 1, device="meta")
+            trunk(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False)
+        else:
+            # Without one, some look at values to find the sequences of a row.
+            trunk(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return sum(storage.nbytes() for storage in kept.values())
 
 

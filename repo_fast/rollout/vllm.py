@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from repo_fast.collectives import Ranks
 from repo_fast.config import RolloutConfig
 from repo_fast.errors import InputError, first_line
-from repo_fast.models.trunk import load_config
+from repo_fast.models.model_config import load_config
 from repo_fast.models.vocabulary import never_drawn
 from repo_fast.rollout import Finished, Request, Rollout
 from repo_fast.rollout.hf import end_tokens

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from repo_fast.data import load_tokenizer
 from repo_fast.errors import InputError
-from repo_fast.models.trunk import load_config
+from repo_fast.models.model_config import load_config
 from repo_fast.scoring.score_models import EncoderClassifier, Role, load_line, load_score_model
 
 # Of the expected score, or of 1 where that is smaller: room for another precision, not for another template.

@@ -20,12 +20,15 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from repo_fast.balance import split_by_tokens
 from repo_fast.data.templates import PromptTemplate
-from repo_fast.errors import InputError, first_line
+from repo_fast.errors import InputError
 from repo_fast.flops import Shape, forward_work
+from repo_fast.models.model_config import load_config
+from repo_fast.models.on_paper import position_limit
 from repo_fast.models.policy import check_vocabulary
-from repo_fast.models.score_checkpoint import LAYOUTS, Checkpoint
+from repo_fast.models.score_checkpoint import LAYOUTS
 from repo_fast.models.score_model import ScoreModel
-from repo_fast.models.trunk import check_packing, load_config
+from repo_fast.models.trunk import load_transformer
+from repo_fast.models.weight_files import Checkpoint
 from repo_fast.rollout import Rollout
 
 Role = Literal["reward", "cost"]
@@ -50,7 +53,7 @@ class ModelScorer:
         template: The score model's tokenizer and template.
         policy_template: The policy's, which the rollouts' tokens are of.
         name: `reward` or `cost`, for messages.
-        max_tokens: Longest sequence the model is given (tokens).
+        max_tokens: Longest sequence the model is given (tokens), where it has positions for as many.
         token_budget: Largest row (tokens). A longer sequence gets one of its own.
         device: Where the rows go.
         agree_on_count: Maps this rank's number of rows to the largest of all ranks, each of which then runs as many:
@@ -60,7 +63,7 @@ class ModelScorer:
         truncated: Sequences that lost their beginning so far.
 
     Raises:
-        InputError: The tokenizer does not fit the model, or the model cannot be run packed.
+        InputError: The tokenizer does not fit the model.
     """
 
     def __init__(
@@ -78,7 +81,8 @@ class ModelScorer:
         self.name, self.truncated = name, 0
         module.eval()
         self._module, self._template, self._device = module, template, device
-        self._max_tokens, self._token_budget, self._agree_on_count = max_tokens, token_budget, agree_on_count
+        self._max_tokens = min(max_tokens, position_limit(_unwrapped(module).trunk) or max_tokens)
+        self._token_budget, self._agree_on_count = token_budget, agree_on_count
         self._shape = Shape.of(_unwrapped(module).trunk)
         self._keeps_response = same_tokens(template.tokenizer, policy_template.tokenizer)
         self._keeps_prompt = self._keeps_response and template.renders_like(policy_template)
@@ -87,8 +91,6 @@ class ModelScorer:
         if not self._keeps_response and tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of the {name} model has no end-of-sequence token")
         check_vocabulary(tokenizer.name_or_path, _unwrapped(module).trunk.config.vocab_size, tokenizer)
-        last = torch.tensor([5], device=device)
-        check_packing(lambda ids, positions: module(ids, positions, last), f"the {name} model", device)
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> torch.Tensor:
@@ -155,15 +157,7 @@ class EncoderClassifier(nn.Module):
         Raises:
             InputError: The folder cannot be read, or lacks a weight.
         """
-        try:
-            classifier, loading = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=dtype, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"{path!r} cannot be loaded as a classifier: {first_line(error)}") from error
-        if missing := sorted(loading["missing_keys"]):
-            raise InputError(f"{path!r} lacks {len(missing)} weights of its architecture, {missing[0]} for one")
-        return cls(classifier)
+        return cls(load_transformer(AutoModelForSequenceClassification, path, "a classifier", dtype=dtype))
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The scores, float32 [B], of a padded batch as the tokenizer makes it."""
@@ -209,7 +203,7 @@ class ClassifierScorer:
         module.eval()
         self._module, self._tokenizer, self._device = module, tokenizer, device
         config = _unwrapped(module).classifier.config
-        model_limit = getattr(config, "max_position_embeddings", max_tokens)
+        model_limit = position_limit(_unwrapped(module).classifier) or max_tokens
         self._max_tokens = min(max_tokens, tokenizer.model_max_length, model_limit)
         self._token_budget, self._agree_on_count = token_budget, agree_on_count
         tokenizer.truncation_side = "left"
@@ -252,14 +246,14 @@ class ClassifierScorer:
 
 
 def load_score_model(
-    path: str, *, dtype: torch.dtype, attention: str = "sdpa", role: Role | None = None
+    path: str, *, dtype: torch.dtype, attention: str | Sequence[str] = "sdpa", role: Role | None = None
 ) -> ScoreModel | EncoderClassifier:
     """Loads a score model of either type: a classifier without `score.weight` is an encoder's.
 
     Args:
         path: Folder or hub name.
         dtype: Of weights and activations.
-        attention: Name of a transformers attention implementation, for decoders.
+        attention: Name of a transformers attention implementation, or several, for decoders: the first that can run.
         role: What the score is used as; a line then says which way round it is. None for a model that is only a start,
             such as a critic's.
 
@@ -268,11 +262,16 @@ def load_score_model(
     """
     if role is not None:
         _log.info(load_line(path, role))
-    config = load_config(path)
-    is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification") and config.num_labels == 1
-    if is_classifier and f"{LAYOUTS['sequence-classification'].head}.weight" not in Checkpoint(path).files:
+    if is_encoder(path):
         return EncoderClassifier.from_pretrained(path, dtype=dtype)
     return ScoreModel.from_pretrained(path, dtype=dtype, attention=attention)
+
+
+def is_encoder(path: str) -> bool:
+    """Whether a folder holds a classifier of an encoder: its head has other names than a decoder's."""
+    config = load_config(path)
+    is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification") and config.num_labels == 1
+    return is_classifier and f"{LAYOUTS['sequence-classification'].head}.weight" not in Checkpoint(path).files
 
 
 def load_line(path: str, role: Role) -> str:

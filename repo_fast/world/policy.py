@@ -28,6 +28,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from repo_fast.errors import InputError
+from repo_fast.files import publish
 from repo_fast.world import corpus, families, grammar
 
 BOS, EOS, PAD, UNKNOWN, USER, ASSISTANT = "<s>", "</s>", "<pad>", "<unk>", "<user>", "<assistant>"
@@ -123,7 +124,7 @@ def _cached(name: str, recipe: Recipe, cache_dir: str | Path | None) -> Path:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             build_policy(aside, recipe)
-            aside.rename(folder)
+            publish(aside, folder)
     return folder
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config
 from repo_fast.errors import InputError
 from repo_fast.experience import pack
 from repo_fast.models import attention
-from repo_fast.models.attention import PACKED, attention_implementation, run_packed
+from repo_fast.models.attention import PACKED, attention_candidates, run_packed
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61}
@@ -96,19 +96,20 @@ def test_an_architecture_that_asks_for_more_is_an_error() -> None:
     for layer in trunk.layers:
         layer.self_attn.attention_dropout = 0.5
     trunk.train()
-    with pytest.raises(InputError, match="needs dropout, which packed attention lacks"):
+    with pytest.raises(InputError, match="has dropout 0.5 in its attention, expected 0"):
         run_packed(trunk, *row_of([3, 4]))
 
 
 def test_the_choice() -> None:
-    assert attention_implementation("auto", CPU, torch.float32) == PACKED
-    assert attention_implementation("packed", CPU, torch.bfloat16) == PACKED
-    assert attention_implementation("eager", CPU, torch.float32) == "eager"
-    assert attention_implementation("auto", torch.device("cuda"), torch.float32) == "sdpa"
+    assert attention_candidates("auto", CPU, torch.float32) == (PACKED, "sdpa", "eager")
+    assert attention_candidates("packed", CPU, torch.bfloat16) == (PACKED,)
+    assert attention_candidates("eager", CPU, torch.float32) == ("eager",)
+    assert attention_candidates("padded", CPU, torch.float32) == ("sdpa", "eager")
+    assert attention_candidates("auto", torch.device("cuda"), torch.float32) == ("sdpa", "eager")
     with pytest.raises(InputError, match="flash_attention_2"):
-        attention_implementation("flash_attention_2", CPU, torch.float32)
+        attention_candidates("flash_attention_2", CPU, torch.float32)
     with pytest.raises(InputError, match="'packed' on device cuda in torch.float32"):
-        attention_implementation("packed", torch.device("cuda"), torch.float32)
+        attention_candidates("packed", torch.device("cuda"), torch.float32)
 
 
 def varlen_by_loop(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):  # noqa: ANN001, ANN201
@@ -147,15 +148,15 @@ def _varlen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("_varlen")
 def test_packed_attention_runs_on_cuda_whatever_the_version_of_torch() -> None:
     cuda = torch.device("cuda")
-    assert attention_implementation("packed", cuda, torch.bfloat16) == PACKED
-    assert attention_implementation("auto", cuda, torch.bfloat16) in (PACKED, "flash_attention_2")
+    assert attention_candidates("packed", cuda, torch.bfloat16) == (PACKED,)
+    assert PACKED in attention_candidates("auto", cuda, torch.bfloat16)
 
 
 def test_without_a_scale_or_a_window_variable_length_attention_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v: None)
     attention._varlen_options.cache_clear()
     with pytest.raises(InputError, match="'packed' on device cuda in torch.bfloat16"):
-        attention_implementation("packed", torch.device("cuda"), torch.bfloat16)
+        attention_candidates("packed", torch.device("cuda"), torch.bfloat16)
     attention._varlen_options.cache_clear()
 
 

@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from repo_fast.errors import InputError
+from repo_fast.models.packing import settle_packing, state_before
 from repo_fast.models.score_model import ScoreModel
-from repo_fast.models.trunk import check_packing
 from tests.jobs import on_ranks
 from tests.tiny import save_beaver, save_policy, save_sequence_classifier
 
@@ -30,9 +30,10 @@ CPU = torch.device("cpu")
 SEQUENCES = [torch.tensor(ids) for ids in ([1, 12, 13], [7], [1, 9, 8, 2], [5, 5, 5, 5, 5, 5, 0], [2, 2])]
 
 
-def reading_last(model):
-    """A model as `check_packing` runs it: scored at the end of its row of six tokens."""
-    return lambda ids, positions: model(ids, positions, torch.tensor([5]))
+def settle(name, model, attention="sdpa"):
+    """What is said of how a `ScoreModel`, or an engine around one, runs several sequences at once."""
+    inner = getattr(model, "module", model)
+    return settle_packing(name, inner.trunk, state_before(inner.score_head, model), attention, CPU)
 
 
 def packed(sequences):
@@ -115,7 +116,7 @@ def test_sequence_classifiers_score_as_their_own_class_does(tmp_path, kind):
         expected = torch.cat([reference(s[None]).logits[:, 0] for s in SEQUENCES if s[-1] != 0])
     got = scores(load(path))
     torch.testing.assert_close(got[[0, 1, 2, 4]], expected, rtol=1e-4, atol=1e-5)
-    check_packing(reading_last(load(path)), "the model", CPU)
+    assert settle("the model", load(path)) == "sdpa"
 
 
 def test_company_does_not_change_a_score(tmp_path):
@@ -138,20 +139,19 @@ def test_gradients_do_not_leak_between_packed_sequences(tmp_path):
     assert touched.nonzero()[:, 0].tolist() == [4, 5, 6, 7]
 
 
-def test_a_trunk_that_cannot_be_packed_is_refused():
+def test_a_trunk_that_cannot_be_packed_is_refused_or_padded(tmp_path):
     torch.manual_seed(0)
     config = BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=64, initializer_range=0.2)
-
-    class IgnoresPositions(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bloom, self.config = BloomModel(config), config
-
-        def forward(self, input_ids, position_ids, attention_mask, use_cache):
-            return self.bloom(input_ids=input_ids, use_cache=False)
-
-    with pytest.raises(InputError, match="the cost model cannot be run packed"):
-        check_packing(reading_last(ScoreModel(IgnoresPositions(), torch.randn(1, 32)).eval()), "the cost model", CPU)
+    BloomModel(config).save_pretrained(tmp_path)
+    model = ScoreModel.from_policy(str(tmp_path), dtype=torch.float32, attention=("eager",)).eval()
+    with pytest.raises(InputError, match="the cost model .BloomModel. cannot be run packed.*see each other"):
+        settle("the cost model", model, "eager")
+    torch.nn.init.normal_(model.score_head.weight)
+    leaked = scores(model)
+    assert "padded rows, eager; " in settle("the cost model", model, "auto")
+    alone = torch.cat([scores(model, [sequence]) for sequence in SEQUENCES])
+    torch.testing.assert_close(scores(model), alone, rtol=1e-5, atol=1e-5)
+    assert (leaked - alone).abs().max() > 0.1
 
 
 def test_bfloat16_scores_are_computed_in_float32(tmp_path):
@@ -200,7 +200,7 @@ def scores_of_shards(folder: Path) -> dict[str, torch.Tensor]:
             model = kind(str(folder / name), dtype=torch.float32)
         assert model.trunk.embed_tokens.weight.numel() == 0
         engine = Engine(model, config, ranks)
-        check_packing(reading_last(engine), name, ranks.device)
+        settle(name, engine)
         given[name] = scores(engine)
         if name == "policy":
             ids, positions, _ = packed(SEQUENCES)

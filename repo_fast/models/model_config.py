@@ -1,0 +1,62 @@
+"""A model folder's configuration: what is taken out of it while the model is used, and put back where it is written."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig
+
+from repo_fast.errors import InputError, first_line
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """A model folder's configuration, without its pad token: under ZeRO-3 an embedding with one cannot be built.
+
+    Raises:
+        InputError: There is no readable model configuration at `path`.
+    """
+    config = _read_config(path)
+    config.pad_token_id = None
+    return config
+
+
+def _read_config(path: str) -> PretrainedConfig:
+    try:
+        # Said, or transformers would ask on standard input whether to run a folder's own code.
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path!r} is not a Hugging Face model folder or hub name: {first_line(error)}") from error
+    except StrictDataclassError as error:
+        raise InputError(f"{path!r} has a config.json that cannot be: {' '.join(str(error).split())}") from error
+
+
+def set_aside(path: str) -> dict[str, Any]:
+    """What a model folder's configuration says of its pad token and of dropout, by name.
+
+    `load_config` and `trunk.disable_dropout` take it out of the configuration that a model is trained with, and
+    `restored` puts it back where the model is written.
+
+    Raises:
+        InputError: There is no readable model configuration at `path`.
+    """
+    settings = vars(_read_config(path))
+    return {name: value for name, value in settings.items() if name == "pad_token_id" or is_dropout(name, value)}
+
+
+@contextlib.contextmanager
+def restored(config: PretrainedConfig, aside: Mapping[str, Any]) -> Iterator[None]:
+    """While this is open, a model's configuration has what was set aside of it: it is what is written."""
+    neutral = {name: getattr(config, name, None) for name in aside}
+    for name, value in aside.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in neutral.items():
+            setattr(config, name, value)
+
+
+def is_dropout(name: str, value: Any) -> bool:
+    """Whether a setting is a probability of dropout, and not 0."""
+    return "drop" in name and type(value) is float and value != 0.0

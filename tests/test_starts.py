@@ -1,0 +1,188 @@
+"""What a run cannot do shows before its first step, in every job, as one line; and what it writes others can read."""
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPT2Config,
+    PreTrainedTokenizerBase,
+)
+
+from repo_fast.files import publish
+from tests.jobs import PROMPTS, Job, metrics, write_lines
+from tests.supervised_jobs import here, make_inputs
+from tests.tiny import save_policy, word_tokenizer
+
+LONG = "how do i make tea " * 9
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def save_other(folder: Path, config, seed: int = 0) -> Path:
+    """A policy of another architecture, with the tokenizer of the tests."""
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_gpt2(folder: Path, positions: int) -> Path:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": len(word_tokenizer())}
+    return save_other(folder, GPT2Config(**sizes, n_positions=positions, bos_token_id=1, eos_token_id=2))
+
+
+def evaluate(path: Path, output_dir: Path, *options: str) -> int:
+    from repo_fast.evaluate import main
+
+    prompts = write_lines(output_dir.parent / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
+    words = ["--policy", f"one={path}", "--prompts", str(prompts), "--output_dir", str(output_dir)]
+    words += ["--reward.path", "tests.scorers:reward", "--cost.path", "tests.scorers:cost"]
+    return main([*words, *options])
+
+
+def jobs(folder: Path, job: Job) -> dict[str, Callable[[Path, Path], int]]:
+    """What starts each job on a policy's folder, with an output folder."""
+    return {
+        "sft": lambda path, out: here("sft", folder, out, f"--model.path {path}"),
+        "reward": lambda path, out: here("reward", folder, out, f"--model.path {path}"),
+        "train": lambda path, out: job.here(out, f"--policy.path {path}"),
+        "evaluate": lambda path, out: evaluate(path, out),
+    }
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "train", "evaluate"])
+def test_a_policy_that_lacks_weights_starts_no_job(
+    name: str, inputs: Path, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_policy(tmp_path / "policy")
+    weights = {key: value for key, value in load_file(path / "model.safetensors").items() if "layers.1.mlp" not in key}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    assert jobs(inputs, job)[name](path, tmp_path / "out") == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "lacks 3 weights of its architecture" in said[-1] and said[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "train", "evaluate"])
+def test_sequences_beyond_a_table_of_positions_start_no_job(
+    name: str, inputs: Path, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert jobs(inputs, job)[name](save_gpt2(tmp_path / "policy", 10), tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "expected at most the 10 positions" in said and "Traceback" not in said
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_score_model_s_table_of_positions_counts_too(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    path = save_gpt2(tmp_path / "reward", 12)
+    config = AutoModelForCausalLM.from_pretrained(path).config
+    config.num_labels, config.pad_token_id = 1, 0
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
+    assert job.here(tmp_path / "out", f"--reward.path {path}") == 2
+    assert "cut to reward.max_tokens: up to" in capsys.readouterr().err
+
+
+def test_what_the_end_of_a_run_cannot_do_shows_at_its_start(
+    inputs: Path, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+    for name, start in jobs(inputs, job).items():
+        if name != "evaluate":
+            assert start(inputs / "policy", tmp_path / name) == 2
+            said = capsys.readouterr().err
+            assert "the run could not end: writing the model fails ([Errno 28] No space left on device)" in said
+            assert not list((tmp_path / name).glob("rehearsal*"))
+            assert not (tmp_path / name / "metrics.jsonl").read_text()
+    monkeypatch.undo()
+    monkeypatch.setattr("repo_fast.run.plot_panels", full)
+    assert job.here(tmp_path / "plots") == 2
+    assert "drawing a plot fails" in capsys.readouterr().err
+
+
+def test_settings_that_could_not_be_written_do_not_lose_a_run(inputs: Path, tmp_path: Path) -> None:
+    """Published Vicuna and Llama 2 folders have a temperature and no do_sample: saving failed, after the last step."""
+    path = save_policy(tmp_path / "policy")
+    (path / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6}))
+    before = os.umask(0o027)
+    try:
+        assert here("sft", inputs, tmp_path / "out", f"--model.path {path}") == 0
+    finally:
+        os.umask(before)
+    written = json.loads((tmp_path / "out" / "policy" / "generation_config.json").read_text())
+    assert written["do_sample"] is True and written["temperature"] == 0.9
+    # As the umask says, whatever safetensors does.
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    # (DeepSpeed leaves a script that can be run.)
+    assert {oct(stat.S_IMODE(file.stat().st_mode) & ~0o100) for file in files} == {"0o640"}
+    assert {"model.safetensors", "random-rank0.safetensors"} <= {file.name for file in files}
+
+
+def test_a_folder_is_published_readable_and_whole(tmp_path: Path) -> None:
+    (tmp_path / "aside" / "adapter").mkdir(parents=True)
+    save_file({"a": torch.zeros(3)}, tmp_path / "aside" / "adapter" / "a.safetensors")
+    (tmp_path / "aside" / "run.sh").write_text("true")
+    (tmp_path / "aside" / "run.sh").chmod(0o700)
+    before = os.umask(0o022)
+    try:
+        publish(tmp_path / "aside", tmp_path / "final")
+    finally:
+        os.umask(before)
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "final").rglob("*") if file.is_file()}
+    assert modes == {"a.safetensors": 0o644, "run.sh": 0o744}
+    assert not (tmp_path / "aside").exists()
+
+
+BLOOM = BloomConfig(
+    hidden_size=32, n_layer=2, n_head=4, vocab_size=len(word_tokenizer()), bos_token_id=1, eos_token_id=2
+)
+
+
+def test_an_architecture_that_cannot_be_packed_trains(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On two ranks with every weight sharded, where each must make as many calls; and as on one."""
+    path = save_other(tmp_path / "policy", BLOOM)
+    options = (f"--policy.path {path}", "--total_steps 2")
+    two = job.torchrun(2, tmp_path / "two", *options)
+    assert two.returncode == 0, two.stderr[-4000:]
+    assert (
+        "attention of the policy: padded rows, eager; packed: BloomForCausalLM has an attention of its own"
+        in two.stdout
+    )
+    assert len(metrics(tmp_path / "two")) == 2
+    # The reference is the policy of the first step: a KL above rounding would say that the two are run otherwise.
+    assert abs(metrics(tmp_path / "two")[0]["kl"]) < 1e-6
+
+
+def test_what_sft_learns_of_a_padded_architecture(inputs: Path, tmp_path: Path) -> None:
+    """Its first loss is the mean cross-entropy of response tokens, as transformers gives it for each by itself."""
+    from repo_fast.data import PromptTemplate, load_demonstrations
+
+    path = save_other(tmp_path / "policy", BLOOM)
+    template, model = PromptTemplate(word_tokenizer()), AutoModelForCausalLM.from_pretrained(path).eval()
+    assert here("sft", inputs, tmp_path / "out", f"--model.path {path}", "--batch_size 7", "--epochs 1") == 0
+    total, count = 0.0, 0
+    for shown in load_demonstrations(str(inputs / "sft.jsonl")):
+        prompt, response = template.encode_prompt(shown.prompt), template.encode_response(shown.response)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
+        total -= float(logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum())
+        count += len(response)
+    assert metrics(tmp_path / "out")[0]["loss"] == pytest.approx(total / count, rel=1e-5)
