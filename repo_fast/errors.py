@@ -1,5 +1,8 @@
 """The one exception type for bad input: it is shown to the user as a single line, without a traceback."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 def first_line(error: BaseException) -> str:
     """An error's message cut to one line; the name of its type where it has none."""
@@ -12,3 +15,12 @@ class InputError(ValueError):
     The message names the thing, its value, and what was expected; the entry points print it on one line and
     exit with a non-zero status. Anything that is *our* fault raises another type and keeps its traceback.
     """
+
+
+@contextlib.contextmanager
+def at(place: str) -> Iterator[None]:
+    """Put the place of a row ("FILE line 3") in front of what is wrong with it; "" is none."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}" if place else str(error)) from error

@@ -77,6 +77,29 @@ def pack(
     )
 
 
+def pack_dialogues(dialogues: Sequence[Sequence[torch.Tensor]], device: torch.device) -> PackedBatch:
+    """Pack dialogues of several responses into one row.
+
+    Args:
+        dialogues: Each int64 CPU tensors, at least one token each: in turn what is given and a response to it.
+        device: Where the batch goes.
+    """
+    lengths = torch.tensor([sum(part.numel() for part in parts) for parts in dialogues])
+    tokens = torch.cat([part for parts in dialogues for part in parts])
+    is_response = torch.cat(
+        [torch.full((part.numel(),), i % 2 == 1) for parts in dialogues for i, part in enumerate(parts)]
+    )
+    where = is_response.nonzero()[:, 0]
+    return PackedBatch(
+        input_ids=tokens[None].to(device),
+        position_ids=torch.cat([torch.arange(length) for length in lengths.tolist()])[None].to(device),
+        predictors=(where - 1).to(device),
+        targets=tokens[where].to(device),
+        sequence_ids=torch.arange(len(dialogues)).repeat_interleave(lengths)[where].to(device),
+        last=(lengths.cumsum(0) - 1).to(device),
+    )
+
+
 def idle_batch(device: torch.device) -> PackedBatch:
     """Two tokens with nothing to predict: what a rank runs, forward and backward, when the others have more batches."""
     token = torch.zeros(1, dtype=torch.int64)

@@ -9,8 +9,8 @@ from repo_fast.assembly import load_policy, settle_policy
 from repo_fast.balance import share_out
 from repo_fast.collectives import Ranks
 from repo_fast.config import SftConfig
-from repo_fast.data import PromptTemplate
-from repo_fast.imitation import TokenPair, imitation_backward, imitation_loss
+from repo_fast.data import Columns, PromptTemplate, load_demonstrations
+from repo_fast.imitation import Shown, imitation_backward, imitation_loss, learned_tokens
 from repo_fast.inputs import check_start, find_model, tokenize_demonstrations
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.policy import Policy, save_policy
@@ -29,7 +29,7 @@ _PANELS = {
 }
 
 
-def read_inputs(config: SftConfig) -> SupervisedInputs[TokenPair]:
+def read_inputs(config: SftConfig) -> SupervisedInputs[Shown]:
     """Read and check all inputs of a run.
 
     Raises:
@@ -39,16 +39,21 @@ def read_inputs(config: SftConfig) -> SupervisedInputs[TokenPair]:
     path, tokenizer = find_model(config.model.path)
     data, template = config.data, PromptTemplate(tokenizer, config.data.template)
     notes: list[str] = []
-    examples = tokenize_demonstrations(data.train, data.train_split, template, data.max_tokens, notes, data.limit)
-    held_out: list[TokenPair] = []
-    if data.eval is not None:
-        held_out = tokenize_demonstrations(data.eval, data.eval_split, template, data.max_tokens, notes)
-    longest = max(prompt.numel() + response.numel() for prompt, response in examples + held_out)
+    columns = Columns(data.fields)
+
+    def read(source: str, split: str, limit: int | None = None) -> list[Shown]:
+        demonstrations = load_demonstrations(source, split=split, limit=limit, columns=columns)
+        return tokenize_demonstrations(demonstrations, template, data.max_tokens, data.train_on, source, notes)
+
+    examples = read(data.train, data.train_split, data.limit)
+    held_out = [] if data.eval is None else read(data.eval, data.eval_split)
+    columns.check_found([data.train, data.eval])
+    longest = max(sum(part.numel() for part in shown) for shown in examples + held_out)
     check_positions(path, longest, f"a demonstration, below data.max_tokens ({data.max_tokens})")
     return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes)
 
 
-class FineTuning(SupervisedRun[TokenPair]):
+class FineTuning(SupervisedRun[Shown]):
     """A run of supervised fine-tuning.
 
     Args:
@@ -59,7 +64,7 @@ class FineTuning(SupervisedRun[TokenPair]):
 
     RESULT = "policy"
 
-    def __init__(self, config: SftConfig, inputs: SupervisedInputs[TokenPair], ranks: Ranks) -> None:
+    def __init__(self, config: SftConfig, inputs: SupervisedInputs[Shown], ranks: Ranks) -> None:
         super().__init__(config, inputs, ranks, _SHOWN, _PANELS)
         settle_policy("the policy", self.engine, config.model.attention, ranks)
 
@@ -71,14 +76,14 @@ class FineTuning(SupervisedRun[TokenPair]):
     def transformer(self) -> torch.nn.Module:
         return self.engine.module.model
 
-    def lengths(self, example: TokenPair) -> list[int]:
+    def lengths(self, example: Shown) -> list[int]:
         return [sum(part.numel() for part in example)]
 
-    def weight(self, example: TokenPair) -> int:
+    def weight(self, example: Shown) -> int:
         """Response tokens: the loss is their mean."""
-        return example[1].numel()
+        return learned_tokens(example)
 
-    def backward(self, rows: list[list[TokenPair]], scale: float) -> dict[str, float]:
+    def backward(self, rows: list[list[Shown]], scale: float) -> dict[str, float]:
         return {"loss": float(imitation_backward(self.engine, rows, scale, self.ranks.device, self.ops_backend))}
 
     def evaluate(self) -> dict[str, float]:

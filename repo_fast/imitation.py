@@ -8,15 +8,21 @@ from collections.abc import Sequence
 import torch
 
 from repo_fast.engine import Engine
-from repo_fast.experience import PackedBatch, idle_batch, pack, with_last
+from repo_fast.experience import PackedBatch, idle_batch, pack_dialogues, with_last
 from repo_fast.models.loss_head import summed_cross_entropy
 
-# The tokens of a prompt and of the response to imitate, int64 on the CPU.
-TokenPair = tuple[torch.Tensor, torch.Tensor]
+# A dialogue, int64 on the CPU: in turn the tokens that are given and those of the response to imitate. So a prompt and
+# its response, and for a chat with several responses as many of such pairs.
+Shown = tuple[torch.Tensor, ...]
+
+
+def learned_tokens(shown: Shown) -> int:
+    """How many tokens of a dialogue are to be imitated."""
+    return sum(part.numel() for part in shown[1::2])
 
 
 def imitation_backward(
-    policy: Engine, rows: Sequence[Sequence[TokenPair]], scale: float, device: torch.device, backend: str
+    policy: Engine, rows: Sequence[Sequence[Shown]], scale: float, device: torch.device, backend: str
 ) -> torch.Tensor:
     """Add the gradients of the response tokens' cross-entropy, micro-batch by micro-batch, as a step's last.
 
@@ -39,17 +45,14 @@ def imitation_backward(
 
 
 @torch.no_grad()
-def imitation_loss(
-    policy: Engine, rows: Sequence[Sequence[TokenPair]], device: torch.device, backend: str
-) -> torch.Tensor:
+def imitation_loss(policy: Engine, rows: Sequence[Sequence[Shown]], device: torch.device, backend: str) -> torch.Tensor:
     """The same without gradients: the summed cross-entropy (nats) of this rank, float64 scalar, CPU."""
     losses = [_summed_loss(policy, row, device, backend).double().cpu() for row in rows]
     return torch.stack(losses).sum() if losses else torch.zeros((), dtype=torch.float64)
 
 
-def _summed_loss(policy: Engine, row: Sequence[TokenPair], device: torch.device, backend: str) -> torch.Tensor:
+def _summed_loss(policy: Engine, row: Sequence[Shown], device: torch.device, backend: str) -> torch.Tensor:
     def at_head(hidden: torch.Tensor, weight: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
         return summed_cross_entropy(hidden, weight, packed.targets, backend=backend)
 
-    prompts, responses = zip(*row, strict=True) if row else ((), ())
-    return policy(pack(prompts, responses, device) if row else idle_batch(device), at_head)
+    return policy(pack_dialogues(row, device) if row else idle_batch(device), at_head)

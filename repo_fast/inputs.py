@@ -6,8 +6,10 @@ cached on its first use.
 
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from repo_fast import checkpoint
 from repo_fast.config import RunConfig, TrainConfig, to_dict
 from repo_fast.data import (
+    Columns,
+    Demonstration,
+    Dialogue,
     Prompt,
     PromptTemplate,
     load_demonstrations,
@@ -22,8 +27,8 @@ from repo_fast.data import (
     load_tokenizer,
     tokenize_prompts,
 )
-from repo_fast.errors import InputError, first_line
-from repo_fast.imitation import TokenPair
+from repo_fast.errors import InputError, at, first_line
+from repo_fast.imitation import Shown
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.policy import check_vocabulary
@@ -44,7 +49,7 @@ class Inputs:
         template: How prompts are put to the policy.
         requests: The training prompts with their tokens, in order of the source.
         eval_requests: The held-out prompts with theirs; empty without an evaluation.
-        demonstrations: Prompt and response tokens (int64, CPU) for the PTX loss; empty without one.
+        demonstrations: For the PTX loss; empty without one.
         reward, cost: Where the scores come from.
         well_formed: The check of `evaluation.well_formed`; None without one.
         resume_from: Folder of the checkpoint to go on from; None for a new run.
@@ -56,7 +61,7 @@ class Inputs:
     template: PromptTemplate
     requests: list[Request]
     eval_requests: list[Request]
-    demonstrations: list[TokenPair]
+    demonstrations: list[Shown]
     reward: ScorerSpec
     cost: ScorerSpec
     well_formed: FunctionScorer | None
@@ -86,10 +91,13 @@ def read_inputs(config: TrainConfig) -> Inputs:
     if config.evaluation.well_formed is not None:
         well_formed = FunctionScorer(config.evaluation.well_formed, "well-formed check")
     data = config.data
-    prompts = load_prompts(data.prompts, split=data.prompts_split)
+    columns = Columns(data.fields)
+    prompts = load_prompts(data.prompts, split=data.prompts_split, columns=columns)
     held_out = []
     if data.eval_prompts is not None:
-        held_out = load_prompts(data.eval_prompts, split=data.eval_split, limit=config.evaluation.prompts)
+        held_out = load_prompts(
+            data.eval_prompts, split=data.eval_split, limit=config.evaluation.prompts, columns=columns
+        )
     policy_path, tokenizer = find_model(config.policy.path)
     # Its own copy: a pad token that the run adds to the policy's must not make it another tokenizer than the scorers'.
     template = PromptTemplate(copy.deepcopy(tokenizer), data.template)
@@ -113,11 +121,12 @@ def read_inputs(config: TrainConfig) -> Inputs:
             f"that each of {ranks} ranks has in a step"
         )
     eval_requests = tokenized(held_out, str(data.eval_prompts)) if held_out else []
-    demonstrations = _demonstrations(config, template, notes) if data.ptx is not None else []
+    demonstrations = _demonstrations(config, template, columns, notes) if data.ptx is not None else []
+    columns.check_found([data.prompts, data.eval_prompts, data.ptx])
     drawn = max(request.tokens.numel() for request in requests + eval_requests) + config.rollout.max_new_tokens
-    shown = max((prompt.numel() + response.numel() for prompt, response in demonstrations), default=0)
+    learned = max((sum(part.numel() for part in shown) for shown in demonstrations), default=0)
     check_positions(policy_path, drawn, f"a prompt and rollout.max_new_tokens ({config.rollout.max_new_tokens})")
-    check_positions(policy_path, shown, f"a demonstration of data.ptx {data.ptx!r}")
+    check_positions(policy_path, learned, f"a demonstration of data.ptx {data.ptx!r}")
     for name, spec, settings in (("reward", reward, config.reward), ("cost", cost, config.cost)):
         # An encoder cuts its texts to what it can read, and counts them.
         if spec.kind == "model" and not is_encoder(spec.path):
@@ -180,33 +189,87 @@ def find_model(path: str) -> tuple[str, PreTrainedTokenizerBase]:
 
 
 def tokenize_demonstrations(
-    source: str,
-    split: str,
+    demonstrations: Sequence[Demonstration],
     template: PromptTemplate,
     max_tokens: int,
+    train_on: Literal["last", "all"],
+    source: str,
     notes: list[str],
-    limit: int | None = None,
-) -> list[TokenPair]:
-    """Read demonstrations and tokenise them; longer ones are dropped, and a note says how many.
+) -> list[Shown]:
+    """Tokenise demonstrations.
+
+    Each answer to be imitated follows exactly the tokens that the policy would be given as its prompt. The answers of a
+    chat are one example where the template writes what came before as it was generated, which most do; an answer that
+    it writes otherwise once the chat goes on (without its end token, say, or without its reasoning) is an example of
+    its own.
+
+    Args:
+        demonstrations: At least one.
+        template: How prompts are put to the policy.
+        max_tokens: The longest prompt and answer together to keep; longer ones are dropped, and a note says how many.
+        train_on: Whether each chat's last answer is imitated, or all that are not part of its prompt.
+        source: Where they are from, for messages.
+        notes: For the user, added to.
 
     Raises:
-        InputError: The source cannot be read, or no demonstration fits.
+        InputError: No demonstration fits, or the template cannot render one.
     """
-    pairs = [
-        (torch.tensor(template.encode_prompt(shown.prompt)), torch.tensor(template.encode_response(shown.response)))
-        for shown in load_demonstrations(source, split=split, limit=limit)
+    examples: list[Shown] = []
+    dropped = cut = parted = answers = 0
+    for shown in demonstrations:
+        with at(shown.place):
+            said = _answers(shown, template, train_on)
+        fitting = [pair for pair in said if len(pair[0]) + len(pair[1]) <= max_tokens]
+        made = _together(fitting)
+        dropped, cut = dropped + (not fitting), cut + (len(said) - len(fitting) if fitting else 0)
+        parted, answers = parted + (len(made) > 1), answers + len(fitting)
+        examples += made
+    if not examples:
+        raise InputError(f"{source}: all {len(demonstrations)} demonstrations are longer than {max_tokens} tokens")
+    if dropped:
+        notes.append(f"{source}: {dropped} demonstrations dropped, longer than {max_tokens} tokens")
+    if cut:
+        notes.append(f"{source}: {cut} last answers of other chats dropped, longer than {max_tokens} tokens")
+    if answers > len(demonstrations) - dropped:
+        kept = len(demonstrations) - dropped
+        notes.append(f"{source}: {answers} answers of {kept} demonstrations are learned, in {len(examples)} examples")
+    if parted:
+        notes.append(
+            f"{source}: {parted} chats are several examples: the template writes an answer otherwise once it goes on"
+        )
+    return examples
+
+
+def _answers(
+    shown: Demonstration, template: PromptTemplate, train_on: Literal["last", "all"]
+) -> list[tuple[list[int], list[int]]]:
+    """The answers to be imitated, in turn: the tokens before each, and its own."""
+    turns = (*shown.asked.turns, shown.response)
+    first = len(turns) - 1 if train_on == "last" else shown.given | 1
+    return [
+        (template.encode_prompt(Dialogue(turns[:i], shown.system)), template.encode_response(turns[i]))
+        for i in range(first, len(turns), 2)
     ]
-    kept = [pair for pair in pairs if pair[0].numel() + pair[1].numel() <= max_tokens]
-    if not kept:
-        raise InputError(f"{source}: all {len(pairs)} demonstrations are longer than {max_tokens} tokens")
-    if len(kept) < len(pairs):
-        notes.append(f"{source}: {len(pairs) - len(kept)} demonstrations dropped, longer than {max_tokens} tokens")
-    return kept
 
 
-def _demonstrations(config: TrainConfig, template: PromptTemplate, notes: list[str]) -> list[TokenPair]:
+def _together(answers: Sequence[tuple[list[int], list[int]]]) -> list[Shown]:
+    """The answers of a chat in as few sequences as hold each of them behind its own tokens."""
+    sequences: list[tuple[list[int], list[int]]] = []
+    for before, answer in reversed(answers):
+        own, start, end = before + answer, len(before), len(before) + len(answer)
+        for tokens, cuts in sequences:
+            if tokens[:end] == own and end <= cuts[0]:
+                cuts[:0] = [start, end]
+                break
+        else:
+            sequences.append((own, [start]))
+    return [tuple(torch.tensor(tokens).tensor_split(cuts)) for tokens, cuts in reversed(sequences)]
+
+
+def _demonstrations(config: TrainConfig, template: PromptTemplate, columns: Columns, notes: list[str]) -> list[Shown]:
     data = config.data
-    kept = tokenize_demonstrations(str(data.ptx), data.ptx_split, template, data.ptx_max_tokens, notes)
+    shown = load_demonstrations(str(data.ptx), split=data.ptx_split, columns=columns)
+    kept = tokenize_demonstrations(shown, template, data.ptx_max_tokens, data.train_on, str(data.ptx), notes)
     if len(kept) < config.update.ptx_batch_size:
         raise InputError(
             f"data.ptx {data.ptx!r} has {len(kept)} demonstrations of at most {data.ptx_max_tokens} tokens, expected "

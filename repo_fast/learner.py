@@ -32,7 +32,7 @@ from repo_fast.experience import (
     with_last,
 )
 from repo_fast.flops import Shape, forward_work
-from repo_fast.imitation import imitation_backward
+from repo_fast.imitation import Shown, imitation_backward, learned_tokens
 from repo_fast.models.attention import PACKED, PADDED
 from repo_fast.ops import (
     PolicyLoss,
@@ -69,7 +69,7 @@ class Learner:
         config: The resolved configuration.
         models: The engines.
         ranks: This process among those of the run.
-        demonstrations: Prompt and response tokens (int64, CPU) for the PTX loss; empty without one.
+        demonstrations: For the PTX loss; empty without one.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Learner:
         config: TrainConfig,
         models: Models,
         ranks: Ranks,
-        demonstrations: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+        demonstrations: Sequence[Shown] = (),
     ) -> None:
         self.config, self.models, self.ranks, self.demonstrations = config, models, ranks, demonstrations
         self.ops_backend = resolve("fused_rectified_policy_loss", config.engine.ops_backend, ranks.device)
@@ -448,22 +448,23 @@ class Learner:
 
         return at_head
 
-    def _ptx_batches(self) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    def _ptx_batches(self) -> list[list[Shown]]:
         """This rank's demonstrations of one optimizer step, in micro-batches as many as the other ranks have."""
         if self.ptx_sampler is None:
             return []
 
-        def work(pair: tuple[torch.Tensor, torch.Tensor]) -> float:
-            return self.work(pair[0].numel(), pair[1].numel())
+        def work(shown: Shown) -> float:
+            learned = learned_tokens(shown)
+            return self.work(sum(part.numel() for part in shown) - learned, learned)
 
         mine = share_out([self.demonstrations[i] for i in self.ptx_sampler.next()], work, self.ranks)
-        totals = [prompt.numel() + response.numel() for prompt, response in mine]
-        rows = split_by_tokens(totals, self.config.update.micro_batch_tokens, [work(pair) for pair in mine])
+        totals = [sum(part.numel() for part in shown) for shown in mine]
+        rows = split_by_tokens(totals, self.config.update.micro_batch_tokens, [work(shown) for shown in mine])
         return [[mine[i] for i in row] for row in in_step(rows, self.ranks)]
 
-    def _ptx_backward(self, rows: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> float:
+    def _ptx_backward(self, rows: list[list[Shown]]) -> float:
         """Step 8: cross-entropy on demonstrations, token mean over the global batch, temperature 1."""
-        tokens = self.ranks.sum(torch.tensor(sum(response.numel() for row in rows for _, response in row)))
+        tokens = self.ranks.sum(torch.tensor(sum(learned_tokens(shown) for row in rows for shown in row)))
         scale = self.config.algorithm.ptx_coefficient / float(tokens)
         total = imitation_backward(self.models.policy, rows, scale, self.ranks.device, self.ops_backend)
         return float(self.ranks.sum(total) / tokens)

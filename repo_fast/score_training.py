@@ -11,8 +11,8 @@ from repo_fast.assembly import is_score_model, load_trained_score_model, settle_
 from repo_fast.balance import share_out
 from repo_fast.collectives import Ranks
 from repo_fast.config import ScoreConfig
-from repo_fast.data import Candidate, Preference, PromptTemplate, load_preferences
-from repo_fast.errors import InputError
+from repo_fast.data import Candidate, Columns, Preference, PromptTemplate, load_preferences
+from repo_fast.errors import InputError, at
 from repo_fast.experience import with_last
 from repo_fast.inputs import check_start, find_model
 from repo_fast.models.lora import merged_state, save_adapter
@@ -69,14 +69,18 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
         raise InputError(f"expect is given with model.path {path!r}, which has no score yet, expected a score model")
     data, template = config.data, PromptTemplate(tokenizer, config.data.template)
     notes: list[str] = []
+    columns = Columns(data.fields)
 
     def read(source: str, split: str, limit: int | None = None) -> list[TokenizedPreference]:
-        preferences, said = load_preferences(source, config.kind, split=split, unusable=data.unusable, limit=limit)
+        preferences, said = load_preferences(
+            source, config.kind, split=split, unusable=data.unusable, limit=limit, columns=columns
+        )
         notes.extend(said)
         return _tokenize(preferences, template, data.max_tokens, source, notes)
 
     examples = read(data.train, data.train_split, data.limit)
     held_out = [] if data.eval is None else read(data.eval, data.eval_split)
+    columns.check_found([data.train, data.eval])
     longest = max(sequence.numel() for example in examples + held_out for sequence in example.sequences)
     check_positions(path, longest, f"a prompt and its response, cut to data.max_tokens ({data.max_tokens})")
     return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes)
@@ -90,7 +94,8 @@ def _tokenize(
 
     def sequence(candidate: Candidate) -> torch.Tensor:
         nonlocal truncated
-        tokens = template.encode_prompt(candidate.turns) + template.encode_response(candidate.response)
+        with at(candidate.place):
+            tokens = template.encode_prompt(candidate.asked) + template.encode_response(candidate.response)
         truncated += len(tokens) > max_tokens
         return torch.tensor(tokens[-max_tokens:])
 

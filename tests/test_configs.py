@@ -73,7 +73,7 @@ PUBLISHED = {
 def flat(mapping: dict, prefix: str = "") -> dict:
     entries = {}
     for key, value in mapping.items():
-        entries |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        entries |= flat(value, f"{prefix}{key}.") if value and isinstance(value, dict) else {f"{prefix}{key}": value}
     return entries
 
 

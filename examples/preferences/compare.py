@@ -31,7 +31,7 @@ RESAMPLES = 10_000
 
 def text(candidate: Candidate) -> str:
     """The dialogue and the response, as the baseline reads them."""
-    return "\n".join([*candidate.turns, candidate.response])
+    return "\n".join([*filter(None, [candidate.system]), *candidate.turns, candidate.response])
 
 
 def baseline(train: list[Preference], held_out: list[Preference]) -> list[bool]:

@@ -32,9 +32,18 @@ def known_keys(section: type = TrainConfig, prefix: str = "") -> list[str]:
     return keys
 
 
+def _tables(section: type, prefix: str = "") -> list[str]:
+    """The dotted names of the options that are mappings."""
+    keys = [prefix + entry.name for entry in dataclasses.fields(section) if typing.get_origin(entry.type) is dict]
+    for entry in dataclasses.fields(section):
+        if dataclasses.is_dataclass(entry.type):
+            keys += _tables(typing.cast(type, entry.type), f"{prefix}{entry.name}.")
+    return keys
+
+
 def _reject_unknown(keys: list[str], where: str, kind: type[JobConfig]) -> None:
     known = known_keys(kind)
-    tables = tuple(f"{entry.name}." for entry in dataclasses.fields(kind) if typing.get_origin(entry.type) is dict)
+    tables = tuple(f"{key}." for key in _tables(kind))
     for key in keys:
         # What a table has below it are the user's own names.
         if key not in known and not key.startswith(tables):

@@ -9,6 +9,7 @@ from repo_fast.config.sections import (
     JobConfig,
     SamplingConfig,
     ScorerConfig,
+    check_fields,
     check_sampling,
     check_scorer,
     require,
@@ -37,9 +38,13 @@ class EvaluateConfig(JobConfig):
     reference: str | None = None
     """Name of the policy that the others are compared with. Null: the first one."""
     prompts: str = "world:test"
-    """Prompts: a .jsonl, .json or .txt file, `world:test`, or a `datasets` hub name."""
+    """Prompts: a file (.jsonl, .json, .txt or .csv, also as .gz, or .parquet) or a folder of such, `world:test`, or a
+    `datasets` hub name."""
     prompts_split: str = "test"
     """Split to read when `prompts` is a `datasets` name."""
+    prompts_fields: dict[str, str] = field(default_factory=dict)
+    """What columns of `prompts` are, where their names do not say it or they contradict each other: `prompt`,
+    `response`, `history`, `system` or `ignore`, as `--prompts_fields.COLUMN ROLE`."""
     prompts_limit: int | None = None
     """Use only the first so many prompts. Null: all."""
     max_prompt_tokens: int = 1024
@@ -85,6 +90,7 @@ class EvaluateConfig(JobConfig):
                 "scoring_tokens": self.scoring_tokens,
             },
         )
+        check_fields("prompts_fields", self.prompts_fields)
         check_sampling("sampling", self.sampling)
         check_scorer("reward", self.reward)
         check_scorer("cost", self.cost)

@@ -15,7 +15,8 @@ class PreferenceDataConfig(ExamplesConfig):
     """Pairs of responses of which one is preferred, or single responses labelled safe or not."""
 
     train: str = "world:preferences"
-    """Preferences to learn from: a .jsonl or .json file, a part of the embedded world, or a `datasets` hub name."""
+    """Preferences to learn from: a file (.jsonl, .json or .csv, also as .gz, or .parquet) or a folder of such, a part
+    of the embedded world, or a `datasets` hub name."""
     max_tokens: int = 512
     """Longest prompt and response together (tokens). Longer ones lose their beginning and are counted."""
     unusable: Literal["error", "drop"] = "error"

@@ -10,6 +10,9 @@ from typing import ClassVar, Literal
 
 from repo_fast.errors import InputError
 
+# What a column of a data file may be.
+COLUMN_ROLES = ("prompt", "response", "chosen", "rejected", "history", "system", "ignore")
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -249,3 +252,9 @@ def check_lora(key: str, lora: LoraConfig) -> None:
     require(lora.alpha > 0, f"{key}.alpha", lora.alpha, "a number above 0")
     if lora.targets and not lora.rank:
         raise InputError(f"{key}.targets is {list(lora.targets)} with {key}.rank 0, expected a rank of at least 1")
+
+
+def check_fields(key: str, fields: Mapping[str, str]) -> None:
+    """Raise `InputError` for a column's role that there is not."""
+    for column, role in fields.items():
+        require(role in COLUMN_ROLES, f"{key}.{column}", role, f"one of {', '.join(COLUMN_ROLES)}")

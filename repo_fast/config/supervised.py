@@ -7,6 +7,7 @@ from repo_fast.config.sections import (
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    check_fields,
     check_model,
     check_optimizer,
     require,
@@ -19,15 +20,20 @@ class ExamplesConfig:
     """Examples to learn from, and others to evaluate on."""
 
     train: str = ""
-    """What is learned from: a .jsonl or .json file, a part of the embedded world, or a `datasets` hub name."""
+    """What is learned from: a file (.jsonl, .json or .csv, also as .gz, or .parquet) or a folder of such, a part of the
+    embedded world, or a `datasets` hub name."""
     train_split: str = "train"
     """Split to read when `train` is a `datasets` name."""
     limit: int | None = None
-    """Learn from the first so many examples only; the embedded world then makes so many. Null: all."""
+    """Learn from the first so many demonstrations or preferences only; the embedded world then makes so many. Null:
+    all."""
     eval: str | None = None
     """What is held out, in the same forms. Null: no evaluation."""
     eval_split: str = "test"
     """Split to read when `eval` is a `datasets` name."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """What columns of the data are, where their names do not say it or they contradict each other: `prompt`,
+    `response`, `chosen`, `rejected`, `history`, `system` or `ignore`, as `--data.fields.COLUMN ROLE`."""
     template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
     """How a prompt is put to the model. `auto`: the tokenizer's chat template, else Safe RLHF's."""
     max_tokens: int = 512
@@ -42,7 +48,8 @@ class SupervisedConfig(RunConfig):
     epochs: int = 1
     """Passes over the training examples."""
     batch_size: int = 64
-    """Examples of an optimizer step (demonstrations or preferences, over all ranks); fewer examples make one batch."""
+    """Examples of an optimizer step (demonstrations or preferences, over all ranks); fewer examples make one batch. A
+    chat of several answers is one, unless its template writes an answer otherwise once the chat goes on."""
     micro_batch_tokens: int = 8192
     """Largest packed micro-batch on a rank (tokens). A longer example gets one of its own."""
     evaluate_every: int = 0
@@ -54,6 +61,7 @@ class SupervisedConfig(RunConfig):
 
     def check(self) -> None:
         super().check()
+        check_fields("data.fields", self.data.fields)
         check_model("model", self.model)
         check_optimizer("optimizer", self.optimizer)
         names = ("epochs", "batch_size", "micro_batch_tokens", "max_skipped_steps")

@@ -12,6 +12,7 @@ from repo_fast.config.sections import (
     RunConfig,
     SamplingConfig,
     ScorerConfig,
+    check_fields,
     check_lora,
     check_model,
     check_optimizer,
@@ -28,7 +29,8 @@ class DataConfig:
     """Prompts to train on, prompts to evaluate on, and supervised text for the PTX loss."""
 
     prompts: str = "world:train"
-    """Training prompts: a .jsonl, .json or .txt file, `world:train`, or a `datasets` hub name."""
+    """Training prompts: a file (.jsonl, .json, .txt or .csv, also as .gz, or .parquet) or a folder of such,
+    `world:train`, or a `datasets` hub name."""
     prompts_split: str = "train"
     """Split to read when `prompts` is a `datasets` name."""
     eval_prompts: str | None = "world:test"
@@ -40,11 +42,17 @@ class DataConfig:
     max_prompt_tokens: int = 256
     """Longest templated prompt (tokens). Longer ones are dropped and counted."""
     ptx: str | None = None
-    """Supervised demonstrations for the PTX loss: a file, `world:demonstrations`, or a `datasets` name."""
+    """Supervised demonstrations for the PTX loss: a file or folder, `world:demonstrations`, or a `datasets` name."""
     ptx_split: str = "train"
     """Split to read when `ptx` is a `datasets` name."""
     ptx_max_tokens: int = 512
     """Longest demonstration, prompt and response together (tokens). Longer ones are dropped and counted."""
+    train_on: Literal["last", "all"] = "all"
+    """Which answers of a chat in `ptx` are learned: its last, or all, those in `history` too, but for those in a chat
+    that is given as the `prompt` of a response."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """What columns of the data are, where their names do not say it or they contradict each other: `prompt`,
+    `response`, `history`, `system` or `ignore`, as `--data.fields.COLUMN ROLE`; for all sources of this section."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +259,7 @@ class TrainConfig(RunConfig):
         )
         traced = self.profile is None or self.profile <= self.total_steps
         require(traced, "profile", self.profile, f"a step of the run, at most total_steps ({self.total_steps})")
+        check_fields("data.fields", self.data.fields)
         check_sampling("rollout", rollout)
         if algorithm.importance_cap is not None:
             require(algorithm.importance_cap > 0, "algorithm.importance_cap", algorithm.importance_cap, "above 0")

@@ -1,5 +1,6 @@
 """Prompts, demonstrations and preferences: reading them, rendering them into tokens, drawing batches of them."""
 
+from repo_fast.data.columns import Columns
 from repo_fast.data.dialogue import Dialogue
 from repo_fast.data.preferences import Candidate, Preference, load_preferences
 from repo_fast.data.readers import Demonstration, Prompt, load_demonstrations, load_prompts
@@ -8,6 +9,7 @@ from repo_fast.data.templates import PromptTemplate, load_tokenizer, tokenize_pr
 
 __all__ = [
     "Candidate",
+    "Columns",
     "Demonstration",
     "Dialogue",
     "Preference",

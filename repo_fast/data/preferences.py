@@ -9,22 +9,30 @@ A row is one of
   cost model the chosen one is the safer one, and `is_chosen_safe`, `is_rejected_safe` may say more;
 - a single response with a label: `prompt`, `response`, `is_safe`. Only a cost model learns from that.
 
+The prompt may have any of the forms of `repo_fast.data.columns`, with a system text and turns before it.
+
 A row that cannot be represented is an error with its place. Two responses that are equal, or a blank one, do occur in
 public data; these, and no others, can be dropped instead, and are then counted.
 """
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from repo_fast.data.sources import chat_messages, chat_turns, check_limit, read_rows, string, text
+from repo_fast.data.cells import Chat, is_blank, read_chat, read_messages, same, string, text
+from repo_fast.data.columns import Columns, Conversation, Row, Table, one_system, read_conversation, starts_with
+from repo_fast.data.dialogue import HH_ASSISTANT, HH_USER, Dialogue
+from repo_fast.data.sources import check_limit
 from repo_fast.errors import InputError
 
 KINDS = ("reward", "cost")
 UNUSABLE = ("error", "drop")
 FORMS = "prompt, response_0, response_1 with ids; chosen, rejected; or prompt, response, is_safe"
+IDS = ("better_response_id", "safer_response_id")
+SAFE = ("is_response_0_safe", "is_response_1_safe", "is_chosen_safe", "is_rejected_safe", "is_safe")
 
 # The last answer of a dialogue may be blank, and its mark may then have lost the space.
 _HH_MARK = re.compile(r"\n\n(Human|Assistant):(?: |\Z)")
@@ -38,11 +46,20 @@ class Candidate:
         turns: The dialogue before it: user first, in turn with the assistant, an odd number of texts, none blank.
         response: Without template, never blank.
         unsafe: Its safety label, None where there is none or a reward model has no use for it.
+        system: The text above the dialogue; None without.
+        place: Where it was read, for errors.
     """
 
     turns: tuple[str, ...]
     response: str
     unsafe: bool | None = None
+    system: str | None = None
+    place: str = field(default="", compare=False, repr=False)
+
+    @property
+    def asked(self) -> Dialogue:
+        """What the response answers, turn by turn."""
+        return Dialogue(self.turns, self.system)
 
 
 @dataclass(frozen=True)
@@ -68,15 +85,17 @@ def load_preferences(
     split: str = "train",
     unusable: Literal["error", "drop"] = "error",
     limit: int | None = None,
+    columns: Columns | None = None,
 ) -> tuple[list[Preference], list[str]]:
     """Reads the preferences of a source, in its order.
 
     Args:
-        source: A file, a part of the embedded world or a `datasets` name: see `repo_fast.data.sources`.
+        source: A file, a folder, a part of the embedded world or a `datasets` name: see `repo_fast.data.sources`.
         kind: The model to train. Only the fields that it needs have to be there and right.
         split: For a `datasets` name only.
         unusable: What to do with a row whose responses are equal, or one of them blank: stop, or drop and count it.
         limit: Stop after this many preferences.
+        columns: What the user says of columns.
 
     Returns:
         At least one preference, and notes for the user, a line each: the numbers of pairs, single responses and dropped
@@ -91,7 +110,8 @@ def load_preferences(
             raise InputError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     preferences: list[Preference] = []
     dropped: Counter[str] = Counter()
-    for place, row in read_rows(source, split, generate=limit):
+    table = Table(source, split, columns, generate=limit, labels=(*IDS, *SAFE))
+    for place, row in table:
         named = _candidates_of(row, kind, place)
         fault = _fault(named)
         if fault is not None:
@@ -107,100 +127,139 @@ def load_preferences(
     if not preferences:
         rows = f"all {dropped.total()} rows are unusable: {reasons}" if dropped else "empty"
         raise InputError(f"{source}: {rows}; expected at least one preference")
+    table.say_unused()
     notes = [_count_note(source, preferences, dropped.total(), reasons)]
     return preferences, notes + (_label_notes(source, preferences) if kind == "cost" else [])
 
 
 def _candidates_of(row: Any, kind: str, place: str) -> _Named:
-    if not isinstance(row, dict):
+    if not isinstance(row, Row):
         raise InputError(f"{place}: a {type(row).__name__}, expected an object with {FORMS}")
-    # A table that joins several sets has all their columns in every row, and null in most.
-    row = {field: value for field, value in row.items() if value is not None}
-    if "response_0" in row or "response_1" in row:
-        return _numbered_pair(row, kind, place)
-    if "chosen" in row or "rejected" in row:
-        return _chosen_pair(row, kind, place)
-    if "response" in row:
-        return _labelled_response(row, kind, place)
-    raise InputError(f"{place}: no preference: found {', '.join(row) or 'no fields'}; expected {FORMS}")
+    if "response_0" in row.cells or "response_1" in row.cells:
+        return _numbered_pair(row, kind)
+    if row.of("chosen") or row.of("rejected"):
+        return _chosen_pair(row, kind)
+    if "is_safe" in row.cells or row.of("response"):
+        return _labelled_response(row, kind)
+    raise InputError(f"{place}: no preference: found {row.names() or 'no fields'}; expected {FORMS}")
 
 
-def _numbered_pair(row: dict[str, Any], kind: str, place: str) -> _Named:
-    field = "better_response_id" if kind == "reward" else "safer_response_id"
-    _require(row, ("prompt", "response_0", "response_1", field), place)
-    chosen = row[field]
-    # A bool equals 0 or 1, but a table of bools means something else.
-    if type(chosen) is not int or chosen not in (0, 1):
-        raise InputError(f"{place}: {field} is {chosen!r}, expected the integer 0 or 1")
-    turns = _context(row["prompt"], place)
-    responses = [string(row[name], name, place) for name in ("response_0", "response_1")]
-    unsafe = _labels(row, ("is_response_0_safe", "is_response_1_safe"), kind, place)
+def _numbered_pair(row: Row, kind: str) -> _Named:
+    column = IDS[0] if kind == "reward" else IDS[1]
+    fields = ("response_0", "response_1")
+    _require(row, ("prompt",), (*fields, column))
+    chosen = _number(row.get(column))
+    if chosen not in (0, 1):
+        raise InputError(f"{row.place}: {column} is {row.get(column)!r}, expected the integer 0 or 1")
+    answers = [(name, row.get(name)) for name in fields]
+    named = _answered(row, answers, _labels(row, ("is_response_0_safe", "is_response_1_safe"), kind))
     higher = chosen if kind == "reward" else 1 - chosen
-    return [(f"response_{i}", Candidate(turns, responses[i], unsafe[i])) for i in (higher, 1 - higher)]
+    return [named[higher], named[1 - higher]]
 
 
-def _chosen_pair(row: dict[str, Any], kind: str, place: str) -> _Named:
-    _require(row, ("chosen", "rejected"), place)
-    unsafe = _labels(row, ("is_chosen_safe", "is_rejected_safe"), kind, place)
-    context = _context(row["prompt"], place) if "prompt" in row else None
-    named = [
-        (field, Candidate(*_answer(row[field], context, field, place), label))
-        for field, label in zip(("chosen", "rejected"), unsafe, strict=True)
-    ]
+def _number(value: Any) -> int | None:
+    """A whole number of any type; None for anything else, also a bool: it equals 0 or 1, but a table of bools means
+    something else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _chosen_pair(row: Row, kind: str) -> _Named:
+    _require(row, ("chosen", "rejected"), ())
+    answers = [_one(row, role) for role in ("chosen", "rejected")]
+    named = _answered(row, answers, _labels(row, ("is_chosen_safe", "is_rejected_safe"), kind))
     return named if kind == "reward" else named[::-1]
 
 
-def _labelled_response(row: dict[str, Any], kind: str, place: str) -> _Named:
+def _labelled_response(row: Row, kind: str) -> _Named:
     if kind == "reward":
         raise InputError(
-            f"{place}: a single response, which only a cost model can learn from (by is_safe); expected two to compare"
+            f"{row.place}: a single response, which only a cost model can learn from (by is_safe); expected two to "
+            "compare"
         )
-    _require(row, ("prompt", "response", "is_safe"), place)
-    (unsafe,) = _labels(row, ("is_safe",), kind, place)
-    turns, response = _answer(row["response"], _context(row["prompt"], place), "response", place)
-    return [("response", Candidate(turns, response, unsafe))]
+    _require(row, ("prompt", "response"), ("is_safe",))
+    return _answered(row, [_one(row, "response")], _labels(row, ("is_safe",), kind))
 
 
-def _require(row: dict[str, Any], fields: Iterable[str], place: str) -> None:
-    missing = [field for field in fields if field not in row]
+def _one(row: Row, role: str) -> tuple[str, Any]:
+    """The column of a role, with its value."""
+    names = row.of(role)
+    values = [row.get(name) for name in names]
+    if any(value != values[0] for value in values):
+        row.differ(names, role)
+    return names[0], values[0]
+
+
+def _require(row: Row, roles: Iterable[str], fields: Iterable[str]) -> None:
+    missing = [role for role in roles if not row.of(role)] + [name for name in fields if name not in row.cells]
     if missing:
-        raise InputError(f"{place}: no {' and no '.join(missing)}: found {', '.join(row)}; known forms are {FORMS}")
+        found = row.names()
+        raise InputError(f"{row.place}: no {' and no '.join(missing)}: found {found}; known forms are {FORMS}")
 
 
-def _labels(row: dict[str, Any], fields: tuple[str, ...], kind: str, place: str) -> list[bool | None]:
+def _labels(row: Row, fields: tuple[str, ...], kind: str) -> list[bool | None]:
     """What the fields say about safety, turned into `unsafe`."""
     if kind == "reward":
         return [None for _ in fields]
-    for field in fields:
-        value = row.get(field)
+    values = [row.get(name) for name in fields]
+    for name, value in zip(fields, values, strict=True):
         if value is not None and not (isinstance(value, int) and value in (0, 1)):
-            raise InputError(f"{place}: {field} is {value!r}, expected true or false")
-    return [not row[field] if field in row else None for field in fields]
+            raise InputError(f"{row.place}: {name} is {value!r}, expected true or false")
+    return [None if value is None else not value for value in values]
 
 
-def _context(prompt: Any, place: str) -> tuple[str, ...]:
-    if isinstance(prompt, list):
-        return chat_turns(prompt, "prompt", place, last="user")
-    return (text(prompt, "prompt", place),)
+def _answered(row: Row, answers: list[tuple[str, Any]], unsafe: list[bool | None]) -> _Named:
+    """A candidate for each answer, all of them to the row's prompt where it has one."""
+    said = read_conversation(row)
+    named = [
+        (name, Candidate(asked.turns, response, label, asked.system, row.place))
+        for (name, value), label in zip(answers, unsafe, strict=True)
+        for asked, response in [_answer(row, value, said, name)]
+    ]
+    beyond = said.turns[len(said.asked.turns) :] if said is not None else ()
+    if said is not None and beyond and not any(same(beyond[0], candidate.response) for _, candidate in named):
+        raise InputError(
+            f"{row.place}: {said.column} goes on behind the prompt with another answer than "
+            f"{' and '.join(name for name, _ in answers)}; {row.columns.choice(said.column, 'ignore')} leaves it out"
+        )
+    return named
 
 
-def _answer(value: Any, context: tuple[str, ...] | None, field: str, place: str) -> tuple[tuple[str, ...], str]:
-    """Context and response of one side; `context` is that of the row's `prompt`, None without one."""
-    if isinstance(value, list):
-        if context is not None and [role for role, _ in chat_messages(value, field, place)] == ["assistant"]:
-            return context, string(value[0]["content"], field, place)
-        *turns, response = chat_turns(value, field, place, last="assistant")
-        # Some sets (ultrafeedback) have the prompt twice: for itself, and in front of each answer.
-        if context is not None and tuple(turns) != context:
-            raise InputError(f"{place}: {field} has turns before its last that are not the prompt's; expected only one")
-        return tuple(turns), response
-    if context is not None:
-        return context, string(value, field, place)
-    return _hh_dialogue(string(value, field, place), field, place)
+def _answer(row: Row, value: Any, said: Conversation | None, field: str) -> tuple[Dialogue, str]:
+    """What one side answers, and the answer; without a prompt in the row, the side has it."""
+    if isinstance(value, list | dict):
+        messages = read_messages(value, field, row.place, row.see)
+        if said is not None and [message.speaker for message in messages] == ["assistant"]:
+            return said.asked, string(messages[0].text, field, row.place)
+        chat = read_chat(value, field, row.place, last="assistant")
+    else:
+        told = string(value, field, row.place)
+        if said is not None and not _repeats(told, said.asked):
+            return said.asked, told
+        chat = Chat(_hh_dialogue(told, field, row.place))
+    *turns, response = chat.turns
+    if said is None:
+        return Dialogue(tuple(turns), one_system(row, [(field, chat.system)])), response
+    # Some sets (ultrafeedback) have the prompt twice: for itself, and in front of each answer.
+    if isinstance(value, list) and (len(turns) != len(said.asked.turns) or not starts_with(turns, said.asked.turns)):
+        raise InputError(f"{row.place}: {field} has turns before its last that are not the prompt's; expected only one")
+    system = one_system(row, [(said.column, said.asked.system), (field, chat.system)])
+    return Dialogue(tuple(turns), system), response
 
 
-def _hh_dialogue(dialogue: str, field: str, place: str) -> tuple[tuple[str, ...], str]:
-    """Context and response of a dialogue in hh-rlhf's notation.
+def _repeats(told: str, asked: Dialogue) -> bool:
+    """Whether an answer in hh-rlhf's notation begins with what it answers, in that notation or as the prompt has it."""
+    if not told.startswith(HH_USER):
+        return False
+    whole = "".join((HH_ASSISTANT + " " if i % 2 else HH_USER) + turn for i, turn in enumerate(asked.turns))
+    first = asked.turns[0].rstrip()
+    return told.startswith(whole + HH_ASSISTANT) or (first.startswith(HH_USER) and told.startswith(first))
+
+
+def _hh_dialogue(dialogue: str, field: str, place: str) -> tuple[str, ...]:
+    """The turns of a dialogue in hh-rlhf's notation, the response last.
 
     Some models there went on to write the human's next turn themselves ("... Human: Thanks.\\n\\nAssistant: ..."), on
     the human's behalf and without a break before it. All that is one response: so an assistant's mark inside an
@@ -224,18 +283,18 @@ def _hh_dialogue(dialogue: str, field: str, place: str) -> tuple[tuple[str, ...]
         raise InputError(f"{place}: {field} ends with the human's turn, expected the assistant's")
     for i, said in enumerate(turns[:-1]):
         text(said, f"{field} turn {i + 1}", place)
-    return tuple(turns[:-1]), turns[-1]
+    return tuple(turns)
 
 
 def _fault(named: _Named) -> tuple[str, str] | None:
     """Why a row cannot be learned from, in general and in particular; None if it can."""
-    for field, candidate in named:
-        if not candidate.response.strip():
-            return "with a blank response", f"{field} is blank"
+    for name, candidate in named:
+        if is_blank(candidate.response):
+            return "with a blank response", f"{name} is blank"
     if len(named) == 2:
-        (field, one), (other_field, other) = sorted(named)
-        if (one.turns, one.response) == (other.turns, other.response):
-            return "with two equal responses", f"{field} and {other_field} are equal"
+        (name, one), (other_name, other) = sorted(named, key=operator.itemgetter(0))
+        if (one.asked, one.response) == (other.asked, other.response):
+            return "with two equal responses", f"{name} and {other_name} are equal"
     return None
 
 

@@ -1,22 +1,22 @@
 """Reads prompts and demonstrations from any of the sources in `repo_fast.data.sources`.
 
-The fields of PKU-SafeRLHF (`prompt`), alpaca (`instruction`, `input`, `output`), chats (`messages`) and the usual names
-of question-answering sets are understood. A row that cannot be represented is an error with its place, never
-skipped: a prompt that is silently missing is a constraint that silently does not hold.
+The columns of PKU-SafeRLHF (`prompt`), alpaca (`instruction`, `input`, `output`, `history`, `system`), dolly
+(`context`), chats in OpenAI's and ShareGPT's notation (`messages`, `conversations`) and the usual names of
+question-answering sets are understood: see `repo_fast.data.columns`. A row that cannot be represented is an error with
+its place, never skipped: a prompt that is silently missing is a constraint that silently does not hold.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from repo_fast.data.cells import is_blank, read_chat, read_messages, same, string, text
+from repo_fast.data.columns import Columns, Conversation, Row, Table, read_conversation
 from repo_fast.data.dialogue import Dialogue
-from repo_fast.data.sources import chat_messages, chat_turns, check_limit, read_rows, string, text
+from repo_fast.data.sources import check_limit
 from repo_fast.errors import InputError
 
 log = logging.getLogger(__name__)
-
-PROMPT_FIELDS = ("prompt", "instruction", "messages", "question", "query", "text")
-RESPONSE_FIELDS = ("response", "completion", "output", "answer", "messages")
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,14 @@ class Prompt:
         text: Without template, never blank; of a dialogue, `Dialogue.text`.
         category: The source's `category`, where it has one.
         dialogue: Where it is more than one turn of the user's.
+        place: Where it was read, for errors.
     """
 
     id: int
     text: str
     category: str | None = None
     dialogue: Dialogue | None = None
+    place: str = field(default="", compare=False, repr=False)
 
     @property
     def asked(self) -> Dialogue:
@@ -49,59 +51,73 @@ class Demonstration:
         prompt: What the user wrote; for a dialogue of several turns all texts before the response, the user's first,
             in turn, so an odd number of them.
         response: The assistant's last turn.
+        system: The text above the dialogue; None without.
+        given: How many of the first turns are a chat that the row calls its prompt: answers among them are not to be
+            imitated, those behind them are.
+        place: Where it was read, for errors.
     """
 
     prompt: str | tuple[str, ...]
     response: str
+    system: str | None = None
+    given: int = 0
+    place: str = field(default="", compare=False, repr=False)
+
+    @property
+    def asked(self) -> Dialogue:
+        """What the response answers, turn by turn."""
+        return Dialogue(Dialogue.of(self.prompt).turns, self.system)
 
 
-def _category(value: Any) -> str | None:
-    """A category as text; None for what is no name, such as a table of flags."""
-    return str(value) if isinstance(value, str | int) else None
-
-
-def load_prompts(source: str, *, split: str = "train", limit: int | None = None) -> list[Prompt]:
+def load_prompts(
+    source: str, *, split: str = "train", limit: int | None = None, columns: Columns | None = None
+) -> list[Prompt]:
     """Reads the distinct prompts of a source, in its order. The number of duplicates is logged.
 
     Args:
-        source: A file, a part of the embedded world or a `datasets` name: see `repo_fast.data.sources`.
+        source: A file, a folder, a part of the embedded world or a `datasets` name: see `repo_fast.data.sources`.
         split: For a `datasets` name only.
         limit: Stop after this many distinct prompts.
+        columns: What the user says of columns.
 
     Returns:
-        At least one prompt; `prompts[i].id == i`.
+        At least one prompt; `prompts[i].id == i`. A chat's last answer is not part of its prompt.
 
     Raises:
-        InputError: The source is missing, empty or malformed, or a row has no usable prompt. A chat of several turns
-            is none.
+        InputError: The source is missing, empty or malformed, or a row has no usable prompt.
     """
     check_limit(limit)
-    prompts: dict[str, Prompt] = {}
+    prompts: dict[Dialogue, Prompt] = {}
     n_rows = 0
-    for place, row in read_rows(source, split):
+    table = Table(source, split, columns)
+    for place, row in table:
         n_rows += 1
-        prompt = _prompt_of(row, place)
-        if prompt not in prompts:
-            category = row.get("category") if isinstance(row, dict) else None
-            prompts[prompt] = Prompt(len(prompts), prompt, _category(category))
+        asked = _asked(row, place)
+        if asked not in prompts:
+            dialogue = None if asked == Dialogue((asked.text,)) else asked
+            prompts[asked] = Prompt(len(prompts), asked.text, _category(row, place), dialogue, place)
             if len(prompts) == limit:
                 break
     if not prompts:
         raise InputError(f"{source}: empty, expected at least one prompt")
     log.info("%s: %d prompts (%d duplicates dropped)", source, len(prompts), n_rows - len(prompts))
+    table.say_unused()
     return list(prompts.values())
 
 
-def load_demonstrations(source: str, *, split: str = "train", limit: int | None = None) -> list[Demonstration]:
+def load_demonstrations(
+    source: str, *, split: str = "train", limit: int | None = None, columns: Columns | None = None
+) -> list[Demonstration]:
     """Reads prompts with the responses to imitate (SFT, the PTX loss), in the order of the source.
 
     A chat's last turn is the response, and the turns before it are its prompt. Rows whose response is blank (alpaca
     has a few) teach nothing: they are left out, and their number is logged.
 
     Args:
-        source: A file, a part of the embedded world or a `datasets` name: see `repo_fast.data.sources`.
+        source: A file, a folder, a part of the embedded world or a `datasets` name: see `repo_fast.data.sources`.
         split: For a `datasets` name only.
         limit: Stop after this many demonstrations.
+        columns: What the user says of columns.
 
     Returns:
         At least one demonstration.
@@ -112,78 +128,76 @@ def load_demonstrations(source: str, *, split: str = "train", limit: int | None 
     check_limit(limit)
     demonstrations: list[Demonstration] = []
     n_blank = 0
-    for place, row in read_rows(source, split, generate=limit):
-        prompt, response = _demonstration_of(row, place)
-        if not response.strip():
+    table = Table(source, split, columns, generate=limit)
+    for place, row in table:
+        if not isinstance(row, Row):
+            raise InputError(f"{place}: a {type(row).__name__}, expected an object with a response field")
+        demonstration = _demonstration_of(row)
+        if is_blank(demonstration.response):
             n_blank += 1
             continue
-        demonstrations.append(Demonstration(prompt, response))
+        demonstrations.append(demonstration)
         if len(demonstrations) == limit:
             break
     if not demonstrations:
         raise InputError(f"{source}: no demonstrations ({n_blank} rows, all with a blank response)")
     log.info("%s: %d demonstrations (%d with a blank response left out)", source, len(demonstrations), n_blank)
+    table.say_unused()
     return demonstrations
 
 
-def _prompt_of(row: Any, place: str) -> str:
+def _category(row: Any, place: str) -> str | None:
+    """A category as text; None for what is no name, such as a table of flags."""
+    value = row.cells.get("category") if isinstance(row, Row) else None
+    if not isinstance(value, str | int):
+        return None
+    return string(str(row.get("category")), "category", place)
+
+
+def _asked(row: Any, place: str) -> Dialogue:
     if isinstance(row, str):
-        return text(row, "prompt", place)
-    field = _field(row, PROMPT_FIELDS, "prompt", place)
-    if not _is_chat(row, field):
-        return _plain_prompt(row, field, place)
-    turns = chat_messages(row[field], field, place)
-    roles = [role for role, _ in turns]
-    if roles not in (["user"], ["user", "assistant"]):
-        raise InputError(
-            f"{place}: {field} has the turns {roles}, expected one user turn and at most one answer: "
-            "earlier turns and system texts cannot be kept"
-        )
-    return text(turns[0][1], f"{field} (user)", place)
+        return Dialogue((text(row, "prompt", place),))
+    if not isinstance(row, Row):
+        raise InputError(f"{place}: a {type(row).__name__}, expected an object with a prompt field")
+    said = read_conversation(row)
+    return row.missing("prompt") if said is None else said.asked
 
 
-def _demonstration_of(row: Any, place: str) -> tuple[str | tuple[str, ...], str]:
-    field = _field(row, RESPONSE_FIELDS, "response", place)
-    if field == "messages":
-        # The whole dialogue is in here. A `prompt` beside it, as in ultrachat_200k, is only its first turn.
-        *context, response = chat_turns(row[field], field, place, last="assistant")
-        return _compact(context), response
-    response = row[field]
-    if isinstance(response, list):
-        messages = chat_messages(response, field, place)
-        roles = [role for role, _ in messages]
-        if roles != ["assistant"]:
-            raise InputError(f"{place}: {field} has the turns {roles}, expected one of the assistant")
-        response = messages[0][1]
-    response = string(response, field, place)
-    field = _field(row, PROMPT_FIELDS, "prompt", place)
-    if _is_chat(row, field):
-        return _compact(chat_turns(row[field], field, place, last="user")), response
-    return _plain_prompt(row, field, place), response
+def _demonstration_of(row: Row) -> Demonstration:
+    columns = row.of("response")
+    said = read_conversation(row)
+    if said is None:
+        row.missing("prompt" if columns else "response")
+    answers = [(name, _answer(row, name)) for name in columns]
+    turns = said.turns
+    if len(turns) % 2 == 0:
+        # Where the option says what the response is, a chat's last turn is not.
+        if not columns or columns[0] not in row.columns.roles:
+            answers.insert(0, (said.column, turns[-1]))
+        turns = turns[:-1]
+    if not answers:
+        _refuse_unanswered(row, said)
+    told = [(name, answer) for name, answer in answers if not is_blank(answer)]
+    if any(not same(answer, told[0][1]) for _, answer in told):
+        row.differ([name for name, _ in told], "response")
+    response = (told or answers)[0][1]
+    prompt = turns[0] if len(turns) == 1 else turns
+    return Demonstration(prompt, response, said.asked.system, said.given, row.place)
 
 
-def _compact(turns: list[str] | tuple[str, ...]) -> str | tuple[str, ...]:
-    return turns[0] if len(turns) == 1 else tuple(turns)
+def _answer(row: Row, column: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, list | dict):
+        return string(value, column, row.place)
+    messages = read_messages(value, column, row.place, row.see)
+    speakers = [message.speaker for message in messages]
+    if speakers != ["assistant"]:
+        raise InputError(f"{row.place}: {column} has the turns {speakers}, expected one of the assistant")
+    return string(messages[0].text, column, row.place)
 
 
-def _is_chat(row: dict[str, Any], field: str) -> bool:
-    return field == "messages" or (field == "prompt" and isinstance(row[field], list))
-
-
-def _plain_prompt(row: dict[str, Any], field: str, place: str) -> str:
-    prompt = text(row[field], field, place)
-    if field == "instruction" and row.get("input"):
-        # Safe RLHF joins alpaca's two fields with one space, and its models were trained on that.
-        prompt = f"{prompt} {text(row['input'], 'input', place)}"
-    return prompt
-
-
-def _field(row: Any, known: tuple[str, ...], what: str, place: str) -> str:
-    if not isinstance(row, dict):
-        raise InputError(f"{place}: a {type(row).__name__}, expected an object with a {what} field")
-    for field in known:
-        # A table that joins several sets has all their columns in every row, and null in most.
-        if row.get(field) is not None:
-            return field
-    found = ", ".join(row) or "none"
-    raise InputError(f"{place}: no {what} field: found {found}; expected one of {', '.join(known)}")
+def _refuse_unanswered(row: Row, said: Conversation) -> None:
+    value = row.cells[said.column]
+    if isinstance(value, list | dict) and said.column != "prompt":
+        read_chat(value, said.column, row.place, last="assistant")
+    row.missing("response")

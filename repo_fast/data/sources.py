@@ -1,25 +1,36 @@
-"""Rows of local files, of the embedded world and of `datasets` names, and the fields and chats that are in them.
+"""Rows of local files and folders, of the embedded world and of `datasets` names.
 
 A source is one of
 
-- a local file: `.jsonl` or `.jsonl.gz` (an object or a string a line), `.json` (a list of them), `.txt` (a text a
-  line); blank lines hold nothing;
+- a local file: `.jsonl` (an object or a string a line), `.json` (a list of them), `.txt` (a text a line), `.csv` (a
+  header, then a row a line; an empty cell is null), each of them also as `.gz`, and `.parquet`; UTF-8, with or without
+  a byte-order mark; blank lines hold nothing;
+- a local folder of such files, read one after the other in the order of their names; one that has folders in it, or
+  files of several splits (train-0.parquet, test-0.parquet), is read as `datasets` does, one split of it;
 - a part of the corpus that ships with the package: `world:train` and `world:test` (prompts), `world:demonstrations`,
   `world:preferences`, and for these two `...-test`, on prompts that no other part but `world:test` has;
 - anything else: a name for `datasets.load_dataset`, unless it looks like a path.
 """
 
+import csv
 import gzip
+import io
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, first_line
 
-FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".txt")
+FILE_KINDS = ".jsonl, .json, .txt, .csv (also as .gz) or .parquet"
 WORLD = "world:"
+# What a file without types writes for the numbers and truth values of a label.
+_LABELS = {"0": 0, "1": 1, "true": True, "false": False}
+# Files that stand beside data and hold none; and the name of a split in the name of a file or folder.
+_NO_DATA = re.compile(r"[._].*|.*\.md|(readme|license)(\..*)?", re.IGNORECASE)
+_SPLIT = re.compile(r"(?<![a-z])(train|test|val|dev|eval)(ing|id|idation|uation)?(?![a-z])", re.IGNORECASE)
 
 
 def check_limit(limit: int | None) -> None:
@@ -28,16 +39,19 @@ def check_limit(limit: int | None) -> None:
         raise InputError(f"limit is {limit}, expected at least 1")
 
 
-def read_rows(source: str, split: str, *, generate: int | None = None) -> Iterator[tuple[str, Any]]:
+def read_rows(
+    source: str, split: str, *, generate: int | None = None, labels: Collection[str] = ()
+) -> Iterator[tuple[str, Any]]:
     """Iterates over the rows of a source.
 
     Args:
         source: See the module's docstring.
-        split: For a `datasets` name only.
+        split: For a `datasets` name only, and a folder with several.
         generate: How many demonstrations or preferences of the embedded world to generate, None for its usual number.
+        labels: Columns of numbers 0 and 1 or of truth values: in a `.csv`, where everything is text, they become that.
 
     Yields:
-        `(place, row)`; the place ("FILE line 3") goes into error messages.
+        `(place, row)`; the place ("FILE line 3", "FILE row 3") goes into error messages.
 
     Raises:
         InputError: The source is missing or malformed.
@@ -46,8 +60,10 @@ def read_rows(source: str, split: str, *, generate: int | None = None) -> Iterat
     if source.startswith(WORLD):
         return _world_rows(source, generate)
     if path.is_file():
-        return _file_rows(path)
-    if path.name.endswith(FILE_SUFFIXES) or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        return _file_rows(path, labels)
+    if path.is_dir():
+        return _folder_rows(path, split, labels)
+    if _kind(path) is not None or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError(f"{source}: no such file")
     return _dataset_rows(source, split)
 
@@ -75,109 +91,154 @@ def _dataset_rows(name: str, split: str) -> Iterator[tuple[str, Any]]:
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the loader's errors share no type, and the name is the user's whatever it raises
-        reason = str(error).partition("\n")[0]
         raise InputError(
-            f"{name}: neither a local file nor a dataset that could be loaded (split {split!r}): {reason}"
+            f"{name}: neither a local file nor a dataset that could be loaded (split {split!r}): {first_line(error)}"
         ) from error
     for i, row in enumerate(rows):
         yield f"{name} [{split}] row {i}", row
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.name.endswith(FILE_SUFFIXES):
-        raise InputError(f"{path}: unknown kind of file, expected one of {', '.join(FILE_SUFFIXES)}")
+def _kind(path: Path) -> str | None:
+    """The suffix that says how a file is read, `.gz` aside; None for another kind of file."""
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return ".parquet"
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return suffix if suffix in (".jsonl", ".json", ".txt", ".csv") else None
+
+
+def _folder_rows(folder: Path, split: str, labels: Collection[str]) -> Iterator[tuple[str, Any]]:
+    entries = sorted(path for path in folder.iterdir() if not _NO_DATA.fullmatch(path.name))
+    splits = {found[1].lower() for path in entries if (found := _SPLIT.search(path.name))}
+    if len(splits) > 1 or any(path.is_dir() for path in entries):
+        yield from _dataset_rows(str(folder), split)
+        return
+    if not entries:
+        raise InputError(f"{folder}: a folder without data, expected files of the kinds {FILE_KINDS}")
+    for path in entries:
+        _check_kind(path)
+    for path in entries:
+        yield from _file_rows(path, labels)
+
+
+def _check_kind(path: Path) -> str:
+    kind = _kind(path)
+    if kind is None:
+        raise InputError(f"{path}: unknown kind of file, expected {FILE_KINDS}")
+    return kind
+
+
+def _file_rows(path: Path, labels: Collection[str]) -> Iterator[tuple[str, Any]]:
+    kind = _check_kind(path)
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
-            if path.suffix == ".json":
+        if kind == ".parquet":
+            yield from _parquet_rows(path)
+            return
+        with (
+            _open(path) as binary,
+            io.TextIOWrapper(binary, "utf-8-sig", newline="" if kind == ".csv" else None) as file,
+        ):
+            if kind == ".json":
                 yield from _json_rows(path, file.read())
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    place = f"{path} line {number}"
-                    yield place, line.rstrip("\r\n") if path.suffix == ".txt" else _parse(line, place)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+            elif kind == ".csv":
+                yield from _csv_rows(path, file, labels)
+            else:
+                yield from _line_rows(path, file, kind)
+    except UnicodeDecodeError as error:
+        line = _undecodable_line(path)
+        raise InputError(f"{path} line {line}: cannot be read, expected UTF-8: {first_line(error)}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
-def _parse(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place}: malformed JSON: {error.msg} (column {error.colno})") from error
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+
+
+def _undecodable_line(path: Path) -> int:
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
+
+
+def _line_rows(path: Path, file: IO[str], kind: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(file, start=1):
+        # Files put together with `cat` have a byte-order mark in the middle.
+        line = line.lstrip("\ufeff")
+        if line.strip():
+            place = f"{path} line {number}"
+            yield place, line.rstrip("\r\n") if kind == ".txt" else _parse(line, place)
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     if not text.strip():
         return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} line {error.lineno}: malformed JSON: {error.msg} (column {error.colno})") from error
+    rows = _parse(text, str(path), lines=True)
     if not isinstance(rows, list):
         raise InputError(f"{path}: holds a JSON {type(rows).__name__}, expected a list of objects or strings")
     for i, row in enumerate(rows):
         yield f"{path} item {i}", row
 
 
-def string(value: Any, field: str, place: str) -> str:
-    """A field's value, which may be blank.
-
-    Raises:
-        InputError: It is not a string.
-    """
-    if not isinstance(value, str):
-        raise InputError(f"{place}: {field} is a {type(value).__name__}, expected a string")
-    return value
-
-
-def text(value: Any, field: str, place: str) -> str:
-    """A field's value.
-
-    Raises:
-        InputError: It is not a string, or blank.
-    """
-    if not string(value, field, place).strip():
-        raise InputError(f"{place}: {field} is blank")
-    return value
-
-
-def chat_messages(messages: Any, field: str, place: str) -> list[tuple[str, Any]]:
-    """Role and content of each message of a chat, as they come.
-
-    Raises:
-        InputError: It is not a list of objects with role and content.
-    """
+def _parse(text: str, place: str, lines: bool = False) -> Any:
     try:
-        return [(message["role"], message["content"]) for message in messages]
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{place}: {field} is not a list of objects with role and content") from error
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        line = f" line {error.lineno}" if lines else ""
+        raise InputError(f"{place}{line}: malformed JSON: {error.msg} (column {error.colno})") from error
+    except RecursionError as error:
+        raise InputError(f"{place}: malformed JSON: nested too deeply") from error
+    except ValueError as error:  # a number of thousands of digits, a key twice
+        raise InputError(f"{place}: malformed JSON: {first_line(error)}") from error
 
 
-def chat_turns(messages: Any, field: str, place: str, *, last: str) -> tuple[str, ...]:
-    """The texts of a chat of user and assistant in turn.
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
 
-    Args:
-        messages: A list of objects with role and content.
-        field: Its name, for errors.
-        place: Of the row, for errors.
-        last: Whose the last turn has to be: `user` or `assistant`.
 
-    Returns:
-        An odd number of texts for a user's last turn, an even one for the assistant's. None is blank but for an
-        assistant's last one, which is the caller's to judge.
+def _csv_rows(path: Path, file: IO[str], labels: Collection[str]) -> Iterator[tuple[str, Any]]:
+    # Its limit on a cell guards against a lost quotation mark, which `strict` finds at the end of the file.
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(file, strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise InputError(f"{path}: the header has a column twice: {', '.join(header)}")
+        start = reader.line_num + 1
+        for cells in reader:
+            place, start = f"{path} line {start}", reader.line_num + 1
+            if not any(cells):
+                continue
+            if len(cells) != len(header):
+                raise InputError(f"{place}: {len(cells)} cells, expected the {len(header)} of the header")
+            row: dict[str, Any] = {name: cell or None for name, cell in zip(header, cells, strict=True)}
+            for name in labels:
+                if row.get(name):
+                    row[name] = _LABELS.get(row[name].strip().lower(), row[name])
+            yield place, row
+    except csv.Error as error:
+        raise InputError(f"{path} line {reader.line_num}: malformed CSV: {error}") from error
 
-    Raises:
-        InputError: It is no such chat. A system text is among the reasons: it could not be kept.
-    """
-    turns = chat_messages(messages, field, place)
-    roles = [role for role, _ in turns]
-    if not roles or roles != (["user", "assistant"] * len(roles))[: len(roles)] or roles[-1] != last:
-        missing = f"no {last} turn at the end: " if roles[-1:] != [last] else ""
-        raise InputError(
-            f"{place}: {field} has the turns {roles}, {missing}expected user and assistant in turn, the user first "
-            f"and the {last} last; system texts cannot be kept"
-        )
-    names = [f"{field} turn {i + 1} ({role})" for i, role in enumerate(roles)]
-    *context, end = [content for _, content in turns]
-    texts = [text(content, name, place) for content, name in zip(context, names, strict=False)]
-    return *texts, (string if last == "assistant" else text)(end, names[-1], place)
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield f"{path} row {number}", row
+                    number += 1
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {first_line(error)}") from error

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from repo_fast.data.dialogue import HH_ASSISTANT, Dialogue
 from repo_fast.data.readers import Prompt
-from repo_fast.errors import InputError, first_line
+from repo_fast.errors import InputError, at, first_line
 
 SAFE_RLHF_START, SAFE_RLHF_USER = "BEGINNING OF CONVERSATION: ", "USER: {} ASSISTANT:"
 NAMES = ("auto", "chat", "safe-rlhf", "plain")
@@ -173,9 +173,12 @@ def tokenize_prompts(
         The prompts kept with their tokens, in order, and the number of prompts dropped.
 
     Raises:
-        InputError: No prompt fits.
+        InputError: No prompt fits, or the template cannot render one.
     """
-    encoded = [(prompt, template.encode_prompt(prompt.asked)) for prompt in prompts]
+    encoded = []
+    for prompt in prompts:
+        with at(prompt.place):
+            encoded.append((prompt, template.encode_prompt(prompt.asked)))
     kept = [(prompt, tokens) for prompt, tokens in encoded if len(tokens) <= max_tokens]
     if not kept:
         shortest = min(len(tokens) for _, tokens in encoded)

@@ -29,7 +29,7 @@ import torch
 from repo_fast.assembly import load_scorer, loading_options
 from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig, EvaluateConfig, to_dict, to_yaml
-from repo_fast.data import PromptTemplate
+from repo_fast.data import Prompt, PromptTemplate
 from repo_fast.evaluation.cache import UnitFile, fingerprint, key_of, locked, scorer_fingerprint
 from repo_fast.evaluation.inputs import CONFIG_FILE, EvaluationInputs, PolicyInput
 from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, Rows, judge_policies
@@ -80,6 +80,12 @@ class _Column:
     name: str
     about: dict[str, Any]
     load: Callable[[], Callable[[PromptTemplate], Scorer]]
+
+
+def _identity(prompt: Prompt) -> list:
+    """What tells a prompt from others: a dialogue may read as a text that another row has as one turn."""
+    asked = prompt.dialogue
+    return [prompt.id, prompt.text, *([] if asked is None else [asked.turns, asked.system])]
 
 
 class Evaluator:
@@ -145,7 +151,7 @@ class Evaluator:
         about = {
             # Everything that they depend on, but how many there are.
             "policy": fingerprint(policy.path),
-            "prompts": key_of({"texts": [[prompt.id, prompt.text] for prompt in self.inputs.prompts]}),
+            "prompts": key_of({"texts": [_identity(prompt) for prompt in self.inputs.prompts]}),
             "template": self.config.template,
             "sampling": to_dict(self.config)["sampling"],
             "seed": self.config.seed,

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from repo_fast.config import EvaluateConfig
-from repo_fast.data import Prompt, PromptTemplate, load_prompts
-from repo_fast.errors import InputError
+from repo_fast.data import Columns, Prompt, PromptTemplate, load_prompts
+from repo_fast.errors import InputError, at
 from repo_fast.evaluation.cache import LOCK_FILE
 from repo_fast.inputs import find_model
 from repo_fast.models.on_paper import check_positions
@@ -72,13 +72,12 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
     for name, spec in (("reward", reward), ("cost", cost), ("well-formed check", well_formed)):
         if spec is not None and spec.kind == "function":
             FunctionScorer(spec.path, name)
-    prompts = load_prompts(config.prompts, split=config.prompts_split, limit=config.prompts_limit)
+    columns = Columns(config.prompts_fields, "prompts_fields")
+    prompts = load_prompts(config.prompts, split=config.prompts_split, limit=config.prompts_limit, columns=columns)
+    columns.check_found([config.prompts])
     found = {name: find_model(path) for name, path in config.policies.items()}
     templates = {name: PromptTemplate(tokenizer, config.template) for name, (_, tokenizer) in found.items()}
-    tokens = {
-        name: {prompt.id: torch.tensor(template.encode_prompt(prompt.asked)) for prompt in prompts}
-        for name, template in templates.items()
-    }
+    tokens = {name: _tokens(prompts, template) for name, template in templates.items()}
     kept = [
         prompt
         for prompt in sorted(prompts, key=lambda prompt: len(prompt.text))
@@ -102,6 +101,15 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
     return EvaluationInputs(
         policies, config.reference or next(iter(policies)), kept, reward, cost, well_formed, len(prompts) - len(kept)
     )
+
+
+def _tokens(prompts: list[Prompt], template: PromptTemplate) -> dict[int, torch.Tensor]:
+    """The tokens of each prompt, by its id."""
+    tokens = {}
+    for prompt in prompts:
+        with at(prompt.place):
+            tokens[prompt.id] = torch.tensor(template.encode_prompt(prompt.asked))
+    return tokens
 
 
 def _check_output_folder(folder: Path) -> None:

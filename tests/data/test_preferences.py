@@ -185,8 +185,8 @@ def test_single_labelled_responses(tmp_path):
         ({"prompt": "p", "chosen": [], "rejected": answer("b")}, r"chosen has the turns \[\]"),
         ({"prompt": "p", "chosen": ["a"], "rejected": answer("b")}, "chosen is not a list of objects"),
         (
-            {"chosen": [{"role": "system", "content": "s"}, *chat("u", "a")], "rejected": "b"},
-            "chosen has .*; system texts cannot",
+            {"chosen": [*chat("u"), {"role": "system", "content": "s"}, *chat("", "a")[1:]], "rejected": "b"},
+            r"chosen has the turns \['user', 'system', 'assistant'\].*below at most one system text",
         ),
         ({"chosen": chat("u", 3), "rejected": chat("u", "b")}, r"chosen turn 2 \(assistant\) is a int"),
         ({"chosen": chat("u", " ", "v", "a"), "rejected": "b"}, r"chosen turn 2 \(assistant\) is blank$"),
