@@ -125,14 +125,14 @@ def read_messages(
         if keys is None:
             raise InputError(f"{place}: {field} is not a list of objects with role and content")
         role, content = (message[key] for key in keys)
-        speaker = _SPEAKERS.get(role) if isinstance(role, str) else None
+        speaker = _SPEAKERS.get(role.lower()) if isinstance(role, str) else None
         if speaker is None:
             raise InputError(
                 f"{place}: {field} turn {number} has the role {role!r}, expected one of {', '.join(_SPEAKERS)}"
             )
         name = f"{field} turn {number} ({role})"
-        for key in message.keys() - set(keys):
-            if not is_empty(message[key]):
+        for key in message:
+            if key not in keys and not is_empty(message[key]):
                 if key in _NOT_TEXT:
                     raise InputError(f"{place}: {name} has {key}, expected text alone: it cannot be kept")
                 unused(f"{field}.{key}")

@@ -99,9 +99,9 @@ class Row:
         """The columns that may have a role: those that were given it, else those of its known names; empty ones only
         where there is no other."""
         roles = self.columns.roles
-        given = [name for name in self.cells if roles.get(name) == role]
+        given = [name for name in self.cells if roles.get(name) == role] if roles else []
         found = given or [name for name in NAMES[role] if name in self.cells and name not in roles]
-        return [name for name in found if not is_empty(self.cells[name])] or found[:1]
+        return [name for name in found if not is_empty(self.cells[name])] or found[:1] if len(found) > 1 else found
 
     def get(self, column: str) -> Any:
         """A column's value, None without it; it counts as used."""

@@ -56,7 +56,10 @@ def read_rows(
     Raises:
         InputError: The source is missing or malformed.
     """
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{source}: no such file: {first_line(error)}") from error
     if source.startswith(WORLD):
         return _world_rows(source, generate)
     if path.is_file():
@@ -108,7 +111,10 @@ def _kind(path: Path) -> str | None:
 
 
 def _folder_rows(folder: Path, split: str, labels: Collection[str]) -> Iterator[tuple[str, Any]]:
-    entries = sorted(path for path in folder.iterdir() if not _NO_DATA.fullmatch(path.name))
+    try:
+        entries = sorted(path for path in folder.iterdir() if not _NO_DATA.fullmatch(path.name))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read: {first_line(error)}") from error
     splits = {found[1].lower() for path in entries if (found := _SPLIT.search(path.name))}
     if len(splits) > 1 or any(path.is_dir() for path in entries):
         yield from _dataset_rows(str(folder), split)

@@ -61,6 +61,7 @@ DIALOGUES = [
     ({"messages": chat("u", "a", "v", system="s"), "answer": "b"}, Dialogue(("u", "a", "v"), "s"), "b"),
     ({"conversations": share_gpt("u", "a", "v", "b", system="s")}, Dialogue(("u", "a", "v"), "s"), "b"),
     ({"conversation": share_gpt("u", "b"), "system": "s"}, Dialogue(("u",), "s"), "b"),
+    ({"conversations": [{"from": "User", "value": "u"}, {"from": "Assistant", "value": "b"}]}, Dialogue(("u",)), "b"),
     ({"prompt": chat("u", "a", "v", system="s"), "completion": "b"}, Dialogue(("u", "a", "v"), "s"), "b"),
     # The system text twice, but the same.
     ({"system": "s", "messages": chat("u", "b", system="s")}, Dialogue(("u",), "s"), "b"),

@@ -287,10 +287,10 @@ def test_a_parquet_file_without_rows(tmp_path):
         load_prompts(str(tmp_path / "rows.parquet"))
 
 
-@pytest.mark.parametrize("name", ["no/where/rows.parquet", "rows.csv.gz", "rows.PARQUET"])
+@pytest.mark.parametrize("name", ["no/where/rows.parquet", "rows.csv.gz", "rows.PARQUET", "~nobody-here/rows.csv"])
 def test_a_file_that_is_not_there_is_looked_up_nowhere(name, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match=f"{name}: no such file"):
         load_prompts(name)
 
 
