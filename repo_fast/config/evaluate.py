@@ -41,7 +41,7 @@ class EvaluateConfig(JobConfig):
     """Prompts: a file (.jsonl, .json, .txt or .csv, also as .gz, or .parquet) or a folder of such, `world:test`, or a
     `datasets` hub name."""
     prompts_split: str = "test"
-    """Split to read when `prompts` is a `datasets` name."""
+    """Split to read when `prompts` is a `datasets` name, or a folder with several."""
     prompts_fields: dict[str, str] = field(default_factory=dict)
     """What columns of `prompts` are, where their names do not say it or they contradict each other: `prompt`,
     `response`, `history`, `system` or `ignore`, as `--prompts_fields.COLUMN ROLE`."""

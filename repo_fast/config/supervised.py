@@ -23,14 +23,14 @@ class ExamplesConfig:
     """What is learned from: a file (.jsonl, .json or .csv, also as .gz, or .parquet) or a folder of such, a part of the
     embedded world, or a `datasets` hub name."""
     train_split: str = "train"
-    """Split to read when `train` is a `datasets` name."""
+    """Split to read when `train` is a `datasets` name, or a folder with several."""
     limit: int | None = None
     """Learn from the first so many demonstrations or preferences only; the embedded world then makes so many. Null:
     all."""
     eval: str | None = None
     """What is held out, in the same forms. Null: no evaluation."""
     eval_split: str = "test"
-    """Split to read when `eval` is a `datasets` name."""
+    """Split to read when `eval` is a `datasets` name, or a folder with several."""
     fields: dict[str, str] = field(default_factory=dict)
     """What columns of the data are, where their names do not say it or they contradict each other: `prompt`,
     `response`, `chosen`, `rejected`, `history`, `system` or `ignore`, as `--data.fields.COLUMN ROLE`."""

@@ -32,11 +32,11 @@ class DataConfig:
     """Training prompts: a file (.jsonl, .json, .txt or .csv, also as .gz, or .parquet) or a folder of such,
     `world:train`, or a `datasets` hub name."""
     prompts_split: str = "train"
-    """Split to read when `prompts` is a `datasets` name."""
+    """Split to read when `prompts` is a `datasets` name, or a folder with several."""
     eval_prompts: str | None = "world:test"
     """Held-out prompts for the before/after table, in the same forms. Null: no evaluation."""
     eval_split: str = "test"
-    """Split to read when `eval_prompts` is a `datasets` name."""
+    """Split to read when `eval_prompts` is a `datasets` name, or a folder with several."""
     template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
     """How a prompt is put to the policy. `auto`: the tokenizer's chat template, else Safe RLHF's."""
     max_prompt_tokens: int = 256
@@ -44,7 +44,7 @@ class DataConfig:
     ptx: str | None = None
     """Supervised demonstrations for the PTX loss: a file or folder, `world:demonstrations`, or a `datasets` name."""
     ptx_split: str = "train"
-    """Split to read when `ptx` is a `datasets` name."""
+    """Split to read when `ptx` is a `datasets` name, or a folder with several."""
     ptx_max_tokens: int = 512
     """Longest demonstration, prompt and response together (tokens). Longer ones are dropped and counted."""
     train_on: Literal["last", "all"] = "all"

@@ -92,7 +92,7 @@ def load_preferences(
     Args:
         source: A file, a folder, a part of the embedded world or a `datasets` name: see `repo_fast.data.sources`.
         kind: The model to train. Only the fields that it needs have to be there and right.
-        split: For a `datasets` name only.
+        split: For a `datasets` name, and a folder with several.
         unusable: What to do with a row whose responses are equal, or one of them blank: stop, or drop and count it.
         limit: Stop after this many preferences.
         columns: What the user says of columns.

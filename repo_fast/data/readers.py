@@ -76,7 +76,7 @@ def load_prompts(
 
     Args:
         source: A file, a folder, a part of the embedded world or a `datasets` name: see `repo_fast.data.sources`.
-        split: For a `datasets` name only.
+        split: For a `datasets` name, and a folder with several.
         limit: Stop after this many distinct prompts.
         columns: What the user says of columns.
 
@@ -115,7 +115,7 @@ def load_demonstrations(
 
     Args:
         source: A file, a folder, a part of the embedded world or a `datasets` name: see `repo_fast.data.sources`.
-        split: For a `datasets` name only.
+        split: For a `datasets` name, and a folder with several.
         limit: Stop after this many demonstrations.
         columns: What the user says of columns.
 

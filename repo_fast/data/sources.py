@@ -5,8 +5,8 @@ A source is one of
 - a local file: `.jsonl` (an object or a string a line), `.json` (a list of them), `.txt` (a text a line), `.csv` (a
   header, then a row a line; an empty cell is null), each of them also as `.gz`, and `.parquet`; UTF-8, with or without
   a byte-order mark; blank lines hold nothing;
-- a local folder of such files, read one after the other in the order of their names; one that has folders in it, or
-  files of several splits (train-0.parquet, test-0.parquet), is read as `datasets` does, one split of it;
+- a local folder of such files, read one after the other in the order of their names; where the names are of several
+  splits (train-0.parquet, test-0.parquet), those of one split; a folder with folders in it is read by `datasets`;
 - a part of the corpus that ships with the package: `world:train` and `world:test` (prompts), `world:demonstrations`,
   `world:preferences`, and for these two `...-test`, on prompts that no other part but `world:test` has;
 - anything else: a name for `datasets.load_dataset`, unless it looks like a path.
@@ -46,7 +46,7 @@ def read_rows(
 
     Args:
         source: See the module's docstring.
-        split: For a `datasets` name only, and a folder with several.
+        split: For a `datasets` name, and a folder with several splits.
         generate: How many demonstrations or preferences of the embedded world to generate, None for its usual number.
         labels: Columns of numbers 0 and 1 or of truth values: in a `.csv`, where everything is text, they become that.
 
@@ -115,16 +115,32 @@ def _folder_rows(folder: Path, split: str, labels: Collection[str]) -> Iterator[
         entries = sorted(path for path in folder.iterdir() if not _NO_DATA.fullmatch(path.name))
     except OSError as error:
         raise InputError(f"{folder}: cannot be read: {first_line(error)}") from error
-    splits = {found[1].lower() for path in entries if (found := _SPLIT.search(path.name))}
-    if len(splits) > 1 or any(path.is_dir() for path in entries):
+    if any(path.is_dir() for path in entries):
         yield from _dataset_rows(str(folder), split)
         return
     if not entries:
         raise InputError(f"{folder}: a folder without data, expected files of the kinds {FILE_KINDS}")
     for path in entries:
         _check_kind(path)
+    splits = [_split_of(path.name) for path in entries]
+    if len(set(splits) - {None}) > 1:
+        for path, found in zip(entries, splits, strict=True):
+            if found is None:
+                raise InputError(
+                    f"{path}: of no split, in a folder with files of several: name a file, or a folder of one"
+                )
+        entries = [path for path, found in zip(entries, splits, strict=True) if found == _split_of(split)]
+        if not entries:
+            raise InputError(
+                f"{folder}: no file of the split {split!r}, found {', '.join(sorted(set(map(str, splits))))}"
+            )
     for path in entries:
         yield from _file_rows(path, labels)
+
+
+def _split_of(name: str) -> str | None:
+    found = _SPLIT.search(name)
+    return found and found[1].lower()
 
 
 def _check_kind(path: Path) -> str:

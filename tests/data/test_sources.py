@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import shutil
 import subprocess
 import sys
 
@@ -114,22 +113,26 @@ def test_folders_that_cannot_be_read(tmp_path, names, message):
         load_prompts(str(tmp_path / "data"))
 
 
-def test_a_folder_of_several_splits_is_read_as_datasets_does(tmp_path, monkeypatch):
+def test_a_folder_of_several_splits_is_read_by_its_split(tmp_path, monkeypatch):
     """Else the held-out rows would be trained on."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    for folder, names in (
-        ("flat", ("train-0.jsonl", "test-0.jsonl")),
-        ("deep", ("data/train.jsonl", "data/test.jsonl")),
-    ):
-        for name, prompt in zip(names, ("learned", "held out"), strict=True):
-            write(tmp_path / folder / name, lines([{"prompt": prompt}]))
-        for split, expected in (("train", "learned"), ("test", "held out")):
+    for folder, names in (("flat", ("train-0.csv", "test-0.csv")), ("deep", ("data/train.jsonl", "data/test.jsonl"))):
+        for name, prompt in zip(names, ("None", "held out"), strict=True):
+            write(tmp_path / folder / name, f"prompt\n{prompt}\n" if folder == "flat" else lines([{"prompt": prompt}]))
+        for split, expected in (("train", "None"), ("test", "held out")):
             assert [prompt.text for prompt in load_prompts(str(tmp_path / folder), split=split)] == [expected]
+    for name in ("train-1.csv", "training.csv"):
+        write(tmp_path / "flat" / name, f"prompt\n{name}\n")
+    assert [p.text for p in load_prompts(str(tmp_path / "flat"))] == ["None", "train-1.csv", "training.csv"]
+    with pytest.raises(InputError, match="flat: no file of the split 'validation', found test, train$"):
+        load_prompts(str(tmp_path / "flat"), split="validation")
+    write(tmp_path / "flat" / "more.csv", "prompt\nmore\n")
+    with pytest.raises(InputError, match="more.csv: of no split, in a folder with files of several"):
+        load_prompts(str(tmp_path / "flat"))
     # One split by itself is what was named.
-    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    (tmp_path / "flat" / "train-0.jsonl").unlink()
+    for path in (tmp_path / "flat").glob("*r*.csv"):
+        path.unlink()
     assert [prompt.text for prompt in load_prompts(str(tmp_path / "flat"))] == ["held out"]
-    assert not (tmp_path / "cache").exists()
 
 
 PKU = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1, "safer_response_id": 0}
