@@ -27,7 +27,7 @@ from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.trunk import train_last_layers
 from repo_fast.models.vocabulary import fit_vocabulary
 from repo_fast.rollout import Sampler
-from repo_fast.rollout.hf import HfSampler
+from repo_fast.rollout.hf import HfSampler, stop_alike
 from repo_fast.scoring import (
     ClassifierScorer,
     EncoderClassifier,
@@ -136,6 +136,7 @@ def load_policy(
     with sharded_loading(engine, ranks.device):
         policy = Policy.from_pretrained(path, **loading_options(settings.attention, engine, ranks))
         _fit_vocabulary(policy.model, tokenizer, settings)
+    stop_alike(policy.model, tokenizer)
     prepare_training(policy.model, settings.trainable_layers, settings.lora, engine)
     _say_what_is_trained(path, policy)
     return policy
@@ -354,5 +355,8 @@ def load_scorer(
     if isinstance(model, EncoderClassifier):
         classifier = ClassifierScorer(module, tokenizer, **common)
         return lambda _: classifier
-    template = PromptTemplate(tokenizer, settings.template)
-    return lambda policy_template: ModelScorer(module, template, policy_template, **common)
+
+    def scorer(policy: PromptTemplate) -> Scorer:
+        return ModelScorer(module, PromptTemplate(tokenizer, settings.template, policy.date), policy, **common)
+
+    return scorer

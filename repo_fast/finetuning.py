@@ -37,7 +37,7 @@ def read_inputs(config: SftConfig) -> SupervisedInputs[Shown]:
     """
     resume_from = check_start(config)
     path, tokenizer = find_model(config.model.path)
-    data, template = config.data, PromptTemplate(tokenizer, config.data.template)
+    data, template = config.data, PromptTemplate(tokenizer, config.data.template, config.date)
     notes: list[str] = []
     columns = Columns(data.fields)
 

@@ -35,6 +35,7 @@ from repo_fast.models.policy import check_vocabulary
 from repo_fast.ops.dispatch import resolve
 from repo_fast.report.metrics import check_loggers
 from repo_fast.rollout import Request
+from repo_fast.rollout.hf import end_tokens, generation_settings
 from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
 from repo_fast.scoring.score_models import is_encoder, same_tokens
 
@@ -100,7 +101,8 @@ def read_inputs(config: TrainConfig) -> Inputs:
         )
     policy_path, tokenizer = find_model(config.policy.path)
     # Its own copy: a pad token that the run adds to the policy's must not make it another tokenizer than the scorers'.
-    template = PromptTemplate(copy.deepcopy(tokenizer), data.template)
+    ends = end_tokens(generation_settings(policy_path), tokenizer)
+    template = PromptTemplate(copy.deepcopy(tokenizer), data.template, config.date, ends)
 
     def tokenized(prompts: list[Prompt], source: str) -> list[Request]:
         kept, dropped = tokenize_prompts(prompts, template, data.max_prompt_tokens)

@@ -67,7 +67,7 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
     path, tokenizer = find_model(config.model.path)
     if config.expect is not None and not is_score_model(path):
         raise InputError(f"expect is given with model.path {path!r}, which has no score yet, expected a score model")
-    data, template = config.data, PromptTemplate(tokenizer, config.data.template)
+    data, template = config.data, PromptTemplate(tokenizer, config.data.template, config.date)
     notes: list[str] = []
     columns = Columns(data.fields)
 
@@ -95,7 +95,7 @@ def _tokenize(
     def sequence(candidate: Candidate) -> torch.Tensor:
         nonlocal truncated
         with at(candidate.place):
-            tokens = template.encode_prompt(candidate.asked) + template.encode_response(candidate.response)
+            tokens = template.encode_dialogue(candidate.asked, candidate.response)
         truncated += len(tokens) > max_tokens
         return torch.tensor(tokens[-max_tokens:])
 

@@ -9,9 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from repo_fast.sft import main as sft
+from tests.families import FAMILIES, family_tokenizer
 from tests.jobs import metrics, snapshot, write_lines
 from tests.learner_worker import plain_descent
 from tests.supervised_jobs import SHOWN, here, make_inputs, norm_wise, result
+from tests.tiny import save_policy
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +146,28 @@ def test_the_result_is_a_plain_folder_with_the_loss_that_was_evaluated(learned: 
     assert not (learned / "policy" / "adapter").exists()
     assert load_file(learned / "policy" / "model.safetensors").keys() == dict(model.named_parameters()).keys()
     assert {path.name for path in (learned / "plots").iterdir()} >= {"loss.png", "optimizer.png", "speed.png"}
+
+
+def test_the_end_of_a_turn_is_learned_and_the_written_folder_stops_there(tmp_path: Path) -> None:
+    """The loss of one demonstration is that of the template's own tokens, up to the one that ends the turn."""
+    tokenizer = family_tokenizer(FAMILIES["gemma"])
+    end, eos = tokenizer.convert_tokens_to_ids("<end_of_turn>"), tokenizer.eos_token_id
+    folder = save_policy(tmp_path / "policy", tokenizer, eos_token_id=eos)
+    shown = write_lines(tmp_path / "shown.jsonl", [{"prompt": "How?", "response": "Like this.<end_of_turn>"}])
+    words = ["--model.path", str(folder), "--data.train", str(shown), "--data.eval", "null", "--log.loggers", "[]"]
+    assert sft([*words, "--epochs", "1", "--output_dir", str(tmp_path / "run")]) == 0
+    messages = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "Like this."}]
+    whole = tokenizer.apply_chat_template(messages)["input_ids"]
+    asked = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    # A line break follows.
+    ids = torch.tensor([whole[:-1]])
+    labels = torch.cat([torch.full((1, len(asked)), -100), ids[:, len(asked) :]], dim=1)
+    assert labels[0, -1] == end
+    loss = AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids, labels=labels).loss.item()
+    (row,) = metrics(tmp_path / "run")
+    assert row["loss"] == pytest.approx(loss, rel=1e-5)
+    settings = json.loads((tmp_path / "run" / "policy" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == sorted([end, eos])
 
 
 # ------------------------------------------------------------------------------------------------------- bad input

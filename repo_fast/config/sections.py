@@ -4,6 +4,7 @@ Each job has its own configuration made of these: `train.py`, `sft.py`, `score.p
 jobs share stands here once.
 """
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -156,6 +157,9 @@ class JobConfig:
     """Folder for everything the job writes."""
     seed: int = 0
     """Of sampling, data order and initialisation; each rank derives its own."""
+    date: str | None = None
+    """YYYY-MM-DD, the day that chat templates which write the current date (Llama 3) are to write, also a score
+    model's. Null: that of the checkpoint resumed from, or of the earlier evaluation in `output_dir`; else today."""
 
     def __post_init__(self) -> None:
         self.check()
@@ -163,6 +167,7 @@ class JobConfig:
     def check(self) -> None:
         """Raise `InputError` for the first value, or combination of values, that cannot be honoured."""
         require(0 <= self.seed < 2**32, "seed", self.seed, "a number from 0 to 4294967295")
+        require(self.date is None or _is_day(self.date), "date", self.date, "a day as YYYY-MM-DD")
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,14 @@ class RunConfig(JobConfig):
         for name in ("offload_parameters", "offload_frozen"):
             if getattr(self.engine, name) and self.engine.zero_stage != 3:
                 raise InputError(f"engine.{name} is true with engine.zero_stage {self.engine.zero_stage}, expected 3")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        # Other forms of the standard are read too.
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def require(condition: bool, key: str, value: object, expected: str) -> None:

@@ -5,7 +5,7 @@ from repo_fast.data.dialogue import Dialogue
 from repo_fast.data.preferences import Candidate, Preference, load_preferences
 from repo_fast.data.readers import Demonstration, Prompt, load_demonstrations, load_prompts
 from repo_fast.data.sampler import PromptSampler
-from repo_fast.data.templates import PromptTemplate, load_tokenizer, tokenize_prompts
+from repo_fast.data.templates import PromptTemplate, encode_whole, load_tokenizer, tokenize_prompts
 
 __all__ = [
     "Candidate",
@@ -16,6 +16,7 @@ __all__ = [
     "Prompt",
     "PromptSampler",
     "PromptTemplate",
+    "encode_whole",
     "load_demonstrations",
     "load_preferences",
     "load_prompts",

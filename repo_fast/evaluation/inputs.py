@@ -13,6 +13,7 @@ from repo_fast.evaluation.cache import LOCK_FILE
 from repo_fast.inputs import find_model
 from repo_fast.models.on_paper import check_positions
 from repo_fast.rollout import Request
+from repo_fast.rollout.hf import end_tokens, generation_settings
 from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
 
 # The resolved configuration, in the output folder: what tells it from others.
@@ -76,7 +77,10 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
     prompts = load_prompts(config.prompts, split=config.prompts_split, limit=config.prompts_limit, columns=columns)
     columns.check_found([config.prompts])
     found = {name: find_model(path) for name, path in config.policies.items()}
-    templates = {name: PromptTemplate(tokenizer, config.template) for name, (_, tokenizer) in found.items()}
+    templates = {
+        name: PromptTemplate(tokenizer, config.template, config.date, end_tokens(generation_settings(path), tokenizer))
+        for name, (path, tokenizer) in found.items()
+    }
     tokens = {name: _tokens(prompts, template) for name, template in templates.items()}
     kept = [
         prompt

@@ -28,7 +28,9 @@ from transformers import (
 
 from repo_fast.collectives import Ranks
 from repo_fast.config import SamplingConfig
+from repo_fast.data.chat import end_of_turn
 from repo_fast.errors import InputError
+from repo_fast.models.trunk import load_config
 from repo_fast.models.vocabulary import never_drawn
 from repo_fast.rollout import Finished, Request, Rollout
 
@@ -126,20 +128,39 @@ class _StopStrings(StoppingCriteria):
 
 
 def end_tokens(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response: the model folder's, and the tokenizer's.
+    """The tokens that end a response: the model folder's, the tokenizer's, and the one that ends a turn of its chat
+    template, which fine-tuning teaches.
 
     Raises:
         InputError: There is none.
     """
-    listed = settings.eos_token_id
-    tokens = set([listed] if isinstance(listed, int) else listed or [])
-    if tokenizer.eos_token_id is not None:
-        tokens.add(tokenizer.eos_token_id)
+    tokens = _listed(settings) | {tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
     if not tokens:
         raise InputError(
             "the policy's tokenizer has no eos_token and its generation_config no eos_token_id, expected one"
         )
     return sorted(tokens)
+
+
+def generation_settings(path: str) -> GenerationConfig:
+    """Those of a model's folder or hub name; without a file of them, what its configuration says."""
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:
+        return GenerationConfig.from_model_config(load_config(path))
+
+
+def stop_alike(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let plain transformers stop where rollouts do: in this model's own settings, which are saved with it."""
+    settings = model.generation_config
+    tokens = end_tokens(settings, tokenizer)
+    if _listed(settings) != set(tokens):
+        settings.eos_token_id = tokens if len(tokens) > 1 else tokens[0]
+
+
+def _listed(settings: GenerationConfig) -> set[int]:
+    listed = settings.eos_token_id
+    return set([listed] if isinstance(listed, int) else listed or [])
 
 
 def generate(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from repo_fast.data import load_tokenizer
+from repo_fast.data import encode_whole, load_tokenizer
 from repo_fast.errors import InputError
 from repo_fast.models.model_config import load_config
 from repo_fast.scoring.score_models import EncoderClassifier, Role, load_line, load_score_model
@@ -25,16 +25,15 @@ def score_text(
 
     Args:
         model: A `ScoreModel` or an `EncoderClassifier`, or an engine around one; in evaluation mode.
-        tokenizer: The model's. It adds the special tokens that it adds by itself, and no end-of-sequence token else.
-        text: Prompt and response, rendered as the model wants them.
+        tokenizer: The model's. It adds the special tokens that it adds by itself and the text has not got yet.
+        text: Prompt and response, rendered as the model wants them, such as `apply_chat_template` does.
         device: Where the model is.
 
     Raises:
         InputError: The text has no tokens, or more than the model reads.
     """
     inner: Any = getattr(model, "module", model)
-    inputs = tokenizer(text, return_tensors="pt").to(device)
-    ids = inputs["input_ids"].long()
+    ids = torch.tensor([encode_whole(tokenizer, text)], dtype=torch.int64, device=device)
     length = ids.shape[1]
     is_encoder = isinstance(inner, EncoderClassifier)
     config = (inner.classifier if is_encoder else inner.trunk).config
@@ -42,7 +41,7 @@ def score_text(
     if not 0 < length <= limit:
         raise InputError(f"the text {text[:60]!r} has {length} tokens, expected 1 to {limit}")
     if is_encoder:
-        return float(model(**inputs)[0])
+        return float(model(input_ids=ids, attention_mask=torch.ones_like(ids))[0])
     return float(model(ids, torch.arange(length, device=device)[None], torch.tensor([length - 1], device=device))[0])
 
 

@@ -1,13 +1,13 @@
 """Scores from models: decoders with a scalar head, packed, and encoder-type classifiers, padded.
 
-Where a score is read. At the last real token of prompt and response: the end-of-sequence token where the response
-ended by itself, the last token that was drawn where it was cut at the length limit. None is appended to a cut response:
-that would claim it had ended. Sequences are never padded before a decoder sees them, so neither the side of the padding
+What a decoder reads of a response is what `repo_fast.data.templates` makes of the dialogue, the same as where score
+models are trained and checked, and the score is read at its last token. So a response that ended by itself is
+followed by all that the template writes there; to one that was cut at the length limit nothing is appended, which
+would claim it had ended. Sequences are never padded before a decoder sees them, so neither the side of the padding
 nor a pad token that equals another one can move that place.
 
-What the model reads. The response's own tokens where its tokenizer is the policy's; else its text, tokenised anew.
-Likewise the prompt's own tokens where the model also uses the policy's template; else the prompt is rendered anew.
-A sequence above the limit loses its beginning, and is counted: the response is what is to be judged.
+The response's own tokens are kept where the model's tokenizer is the policy's; else its text is tokenised anew. A
+sequence above the limit loses its beginning, and is counted: the response is what is to be judged.
 """
 
 import logging
@@ -86,10 +86,12 @@ class ModelScorer:
         self._shape = Shape.of(_unwrapped(module).trunk)
         self._keeps_response = same_tokens(template.tokenizer, policy_template.tokenizer)
         self._keeps_prompt = self._keeps_response and template.renders_like(policy_template)
+        self._ends = policy_template.end_tokens
         tokenizer = template.tokenizer
         # Checked here rather than when it is first needed: a rank that failed alone would leave the others waiting.
-        if not self._keeps_response and tokenizer.eos_token_id is None:
+        if template.name != "chat" and tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of the {name} model has no end-of-sequence token")
+        template.check_finished()
         check_vocabulary(tokenizer.name_or_path, _unwrapped(module).trunk.config.vocab_size, tokenizer)
 
     @torch.no_grad()
@@ -116,13 +118,18 @@ class ModelScorer:
 
     def _sequences(self, rollout: Rollout) -> Iterator[torch.Tensor]:
         for i in range(len(rollout.prompts)):
-            prompt_tokens, response_tokens = rollout.prompt_tokens[i], rollout.response_tokens[i]
-            if not self._keeps_prompt:
-                prompt_tokens = torch.tensor(self._template.encode_prompt(rollout.asked(i)), dtype=torch.int64)
-            if not self._keeps_response:
-                tokens = self._template.encode_response(rollout.responses[i], finished=bool(rollout.finished[i]))
-                response_tokens = torch.tensor(tokens, dtype=torch.int64)
-            sequence = torch.cat([prompt_tokens, response_tokens])
+            asked, finished = rollout.asked(i), bool(rollout.finished[i])
+            if self._keeps_response:
+                tokens = self._template.encode_drawn(
+                    asked,
+                    rollout.response_tokens[i].tolist(),
+                    finished=finished,
+                    end_tokens=self._ends,
+                    prompt_tokens=rollout.prompt_tokens[i].tolist() if self._keeps_prompt else None,
+                )
+            else:
+                tokens = self._template.encode_dialogue(asked, rollout.responses[i], finished=finished)
+            sequence = torch.tensor(tokens, dtype=torch.int64)
             self.truncated += len(sequence) > self._max_tokens
             yield sequence[-self._max_tokens :]
 
@@ -295,5 +302,5 @@ def load_line(path: str, role: Role) -> str:
 
 
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether token ids mean the same to both."""
-    return one.eos_token_id == other.eos_token_id and one.get_vocab() == other.get_vocab()
+    """Whether token ids mean the same to both. Which of them ends a response is left to each one's template."""
+    return one.get_vocab() == other.get_vocab()

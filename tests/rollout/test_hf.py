@@ -15,7 +15,8 @@ from repo_fast.experience import pack
 from repo_fast.models.policy import Policy
 from repo_fast.ops import linear_log_probs
 from repo_fast.rollout import Rollout, hf
-from repo_fast.rollout.hf import Request, generate
+from repo_fast.rollout.hf import Request, end_tokens, generate, generation_settings, stop_alike
+from tests.families import FAMILIES, family_tokenizer
 from tests.tiny import EOS, save_policy, word_tokenizer
 
 CPU = torch.device("cpu")
@@ -231,3 +232,34 @@ def test_the_models_mode_is_left_as_it_was(policy, tokenizer) -> None:
     policy.train()
     draw(policy, tokenizer, requests(tokenizer))
     assert policy.model.training
+
+
+def test_a_response_ends_where_its_chat_template_ends_a_turn(tmp_path: Path) -> None:
+    """Also where neither the tokenizer nor the folder says so; what is written does."""
+    tokenizer = family_tokenizer(FAMILIES["chatml"])
+    end, eos = tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id
+    policy = Policy.from_pretrained(
+        str(save_policy(tmp_path, tokenizer, eos_token_id=eos)), dtype=torch.float32, attention="sdpa"
+    )
+    assert policy.model.generation_config.eos_token_id == eos
+    assert end_tokens(policy.model.generation_config, tokenizer) == sorted([end, eos])
+    # Draws nothing but the end of a turn.
+    head = policy.model.get_output_embeddings()
+    with pytest.MonkeyPatch.context() as patch:
+        only = torch.full((len(tokenizer),), -torch.inf).index_fill(0, torch.tensor(end), 0.0)
+        patch.setattr(head, "forward", lambda hidden: only.expand(*hidden.shape[:-1], -1))
+        rollout = draw(policy, tokenizer, requests(tokenizer, ["How?"]))
+    assert rollout.response_tokens[0].tolist() == [end] and rollout.finished.tolist() == [True]
+    stop_alike(policy.model, tokenizer)
+    policy.model.generation_config.save_pretrained(tmp_path / "written")
+    assert generation_settings(str(tmp_path / "written")).eos_token_id == sorted([end, eos])
+
+
+def test_a_folder_without_generation_settings_has_its_configurations(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "policy")
+    (tmp_path / "policy" / "generation_config.json").unlink()
+    config = json.loads((tmp_path / "policy" / "config.json").read_text())
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 5]}))
+    model = Policy.from_pretrained(str(tmp_path / "policy"), dtype=torch.float32, attention="sdpa").model
+    settings = generation_settings(str(tmp_path / "policy"))
+    assert settings.eos_token_id == model.generation_config.eos_token_id == [2, 5]

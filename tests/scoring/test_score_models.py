@@ -135,9 +135,10 @@ def test_the_policys_own_tokens_are_used_where_they_mean_the_same():
     template = PromptTemplate(word_tokenizer())
     drawn = rollout(template, TEXTS[:1], [True])
     # Tokens that the text does not lead back to: sampling is free to split words in its own way.
-    drawn.response_tokens[0] = torch.tensor([9, 9, 9])
+    end = template.tokenizer.eos_token_id
+    drawn.response_tokens[0] = torch.tensor([9, 9, 9, end])
     _, scores, rows = rows_seen(PromptTemplate(word_tokenizer()), template, drawn)
-    assert rows == [[[*drawn.prompt_tokens[0].tolist(), 9, 9, 9]]] and scores.tolist() == [9.0]
+    assert rows == [[[*drawn.prompt_tokens[0].tolist(), 9, 9, 9, end]]] and scores.tolist() == [end]
 
 
 def test_another_template_renders_the_prompt_anew():
@@ -145,7 +146,8 @@ def test_another_template_renders_the_prompt_anew():
     drawn = rollout(PromptTemplate(tokenizer), TEXTS[:1], [True])
     drawn.response_tokens[0] = torch.tensor([9, 9, 9])
     _, _, rows = rows_seen(PromptTemplate(tokenizer, "plain"), PromptTemplate(tokenizer), drawn)
-    assert rows == [[[*ids(tokenizer, [BOS, "make", "tea"]), 9, 9, 9]]]
+    # A stop string ended it: it is finished, and reads like one.
+    assert rows == [[[*ids(tokenizer, [BOS, "make", "tea"]), 9, 9, 9, tokenizer.eos_token_id]]]
 
 
 def test_another_tokenizer_reads_the_texts_anew_and_ends_only_what_ended():
