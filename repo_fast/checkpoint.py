@@ -23,7 +23,7 @@ from repo_fast.files import publish
 _COMPLETE = re.compile(r"step-(\d{6,})")
 # May differ between a checkpoint and the run that goes on from it: they change nothing that is computed.
 _FREE_KEYS = (
-    *("output_dir", "resume", "stop_after", "checkpoint", "log", "layout", "evaluate_every"),
+    *("output_dir", "resume", "resume_changed_data", "stop_after", "checkpoint", "log", "layout", "evaluate_every"),
     *("expect", "reward.expect", "cost.expect"),
 )
 
@@ -93,7 +93,9 @@ def check_run(folder: Path, run: dict, config: dict, ranks: int) -> None:
         raise InputError(
             f"checkpoint {folder} was written by {run['ranks']} ranks, expected as many; this run has {ranks}"
         )
-    for key, (theirs, ours) in _differences(run["config"], config).items():
+    # A checkpoint from before there was a date goes on with any.
+    kept = {"date": config.get("date")} | run["config"]
+    for key, (theirs, ours) in _differences(kept, config).items():
         if key not in _FREE_KEYS and key.split(".")[0] not in _FREE_KEYS:
             raise InputError(
                 f"checkpoint {folder} is of another configuration: {key} is {theirs!r} there and {ours!r} here"

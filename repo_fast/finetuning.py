@@ -11,7 +11,7 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import SftConfig
 from repo_fast.data import Columns, PromptTemplate, load_demonstrations
 from repo_fast.imitation import Shown, imitation_backward, imitation_loss, learned_tokens
-from repo_fast.inputs import check_start, find_model, tokenize_demonstrations
+from repo_fast.inputs import check_inputs, check_start, find_model, tokenize_demonstrations
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.policy import Policy, save_policy
 from repo_fast.supervised import SupervisedInputs, SupervisedRun
@@ -36,6 +36,7 @@ def read_inputs(config: SftConfig) -> SupervisedInputs[Shown]:
         InputError: The first thing that cannot be used.
     """
     resume_from = check_start(config)
+    started_from = check_inputs(config, resume_from)
     path, tokenizer = find_model(config.model.path)
     data, template = config.data, PromptTemplate(tokenizer, config.data.template, config.date)
     notes: list[str] = []
@@ -50,7 +51,7 @@ def read_inputs(config: SftConfig) -> SupervisedInputs[Shown]:
     columns.check_found([data.train, data.eval])
     longest = max(sum(part.numel() for part in shown) for shown in examples + held_out)
     check_positions(path, longest, f"a demonstration, below data.max_tokens ({data.max_tokens})")
-    return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes)
+    return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes, started_from)
 
 
 class FineTuning(SupervisedRun[Shown]):

@@ -7,7 +7,7 @@ cached on its first use.
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,7 @@ from repo_fast.data import (
     tokenize_prompts,
 )
 from repo_fast.errors import InputError, at, first_line
+from repo_fast.fingerprints import Fingerprint, check_unchanged, fingerprints
 from repo_fast.imitation import Shown
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import check_positions
@@ -55,6 +56,7 @@ class Inputs:
         well_formed: The check of `evaluation.well_formed`; None without one.
         resume_from: Folder of the checkpoint to go on from; None for a new run.
         notes: What the user should know of the data: what was dropped, and how many.
+        fingerprints: Of the files that the run reads, as `repo_fast.fingerprints` makes them.
     """
 
     policy_path: str
@@ -68,6 +70,7 @@ class Inputs:
     well_formed: FunctionScorer | None
     resume_from: Path | None
     notes: list[str]
+    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
 
     @property
     def categories(self) -> dict[int, str | None]:
@@ -83,6 +86,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     """
     notes: list[str] = []
     resume_from = check_start(config)
+    started_from = check_inputs(config, resume_from)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     reward, cost = load_scorer_spec(config.reward.path, "reward"), load_scorer_spec(config.cost.path, "cost")
     for name, spec in (("reward", reward), ("cost", cost)):
@@ -148,6 +152,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
         well_formed=well_formed,
         resume_from=resume_from,
         notes=notes,
+        fingerprints=started_from,
     )
 
 
@@ -173,6 +178,18 @@ def check_start(config: RunConfig) -> Path | None:
     except ValueError as error:
         raise InputError(f"engine.ops_backend is {backend!r}: {first_line(error)}") from error
     return resume_from
+
+
+def check_inputs(config: RunConfig, resume_from: Path | None) -> dict[str, Fingerprint]:
+    """Fingerprint what a run reads, and compare it with what the run of a checkpoint started from.
+
+    Raises:
+        InputError: A file, or a folder's or hub name's content, is not what it was.
+    """
+    now = fingerprints(config)
+    if resume_from is not None:
+        check_unchanged(resume_from, checkpoint.read_run(resume_from), now, config.resume_changed_data)
+    return now
 
 
 def find_model(path: str) -> tuple[str, PreTrainedTokenizerBase]:

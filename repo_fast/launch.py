@@ -47,11 +47,15 @@ def launch(
         from transformers.utils import logging as transformers_logging
 
         from repo_fast.engine import start_distributed, stop_distributed
+        from repo_fast.run_date import check_date, with_date
 
         # Their bars would cut through the run's own display.
         transformers_logging.disable_progress_bar()
+        config = with_date(config)
         job = prepare(config)
-        status = job(start_distributed())
+        ranks = start_distributed()
+        check_date(config, ranks)
+        status = job(ranks)
         stop_distributed()
         return status
 

@@ -121,7 +121,7 @@ class Learner:
     def load_state_dict(self, state: dict) -> None:
         self.multiplier.load_state_dict(state["multiplier"])
         if self.ptx_sampler is not None:
-            self.ptx_sampler.load_state_dict(state["ptx_sampler"])
+            self.ptx_sampler.load_state_dict(state["ptx_sampler"], self.config.resume_changed_data)
         self.skipped.load_state_dict(state["skipped"])
 
     # --------------------------------------------------------------------------------------- 3, 4, 9: experience

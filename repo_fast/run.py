@@ -23,6 +23,7 @@ from repo_fast.config import RunConfig, to_dict, to_yaml
 from repo_fast.engine import Engine
 from repo_fast.errors import InputError
 from repo_fast.files import publish
+from repo_fast.fingerprints import Fingerprint
 from repo_fast.report.jsonl import Value
 from repo_fast.report.metrics import MetricsLog
 from repo_fast.report.plots import plot_panels
@@ -48,6 +49,7 @@ class Run:
         self.step = 0
         self.stop_signal: int | None = None
         self._shown = shown
+        self._fingerprints: dict[str, Fingerprint] = {}
         # The same on every rank, for what is drawn while models are built.
         torch.manual_seed(config.seed)
 
@@ -63,13 +65,18 @@ class Run:
         """Go on from what `state_dict` gave."""
         raise NotImplementedError
 
-    def start(self, resume_from: Path | None, model_path: str) -> None:
+    def start(self, resume_from: Path | None, model_path: str, fingerprints: dict[str, Fingerprint]) -> None:
         """Set this rank's random state, and resume. After the models: building one draws random numbers.
 
         Args:
             resume_from: The checkpoint folder to go on from.
             model_path: The model trained, for messages.
+            fingerprints: Of the files that the run reads, for those who go on with it.
+
+        Raises:
+            InputError: The checkpoint is of another model, or beyond the run's last step.
         """
+        self._fingerprints = fingerprints
         seed = self.config.seed * 1_000_003 + self.ranks.rank
         torch.manual_seed(seed)
         # The user's scorers may draw from these.
@@ -79,6 +86,11 @@ class Run:
             return
         run = checkpoint.read_run(resume_from)
         checkpoint.check_model(resume_from, run, self._model(), model_path)
+        if run["step"] > self.total_steps:
+            raise InputError(
+                f"checkpoint {resume_from} is of step {run['step']}, expected at most {self.total_steps}, where this "
+                "run ends: it has fewer examples than that one had"
+            )
         for name, engine in self.trained().items():
             engine.load(resume_from / name)
         self.step = run["step"]
@@ -137,6 +149,7 @@ class Run:
                     "ranks": self.ranks.size,
                     "config": to_dict(self.config),
                     "model": self._model(),
+                    "inputs": self._fingerprints,
                     "state": self.state_dict(),
                 },
             )

@@ -14,7 +14,7 @@ from repo_fast.config import ScoreConfig
 from repo_fast.data import Candidate, Columns, Preference, PromptTemplate, load_preferences
 from repo_fast.errors import InputError, at
 from repo_fast.experience import with_last
-from repo_fast.inputs import check_start, find_model
+from repo_fast.inputs import check_inputs, check_start, find_model
 from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.score_checkpoint import check_layout, save_score_model
@@ -64,6 +64,7 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
         InputError: The first thing that cannot be used.
     """
     resume_from = check_start(config)
+    started_from = check_inputs(config, resume_from)
     path, tokenizer = find_model(config.model.path)
     if config.expect is not None and not is_score_model(path):
         raise InputError(f"expect is given with model.path {path!r}, which has no score yet, expected a score model")
@@ -83,7 +84,7 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
     columns.check_found([data.train, data.eval])
     longest = max(sequence.numel() for example in examples + held_out for sequence in example.sequences)
     check_positions(path, longest, f"a prompt and its response, cut to data.max_tokens ({data.max_tokens})")
-    return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes)
+    return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes, started_from)
 
 
 def _tokenize(

@@ -6,7 +6,7 @@ ranks nor the split into micro-batches changes an update.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -20,6 +20,7 @@ from repo_fast.config import SupervisedConfig
 from repo_fast.data import PromptSampler, PromptTemplate
 from repo_fast.engine import Engine
 from repo_fast.experience import in_step
+from repo_fast.fingerprints import Fingerprint
 from repo_fast.flops import Shape, forward_work
 from repo_fast.ops.dispatch import resolve
 from repo_fast.report.metrics import read_metrics
@@ -42,6 +43,7 @@ class SupervisedInputs(Generic[Example]):
         held_out: What is evaluated on; empty without an evaluation.
         resume_from: Folder of the checkpoint to go on from; None for a new run.
         notes: What the user should know of the data.
+        fingerprints: Of the files that the run reads, as `repo_fast.fingerprints` makes them.
     """
 
     model_path: str
@@ -51,6 +53,7 @@ class SupervisedInputs(Generic[Example]):
     held_out: Sequence[Example]
     resume_from: Path | None
     notes: list[str]
+    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
 
 
 class SupervisedRun(Run, Generic[Example]):
@@ -86,7 +89,7 @@ class SupervisedRun(Run, Generic[Example]):
         self._shape = Shape.of(self.transformer())
         self.sampler = PromptSampler(len(inputs.examples), self.batch_size, config.seed)
         self.skipped = SkippedSteps(config.max_skipped_steps, "max_skipped_steps")
-        self.start(inputs.resume_from, inputs.model_path)
+        self.start(inputs.resume_from, inputs.model_path, inputs.fingerprints)
 
     # ------------------------------------------------------------------------------------- what a subclass provides
 
@@ -128,7 +131,7 @@ class SupervisedRun(Run, Generic[Example]):
         return {"sampler": self.sampler.state_dict(), "skipped": self.skipped.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        self.sampler.load_state_dict(state["sampler"])
+        self.sampler.load_state_dict(state["sampler"], self.config.resume_changed_data)
         self.skipped.load_state_dict(state["skipped"])
 
     def run(self) -> int:

@@ -76,7 +76,7 @@ class Trainer(Run):
             ranks,
         )
         self.sampler = PromptSampler(len(inputs.requests), config.rollout.prompts_per_step, config.seed)
-        self.start(inputs.resume_from, inputs.policy_path)
+        self.start(inputs.resume_from, inputs.policy_path, inputs.fingerprints)
 
     def trained(self) -> dict[str, Engine]:
         models = self.learner.models
@@ -87,7 +87,7 @@ class Trainer(Run):
 
     def load_state_dict(self, state: dict) -> None:
         self.learner.load_state_dict(state["learner"])
-        self.sampler.load_state_dict(state["sampler"])
+        self.sampler.load_state_dict(state["sampler"], self.config.resume_changed_data)
 
     def run(self) -> int:
         """Train to the last step, or to where the run is stopped; evaluate before and after; write the policy.

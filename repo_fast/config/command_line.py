@@ -6,6 +6,7 @@ command line: `--config tiny --rollout.temperature 0.8`. `parse` returns the res
 """
 
 import dataclasses
+import datetime
 import difflib
 import sys
 import typing
@@ -84,6 +85,9 @@ def read_config_file(path: Path, kind: type[JobConfig] = TrainConfig) -> dict:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(mapping, dict):
         raise InputError(f"{path} holds a {type(mapping).__name__}, expected a mapping of options")
+    if isinstance(mapping.get("date"), datetime.date):
+        # YAML's own type, where it stands without quotes.
+        mapping["date"] = mapping["date"].isoformat()
     _reject_unknown(_dotted(mapping), str(path), kind)
     _check_sections(mapping, kind, str(path))
     return mapping

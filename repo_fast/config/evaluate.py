@@ -26,6 +26,8 @@ class EvaluateConfig(JobConfig):
     PROGRAM: ClassVar[str] = "python -m repo_fast.evaluate"
     FOLDER: ClassVar[str] = "evaluate"
     DEFAULT: ClassVar[str | None] = None
+    FILE: ClassVar[str] = "evaluation.yaml"
+    """The resolved configuration, in the output folder: what tells it from others."""
 
     output_dir: str = "outputs/evaluate"
     """Folder for the report."""

@@ -176,6 +176,8 @@ class RunConfig(JobConfig):
 
     resume: str | None = None
     """`auto`: go on from the newest complete checkpoint in `output_dir`, or start; or a checkpoint folder."""
+    resume_changed_data: bool = False
+    """Go on also where data files, or the folders of models, are no longer what the run started from."""
     stop_after: int | None = None
     """Stop with a checkpoint once this step is done (a step number of the whole run), leaving schedules alone."""
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -49,12 +49,21 @@ class PromptSampler:
         """What `load_state_dict` needs to go on from here: plain numbers and lists."""
         return {**self._identity, "epoch": self._epoch, "head": list(self._head), "position": self._position}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], changed: bool = False) -> None:
         """Goes on from a state.
+
+        Args:
+            state: From `state_dict`.
+            changed: Whether the prompts may be others than they were. Where their number is another, positions of the
+                epoch that was under way mean nothing any more: the next one starts.
 
         Raises:
             InputError: The state is of another number of prompts, batch size or seed.
         """
+        if changed and state["n_prompts"] != self._n_prompts:
+            self._start_epoch(state["epoch"] + 1, head=[])
+            self._position = 0
+            return
         for key, ours in self._identity.items():
             if state[key] != ours:
                 raise InputError(f"the checkpoint's data position has {key} {state[key]}, this run has {ours}")

@@ -29,9 +29,9 @@ import torch
 from repo_fast.assembly import load_scorer, loading_options
 from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig, EvaluateConfig, to_dict, to_yaml
-from repo_fast.data import Prompt, PromptTemplate
+from repo_fast.data import Prompt, PromptTemplate, load_tokenizer
 from repo_fast.evaluation.cache import UnitFile, fingerprint, key_of, locked, scorer_fingerprint
-from repo_fast.evaluation.inputs import CONFIG_FILE, EvaluationInputs, PolicyInput
+from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
 from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, Rows, judge_policies
 from repo_fast.judging import Judge
 from repo_fast.models.policy import Policy
@@ -125,7 +125,7 @@ class Evaluator:
                 if self.ranks.is_first:
                     held.enter_context(locked(self.output_dir))
                     held.enter_context(locked(self.cache_dir))
-                    (self.output_dir / CONFIG_FILE).write_text(to_yaml(self.config), encoding="utf-8")
+                    (self.output_dir / self.config.FILE).write_text(to_yaml(self.config), encoding="utf-8")
                     judge = self._start_judge()
             samples = {name: self._draw(name, policy) for name, policy in self.inputs.policies.items()}
             for column in self._columns():
@@ -156,6 +156,7 @@ class Evaluator:
             "sampling": to_dict(self.config)["sampling"],
             "seed": self.config.seed,
             "random numbers": "one a token",
+            **self._dated(policy.template),
             **self._computing,
         }
         folder = self.cache_dir / key_of(about)
@@ -227,8 +228,15 @@ class Evaluator:
         about: dict[str, Any] = {"scorer": scorer_fingerprint(spec)}
         if spec.kind == "model":
             about |= {"template": settings.template, "max_tokens": settings.max_tokens, **self._computing}
+            template = PromptTemplate(load_tokenizer(spec.path), settings.template, self.config.date)
+            if template.name == "chat":
+                about |= {"reads": "finished dialogues", **self._dated(template)}
         options = (self._engine, self.ranks, self.config.attention, self.config.scoring_tokens)
         return _Column(name, about, cache(lambda: load_scorer(name, spec, settings, *options)))
+
+    def _dated(self, template: PromptTemplate) -> dict[str, Any]:
+        """What of the date a rendering depends on: mostly nothing."""
+        return {"date": self.config.date} if template.depends_on_date else {}
 
     def _score(self, column: _Column, name: str, samples: Samples) -> None:
         """Add a score to every row of a policy; computed where it is not in the cache."""

@@ -16,9 +16,6 @@ from repo_fast.rollout import Request
 from repo_fast.rollout.hf import end_tokens, generation_settings
 from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
 
-# The resolved configuration, in the output folder: what tells it from others.
-CONFIG_FILE = "evaluation.yaml"
-
 
 @dataclass(frozen=True)
 class PolicyInput:
@@ -122,7 +119,7 @@ def _check_output_folder(folder: Path) -> None:
         raise InputError(f"output_dir {str(folder)!r} is a file, expected a folder, or nothing")
     # One that ended before it began leaves its lock.
     used = folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
-    if used and not (folder / CONFIG_FILE).is_file():
+    if used and not (folder / EvaluateConfig.FILE).is_file():
         raise InputError(
             f"output_dir {str(folder)!r} holds other files than an evaluation's, expected a new folder, or that of an "
             "earlier evaluation"

@@ -30,7 +30,7 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import SamplingConfig
 from repo_fast.data.chat import end_of_turn
 from repo_fast.errors import InputError
-from repo_fast.models.trunk import load_config
+from repo_fast.models.model_config import load_config
 from repo_fast.models.vocabulary import never_drawn
 from repo_fast.rollout import Finished, Request, Rollout
 

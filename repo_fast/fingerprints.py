@@ -1,0 +1,148 @@
+"""What a run starts from, in a few words: whether a file has changed since is then known where the run goes on.
+
+Data files are read whole. Of a model's files only their size and pieces are, 64 KiB at each of up to 64 places, which
+no training leaves as they were.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from repo_fast.config import RunConfig, TrainConfig
+from repo_fast.config.supervised import SupervisedConfig
+from repo_fast.data.sources import WORLD
+from repo_fast.errors import InputError
+from repo_fast.models.model_config import load_config
+
+log = logging.getLogger(__name__)
+
+# A file's name, or that of a data set or model on the hub, and what tells it from another of the same name.
+Fingerprint = dict[str, str]
+
+_DATA_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".parquet", ".gz")
+_MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+_PIECE, _PIECES = 64 * 1024, 64
+
+
+def fingerprints(config: RunConfig) -> dict[str, Fingerprint]:
+    """Of everything that a run reads, by the option that names it. What is not there is left to what reads it."""
+    found = {key: of_data(source, split) for key, (source, split) in _data(config).items()}
+    found |= {key: of_model(path) for key, path in _models(config).items()}
+    return {key: fingerprint for key, fingerprint in found.items() if fingerprint}
+
+
+def of_data(source: str, split: str) -> Fingerprint:
+    """Of a source of data (`repo_fast.data.sources`): its files' contents, or what `datasets` tells a revision by."""
+    path = Path(source).expanduser()
+    if source.startswith(WORLD):
+        # It comes with the package.
+        return {}
+    if path.is_file():
+        return {path.name: _digest(path)}
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(_DATA_SUFFIXES))
+        return {str(file.relative_to(path)): _digest(file) for file in files}
+    try:
+        import datasets
+
+        return {f"{source} [{split}]": str(datasets.load_dataset(source, split=split)._fingerprint)}
+    except Exception:  # the loader's errors share no type, and are told where the data are read
+        return {}
+
+
+def of_model(path: str) -> Fingerprint:
+    """Of a model's folder: its weights, configurations and tokenizer; of a name on the hub, its commit."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(_MODEL_SUFFIXES))
+        return {file.name: _digest(file, _PIECES) for file in files}
+    if ":" in path:
+        # A function, or a part of the embedded world, which comes with the package.
+        return {}
+    try:
+        commit = getattr(load_config(path), "_commit_hash", None)
+    except InputError:
+        return {}
+    return {} if commit is None else {path: commit}
+
+
+def check_unchanged(folder: Path, run: dict, now: dict[str, Fingerprint], allowed: bool) -> None:
+    """Compare what a checkpoint's run started from with what is there now.
+
+    Args:
+        folder: The checkpoint, for messages.
+        run: Its `run.json`.
+        now: From `fingerprints`.
+        allowed: Whether to go on where something changed, which is then said.
+
+    Raises:
+        InputError: Something changed, and that is not allowed.
+    """
+    before = run.get("inputs")
+    if before is None:
+        log.warning("checkpoint %s is from before data were fingerprinted: whether they changed is not known", folder)
+        return
+    changed = list(_changes(before, now))
+    if changed and not allowed:
+        more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise InputError(
+            f"checkpoint {folder} is of other inputs: {changed[0]} since the run started{more}; expected the same, or "
+            "--resume_changed_data true to go on"
+        )
+    if changed:
+        log.warning("going on with inputs that are not those of checkpoint %s: %s", folder, "; ".join(changed))
+
+
+def _changes(before: dict[str, Fingerprint], now: dict[str, Fingerprint]) -> Iterator[str]:
+    """What is not as it was, of the options that both have."""
+    for key, then in before.items():
+        for name in sorted(then.keys() | now.get(key, then).keys()):
+            ours = now.get(key, then)
+            if then.get(name) != ours.get(name):
+                how = "is new" if name not in then else "is gone" if name not in ours else "has changed"
+                yield f"{name} of {key} {how}"
+
+
+def _data(config: RunConfig) -> dict[str, tuple[str, str]]:
+    if isinstance(config, TrainConfig):
+        data = config.data
+        sources = {
+            "data.prompts": (data.prompts, data.prompts_split),
+            "data.eval_prompts": (data.eval_prompts, data.eval_split),
+            "data.ptx": (data.ptx, data.ptx_split),
+        }
+    else:
+        assert isinstance(config, SupervisedConfig)
+        sources = {
+            "data.train": (config.data.train, config.data.train_split),
+            "data.eval": (config.data.eval, config.data.eval_split),
+        }
+    return {key: (source, split) for key, (source, split) in sources.items() if source is not None}
+
+
+def _models(config: RunConfig) -> dict[str, str]:
+    if isinstance(config, TrainConfig):
+        return {f"{name}.path": getattr(config, name).path for name in ("policy", "reward", "cost")}
+    assert isinstance(config, SupervisedConfig)
+    return {"model.path": config.model.path}
+
+
+def _digest(path: Path, pieces: int | None = None) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in _read(file, path.stat().st_size, pieces):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _read(file: IO[bytes], size: int, pieces: int | None) -> Iterator[bytes]:
+    if pieces is None or size <= pieces * _PIECE:
+        while piece := file.read(2**20):
+            yield piece
+        return
+    yield str(size).encode()
+    for i in range(pieces):
+        file.seek((size - _PIECE) * i // (pieces - 1))
+        yield file.read(_PIECE)
