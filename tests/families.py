@@ -27,7 +27,7 @@ class Family:
         behind: What the template writes after that.
         special: Other special tokens.
         bos: A begin-of-sequence token that the tokenizer puts in front; None for none.
-        before: What the template writes between its prompt and an answer.
+        before, after: What the template writes between its prompt and an answer, and between that and the turn's end.
         trims: Whether blanks around an answer go.
     """
 
@@ -38,6 +38,7 @@ class Family:
     special: tuple[str, ...] = ()
     bos: str | None = None
     before: str = ""
+    after: str = ""
     trims: bool = False
 
 
@@ -74,7 +75,18 @@ FAMILIES = {
         "{% endfor %}",
         *("</s>", "</s>", "", (), "<s>"),
         before=" ",
+        after=" ",
         trims=True,
+    ),
+    # Blanks around an answer are doubled where it has some.
+    "vicuna": Family(
+        "{{ bos_token }}{% for message in messages %}{% if message.role == 'system' %}{{ message.content }} "
+        "{% elif message.role == 'user' %}USER: {{ message.content }}"
+        "{% else %} ASSISTANT: {{ message.content }} {{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %} ASSISTANT:{% endif %}",
+        *("</s>", "</s>", "", (), "<s>"),
+        before=" ",
+        after=" ",
     ),
     # The tokenizer has a begin token, which the template leaves out; the roles are plain text.
     "zephyr": Family(

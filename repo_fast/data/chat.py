@@ -19,8 +19,8 @@ from repo_fast.errors import InputError, first_line
 _PROBE, _OTHER, _ANSWER = "first probe", "another probe", "probed answer"
 # Different in every part.
 _DATES = ("2001-02-03", "2010-11-12")
-# A whole token of this form is no prose, also where a tokenizer does not call it special.
-_MARK = re.compile(r"<[^<>\s]+>")
+# A whole token of this form is no prose, also where a tokenizer does not call it special; <0x0A> is a byte.
+_MARK = re.compile(r"<(?!0x)[^<>\s]+>")
 
 
 class ChatTemplate:

@@ -173,19 +173,44 @@ class PromptTemplate:
         own = list(tokens)
         while finished and own and own[-1] in ends:
             own.pop()
+        ended = len(own) < len(tokens)
+        if ended and self._before_end and own[-len(self._before_end) :] == self._before_end:
+            own = own[: -len(self._before_end)]
         asked = self.encode_prompt(prompt) if prompt_tokens is None else list(prompt_tokens)
         if self._chat is None:
             return [*asked, *own, self._eos] if finished else asked + own
-        drawn, lead = self.tokenizer.decode(own), self._chat.lead or ""
+        drawn, dialogue = self.tokenizer.decode(own), self._clean(prompt)
         # A policy draws what its template puts before an answer, which this one will.
-        answer = drawn.removeprefix(lead) if lead.strip() else drawn
-        dialogue = self._clean(prompt)
-        written = self._chat_text(dialogue, self._clean_response(answer), finished)
+        answer = drawn.removeprefix(self._chat.lead or "")
         ending, end = (self._chat.ending, self._ending_tokens) if finished else ("", [])
+        try:
+            written = self._chat_text(dialogue, self._clean_response(answer), finished)
+        except InputError as error:
+            # What a policy draws is no reason to end its run.
+            self._say("refused", f"a response is scored as it was drawn: {error}")
+            return [*asked, *own, *end]
         is_changed = written != self._render(dialogue) + drawn + ending
         if is_changed or (finished and own == self._encode_in_place(drawn)):
             return self._encode(written)
         return [*asked, *own, *end]
+
+    def answer_of(self, text: str, *, finished: bool) -> str:
+        """What a policy's response says, without what its template has it write around that, such as a space.
+
+        Args:
+            text: The response, decoded without special tokens.
+            finished: Whether it ended by itself.
+        """
+        if self._chat is None:
+            return text
+        try:
+            lead, before_end = self._chat.lead or "", self.tokenizer.decode(self._before_end)
+        except InputError:
+            # It cannot write a finished dialogue, and nothing is known of that.
+            return text
+        shown = self.tokenizer.decode(self.tokenizer.encode(lead, add_special_tokens=False), skip_special_tokens=True)
+        text = text.removeprefix(shown)
+        return text.removesuffix(before_end) if finished else text
 
     def renders_like(self, other: "PromptTemplate") -> bool:
         """Whether both give the same tokens for every prompt, where their tokens mean the same."""
@@ -345,6 +370,13 @@ class PromptTemplate:
         return self.tokenizer.encode(ending, add_special_tokens=False)
 
     @cached_property
+    def _before_end(self) -> list[int]:
+        """The tokens of what the chat template writes between an answer and the token that ends its turn."""
+        if self._chat is None or self._chat.end_of_turn is None:
+            return []
+        return self._ending_tokens[: self._ending_tokens.index(self._chat.end_of_turn)]
+
+    @cached_property
     def _end_of_prompt(self) -> tuple[str, list[int]]:
         prompt = self._render(Dialogue(("" if self._chat is None else _SOME_TEXT,)))
         return prompt, self._encode(prompt)
@@ -405,6 +437,12 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     # A vocabulary that has nothing for this text.
     begin = [token for token in whole if token == tokenizer.bos_token_id]
     return begin, whole[len(begin) :]
+
+
+def without_added(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> tuple[str, str]:
+    """A pair of texts without the begin and end tokens that a tokenizer puts around it."""
+    begin, end = ([str(tokenizer.convert_ids_to_tokens(token)) for token in part] for part in added_tokens(tokenizer))
+    return _without_begin(prompt, begin[0]) if begin else prompt, _without_end(response, tuple(end))
 
 
 def _once(begin: list[int], tokens: list[int], end: list[int]) -> list[int]:

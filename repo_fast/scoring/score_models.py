@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from repo_fast.balance import split_by_tokens
-from repo_fast.data.templates import PromptTemplate
+from repo_fast.data.templates import PromptTemplate, without_added
 from repo_fast.errors import InputError
 from repo_fast.flops import Shape, forward_work
 from repo_fast.models.model_config import load_config
@@ -86,7 +86,7 @@ class ModelScorer:
         self._shape = Shape.of(_unwrapped(module).trunk)
         self._keeps_response = same_tokens(template.tokenizer, policy_template.tokenizer)
         self._keeps_prompt = self._keeps_response and template.renders_like(policy_template)
-        self._ends = policy_template.end_tokens
+        self._policy_template = policy_template
         tokenizer = template.tokenizer
         # Checked here rather than when it is first needed: a rank that failed alone would leave the others waiting.
         if template.name != "chat" and tokenizer.eos_token_id is None:
@@ -124,11 +124,12 @@ class ModelScorer:
                     asked,
                     rollout.response_tokens[i].tolist(),
                     finished=finished,
-                    end_tokens=self._ends,
+                    end_tokens=self._policy_template.end_tokens,
                     prompt_tokens=rollout.prompt_tokens[i].tolist() if self._keeps_prompt else None,
                 )
             else:
-                tokens = self._template.encode_dialogue(asked, rollout.responses[i], finished=finished)
+                answer = self._policy_template.answer_of(rollout.responses[i], finished=finished)
+                tokens = self._template.encode_dialogue(asked, answer, finished=finished)
             sequence = torch.tensor(tokens, dtype=torch.int64)
             self.truncated += len(sequence) > self._max_tokens
             yield sequence[-self._max_tokens :]
@@ -219,7 +220,8 @@ class ClassifierScorer:
     @torch.no_grad()
     def score(self, rollout: Rollout) -> torch.Tensor:
         """The classifier's score of each response, as `ModelScorer.score`."""
-        pairs = list(zip(rollout.prompts, rollout.responses, strict=True))
+        texts = zip(rollout.prompts, rollout.responses, strict=True)
+        pairs = [without_added(self._tokenizer, prompt, response) for prompt, response in texts]
         lengths = [len(self._tokenizer(*pair)["input_ids"]) for pair in pairs]
         self.truncated += sum(length > self._max_tokens for length in lengths)
         # Neighbours in length share a batch, so that little of it is padding.

@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from repo_fast.data import Dialogue, Prompt, PromptTemplate, encode_whole, tokenize_prompts
@@ -185,18 +185,17 @@ def test_a_finished_dialogue_is_what_the_models_own_template_makes_of_it(family,
     assert template.encode_dialogue(turns, answer) == finished
     assert template.encode_prompt(turns) == asked
     drawn = tokenizer.encode(family.before + answer, add_special_tokens=False)
+    after = tokenizer.encode(family.after, add_special_tokens=False)
     for end in (family.turn_end, family.eos, None):
         # The last: a stop string ended it.
-        tokens = [*drawn, *([] if end is None else [tokenizer.convert_tokens_to_ids(end)])]
+        tokens = drawn if end is None else [*drawn, *after, tokenizer.convert_tokens_to_ids(end)]
         assert template.encode_drawn(turns, tokens, finished=True) == finished
     # So is the text that it renders to.
     assert encode_whole(tokenizer, tokenizer.apply_chat_template(chat(turns, answer), tokenize=False)) == finished
     if not answer:
         return
     # One that was cut is the same up to what ends it.
-    ending = tokenizer.encode(
-        (" " if family.before == " " else "") + family.turn_end + family.behind, add_special_tokens=False
-    )
+    ending = tokenizer.encode(family.after + family.turn_end + family.behind, add_special_tokens=False)
     cut = template.encode_drawn(turns, drawn, finished=False)
     assert tokenizer.decode(cut + ending) == tokenizer.decode(finished)
     assert tokenizer.decode(template.encode_dialogue(turns, answer, finished=False)) == tokenizer.decode(cut)
@@ -208,8 +207,7 @@ def test_a_policy_learns_up_to_the_token_that_ends_its_turn(family):
     learned = template.encode_response("Like this.")
     end = tokenizer.convert_tokens_to_ids(family.turn_end)
     assert learned[-1] == end and learned.count(end) == 1 and end in template.end_tokens
-    space = " " if family.before == " " else ""
-    assert tokenizer.decode(learned) == f"{family.before}Like this.{space}{family.turn_end}"
+    assert tokenizer.decode(learned) == f"{family.before}Like this.{family.after}{family.turn_end}"
     if family is not FAMILIES["r1"]:
         whole = tokenizer.apply_chat_template(chat(("How?",), "Like this."), tokenize=True)["input_ids"]
         known = template.encode_prompt("How?") + learned
@@ -243,6 +241,21 @@ def test_an_end_of_turn_that_is_no_token(caplog):
     assert [record.getMessage().count("no token ends a response") for record in caplog.records] == [1]
 
 
+def test_a_line_break_ends_no_turn():
+    """Also where its token is named as a byte, <0x0A>, which looks like a mark."""
+    letters = {f"<0x{byte:02X}>": byte for byte in range(256)} | {EOS: 256, "<end>": 257}
+    backend = Tokenizer(models.BPE(letters, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+    turn = "{% for message in messages %}{{ message.role }}: {{ message.content }}END\n{% endfor %}"
+    tokenizer.chat_template = turn.replace("END", "")
+    assert PromptTemplate(tokenizer).end_tokens == {256}
+    # A token of the vocabulary that the tokenizer does not call special.
+    words = word_tokenizer(["<end>", "yes"])
+    words.chat_template = turn.replace("END", " <end>").replace("}}:", "}} :")
+    assert words.convert_tokens_to_ids("<end>") in PromptTemplate(words).end_tokens
+
+
 def test_tokens_that_a_text_is_not_split_into_are_kept_unless_the_template_changes_the_text():
     # The last lacks the space that its template puts there.
     for name, before, kept in (("chatml", "", True), ("llama-2", " ", True), ("llama-2", "", False)):
@@ -263,6 +276,17 @@ def test_a_finished_dialogue_without_its_answer_is_refused():
     template = PromptTemplate(tokenizer)
     with pytest.raises(InputError, match="writes a finished dialogue without its answer"):
         template.encode_dialogue("make tea", "yes")
+
+
+def test_a_drawn_response_that_its_template_refuses_is_read_as_it_was_drawn(caplog):
+    tokenizer = family_tokenizer(FAMILIES["chatml"])
+    expected = PromptTemplate(tokenizer).encode_dialogue("How?", "a forbidden word")
+    refuse = "{% if 'forbidden' in messages[-1].content %}{{ raise_exception('no such word') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    drawn = tokenizer.encode("a forbidden word") + [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    with caplog.at_level(logging.WARNING, "repo_fast"):
+        assert PromptTemplate(tokenizer).encode_drawn("How?", drawn, finished=True) == expected
+    assert caplog.text.count("no such word") == 1
 
 
 # ------------------------------------------------------------------------------------ tokens that a text already has

@@ -4,8 +4,12 @@ import json
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
+from repo_fast.config import EvaluateConfig, parse
 from repo_fast.data import Candidate, Dialogue, Preference, PromptTemplate
+from repo_fast.evaluation.inputs import read_inputs as evaluation_inputs
+from repo_fast.inputs import read_inputs as train_inputs
 from repo_fast.rollout import Rollout
 from repo_fast.score import main as score
 from repo_fast.score_training import _tokenize
@@ -13,7 +17,7 @@ from repo_fast.scoring import ModelScorer, load_score_model, score_text
 from repo_fast.scoring.score_models import same_tokens
 from tests.families import FAMILIES, family_tokenizer
 from tests.jobs import write_lines
-from tests.tiny import save_beaver, word_tokenizer
+from tests.tiny import save_beaver, save_policy, word_tokenizer
 
 CPU = torch.device("cpu")
 TURNS, ANSWERS = ("How?", "No.", "Please!"), ("Like this.", "So:\n\n- so")
@@ -74,7 +78,7 @@ def test_training_check_and_use_give_one_score(family, tmp_path):
 
     for end in {family.turn_end, family.eos}:
         responses = [
-            [*tokenizer.encode(family.before + answer, add_special_tokens=False), tokenizer.convert_tokens_to_ids(end)]
+            tokenizer.encode(f"{family.before}{answer}{family.after}{end}", add_special_tokens=False)
             for answer in ANSWERS
         ]
         in_use = scores_in_use(model, template, PromptTemplate(tokenizer), drawn(template, responses))
@@ -92,6 +96,24 @@ def test_another_tokenizer_ends_what_ended_as_its_own_template_does(family, tmp_
     assert in_use == pytest.approx([alone(model, expected)], rel=1e-4)
 
 
+def test_what_a_policys_template_has_it_write_around_an_answer_is_not_read_by_another(family, tmp_path):
+    """The policy is of the family; the score model has a tokenizer of words, and a template of its own."""
+    tokenizer, words = family_tokenizer(family), word_tokenizer(["Like", "this."])
+    # One in which a space counts.
+    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    words.chat_template = (
+        "{{ messages[0].content }} {% if messages[1:] %}{{ messages[-1].content }}{{ eos_token }}{% endif %}"
+    )
+    model = load_score_model(str(save_beaver(tmp_path, tokenizer=words)), dtype=torch.float32).eval()
+    policy = PromptTemplate(tokenizer)
+    text = f"{family.before}Like this.{family.after}{family.turn_end}"
+    rollout = drawn(policy, [tokenizer.encode(text, add_special_tokens=False)])
+    rollout.dialogues[0] = Dialogue(("Like",))
+    expected = words.encode("Like Like this.</s>", add_special_tokens=False)
+    in_use = scores_in_use(model, PromptTemplate(words), policy, rollout)
+    assert in_use == pytest.approx([alone(model, expected)], rel=1e-4)
+
+
 def test_a_token_of_the_models_settings_may_have_ended_a_response(tmp_path):
     tokenizer = family_tokenizer(FAMILIES["chatml"])
     model = load_score_model(str(save_beaver(tmp_path, tokenizer=tokenizer)), dtype=torch.float32).eval()
@@ -102,6 +124,29 @@ def test_a_token_of_the_models_settings_may_have_ended_a_response(tmp_path):
     expected = tokenizer.apply_chat_template(chat(TURNS, "Like this."), tokenize=True)["input_ids"]
     policy = PromptTemplate(tokenizer, end_tokens=[other])
     assert scores_in_use(model, template, policy, rollout) == pytest.approx([alone(model, expected)], rel=1e-4)
+
+
+def test_a_runs_template_knows_the_tokens_of_the_models_settings(tmp_path):
+    tokenizer = family_tokenizer(FAMILIES["chatml"])
+    end, eos, other = (
+        tokenizer.convert_tokens_to_ids(text) for text in ("<|im_end|>", "<|endoftext|>", "<|im_start|>")
+    )
+    folder = save_policy(tmp_path / "policy", tokenizer, eos_token_id=[other, eos])
+    prompts = str(write_lines(tmp_path / "prompts.jsonl", [{"prompt": "How?"}]))
+    scorers = ["--reward.path", "tests.scorers:reward", "--cost.path", "tests.scorers:cost"]
+    words = ["--policy.path", str(folder), "--data.prompts", prompts, "--data.eval_prompts", "null"]
+    words += ["--rollout.prompts_per_step", "1", "--evaluation.well_formed", "null"]
+    assert train_inputs(parse([*words, *scorers])).template.end_tokens == {end, eos, other}
+    words = [
+        "--policies",
+        json.dumps({"one": str(folder)}),
+        "--prompts",
+        prompts,
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    inputs = evaluation_inputs(parse([*words, *scorers], EvaluateConfig))
+    assert inputs.policies["one"].template.end_tokens == {end, eos, other}
 
 
 def test_templates_that_differ_in_their_ending_alone(tmp_path):

@@ -9,7 +9,7 @@ from repo_fast.data import PromptTemplate
 from repo_fast.errors import InputError
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.rollout import Rollout
-from repo_fast.scoring import ClassifierScorer, EncoderClassifier, ModelScorer, load_score_model
+from repo_fast.scoring import ClassifierScorer, EncoderClassifier, ModelScorer, load_score_model, score_text
 from tests.tiny import (
     BOS,
     EOS,
@@ -252,6 +252,15 @@ def test_long_pairs_lose_the_beginning_of_the_longer_part(encoder):
     short = rollout(PromptTemplate(tokenizer), [("how " * 8 + "make tea", "yes")], [True])
     torch.testing.assert_close(scoring.score(long), scoring.score(short))
     assert scoring.truncated == 1
+
+
+def test_special_tokens_that_a_pair_has_already_are_not_added_again(encoder):
+    tokenizer = word_tokenizer(chat_template=False)
+    template, scoring = PromptTemplate(tokenizer), encoder_scorer(encoder, tokenizer)
+    clean = scoring.score(rollout(template, [("make tea", "yes")], [True]))
+    torch.testing.assert_close(scoring.score(rollout(template, [(f"{BOS} make tea", "yes")], [True])), clean)
+    model = load_score_model(str(encoder), dtype=torch.float32).eval()
+    assert score_text(model, tokenizer, f"{BOS} make tea") == score_text(model, tokenizer, "make tea")
 
 
 def test_ranks_without_pairs_run_as_many_batches(encoder):
