@@ -157,42 +157,52 @@ class PromptTemplate:
         end_tokens: Iterable[int] = (),
         prompt_tokens: Sequence[int] | None = None,
     ) -> list[int]:
-        """The same for a response that was drawn, in tokens of this tokenizer.
+        """The same for a response that a policy with this template drew, or one that surrounds no answers.
 
-        It keeps these tokens where they are not the ones that its text is split into, unless the template writes the
-        text otherwise, trimmed or behind a space; else the result is that of `encode_dialogue` for the text.
+        A response that was cut keeps its tokens. A finished one does where they are not the ones that its text is split
+        into, unless the template writes the text otherwise, such as trimmed; else the result is that of
+        `encode_dialogue` for the text.
 
         Args:
             prompt: As for `render`.
-            tokens: The response, with the token that ended it, if one did.
+            tokens: The response in tokens of this tokenizer, with the one that ended it, if one did.
             finished: As for `encode_dialogue`.
             end_tokens: Which tokens may have ended it, beside this template's.
             prompt_tokens: Of the prompt under this template, where they are known.
         """
-        ends = self.end_tokens.union(end_tokens)
         own = list(tokens)
-        while finished and own and own[-1] in ends:
-            own.pop()
-        ended = len(own) < len(tokens)
-        if ended and self._before_end and own[-len(self._before_end) :] == self._before_end:
-            own = own[: -len(self._before_end)]
         asked = self.encode_prompt(prompt) if prompt_tokens is None else list(prompt_tokens)
+        if not finished:
+            return asked + own
+        ends = self.end_tokens.union(end_tokens)
+        while own and own[-1] in ends:
+            own.pop()
         if self._chat is None:
-            return [*asked, *own, self._eos] if finished else asked + own
+            return [*asked, *own, self._eos]
+        if len(own) < len(tokens) and self._before_end and own[-len(self._before_end) :] == self._before_end:
+            own = own[: -len(self._before_end)]
         drawn, dialogue = self.tokenizer.decode(own), self._clean(prompt)
         # A policy draws what its template puts before an answer, which this one will.
         answer = drawn.removeprefix(self._chat.lead or "")
-        ending, end = (self._chat.ending, self._ending_tokens) if finished else ("", [])
         try:
-            written = self._chat_text(dialogue, self._clean_response(answer), finished)
+            written = self._chat.render(dialogue, self._clean_response(answer))
         except InputError as error:
             # What a policy draws is no reason to end its run.
             self._say("refused", f"a response is scored as it was drawn: {error}")
-            return [*asked, *own, *end]
-        is_changed = written != self._render(dialogue) + drawn + ending
-        if is_changed or (finished and own == self._encode_in_place(drawn)):
+            return [*asked, *own, *self._ending_tokens]
+        is_changed = written != self._render(dialogue) + drawn + self._chat.ending
+        if is_changed or own == self._encode_in_place(drawn):
             return self._encode(written)
-        return [*asked, *own, *end]
+        return [*asked, *own, *self._ending_tokens]
+
+    @property
+    def surrounds_answers(self) -> bool:
+        """Whether a policy that learned this template draws more than an answer and the token that ends it."""
+        try:
+            return self._chat is not None and bool(self._before_end or self._encode_in_place(self._chat.lead or ""))
+        except InputError:
+            # It cannot write a finished dialogue, and nothing is known of that.
+            return False
 
     def answer_of(self, text: str, *, finished: bool) -> str:
         """What a policy's response says, without what its template has it write around that, such as a space.
@@ -201,16 +211,11 @@ class PromptTemplate:
             text: The response, decoded without special tokens.
             finished: Whether it ended by itself.
         """
-        if self._chat is None:
+        if self._chat is None or not self.surrounds_answers:
             return text
-        try:
-            lead, before_end = self._chat.lead or "", self.tokenizer.decode(self._before_end)
-        except InputError:
-            # It cannot write a finished dialogue, and nothing is known of that.
-            return text
-        shown = self.tokenizer.decode(self.tokenizer.encode(lead, add_special_tokens=False), skip_special_tokens=True)
-        text = text.removeprefix(shown)
-        return text.removesuffix(before_end) if finished else text
+        lead = self.tokenizer.encode(self._chat.lead or "", add_special_tokens=False)
+        text = text.removeprefix(self.tokenizer.decode(lead, skip_special_tokens=True))
+        return text.removesuffix(self.tokenizer.decode(self._before_end)) if finished else text
 
     def renders_like(self, other: "PromptTemplate") -> bool:
         """Whether both give the same tokens for every prompt, where their tokens mean the same."""

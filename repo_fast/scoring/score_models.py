@@ -6,8 +6,9 @@ followed by all that the template writes there; to one that was cut at the lengt
 would claim it had ended. Sequences are never padded before a decoder sees them, so neither the side of the padding
 nor a pad token that equals another one can move that place.
 
-The response's own tokens are kept where the model's tokenizer is the policy's; else its text is tokenised anew. A
-sequence above the limit loses its beginning, and is counted: the response is what is to be judged.
+The response's own tokens are kept where the model's tokenizer is the policy's, unless the policy's template alone has
+it write something around its answers; else its text is tokenised anew. A sequence above the limit loses its beginning,
+and is counted: the response is what is to be judged.
 """
 
 import logging
@@ -84,8 +85,9 @@ class ModelScorer:
         self._max_tokens = min(max_tokens, position_limit(_unwrapped(module).trunk) or max_tokens)
         self._token_budget, self._agree_on_count = token_budget, agree_on_count
         self._shape = Shape.of(_unwrapped(module).trunk)
-        self._keeps_response = same_tokens(template.tokenizer, policy_template.tokenizer)
-        self._keeps_prompt = self._keeps_response and template.renders_like(policy_template)
+        reads_alike = same_tokens(template.tokenizer, policy_template.tokenizer)
+        self._keeps_prompt = reads_alike and template.renders_like(policy_template)
+        self._keeps_response = reads_alike and (self._keeps_prompt or not policy_template.surrounds_answers)
         self._policy_template = policy_template
         tokenizer = template.tokenizer
         # Checked here rather than when it is first needed: a rank that failed alone would leave the others waiting.

@@ -114,6 +114,18 @@ def test_what_a_policys_template_has_it_write_around_an_answer_is_not_read_by_an
     assert in_use == pytest.approx([alone(model, expected)], rel=1e-4)
 
 
+def test_nor_by_one_with_the_same_tokens_and_another_template(tmp_path):
+    tokenizer, other = (family_tokenizer(FAMILIES["vicuna"]) for _ in range(2))
+    other.chat_template = FAMILIES["zephyr"].template
+    model = load_score_model(str(save_beaver(tmp_path, tokenizer=other)), dtype=torch.float32).eval()
+    policy = PromptTemplate(tokenizer)
+    rollout = drawn(policy, [tokenizer.encode(" Like this. </s>", add_special_tokens=False)])
+    expected = other.apply_chat_template(chat(TURNS, "Like this."), tokenize=True)["input_ids"]
+    assert scores_in_use(model, PromptTemplate(other), policy, rollout) == pytest.approx(
+        [alone(model, expected)], rel=1e-4
+    )
+
+
 def test_a_token_of_the_models_settings_may_have_ended_a_response(tmp_path):
     tokenizer = family_tokenizer(FAMILIES["chatml"])
     model = load_score_model(str(save_beaver(tmp_path, tokenizer=tokenizer)), dtype=torch.float32).eval()
