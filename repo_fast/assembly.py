@@ -296,7 +296,7 @@ def _saved_by_sharing(critic: Critic, dtype: torch.dtype) -> str:
 def _critic_start(stream: str, spec: ScorerSpec, inputs: Inputs, loading: dict) -> ScoreModel:
     if spec.kind == "model":
         reason = "its tokens are not the policy's"
-        if same_tokens(load_tokenizer(spec.path), inputs.template.tokenizer):
+        if same_tokens(load_tokenizer(spec.path, must_end=False), inputs.template.tokenizer):
             model = load_score_model(spec.path, **loading)
             if isinstance(model, ScoreModel):
                 return model
@@ -335,7 +335,7 @@ def load_scorer(
         return lambda _: function
     loading = loading_options(attention, engine, ranks)
     model = load_score_model(spec.path, role=name, **loading)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(spec.path)
+    tokenizer = load_tokenizer(spec.path, must_end=not isinstance(model, EncoderClassifier))
     common: dict[str, Any] = {
         "name": name,
         "max_tokens": settings.max_tokens,

@@ -474,8 +474,12 @@ def _without_end(text: str, ends: tuple[str, ...]) -> str:
     return text
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, *, must_end: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub name.
+
+    Args:
+        path: Folder or hub name.
+        must_end: Whether it needs an end-of-sequence token; encoders' have none.
 
     Raises:
         InputError: There is none, or it has no end-of-sequence token.
@@ -484,7 +488,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # its files are the user's, and may hold anything
         raise InputError(f"{path!r} has no tokenizer that transformers can load: {first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
+    if must_end and tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {path!r} has no eos_token, expected one: responses would never end")
     return tokenizer
 

@@ -228,7 +228,7 @@ class Evaluator:
         about: dict[str, Any] = {"scorer": scorer_fingerprint(spec)}
         if spec.kind == "model":
             about |= {"template": settings.template, "max_tokens": settings.max_tokens, **self._computing}
-            template = PromptTemplate(load_tokenizer(spec.path), settings.template, self.config.date)
+            template = PromptTemplate(load_tokenizer(spec.path, must_end=False), settings.template, self.config.date)
             if template.name == "chat":
                 about |= {"reads": "finished dialogues", **self._dated(template)}
         options = (self._engine, self.ranks, self.config.attention, self.config.scoring_tokens)

@@ -92,7 +92,7 @@ def check_folder(path: str, role: Role | None, expect: tuple[str, float] | None)
     said = load_line(path, role)
     if expect is None:
         return said
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, must_end=not isinstance(model, EncoderClassifier))
     scores: list[float] = []
 
     def score_of(text: str) -> float:

@@ -8,6 +8,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from repo_fast.errors import InputError
 from repo_fast.scoring import check_expected_score, load_score_model, score_text
+from repo_fast.scoring.expectation import check_folder
 from tests.tiny import BOS, save_beaver, save_sequence_classifier, word_tokenizer
 
 TEXT = "BEGINNING OF CONVERSATION: USER: make tea ASSISTANT: yes you can"
@@ -72,6 +73,20 @@ def test_an_encoder(tmp_path):
     assert score_text(model, tokenizer, "make tea", "cpu") == pytest.approx(expected, rel=1e-5)
     with pytest.raises(InputError, match="has 21 tokens, expected 1 to 12"):
         score_text(model, tokenizer, "tea " * 20, "cpu")
+
+
+def test_an_encoder_whose_tokenizer_has_no_end_of_sequence_token(tmp_path, job):
+    """As BERT's: it marks the ends of its texts by itself. It is checked, and gives a run's costs."""
+    tokenizer = word_tokenizer(chat_template=False)
+    tokenizer.eos_token = None
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    sizes |= dict(intermediate_size=64, max_position_embeddings=64, initializer_range=0.2, num_labels=1)
+    BertForSequenceClassification(BertConfig(**sizes)).save_pretrained(tmp_path / "cost")
+    tokenizer.save_pretrained(tmp_path / "cost")
+    model = load_score_model(str(tmp_path / "cost"), dtype=torch.float32).eval()
+    score = score_text(model, tokenizer, "make tea")
+    assert f"score {score:.4f}, as expected" in check_folder(str(tmp_path / "cost"), "cost", ("make tea", score))
+    assert job.here(tmp_path / "run", f"--cost.path {tmp_path / 'cost'}", "--total_steps 1") == 0
 
 
 def test_a_text_without_tokens(tmp_path):
