@@ -125,7 +125,8 @@ class SamplingConfig:
     max_new_tokens: int = 256
     """Longest response (tokens)."""
     stop: tuple[str, ...] = ()
-    """Strings that end a response, besides the end-of-sequence token. The string stays part of the response."""
+    """Strings that end a response, besides the tokens that do. The string stays part of the response, which is then
+    finished like others: score models read it with the end of a turn."""
     batch_size: int = 64
     """Responses generated at once on a rank (responses)."""
 

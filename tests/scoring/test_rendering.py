@@ -161,6 +161,20 @@ def test_a_runs_template_knows_the_tokens_of_the_models_settings(tmp_path):
     assert inputs.policies["one"].template.end_tokens == {end, eos, other}
 
 
+@pytest.mark.parametrize("name", ["chat", "safe-rlhf"])
+def test_tokenizers_that_differ_in_their_end_of_sequence_token_alone(tmp_path, name):
+    """The policy's ended the response; the score model's own stands where its template has it."""
+    tokenizer, own = (family_tokenizer(FAMILIES["chatml"]) for _ in range(2))
+    own.eos_token = "<|im_end|>"
+    model = load_score_model(str(save_beaver(tmp_path, tokenizer=tokenizer)), dtype=torch.float32).eval()
+    template, policy = PromptTemplate(tokenizer, name), PromptTemplate(own)
+    assert same_tokens(tokenizer, own)
+    rollout = drawn(policy, [own.encode("Like this.<|im_end|>")])
+    expected = template.encode_dialogue(TURNS, "Like this.")
+    assert tokenizer.decode(expected).endswith("<|im_end|>\n" if name == "chat" else "Like this.<|endoftext|>")
+    assert scores_in_use(model, template, policy, rollout) == pytest.approx([alone(model, expected)], rel=1e-4)
+
+
 def test_templates_that_differ_in_their_ending_alone(tmp_path):
     """The score model's own ending is read, and a cut response gets none."""
     one, two = (family_tokenizer(FAMILIES["chatml"]) for _ in range(2))
