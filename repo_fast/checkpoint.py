@@ -26,6 +26,9 @@ _FREE_KEYS = (
     *("output_dir", "resume", "resume_changed_data", "stop_after", "checkpoint", "log", "layout", "evaluate_every"),
     *("expect", "reward.expect", "cost.expect"),
 )
+# What runs did before there were these options; their checkpoints do not say. Before there was a date, they wrote any.
+_ANY = object()
+_BEFORE = {"date": _ANY, "data.fields": {}, "data.train_on": "last"}
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -93,10 +96,10 @@ def check_run(folder: Path, run: dict, config: dict, ranks: int) -> None:
         raise InputError(
             f"checkpoint {folder} was written by {run['ranks']} ranks, expected as many; this run has {ranks}"
         )
-    # A checkpoint from before there was a date goes on with any.
-    kept = {"date": config.get("date")} | run["config"]
-    for key, (theirs, ours) in _differences(kept, config).items():
-        if key not in _FREE_KEYS and key.split(".")[0] not in _FREE_KEYS:
+    for key, (theirs, ours) in _differences(run["config"], config).items():
+        if theirs is None and key in _BEFORE:
+            theirs = ours if _BEFORE[key] is _ANY else _BEFORE[key]
+        if theirs != ours and key not in _FREE_KEYS and key.split(".")[0] not in _FREE_KEYS:
             raise InputError(
                 f"checkpoint {folder} is of another configuration: {key} is {theirs!r} there and {ours!r} here"
             )

@@ -129,17 +129,8 @@ def read_inputs(config: TrainConfig) -> Inputs:
     eval_requests = tokenized(held_out, str(data.eval_prompts)) if held_out else []
     demonstrations = _demonstrations(config, template, columns, notes) if data.ptx is not None else []
     columns.check_found([data.prompts, data.eval_prompts, data.ptx])
-    drawn = max(request.tokens.numel() for request in requests + eval_requests) + config.rollout.max_new_tokens
-    learned = max((sum(part.numel() for part in shown) for shown in demonstrations), default=0)
-    check_positions(policy_path, drawn, f"a prompt and rollout.max_new_tokens ({config.rollout.max_new_tokens})")
-    check_positions(policy_path, learned, f"a demonstration of data.ptx {data.ptx!r}")
-    for name, spec, settings in (("reward", reward, config.reward), ("cost", cost, config.cost)):
-        # An encoder cuts its texts to what it can read, and counts them.
-        if spec.kind == "model" and not is_encoder(spec.path):
-            longest = min(settings.max_tokens, drawn)
-            check_positions(spec.path, longest, f"a prompt and its response, cut to {name}.max_tokens")
-            if config.algorithm.advantage == "gae" and same_tokens(load_tokenizer(spec.path), tokenizer):
-                check_positions(spec.path, drawn, f"a prompt and its response, for the critic from {name}.path")
+    scorers = {"reward": reward, "cost": cost}
+    _check_lengths(config, policy_path, tokenizer, requests + eval_requests, demonstrations, scorers)
     return Inputs(
         policy_path=policy_path,
         tokenizer=tokenizer,
@@ -154,6 +145,28 @@ def read_inputs(config: TrainConfig) -> Inputs:
         notes=notes,
         fingerprints=started_from,
     )
+
+
+def _check_lengths(
+    config: TrainConfig,
+    policy_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    demonstrations: Sequence[Shown],
+    scorers: dict[str, ScorerSpec],
+) -> None:
+    """Raise `InputError` where a model has no positions for the longest sequence that it could be given."""
+    drawn = max(request.tokens.numel() for request in requests) + config.rollout.max_new_tokens
+    check_positions(policy_path, drawn, f"a prompt and rollout.max_new_tokens ({config.rollout.max_new_tokens})")
+    learned = max((sum(part.numel() for part in shown) for shown in demonstrations), default=0)
+    check_positions(policy_path, learned, f"a demonstration of data.ptx {config.data.ptx!r}")
+    for name, spec in scorers.items():
+        # An encoder cuts its texts to what it can read, and counts them.
+        if spec.kind == "model" and not is_encoder(spec.path):
+            longest = min(getattr(config, name).max_tokens, drawn)
+            check_positions(spec.path, longest, f"a prompt and its response, cut to {name}.max_tokens")
+            if config.algorithm.advantage == "gae" and same_tokens(load_tokenizer(spec.path), tokenizer):
+                check_positions(spec.path, drawn, f"a prompt and its response, for the critic from {name}.path")
 
 
 def check_start(config: RunConfig) -> Path | None:

@@ -485,7 +485,7 @@ def load_tokenizer(path: str, *, must_end: bool = True) -> PreTrainedTokenizerBa
         InputError: There is none, or it has no end-of-sequence token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # its files are the user's, and may hold anything
         raise InputError(f"{path!r} has no tokenizer that transformers can load: {first_line(error)}") from error
     if must_end and tokenizer.eos_token_id is None:
