@@ -85,8 +85,8 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
     return Models(policy_engine, frozen, critic_engines), scorers
 
 
-def build_sampler(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Sampler:
-    """What draws the responses. All ranks must call it, after `build_models`.
+def build_sampler(config: TrainConfig, inputs: Inputs, policy: Engine, ranks: Ranks) -> Sampler:
+    """What draws the responses from the policy that `build_models` made. All ranks must call it.
 
     Raises:
         InputError: vLLM cannot draw from this policy, or is not installed.
@@ -98,6 +98,7 @@ def build_sampler(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Sampler:
 
     return VllmSampler(
         inputs.policy_path,
+        policy,
         inputs.tokenizer,
         config.rollout,
         ranks,

@@ -285,13 +285,15 @@ class Engine:
                 offload._register_deepspeed_module(self.module)
 
     def weights_one_by_one(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and whole weight of each parameter, on its device. All ranks must go through all of them.
+        """Name and whole weight of each parameter, then of each buffer that a model saves. On their device.
 
-        Each is gathered when its turn comes, and released with the next: it must be used or copied before.
+        All ranks must go through all of them. A weight under two names, such as that of a tied head, comes twice. Each
+        is gathered when its turn comes, and let go of with the next: it must be copied, or kept, before.
         """
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
                 yield name, parameter.detach()
+        yield from self._saved_buffers()
 
     def whole_state(self) -> dict[str, torch.Tensor]:
         """The whole weights on the CPU, by name, on the first rank; empty on the others. All ranks must call it.
@@ -305,10 +307,7 @@ class Engine:
                 if self._ranks.is_first:
                     state[name] = parameter.detach().cpu().clone()
         if self._ranks.is_first:
-            # The parameters in this one are shards: only its buffers are of use, and only those that a model saves.
-            buffers = {name for name, _ in self.module.named_buffers()}
-            saved = {name: value for name, value in self.module.state_dict().items() if name in buffers}
-            state |= {name: buffer.detach().cpu().clone() for name, buffer in saved.items()}
+            state |= {name: buffer.cpu().clone() for name, buffer in self._saved_buffers()}
         return state
 
     def sample_state(self) -> dict[str, torch.Tensor]:
@@ -319,6 +318,13 @@ class Engine:
         plain = [name for name in sizes if name not in heads and "lora_" not in name and ".base_layer." not in name]
         chosen = [*heads, min(plain, key=lambda name: sizes[name].numel())]
         return {name: torch.zeros(sizes[name], dtype=self.module.get_parameter(name).dtype) for name in chosen}
+
+    def _saved_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Those that a model saves, which are whole in any stage, as its parameters are not."""
+        buffers = {name for name, _ in self.module.named_buffers()}
+        for name, value in self.module.state_dict().items():
+            if name in buffers:
+                yield name, value.detach()
 
     def save(self, folder: Path) -> None:
         """Write model, optimizer and schedule of all ranks into `folder`. All ranks must call it."""

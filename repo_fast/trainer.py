@@ -62,7 +62,7 @@ class Trainer(Run):
         super().__init__(config, ranks, config.total_steps, _SHOWN)
         self.inputs = inputs
         models, self.scorers = build_models(config, inputs, ranks)
-        self.rollout_engine = build_sampler(config, inputs, ranks)
+        self.rollout_engine = build_sampler(config, inputs, models.policy, ranks)
         self.early_scorers = {
             name: scorer
             for name, scorer in self.scorers.items()

@@ -2,8 +2,9 @@
 
     torchrun ... -m tests.vllm_jobs WORDS OF repo_fast.train
 
-is the main job with an engine that fails on rank 1 in its second step, as `TEST_VLLM` says: `raise`, or `kill`. Without
-it, what the sampler said is compared with the trainer, and written to `TEST_VLLM_OUT`.
+is the main job with an engine that fails on rank 1 in its second step, as `TEST_VLLM` says: `raise`, `kill`, or
+`stale`, which keeps an old head. Without it, what the sampler said is compared with the trainer, and written to
+`TEST_VLLM_OUT`.
 """
 
 import json
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from repo_fast.engine import Engine
 from repo_fast.learner import Learner
+from repo_fast.rollout import vllm as engine
 from repo_fast.rollout.vllm import VllmSampler
 from repo_fast.train import main
 
@@ -45,6 +48,20 @@ def fail_in_the_second_step() -> None:
     VllmSampler._generate, LLMEngine.step = counted, failing
 
 
+def keep_the_head_of_the_first_step() -> None:
+    """Of the hand-overs, the first is at the start."""
+    load, hand_overs = engine._load, 0
+
+    def stale(worker: Any, weights: Any) -> None:
+        nonlocal hand_overs
+        hand_overs += 1
+        if hand_overs > 2 and RANK == "1":
+            weights = ((name, weight) for name, weight in weights if name != "lm_head.weight")
+        load(worker, weights)
+
+    engine._load = stale
+
+
 def compare(found: dict[str, list]) -> None:
     """In each step: the largest gap between the sampler's and the trainer's log-probabilities, and unequal weights."""
     experience, hand_over = Learner.experience, VllmSampler._hand_over
@@ -57,15 +74,9 @@ def compare(found: dict[str, list]) -> None:
         found["finished"].append(rollout.finished.tolist())
         return result
 
-    def compared_hand_over(self: VllmSampler, weights: Any) -> None:
-        kept: dict[str, torch.Tensor] = {}
-
-        def keep() -> Any:
-            for name, weight in weights:
-                kept[name.removeprefix("model.")] = weight.clone()
-                yield name, weight
-
-        hand_over(self, keep())
+    def compared_hand_over(self: VllmSampler, policy: Engine) -> None:
+        kept = {name.removeprefix("model."): weight.clone() for name, weight in policy.weights_one_by_one()}
+        hand_over(self, policy)
         inside = self._engine.collective_rpc(lambda worker: weights_of(worker.model_runner.model))[0]
         found["unequal"].append(unequal(kept, inside))
 
@@ -98,7 +109,9 @@ def unequal(kept: dict[str, torch.Tensor], inside: dict[str, torch.Tensor]) -> l
 
 if __name__ == "__main__":
     found: dict[str, list] = {"gaps": [], "lengths": [], "finished": [], "unequal": []}
-    if "TEST_VLLM" in os.environ:
+    if os.environ.get("TEST_VLLM") == "stale":
+        keep_the_head_of_the_first_step()
+    elif "TEST_VLLM" in os.environ:
         fail_in_the_second_step()
     else:
         compare(found)

@@ -80,7 +80,8 @@ class RolloutConfig(SamplingConfig):
     """K, responses drawn for each prompt."""
     engine: Literal["hf", "vllm"] = "hf"
     """What draws: `hf`, the policy's own module; or vLLM in the same process, with the weights handed over before each
-    step (`pip install repo_fast[vllm]`). Evaluations are drawn by it too."""
+    step (`pip install repo_fast[vllm]`), and verified: a mean gap of its log-probabilities to the trainer's above 0.001
+    nats in float32, or 0.1 in bfloat16, ends the run. Evaluations are drawn by it too."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
     score_early: bool = False
     """Call scoring functions on responses that are done while others are still drawn: with `hf` after each batch of

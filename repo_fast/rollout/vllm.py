@@ -1,9 +1,11 @@
 """Rollouts by vLLM, in the trainer's own processes and on its devices.
 
-Before each step the policy's weights are handed over parameter by parameter: under ZeRO-3 each is gathered, copied into
-the engine's own tensor, and released, so no second model is ever on the host. vLLM then draws with its paged cache and
-continuous batching, in which a response that ends makes room at once; `hf` keeps computing for the longest of a batch.
-Between steps the engine sleeps: on CUDA it gives its weights and its cache back.
+Before each step the policy's weights are handed over as vLLM would read them from files, a layer at a time: under
+ZeRO-3 each is gathered, copied into the engine's own tensor, and released, so no second model is ever on the host. What
+vLLM then computes is verified, at the start and once the weights have moved (`hand_over.py`).
+
+vLLM draws with its paged cache and continuous batching, in which a response that ends makes room at once; `hf` keeps
+computing for the longest of a batch. Between steps the engine sleeps: on CUDA it gives its weights and its cache back.
 
 The sampler's log-probabilities are those of the distribution that was drawn from, temperature and top-p applied. They
 differ from the trainer's by the kernels' rounding; each step logs by how much (`sampler_gap`).
@@ -24,6 +26,7 @@ from repo_fast.errors import InputError, first_line
 from repo_fast.models.model_config import load_config
 from repo_fast.models.vocabulary import never_drawn
 from repo_fast.rollout import Finished, Request, Rollout
+from repo_fast.rollout.hand_over import Verification, as_in_files
 from repo_fast.rollout.hf import end_tokens
 
 if TYPE_CHECKING:
@@ -31,13 +34,15 @@ if TYPE_CHECKING:
 
 # Read when vLLM is imported. Its engine then runs in this process, which the weights are in.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+_INSTEAD = "choose --rollout.engine hf"
 
 
 class VllmSampler:
-    """A `Sampler` by vLLM.
+    """A `Sampler` by vLLM. All ranks must make it.
 
     Args:
         path: The policy's folder or hub name; only its configuration is read.
+        policy: The policy, whose weights the engine is given.
         tokenizer: Its own.
         config: Sampling, and the engine's settings.
         ranks: This process among all; the process group is open.
@@ -46,12 +51,13 @@ class VllmSampler:
         seed: Of the engine. Each response has a seed of its own, from torch's global random state.
 
     Raises:
-        InputError: vLLM is not installed, or cannot run the model.
+        InputError: vLLM is not installed, cannot run the model, or does not compute what the policy does.
     """
 
     def __init__(
         self,
         path: str,
+        policy: "Engine",
         tokenizer: PreTrainedTokenizerBase,
         config: RolloutConfig,
         ranks: Ranks,
@@ -71,13 +77,25 @@ class VllmSampler:
             os.environ.setdefault(name, value)
         import vllm
 
-        self._tokenizer, self._config, self._ranks, self._dtype = tokenizer, config, ranks, dtype
+        self._tokenizer, self._config, self._ranks = tokenizer, config, ranks
         self._sleeps = config.vllm.sleep and ranks.device.type == "cuda"
         self._parameters = vllm.SamplingParams
         self._ends = end_tokens(_generation_settings(path), tokenizer)
         vocabulary = load_config(path).vocab_size
         never = set(never_drawn(vocabulary, tokenizer, self._ends))
         self._allowed = [token for token in range(vocabulary) if token not in never] if never else None
+        # Of which one can be compared.
+        longest = max(longest, 3)
+        special = never.union(self._ends, tokenizer.all_special_ids)
+        self._verify = Verification(
+            "vLLM",
+            path,
+            [token for token in range(vocabulary) if token not in special],
+            start=tokenizer.bos_token_id,
+            longest=longest - 1,
+            dtype=dtype,
+            ranks=ranks,
+        )
         logging.getLogger("vllm").setLevel(logging.WARNING)
         with ranks.together("the start of vLLM"):
             try:
@@ -85,6 +103,8 @@ class VllmSampler:
                     model=path,
                     # The weights come from the trainer.
                     load_format="dummy",
+                    # A head in the files makes vLLM doubt it.
+                    hf_overrides={"tie_word_embeddings": _is_tied(policy.module.model)},
                     dtype=str(dtype).removeprefix("torch."),
                     max_model_len=longest,
                     tensor_parallel_size=parallel,
@@ -97,17 +117,36 @@ class VllmSampler:
                     seed=seed + ranks.rank // parallel,
                     disable_log_stats=True,
                 )
-            except (ValueError, RuntimeError) as error:
-                raise InputError(f"vLLM cannot run {path!r}: {first_line(error)}") from error
+            except Exception as error:
+                # Of many types, as those of weights that it does not know.
+                raise InputError(f"vLLM cannot run {path!r}: {first_line(error)}; {_INSTEAD}") from error
+        self._sleep()
+        try:
+            self._start(path, policy)
+        except InputError:
+            self.close()
+            raise
+
+    def _start(self, path: str, policy: "Engine") -> None:
+        """Make sure that the engine can draw from the policy. Raises `InputError`."""
+        kind = self._engine.collective_rpc(lambda worker: type(worker.get_model()))[0]
+        if ".transformers." in f"{kind.__module__}.":
+            # vLLM decorates transformers' own class for itself, and the trainer's models of that class fail.
+            raise InputError(
+                f"vLLM has no model of its own for the {type(policy.module.model).__name__} {path!r}; {_INSTEAD}"
+            )
+        try:
+            self._wake(policy)
+        except InputError:
+            raise
+        except Exception as error:
+            problem = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"vLLM cannot take the weights of {path!r} ({problem}); {_INSTEAD}") from error
         self._sleep()
 
     def draw(self, policy: "Engine", requests: Sequence[Request], finished: Finished | None = None) -> Rollout:
-        if self._sleeps:
-            self._engine.wake_up(tags=["weights"])
-        self._hand_over(policy.weights_one_by_one())
+        self._wake(policy)
         with self._ranks.together("generation"):
-            if self._sleeps:
-                self._engine.wake_up(tags=["kv_cache"])
             rollout = self._generate(requests, finished)
         self._sleep()
         return rollout
@@ -123,18 +162,44 @@ class VllmSampler:
             # At level 2 the weights go too, and are handed over anew.
             self._engine.sleep(level=2)
 
-    def _hand_over(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    def _wake(self, policy: "Engine") -> None:
+        """Make the engine ready to draw from the policy as it is now."""
+        if self._sleeps:
+            self._engine.wake_up(tags=["weights"])
+        self._hand_over(policy)
+        with self._ranks.together("making room for vLLM's cache"):
+            if self._sleeps:
+                self._engine.wake_up(tags=["kv_cache"])
+        self._verify(policy, self._log_probs)
+
+    def _hand_over(self, policy: "Engine") -> None:
         """Copy the policy's weights into the engine's."""
-        named = ((name.removeprefix("model."), weight) for name, weight in weights)
+        weights = policy.weights_one_by_one()
+        named = as_in_files(policy.module.model, ((name.removeprefix("model."), weight) for name, weight in weights))
         with self._ranks.together("handing the weights to vLLM"):
             try:
-                self._engine.collective_rpc(lambda worker: worker.model_runner.reload_weights(weights_iterator=named))
+                self._engine.collective_rpc(_load, args=(named,))
                 # Of the weights before.
                 self._engine.reset_prefix_cache()
             finally:
                 # Where this rank fails, the others still gather.
                 for _ in weights:
                     pass
+
+    def _log_probs(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As `Verification` asks for them. The ranks of an engine all ask for the same."""
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": row.tolist()} for row in rows],
+            self._parameters(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
+            use_tqdm=False,
+        )
+        return torch.tensor(
+            [
+                at[token].logprob
+                for row, output in zip(rows, outputs, strict=True)
+                for at, token in zip(output.prompt_logprobs[1:], row.tolist()[1:], strict=True)
+            ]
+        )
 
     def _generate(self, requests: Sequence[Request], finished: Finished | None) -> Rollout:
         config = self._config
@@ -200,6 +265,29 @@ class VllmSampler:
                 request.tokens.numel() + response.numel() for request, response in zip(requests, tokens, strict=True)
             ),
         )
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether a transformers model's head is its embedding."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def _load(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Load weights named as in files into the model of vLLM's worker, packed as its kernels want them."""
+    from vllm.platforms import current_platform
+
+    kernels = {}
+    if current_platform.is_cpu():
+        # vLLM packs experts when it makes their kernel, and by nothing after: it is made anew.
+        methods = [getattr(module, "quant_method", None) for module in worker.get_model().modules()]
+        kernels = {method: method.moe_kernel for method in methods if getattr(method, "moe_kernel", None) is not None}
+        for method in kernels:
+            method.moe_kernel = None
+    worker.reload_weights(weights_iterator=weights)
+    for method, kernel in kernels.items():
+        if method.moe_kernel is None:
+            # It has been given nothing, which the verification will find.
+            method.moe_kernel = kernel
 
 
 def _generation_settings(path: str) -> GenerationConfig:

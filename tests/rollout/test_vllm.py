@@ -1,12 +1,17 @@
-"""Rollouts by vLLM on two ranks under ZeRO-3: `make test-vllm`, since its packages are not among the others'."""
+"""Rollouts by vLLM, on two ranks under ZeRO-3, and of several architectures.
+
+`make test-vllm`, since its packages are not among the others'.
+"""
 
 import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from repo_fast.config import TrainConfig, parse
@@ -14,16 +19,8 @@ from repo_fast.errors import InputError
 from tests import scorers
 from tests.jobs import OPTIONS, PROMPTS, assert_scored_by, metrics, run, torchrun, weights, write_lines
 from tests.tiny import save_policy
+from tests.vllm_architectures import DRAWN, REFUSED, SIZES, UNPACKED
 
-# The smallest heads that vLLM's attention takes on a CPU are of 32. With the weights of the other tests, four times as
-# large, float32 itself is off by 1e-5: each of the two from the truth in float64, and in opposite directions.
-SIZES = {
-    "hidden_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "initializer_range": 0.05,
-}
 # Between log-probabilities of the sampler and the trainer.
 NEAR = 1e-5
 VLLM = {"rollout": {**OPTIONS["rollout"], "engine": "vllm", "temperature": 0.8, "vllm": {"compile": False}}}
@@ -34,7 +31,7 @@ def test_without_vllm_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"not installed: expected pip install repo_fast\[vllm\]"):
-        engine.VllmSampler("x", None, None, None, dtype=None, longest=1, seed=0)
+        engine.VllmSampler("x", None, None, None, None, dtype=None, longest=1, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +79,8 @@ def test_the_sampler_draws_from_what_the_trainer_trains(job: Path, ten_steps: tu
     output_dir, ranks = ten_steps
     for found in ranks:
         assert len(found["gaps"]) == 10 and max(found["gaps"]) < NEAR
-        assert found["unequal"] == [[]] * 10
+        # Once more, at the start.
+        assert found["unequal"] == [[]] * 11
         assert all(1 <= length <= 8 for lengths in found["lengths"] for length in lengths)
     # The weights moved, or equality would say nothing.
     losses = [row["gradient_norm"] for row in metrics(output_dir)]
@@ -98,13 +96,67 @@ def test_a_stopped_run_goes_on_to_the_same_bits(job: Path, ten_steps: tuple[Path
     assert all((value == theirs[name]).all() for name, value in weights(tmp_path / "run").items())
 
 
+def test_a_head_that_stays_behind_on_one_rank_ends_the_run_on_all(job: Path, tmp_path: Path) -> None:
+    """In the second step: in the first it is the start's, and right."""
+    failed = train(job, tmp_path / "run", environment={"TEST_VLLM": "stale"})
+    found = re.findall(r"^error: vLLM does not compute what the policy '(.*)' does: (.*)$", failed.stderr, re.MULTILINE)
+    assert [path for path, _ in found] == [str(job.parent / "policy")]
+    gap = re.fullmatch(
+        r"log-probabilities of 138 tokens differ by ([\d.e-]+) nats on average, expected at most 0.001 in float32; "
+        "choose --rollout.engine hf",
+        found[0][1],
+    )
+    assert gap is not None and float(gap[1]) > 1e-3
+    assert len(metrics(tmp_path / "run")) == 1
+    # torchrun ends the one that it finds last.
+    assert {"2"} <= set(re.findall(r"exitcode *: (-?\d+)", failed.stderr)) <= {"2", "-15"}
+    assert "Traceback" not in failed.stderr
+
+
+@pytest.fixture(scope="module")
+def architectures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What `tests.vllm_architectures` found, in one process."""
+    pytest.importorskip("vllm")
+    folder = tmp_path_factory.mktemp("architectures")
+    words = [sys.executable, "-m", "tests.jobs", "tests.vllm_architectures:compare", str(folder)]
+    finished = run(words)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return torch.load(folder / "returned-0.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_every_architecture_is_drawn_as_it_is_trained(architectures: dict[str, dict], name: str) -> None:
+    """At the start and after each of two updates: what vLLM says of its tokens is what transformers says of them."""
+    found = architectures[name]
+    assert len(found["gaps"]) == 3 and max(found["gaps"]) < NEAR
+    # Each update moved them by far more, and so would have each part that stayed behind.
+    assert min(found["moves"]) > 100 * NEAR
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_vllm_cannot_draw_right_is_refused_at_the_start(architectures: dict[str, dict], name: str) -> None:
+    assert re.search(REFUSED[name], architectures[name]["refused"])
+
+
+@pytest.mark.parametrize("name", UNPACKED)
+def test_vllm_alone_would_draw_with_old_weights(architectures: dict[str, dict], name: str) -> None:
+    """What `_load` adds to vLLM's own reload is needed, and its lack would be found at the start."""
+    gap = re.search(r"differ by ([\d.]+) nats on average", architectures[name]["with vLLM's own reload"])
+    assert gap is not None and float(gap[1]) > 0.05
+
+
 def test_two_ranks_share_an_engine(job: Path, tmp_path: Path) -> None:
-    """Each asks for all responses and keeps its own, which the trainer finds as probable as the engine said."""
-    words = ["--config", str(job), "--output_dir", str(tmp_path), "--total_steps", "2"]
+    """Each asks for all responses and keeps its own, which the trainer finds as probable as the engine said.
+
+    The head, of which each has a half, is tied.
+    """
+    path = save_policy(tmp_path / "policy", tie_word_embeddings=True, **SIZES)
+    words = ["--config", str(job), "--output_dir", str(tmp_path / "run"), "--total_steps", "2"]
+    words += ["--policy.path", str(path)]
     shared = [*torchrun(2), "repo_fast.train", *words, "--rollout.vllm.tensor_parallel", "2"]
     finished = run(shared, {"VLLM_CPU_KVCACHE_SPACE": "1"})
     assert finished.returncode == 0, finished.stderr[-4000:]
-    assert [0 < row["sampler_gap_absolute"] < NEAR for row in metrics(tmp_path)] == [True, True]
+    assert [0 < row["sampler_gap_absolute"] < NEAR for row in metrics(tmp_path / "run")] == [True, True]
 
 
 def test_responses_are_scored_while_others_are_drawn(job: Path, tmp_path: Path) -> None:

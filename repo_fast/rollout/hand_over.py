@@ -1,0 +1,144 @@
+"""Weights handed over to another engine: in the form that it knows, and verified.
+
+Another engine knows a model by its files. In memory, transformers gives some of it other names and shapes: it stacks
+the experts of a layer, which the files list one by one. `as_in_files` undoes that.
+
+Whether the engine then computes with what it was given is not left to trust: what it packs for its kernels, shares
+between layers or keeps from before need not follow. `Verification` compares log-probabilities of fixed rows of tokens.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from repo_fast.collectives import Ranks
+from repo_fast.errors import InputError
+from repo_fast.experience import PackedBatch, pack
+from repo_fast.ops import linear_log_probs
+
+if TYPE_CHECKING:
+    from repo_fast.engine import Engine
+
+# Mean absolute gap of log-probabilities (nats) that the rounding of two sets of kernels may make.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+# Tokens that are compared: of a row at most, and of all rows at least.
+_ROW_TOKENS, _TOKENS = 64, 128
+# Once the policy has moved by so many tolerances, a part of the engine that stayed behind would have shown.
+_DECISIVE = 10
+
+LogProbs = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+
+
+def as_in_files(
+    model: PreTrainedModel, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a transformers model with the names and shapes of its files, a block of layers at a time.
+
+    Args:
+        model: Whose they are; its own parameters may be shards.
+        weights: Name and value of each, in the order of the model. A value must last until its block is over.
+    """
+    for _, block in itertools.groupby(weights, key=lambda weight: _block(weight[0])):
+        yield from revert_weight_conversion(model, dict(block)).items()
+
+
+def _block(name: str) -> str:
+    """Where a weight stands: `model.layers.3` of `model.layers.3.mlp.gate.weight`."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return name if found is None else found[0]
+
+
+class Verification:
+    """Makes sure that an engine which weights were handed over to computes what the policy does.
+
+    Once after the first hand-over; and since a part that the engine had already, or takes over only once, shows when
+    the policy has moved, after each hand-over until it has moved far enough: its own log-probabilities by ten times
+    the tolerance.
+
+    Args:
+        engine: What it is called, for the message.
+        path: The policy's folder or hub name, for the message.
+        tokens: Ids that rows are made of.
+        start: The first token of each row; None: one of `tokens`.
+        longest: Tokens of a row at most; at least 2.
+        dtype: Of weights and activations.
+        ranks: This process among all.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        path: str,
+        tokens: Sequence[int],
+        *,
+        start: int | None,
+        longest: int,
+        dtype: torch.dtype,
+        ranks: Ranks,
+    ) -> None:
+        self._engine, self._path, self._ranks, self._dtype = engine, path, ranks, dtype
+        self.rows = fixed_rows(tokens, start, longest)
+        self._first: torch.Tensor | None = None
+        self.is_over = False
+
+    def __call__(self, policy: "Engine", log_probs: LogProbs) -> None:
+        """Compare, unless it is over. All ranks must call it, after a hand-over.
+
+        Args:
+            policy: Whose weights were handed over.
+            log_probs: The engine's log-probabilities (nats) of all tokens of rows but each one's first, one after the
+                other: float32 [T], CPU.
+
+        Raises:
+            InputError: On every rank, where the engine of one is off by more than the tolerance of its dtype.
+        """
+        if self.is_over:
+            return
+        ours = policy_log_probs(policy, self.rows, self._ranks.device)
+        tolerance = TOLERANCE[self._dtype]
+        with self._ranks.together(f"the verification of {self._engine}"):
+            gap = float((log_probs(self.rows) - ours).abs().mean())
+            # A NaN is not within it.
+            if not gap <= tolerance:
+                raise InputError(
+                    f"{self._engine} does not compute what the policy {self._path!r} does: log-probabilities of "
+                    f"{ours.numel()} tokens differ by {gap:.3g} nats on average, expected at most {tolerance:g} in "
+                    f"{str(self._dtype).removeprefix('torch.')}; choose --rollout.engine hf"
+                )
+        if self._first is None:
+            self._first = ours
+        moved = float((ours - self._first).abs().mean())
+        self.is_over = self._ranks.any(moved >= _DECISIVE * tolerance)
+
+
+def fixed_rows(tokens: Sequence[int], start: int | None, longest: int) -> list[torch.Tensor]:
+    """Rows of tokens that are always the same: int64 CPU tensors. Moves no random state.
+
+    Args:
+        tokens: Ids that they are made of.
+        start: The first token of each; None: one of `tokens`.
+        longest: Tokens of a row at most; at least 2.
+    """
+    length = min(longest - 1, _ROW_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(len(tokens), (-(-_TOKENS // length), 1 + length), generator=generator)
+    rows = torch.tensor(tokens)[places]
+    if start is not None:
+        rows[:, 0] = start
+    return list(rows)
+
+
+@torch.no_grad()
+def policy_log_probs(policy: "Engine", rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The policy's own, at temperature 1, as `Verification` takes them of an engine. All ranks must call it."""
+
+    def at_head(hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        return linear_log_probs(hidden, weight, batch.targets)
+
+    parts = [policy(pack([row[:1]], [row[1:]], device), at_head) for row in rows]
+    return torch.cat(parts).float().cpu()
