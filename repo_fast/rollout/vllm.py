@@ -26,7 +26,7 @@ from repo_fast.errors import InputError, first_line
 from repo_fast.models.model_config import load_config
 from repo_fast.models.vocabulary import never_drawn
 from repo_fast.rollout import Finished, Request, Rollout
-from repo_fast.rollout.hand_over import Verification, as_in_files
+from repo_fast.rollout.hand_over import Verification, as_in_files, fixed_tokens
 from repo_fast.rollout.hf import end_tokens
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class VllmSampler:
         self._verify = Verification(
             "vLLM",
             path,
-            [token for token in range(vocabulary) if token not in special],
+            fixed_tokens(tokenizer, [token for token in range(vocabulary) if token not in special]),
             start=tokenizer.bos_token_id,
             longest=longest - 1,
             dtype=dtype,
@@ -118,8 +118,7 @@ class VllmSampler:
                     disable_log_stats=True,
                 )
             except Exception as error:
-                # Of many types, as those of weights that it does not know.
-                raise InputError(f"vLLM cannot run {path!r}: {first_line(error)}; {_INSTEAD}") from error
+                raise _cannot_run(path, error) from error
         self._sleep()
         try:
             self._start(path, policy)
@@ -140,8 +139,7 @@ class VllmSampler:
         except InputError:
             raise
         except Exception as error:
-            problem = f"{type(error).__name__}: {first_line(error)}"
-            raise InputError(f"vLLM cannot take the weights of {path!r} ({problem}); {_INSTEAD}") from error
+            raise _cannot_run(path, error) from error
         self._sleep()
 
     def draw(self, policy: "Engine", requests: Sequence[Request], finished: Finished | None = None) -> Rollout:
@@ -265,6 +263,11 @@ class VllmSampler:
                 request.tokens.numel() + response.numel() for request, response in zip(requests, tokens, strict=True)
             ),
         )
+
+
+def _cannot_run(path: str, error: Exception) -> InputError:
+    """What vLLM raises of models and weights that it does not know has many types, and few say what they are about."""
+    return InputError(f"vLLM cannot run {path!r} ({type(error).__name__}: {first_line(error)}); {_INSTEAD}")
 
 
 def _is_tied(model: Any) -> bool:

@@ -10,15 +10,18 @@ import torch
 import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig
 from repo_fast.engine import Engine
 from repo_fast.errors import InputError
 from repo_fast.models.policy import Policy
-from repo_fast.rollout.hand_over import Verification, as_in_files, fixed_rows, policy_log_probs
+from repo_fast.rollout.hand_over import Verification, as_in_files, fixed_rows, fixed_tokens, policy_log_probs
 from tests.jobs import on_ranks
-from tests.tiny import save_policy
+from tests.tiny import save_policy, word_tokenizer
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SIZES: dict[str, Any] = {
@@ -75,16 +78,27 @@ def test_no_more_than_a_block_of_layers_is_held(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("longest", [2, 7, 65, 4096])
-def test_rows(longest: int) -> None:
+@pytest.mark.parametrize("start", [1, None])
+def test_rows(start: int | None, longest: int) -> None:
+    tokens = fixed_tokens(word_tokenizer(), TOKENS)
+    rows = fixed_rows(tokens, start, longest)
+    assert all(2 <= row.numel() <= longest for row in rows)
+    compared = torch.cat([row[1:] for row in rows]).tolist()
+    assert compared == (tokens[1:] if start is None else tokens) and len(compared) >= 64
+    assert {int(row[0]) for row in rows} == {start} or start is None
+
+
+def test_tokens_are_of_a_text_where_the_tokenizer_knows_it() -> None:
+    """Else random ones: of words that it does not know, all are the same token. Neither moves the random state."""
     before = torch.get_rng_state()
-    rows = fixed_rows(TOKENS, 1, longest)
+    lettered = Tokenizer(BPE({letter: place for place, letter in enumerate(map(chr, range(32, 127)))}, []))
+    letters = PreTrainedTokenizerFast(tokenizer_object=lettered)
+    ordinary = [token for token in range(95) if token != letters.convert_tokens_to_ids("e")]
+    found = fixed_tokens(letters, ordinary)
+    assert letters.decode(found).startswith("T h r   a r   s v n   d a y s") and len(found) == 128
+    drawn = fixed_tokens(word_tokenizer(), TOKENS)
+    assert drawn == fixed_tokens(word_tokenizer(), TOKENS) and set(drawn) == set(TOKENS) and len(drawn) == 128
     assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(row, again) for row, again in zip(rows, fixed_rows(TOKENS, 1, longest), strict=True))
-    assert all(2 <= row.numel() <= longest and int(row[0]) == 1 for row in rows)
-    compared = torch.cat([row[1:] for row in rows])
-    assert 64 <= compared.numel() <= 256
-    assert set(compared.tolist()) == set(TOKENS)
-    assert set(torch.cat(fixed_rows(TOKENS, None, longest)).tolist()) <= set(TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +112,7 @@ def policy(folder: Path) -> Policy:
 
 
 def test_the_policys_own_log_probabilities_are_those_of_transformers(policy: Policy) -> None:
-    rows = fixed_rows(TOKENS, 1, 20)
+    rows = fixed_rows(list(TOKENS) * 4, 1, 20)
     with torch.no_grad():
         theirs = torch.cat(
             [policy.model(row[None]).logits[0, :-1].log_softmax(-1).gather(1, row[1:, None])[:, 0] for row in rows]
@@ -107,7 +121,7 @@ def test_the_policys_own_log_probabilities_are_those_of_transformers(policy: Pol
 
 
 def verification(dtype: torch.dtype = torch.float32, ranks: Ranks = ALONE) -> Verification:
-    return Verification("vLLM", "some/policy", TOKENS, start=1, longest=20, dtype=dtype, ranks=ranks)
+    return Verification("vLLM", "some/policy", list(TOKENS) * 8, start=1, longest=20, dtype=dtype, ranks=ranks)
 
 
 def engine_of(policy: Policy, gap: float = 0.0) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
@@ -132,7 +146,7 @@ def test_a_gap_above_the_tolerance_is_one_line(
         verification(dtype)(policy, engine_of(policy, bad))
     tolerance = {"float32": "0.001", "bfloat16": "0.1"}[name]
     assert str(raised.value) == (
-        "vLLM does not compute what the policy 'some/policy' does: log-probabilities of 133 tokens differ by "
+        "vLLM does not compute what the policy 'some/policy' does: log-probabilities of 136 tokens differ by "
         f"{bad:.3g} nats on average, expected at most {tolerance} in {name}; choose --rollout.engine hf"
     )
     with pytest.raises(InputError, match="differ by nan nats"):
