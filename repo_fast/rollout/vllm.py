@@ -14,6 +14,7 @@ differ from the trainer's by the kernels' rounding; each step logs by how much (
 import importlib.util
 import logging
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from repo_fast.collectives import Ranks
 from repo_fast.config import RolloutConfig
-from repo_fast.errors import InputError, first_line
+from repo_fast.errors import InputError
 from repo_fast.models.model_config import load_config
 from repo_fast.models.vocabulary import never_drawn
 from repo_fast.rollout import Finished, Request, Rollout
@@ -267,7 +268,8 @@ class VllmSampler:
 
 def _cannot_run(path: str, error: Exception) -> InputError:
     """What vLLM raises of models and weights that it does not know has many types, and few say what they are about."""
-    return InputError(f"vLLM cannot run {path!r} ({type(error).__name__}: {first_line(error)}); {_INSTEAD}")
+    problem = textwrap.shorten(f"{type(error).__name__}: {error}", 400)
+    return InputError(f"vLLM cannot run {path!r} ({problem}); {_INSTEAD}")
 
 
 def _is_tied(model: Any) -> bool:
