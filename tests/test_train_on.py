@@ -18,24 +18,23 @@ from tests.supervised_jobs import here, make_inputs, result
 from tests.tiny import CHAT_TEMPLATE, save_policy, word_tokenizer
 
 CPU = torch.device("cpu")
-# Writes an answer without its end once the chat goes on; without its first word; only the turns since the last answer.
+# Writes an answer without its end once the chat goes on; or in other words.
 NO_END = "{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }}{% endfor %} <assistant>"
 FORGETS = (
     "{% for m in messages %} <{{ m['role'] }}> "
-    "{{ m['content'].split(' ', 1)[-1] if m['role'] == 'assistant' else m['content'] }} {{ eos_token }}{% endfor %}"
+    "{{ m['content'] | upper if m['role'] == 'assistant' and not loop.last else m['content'] }} {{ eos_token }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %} <assistant>{% endif %}"
 )
-LAST_ONLY = "{% for m in messages[-2:] %} <{{ m['role'] }}> {{ m['content'] }} {{ eos_token }}{% endfor %} <assistant>"
 TEMPLATES = {
     "chat": CHAT_TEMPLATE,
     "safe-rlhf": None,
     "plain": None,
     "no end": NO_END,
     "forgets": FORGETS,
-    "last": LAST_ONLY,
 }
 # How many examples the chat of three answers is. To this tokenizer "ASSISTANT:yes" is one unknown word.
-EXAMPLES = {"chat": 1, "safe-rlhf": 3, "plain": 3, "no end": 3, "forgets": 3, "last": 3}
+EXAMPLES = {"chat": 1, "safe-rlhf": 3, "plain": 3, "no end": 3, "forgets": 3}
 
 TURNS = ("tea", "yes you can", "please make bread", "sorry no", "how", "with the tea please")
 SHOWN = Demonstration(TURNS[:-1], TURNS[-1])

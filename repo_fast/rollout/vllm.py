@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from repo_fast.collectives import Ranks
 from repo_fast.config import RolloutConfig
@@ -28,7 +28,7 @@ from repo_fast.models.model_config import load_config
 from repo_fast.models.vocabulary import never_drawn
 from repo_fast.rollout import Finished, Request, Rollout
 from repo_fast.rollout.hand_over import Verification, as_in_files, fixed_tokens
-from repo_fast.rollout.hf import end_tokens
+from repo_fast.rollout.hf import end_tokens, generation_settings
 
 if TYPE_CHECKING:
     from repo_fast.engine import Engine
@@ -81,7 +81,7 @@ class VllmSampler:
         self._tokenizer, self._config, self._ranks = tokenizer, config, ranks
         self._sleeps = config.vllm.sleep and ranks.device.type == "cuda"
         self._parameters = vllm.SamplingParams
-        self._ends = end_tokens(_generation_settings(path), tokenizer)
+        self._ends = end_tokens(generation_settings(path), tokenizer)
         vocabulary = load_config(path).vocab_size
         never = set(never_drawn(vocabulary, tokenizer, self._ends))
         self._allowed = [token for token in range(vocabulary) if token not in never] if never else None
@@ -293,11 +293,3 @@ def _load(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         if method.moe_kernel is None:
             # It has been given nothing, which the verification will find.
             method.moe_kernel = kernel
-
-
-def _generation_settings(path: str) -> GenerationConfig:
-    """Those of a model's folder, which may have none."""
-    try:
-        return GenerationConfig.from_pretrained(path)
-    except OSError:
-        return GenerationConfig()
