@@ -43,13 +43,25 @@ def first_attention(
         return candidates[0], ()
     reasons: list[str] = []
     for name in candidates:
-        try:
-            _try_on_paper(kind, config, name)
-        except Exception as error:  # the constructors' errors share no type
-            reasons.append(f"{said(name)}: {_short(error, name)}")
-        else:
+        # The models of a run are often of one configuration, and a large one takes seconds.
+        key = (kind, type(config), config.to_json_string(use_diff=False), name)
+        if key not in _tried:
+            _tried[key] = _fault_on_paper(kind, config, name)
+        if (fault := _tried[key]) is None:
             return name, tuple(reasons)
+        reasons.append(f"{said(name)}: {fault}")
     raise InputError(f"{path!r} cannot be built with any attention that was asked for: {'; '.join(reasons)}")
+
+
+_tried: dict[tuple, str | None] = {}
+
+
+def _fault_on_paper(kind: type, config: PretrainedConfig, attention: str) -> str | None:
+    try:
+        _try_on_paper(kind, config, attention)
+    except Exception as error:  # the constructors' errors share no type
+        return _short(error, attention)
+    return None
 
 
 def built(kind: type, config: PretrainedConfig, attention: str = "eager") -> PreTrainedModel:
@@ -71,6 +83,7 @@ def built(kind: type, config: PretrainedConfig, attention: str = "eager") -> Pre
         return architecture(config).to(torch.bfloat16).eval()
 
 
+@torch.no_grad()
 def _try_on_paper(kind: type, config: PretrainedConfig, attention: str) -> None:
     """Build a model; for `PACKED`, run it too, to see whether its layers take part."""
     model = built(kind, config, attention)
