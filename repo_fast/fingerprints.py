@@ -12,7 +12,7 @@ from typing import IO
 
 from repo_fast.config import RunConfig, TrainConfig
 from repo_fast.config.supervised import SupervisedConfig
-from repo_fast.data.sources import WORLD
+from repo_fast.data.sources import NO_DATA, WORLD
 from repo_fast.errors import InputError
 from repo_fast.models.model_config import load_config
 
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 # A file's name, or that of a data set or model on the hub, and what tells it from another of the same name.
 Fingerprint = dict[str, str]
 
-_DATA_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".parquet", ".gz")
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 _PIECE, _PIECES = 64 * 1024, 64
 
@@ -35,14 +34,19 @@ def fingerprints(config: RunConfig) -> dict[str, Fingerprint]:
 
 def of_data(source: str, split: str) -> Fingerprint:
     """Of a source of data (`repo_fast.data.sources`): its files' contents, or what `datasets` tells a revision by."""
-    path = Path(source).expanduser()
     if source.startswith(WORLD):
         # It comes with the package.
         return {}
-    if path.is_file():
+    try:
+        path = Path(source).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError):
+        # No such user, or a name that is too long: told where the data are read.
+        return {}
+    if is_file:
         return {path.name: _digest(path)}
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(_DATA_SUFFIXES))
+    if is_folder:
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not NO_DATA.fullmatch(file.name))
         return {str(file.relative_to(path)): _digest(file) for file in files}
     try:
         import datasets

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from repo_fast import checkpoint
-from repo_fast.config import RunConfig, TrainConfig, to_dict
+from repo_fast.config import RunConfig, ScorerConfig, TrainConfig, to_dict
 from repo_fast.data import (
     Columns,
     Demonstration,
@@ -161,12 +161,35 @@ def _check_lengths(
     learned = max((sum(part.numel() for part in shown) for shown in demonstrations), default=0)
     check_positions(policy_path, learned, f"a demonstration of data.ptx {config.data.ptx!r}")
     for name, spec in scorers.items():
-        # An encoder cuts its texts to what it can read, and counts them.
-        if spec.kind == "model" and not is_encoder(spec.path):
-            longest = min(getattr(config, name).max_tokens, drawn)
-            check_positions(spec.path, longest, f"a prompt and its response, cut to {name}.max_tokens")
-            if config.algorithm.advantage == "gae" and same_tokens(load_tokenizer(spec.path), tokenizer):
-                check_positions(spec.path, drawn, f"a prompt and its response, for the critic from {name}.path")
+        prompts = [request.prompt for request in requests]
+        check_scorer_inputs(name, spec, getattr(config, name), drawn, prompts, config.date)
+        is_critic_s = spec.kind == "model" and config.algorithm.advantage == "gae" and not is_encoder(spec.path)
+        if is_critic_s and same_tokens(load_tokenizer(spec.path), tokenizer):
+            check_positions(spec.path, drawn, f"a prompt and its response, for the critic from {name}.path")
+
+
+def check_scorer_inputs(
+    name: str, spec: ScorerSpec, settings: ScorerConfig, drawn: int, prompts: Sequence[Prompt], date: str | None
+) -> None:
+    """Raise `InputError` where a score model could not be given what will be drawn.
+
+    Args:
+        name: `reward` or `cost`.
+        spec, settings: The scorer; nothing is checked of a function, nor of an encoder, which cuts its texts to what it
+            can read, and has no template.
+        drawn: The longest prompt with its response (tokens).
+        prompts: That it will be given.
+        date: Of the run.
+    """
+    if spec.kind != "model" or is_encoder(spec.path):
+        return
+    check_positions(spec.path, min(settings.max_tokens, drawn), f"a prompt and its response, cut to {name}.max_tokens")
+    template = PromptTemplate(load_tokenizer(spec.path), settings.template, date)
+    for prompt in prompts:
+        # Whether it has a place for them, not how they read: that is told by the shape.
+        if prompt.dialogue is not None:
+            with at(prompt.place):
+                template.render(prompt.asked)
 
 
 def check_start(config: RunConfig) -> Path | None:

@@ -3,7 +3,9 @@
 import argparse
 import logging
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from repo_fast.collectives import Ranks
 
 Config = TypeVar("Config", bound=JobConfig)
+
+_SECONDS_FOR_THE_FIRST = 10
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -47,11 +51,11 @@ def launch(
         from transformers.utils import logging as transformers_logging
 
         from repo_fast.engine import start_distributed, stop_distributed
-        from repo_fast.run_date import check_date, with_date
+        from repo_fast.run_date import as_it_ran, check_date, with_date
 
         # Their bars would cut through the run's own display.
         transformers_logging.disable_progress_bar()
-        config = with_date(config)
+        config = as_it_ran(with_date(config))
         job = prepare(config)
         ranks = start_distributed()
         check_date(config, ranks)
@@ -71,6 +75,10 @@ def guarded(run: Callable[[], int]) -> int:
     try:
         return run()
     except InputError as error:
-        if first_on_host:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not first_on_host:
+            # torchrun ends all ranks with the first that goes: the one that speaks must not be cut off. Where it has
+            # nothing to say, this one does.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(_SECONDS_FOR_THE_FIRST)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

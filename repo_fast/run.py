@@ -208,8 +208,13 @@ class Run:
         """Open the logs and the display, on the first rank; close them, and what a job adds, however the run ends."""
         with contextlib.ExitStack() as stack:
             if self.ranks.is_first:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
-                (self.output_dir / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+                try:
+                    self.output_dir.mkdir(parents=True, exist_ok=True)
+                    (self.output_dir / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+                except OSError as error:
+                    raise InputError(
+                        f"output_dir {self.config.output_dir!r} cannot be written: {error.strerror}, expected a folder"
+                    ) from error
                 self.metrics_log = MetricsLog(
                     self.output_dir, self.config.log.loggers, to_dict(self.config), self.resume_step
                 )

@@ -1,6 +1,7 @@
 """The date of a run, for chat templates that write the current one: fixed at the start, and kept in the configuration.
 
-Else a resumed run, or a policy that joins an evaluation a day later, would be asked with other prompts.
+Else a resumed run, or a policy that joins an evaluation a day later, would be asked with other prompts. What else a run
+takes over from one of before stands here too.
 """
 
 import dataclasses
@@ -30,6 +31,19 @@ def with_date(config: Config) -> Config:
     if config.date is not None:
         return config
     return dataclasses.replace(config, date=_earlier(config) or datetime.date.today().isoformat())
+
+
+def as_it_ran(config: Config) -> Config:
+    """The configuration with chats learned as by the run of the checkpoint, where that had no choice yet."""
+    data = getattr(config, "data", None)
+    learns = getattr(data, "train_on", "last") == "all" and getattr(data, "ptx", "sft") is not None
+    if not isinstance(config, RunConfig) or not learns:
+        return config
+    folder = checkpoint.find_resume(config.resume, Path(config.output_dir))
+    if folder is None or "train_on" in checkpoint.read_run(folder)["config"]["data"]:
+        return config
+    log.warning("checkpoint %s is from before data.train_on: chats' last answers are learned, as they were", folder)
+    return dataclasses.replace(config, data=dataclasses.replace(data, train_on="last"))
 
 
 def check_date(config: JobConfig, ranks: Ranks) -> None:

@@ -1,11 +1,13 @@
 """What the plan's command says of a 7B."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from bench.architectures import config_of
 from repo_fast.config import TrainConfig, parse
 from repo_fast.plan.__main__ import USABLE, largest_micro_batch, main
 from repo_fast.plan.memory import memory
@@ -116,3 +118,29 @@ def test_a_workload_has_the_lengths_asked_for(large: list[str]) -> None:
     work = Workload.of(config, 8)
     assert len(work.lengths) == 16 and work.responses / 16 == pytest.approx(385 / 2, abs=1)
     assert Workload.of(config, 8, mean_response=50).responses / 16 == pytest.approx(50, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words", "message"),
+    [
+        ("stablelm", [], "policy: not packed (packed: StableLmAttention does not take part in packed attention)"),
+        ("gpt_neo", [], "policy: not packed (packed: the architecture has no such attention; sdpa: "),
+        ("mixtral", [], "Time: not known for a mixture of experts, or a recurrent trunk."),
+        ("gemma2", [], "has final_logit_softcapping = 30.0, expected None"),
+        ("phi", [], "expected a linear layer without bias"),
+        ("bloom", ["--update.share_prompts", "true"], "update.share_prompts is true, expected false"),
+        ("bloom", ["--policy.attention", "packed"], "cannot be built with any attention that was asked for: packed"),
+    ],
+)
+def test_what_is_not_a_llama(
+    architecture: str, words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is planned, or refused as the run would refuse it."""
+    config = config_of(architecture)
+    config.save_pretrained(tmp_path)
+    scorers = ["--reward.path", "tests.scorers:reward", "--cost.path", "tests.scorers:cost"]
+    options = ["--policy.path", str(tmp_path), "--algorithm.advantage", "rloo", *scorers, *words]
+    status = main(["--gpus", "1", *options])
+    said = capsys.readouterr()
+    assert message in said.out + said.err
+    assert status == (2 if "expected" in message or "cannot" in message else 0)

@@ -557,7 +557,7 @@ def test_a_model_that_cannot_be_packed(scores: Scores, tmp_path: Path, capsys: p
     word_tokenizer().save_pretrained(tmp_path / "alibi")
     capsys.readouterr()
     status = scores.run(tmp_path / "run", model={"path": str(tmp_path / "alibi"), "attention": "eager"})
-    assert_refused(capsys, "the model cannot be run packed", status)
+    assert_refused(capsys, r"the model \(BloomModel\) cannot be run packed", status)
     assert not (tmp_path / "run").exists()
 
 

@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BloomConfig,
     GPT2Config,
     PreTrainedTokenizerBase,
 )
 
 from repo_fast.files import publish
-from tests.jobs import PROMPTS, Job, metrics, write_lines
+from tests.jobs import Job, metrics, write_lines
 from tests.supervised_jobs import here, make_inputs
-from tests.tiny import save_policy, word_tokenizer
+from tests.tiny import save_beaver, save_policy, word_tokenizer
 
 LONG = "how do i make tea " * 9
 
@@ -42,11 +43,18 @@ def save_gpt2(folder: Path, positions: int) -> Path:
     return save_other(folder, GPT2Config(**sizes, n_positions=positions, bos_token_id=1, eos_token_id=2))
 
 
-def evaluate(path: Path, output_dir: Path, *options: str) -> int:
+def save_gpt2_reward(folder: Path, positions: int) -> Path:
+    path = save_gpt2(folder, positions)
+    config = AutoModelForCausalLM.from_pretrained(path).config
+    config.num_labels, config.pad_token_id = 1, 0
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
+    return path
+
+
+def evaluate(job: Job, path: Path, output_dir: Path, *options: str) -> int:
     from repo_fast.evaluate import main
 
-    prompts = write_lines(output_dir.parent / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
-    words = ["--policy", f"one={path}", "--prompts", str(prompts), "--output_dir", str(output_dir)]
+    words = ["--policy", f"one={path}", "--prompts", str(job.folder / "prompts.jsonl"), "--output_dir", str(output_dir)]
     words += ["--reward.path", "tests.scorers:reward", "--cost.path", "tests.scorers:cost"]
     return main([*words, *options])
 
@@ -57,7 +65,7 @@ def jobs(folder: Path, job: Job) -> dict[str, Callable[[Path, Path], int]]:
         "sft": lambda path, out: here("sft", folder, out, f"--model.path {path}"),
         "reward": lambda path, out: here("reward", folder, out, f"--model.path {path}"),
         "train": lambda path, out: job.here(out, f"--policy.path {path}"),
-        "evaluate": lambda path, out: evaluate(path, out),
+        "evaluate": lambda path, out: evaluate(job, path, out),
     }
 
 
@@ -86,14 +94,66 @@ def test_sequences_beyond_a_table_of_positions_start_no_job(
 def test_a_score_model_s_table_of_positions_counts_too(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from transformers import AutoModelForSequenceClassification
-
-    path = save_gpt2(tmp_path / "reward", 12)
-    config = AutoModelForCausalLM.from_pretrained(path).config
-    config.num_labels, config.pad_token_id = 1, 0
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(path)
+    path = save_gpt2_reward(tmp_path / "reward", 12)
     assert job.here(tmp_path / "out", f"--reward.path {path}") == 2
     assert "cut to reward.max_tokens: up to" in capsys.readouterr().err
+
+
+def test_an_evaluation_s_score_model_has_to_have_positions_too(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_gpt2_reward(tmp_path / "reward", 24)
+    assert evaluate(job, job.folder / "policy", tmp_path / "out", "--reward.path", str(path)) == 2
+    assert "expected at most the 24 positions" in capsys.readouterr().err
+
+
+def test_what_a_score_model_s_template_has_no_place_for_shows_at_the_start(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = word_tokenizer(chat_template=False)
+    rows = [{"prompt": "tea"}, {"prompt": "bread", "system": "please"}, {"prompt": "make tea"}]
+    prompts = write_lines(tmp_path / "prompts.jsonl", rows)
+    options = (f"--reward.path {save_beaver(tmp_path / 'reward', tokenizer=tokenizer)}", f"--data.prompts {prompts}")
+    assert job.here(tmp_path / "out", *options) == 2
+    said = capsys.readouterr().err
+    assert "prompts.jsonl line 2: template 'safe-rlhf' has no place for a system text" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["file/below", "/proc/nothing"])
+def test_a_folder_that_cannot_be_made_is_one_line(
+    place: str, inputs: Path, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for name, start in jobs(inputs, job).items():
+        assert start(inputs / "policy", tmp_path / place if place[0] != "/" else Path(place)) == 2, name
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "settings", ['{"num_return_sequences": 3}', "[]", '{"eos_token_id": "2"}', '{"eos_token_id": [[2]]}']
+)
+def test_generation_settings_that_cannot_be_are_one_line(
+    settings: str, inputs: Path, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_policy(tmp_path / "policy")
+    (path / "generation_config.json").write_text(settings)
+    for name in ("train", "evaluate"):
+        assert jobs(inputs, job)[name](path, tmp_path / name) == 2, name
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith("error: ")
+
+
+def test_end_tokens_beyond_the_tokenizer_are_no_words(inputs: Path, tmp_path: Path) -> None:
+    """As its text, each would be "None", which then ended answers."""
+    from repo_fast.data import PromptTemplate
+
+    tokenizer = word_tokenizer(["answer", "None"])
+    template = PromptTemplate(tokenizer, "auto", None, [99999])
+    assert tokenizer.convert_ids_to_tokens(template.encode_response("answer None")) == ["answer", "None", "</s>"]
+    path = save_policy(tmp_path / "policy")
+    (path / "generation_config.json").write_text('{"eos_token_id": -1}')
+    assert here("sft", inputs, tmp_path / "out", f"--model.path {path}", "--epochs 1") == 0
 
 
 def test_what_the_end_of_a_run_cannot_do_shows_at_its_start(

@@ -272,5 +272,6 @@ def check_lora(key: str, lora: LoraConfig) -> None:
 
 def check_fields(key: str, fields: Mapping[str, str]) -> None:
     """Raise `InputError` for a column's role that there is not."""
+    require(isinstance(fields, Mapping), key, fields, "columns with a role each")
     for column, role in fields.items():
         require(role in COLUMN_ROLES, f"{key}.{column}", role, f"one of {', '.join(COLUMN_ROLES)}")

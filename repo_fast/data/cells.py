@@ -132,6 +132,8 @@ def read_messages(
             )
         name = f"{field} turn {number} ({role})"
         for key in message:
+            if key == "weight" and message[key] == 0:
+                raise InputError(f"{place}: {name} has weight 0, expected none: which turns are learned is not kept")
             if key not in keys and not is_empty(message[key]):
                 if key in _NOT_TEXT:
                     raise InputError(f"{place}: {name} has {key}, expected text alone: it cannot be kept")

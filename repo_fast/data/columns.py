@@ -26,17 +26,21 @@ NAMES: dict[str, tuple[str, ...]] = {
     "response": ("response", "completion", "output", "answer"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
-    "history": ("history",),
-    "system": ("system", "system_prompt"),
+    "history": ("history", "chat_history", "conversation_history"),
+    "system": ("system", "system_prompt", "system_message"),
 }
 _CHATS = ("messages", "conversations", "conversation")
 # What belongs to a task and is put behind it: alpaca's `input`, dolly's `context`.
 _TASKS, _MATERIAL = ("instruction", "question", "query"), ("input", "context")
 # What a dialogue may also be made of, and texts cannot hold.
-_NO_PLACE = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "parent_id")
+_NO_PLACE = ("tools", "functions", "documents", "images", "image", "videos", "video", "audios", "audio", "parent_id")
 _ANSWERS = (*NAMES["response"], "chosen", "response_0", "response_1")
-# In front of an answer that a rendered prompt ends with.
-_MARK = r"(?:output|response|answer|assistant|completion|gpt|/inst)[^\w.!?]*[:\]>\n*]\s*"
+# In front of an answer that a rendered prompt ends with: at the start of a line, behind a sign, or with a capital.
+_WORDS = "output|response|answer|assistant|completion|gpt|/inst"
+_MARK = (
+    rf"(?:(?:^|[#<>\[|*]) *(?i:{_WORDS})|\b(?:{_WORDS.title()}|{_WORDS.upper()}))"
+    r"[^\w.!?]*[:\]>\n*]\s*"
+)
 
 
 class Columns:
@@ -120,8 +124,11 @@ class Row:
         """Raise the InputError of columns that contradict each other."""
         listed = self.of(role)
         given = [name for name in names if self.columns.roles.get(name) == role]
-        if len(given) > 1:
-            choices = [self.columns.choice(name, "ignore") for name in given]
+        # A chat may have the response too: as the prompt, a text beside it would be left without.
+        is_beside_chat = role == "prompt" and any(isinstance(self.cells[name], list | dict) for name in names)
+        if len(given) > 1 or is_beside_chat:
+            choices = [self.columns.choice(name, "ignore") for name in given if not is_beside_chat]
+            choices += [self.columns.choice(name, "ignore") for name in names if is_beside_chat]
         else:
             choices = [self.columns.choice(name, role) for name in names if name in listed]
             # A chat has more than its last turn: it is not to be chosen as a whole.
@@ -353,7 +360,7 @@ def _check_unanswered(row: Row, prompt: _Candidate) -> None:
         answer = row.cells.get(name)
         if not isinstance(answer, str) or is_empty(answer) or answer.strip() not in end:
             continue
-        if re.search(_MARK + re.escape(answer.strip()) + r"(?:\s*<[^<>]*>)*\Z", end, re.IGNORECASE):
+        if re.search(_MARK + re.escape(answer.strip()) + r"(?:\s*<[^<>]*>)*\Z", end, re.MULTILINE):
             raise InputError(
                 f"{row.place}: {prompt.column} ends with {name}, the answer to it: choose another column for the "
                 f"prompt ({row.columns.choice('COLUMN', 'prompt')}), or keep it with "

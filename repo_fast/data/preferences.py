@@ -31,6 +31,7 @@ from repo_fast.errors import InputError
 KINDS = ("reward", "cost")
 UNUSABLE = ("error", "drop")
 FORMS = "prompt, response_0, response_1 with ids; chosen, rejected; or prompt, response, is_safe"
+NUMBERED = ("response_0", "response_1")
 IDS = ("better_response_id", "safer_response_id")
 SAFE = ("is_response_0_safe", "is_response_1_safe", "is_chosen_safe", "is_rejected_safe", "is_safe")
 
@@ -135,8 +136,15 @@ def load_preferences(
 def _candidates_of(row: Any, kind: str, place: str) -> _Named:
     if not isinstance(row, Row):
         raise InputError(f"{place}: a {type(row).__name__}, expected an object with {FORMS}")
-    if "response_0" in row.cells or "response_1" in row.cells:
-        return _numbered_pair(row, kind)
+    roles = row.columns.roles
+    # Where the option says what a pair is, that is it.
+    is_told = any(roles.get(name) in ("chosen", "rejected") for name in row.cells)
+    if not is_told and not any(roles.get(name) == "ignore" for name in NUMBERED):
+        if any(name in row.cells for name in NUMBERED):
+            named = _numbered_pair(row, kind)
+            if row.of("chosen") and row.of("rejected"):
+                _check_agreed(row, named, _chosen_pair(row, kind))
+            return named
     if row.of("chosen") or row.of("rejected"):
         return _chosen_pair(row, kind)
     if "is_safe" in row.cells or row.of("response"):
@@ -144,14 +152,23 @@ def _candidates_of(row: Any, kind: str, place: str) -> _Named:
     raise InputError(f"{place}: no preference: found {row.names() or 'no fields'}; expected {FORMS}")
 
 
+def _check_agreed(row: Row, numbered: _Named, chosen: _Named) -> None:
+    pairs = zip(numbered, chosen, strict=True)
+    if not all(same(one.response, other.response) for (_, one), (_, other) in pairs):
+        choices = " or ".join(row.columns.choice(name, "ignore") for name in ("chosen", NUMBERED[0]))
+        raise InputError(
+            f"{row.place}: the ids of response_0 and response_1 do not say what chosen and rejected do: choose with "
+            + choices
+        )
+
+
 def _numbered_pair(row: Row, kind: str) -> _Named:
     column = IDS[0] if kind == "reward" else IDS[1]
-    fields = ("response_0", "response_1")
-    _require(row, ("prompt",), (*fields, column))
+    _require(row, ("prompt",), (*NUMBERED, column))
     chosen = _number(row.get(column))
     if chosen not in (0, 1):
         raise InputError(f"{row.place}: {column} is {row.get(column)!r}, expected the integer 0 or 1")
-    answers = [(name, row.get(name)) for name in fields]
+    answers = [(name, row.get(name)) for name in NUMBERED]
     named = _answered(row, answers, _labels(row, ("is_response_0_safe", "is_response_1_safe"), kind))
     higher = chosen if kind == "reward" else 1 - chosen
     return [named[higher], named[1 - higher]]

@@ -29,7 +29,7 @@ WORLD = "world:"
 # What a file without types writes for the numbers and truth values of a label.
 _LABELS = {"0": 0, "1": 1, "true": True, "false": False}
 # Files that stand beside data and hold none; and the name of a split in the name of a file or folder.
-_NO_DATA = re.compile(r"[._].*|.*\.md|(readme|license)(\..*)?", re.IGNORECASE)
+NO_DATA = re.compile(r"[._].*|.*\.md|(readme|license)(\..*)?|dataset_infos?\.json", re.IGNORECASE)
 _SPLIT = re.compile(r"(?<![a-z])(train|test|val|dev|eval)(ing|id|idation|uation)?(?![a-z])", re.IGNORECASE)
 
 
@@ -62,10 +62,13 @@ def read_rows(
         raise InputError(f"{source}: no such file: {first_line(error)}") from error
     if source.startswith(WORLD):
         return _world_rows(source, generate)
-    if path.is_file():
-        return _file_rows(path, labels)
-    if path.is_dir():
-        return _folder_rows(path, split, labels)
+    try:
+        if path.is_file():
+            return _file_rows(path, labels)
+        if path.is_dir():
+            return _folder_rows(path, split, labels)
+    except OSError as error:  # a name that is too long
+        raise InputError(f"{source:.80}: no such file: {error.strerror}") from error
     if _kind(path) is not None or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError(f"{source}: no such file")
     return _dataset_rows(source, split)
@@ -112,7 +115,7 @@ def _kind(path: Path) -> str | None:
 
 def _folder_rows(folder: Path, split: str, labels: Collection[str]) -> Iterator[tuple[str, Any]]:
     try:
-        entries = sorted(path for path in folder.iterdir() if not _NO_DATA.fullmatch(path.name))
+        entries = sorted(path for path in folder.iterdir() if not NO_DATA.fullmatch(path.name))
     except OSError as error:
         raise InputError(f"{folder}: cannot be read: {first_line(error)}") from error
     if any(path.is_dir() for path in entries):

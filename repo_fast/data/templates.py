@@ -323,7 +323,9 @@ class PromptTemplate:
     @cached_property
     def _answer_ends(self) -> tuple[str, ...]:
         """The texts of tokens that end a response."""
-        return tuple(str(self.tokenizer.convert_ids_to_tokens(token)) for token in sorted(self.end_tokens))
+        found = (self.tokenizer.convert_ids_to_tokens(token) for token in sorted(self.end_tokens))
+        # A model's end tokens may be beyond its tokenizer's.
+        return tuple(text for text in found if text)
 
     @cached_property
     def _user_ends(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from repo_fast.config import EvaluateConfig
 from repo_fast.data import Columns, Prompt, PromptTemplate, load_prompts
 from repo_fast.errors import InputError, at
 from repo_fast.evaluation.cache import LOCK_FILE
-from repo_fast.inputs import find_model
+from repo_fast.inputs import check_scorer_inputs, find_model
 from repo_fast.models.on_paper import check_positions
 from repo_fast.rollout import Request
 from repo_fast.rollout.hf import end_tokens, generation_settings
@@ -89,10 +89,14 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
             f"{config.prompts}: all {len(prompts)} prompts are longer than max_prompt_tokens "
             f"({config.max_prompt_tokens}), expected at least one that is not"
         )
+    drawn = 0
     for name, (path, _) in found.items():
         longest = max(tokens[name][prompt.id].numel() for prompt in kept) + config.sampling.max_new_tokens
         what = f"policy {name!r}, a prompt and sampling.max_new_tokens ({config.sampling.max_new_tokens})"
         check_positions(path, longest, what)
+        drawn = max(drawn, longest)
+    for name, spec in (("reward", reward), ("cost", cost)):
+        check_scorer_inputs(name, spec, getattr(config, name), drawn, kept, config.date)
     policies = {
         name: PolicyInput(
             path, tokenizer, templates[name], [Request(prompt, tokens[name][prompt.id]) for prompt in kept]

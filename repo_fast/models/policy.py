@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from repo_fast.errors import InputError
 from repo_fast.experience import PackedBatch
@@ -62,18 +62,11 @@ class Policy(nn.Module):
                 after the head.
         """
         config = load_config(path)
-        for name, neutral in _LOGIT_SETTINGS.items():
-            value = getattr(config, name, neutral)
-            if value is not None and value != neutral:
-                raise InputError(
-                    f"{path!r} has {name} = {value}, expected {neutral}: the loss head computes plain softmax logits"
-                )
+        _check_logits(path, config)
         model = load_transformer(
             AutoModelForCausalLM, path, "a causal language model", config=config, dtype=dtype, attention=attention
         )
-        head = model.get_output_embeddings()
-        if type(head) is not nn.Linear or head.bias is not None:
-            raise InputError(f"{path!r} has the head {head}, expected a linear layer without bias")
+        head = check_head(path, model)
         head.__class__ = LossHead
         disable_dropout(model)
         _make_valid(path, model.generation_config)
@@ -97,14 +90,37 @@ class Policy(nn.Module):
         return self.model.get_output_embeddings()(hidden, lambda h, w: loss(h, w, batch))
 
 
+def _check_logits(path: str, config: PretrainedConfig) -> None:
+    for name, neutral in _LOGIT_SETTINGS.items():
+        value = getattr(config, name, neutral)
+        if value is not None and value != neutral:
+            raise InputError(
+                f"{path!r} has {name} = {value}, expected {neutral}: the loss head computes plain softmax logits"
+            )
+
+
+def check_head(path: str, model: nn.Module) -> nn.Module:
+    """The head of a causal language model; `InputError` where its logits are not the product of hidden states and head.
+
+    Args:
+        path: Folder or hub name, for the message.
+        model: May be on paper.
+    """
+    _check_logits(path, model.config)
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise InputError(f"{path!r} has the head {head}, expected a linear layer without bias")
+    return head
+
+
 def _make_valid(path: str, settings: GenerationConfig) -> None:
     """Make generation settings such that transformers writes them: it reads what it then refuses to write.
 
     Published folders (Vicuna, Llama 2) have a temperature and no `do_sample`, which is what they mean by it. Other
-    settings that it refuses have no effect as they stand, and go.
+    settings that it refuses have no effect as they stand, such as a temperature where nothing is drawn, and go.
     """
     changes = []
-    if (invalid := _invalid(settings)) and not settings.do_sample:
+    if (invalid := _invalid(settings)) and settings.do_sample is None and settings.temperature != 0:
         before, settings.do_sample = settings.do_sample, True
         if _invalid(settings) != invalid:
             changes.append("do_sample is now true")

@@ -153,7 +153,10 @@ def train_last_layers(transformer: nn.Module, layers: int) -> None:
     transformer.requires_grad_(False)
     for block in blocks[-layers:]:
         block.requires_grad_(True)
-    # By its class: it is called norm, ln_f, final_layer_norm, norm_f, ... That of the embeddings is not the final one.
+    # By its class: it is called norm, ln_f, final_layer_norm, norm_f, ... That of the embeddings stands before the
+    # layers; one behind them is the final one, whatever its name.
+    behind = False
     for name, module in transformer.get_submodule(path.rpartition(".")[0]).named_children():
-        if "norm" in type(module).__name__.lower() and "emb" not in name:
+        behind = behind or module is blocks
+        if "norm" in type(module).__name__.lower() and (behind or "emb" not in name):
             module.requires_grad_(True)

@@ -5,6 +5,7 @@ what autograd saves is added up.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, 
 from repo_fast.algorithm import ALGORITHMS
 from repo_fast.assembly import prepare_training
 from repo_fast.config import EngineConfig, LoraConfig, TrainConfig
+from repo_fast.errors import InputError
 from repo_fast.flops import Shape
-from repo_fast.models.attention import MASKED, PACKED
+from repo_fast.models.attention import MASKED, PACKED, PADDED
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import built, first_attention
+from repo_fast.models.policy import check_head
 from repo_fast.scoring import load_scorer_spec
 
 _ON_PAPER = "repo_fast_plan"
@@ -63,9 +66,15 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
         InputError: A model's configuration cannot be read, or it cannot be trained as asked.
     """
     policy = _policy_config(config)
-    found = [network("policy", policy, dtype, head=True, lora=config.policy.lora, last=config.policy.trainable_layers)]
+    # FlashAttention's memory is that of the packed one.
+    masked = {"auto": (PACKED, *MASKED), PADDED: MASKED, "sdpa": ("sdpa",), "eager": ("eager",)}
+    candidates = masked.get(config.policy.attention, (PACKED,))
+    common: dict[str, Any] = {"head": True, "candidates": candidates}
+    found = [network("policy", policy, dtype, lora=config.policy.lora, last=config.policy.trainable_layers, **common)]
+    if config.update.share_prompts and found[0].masked:
+        raise InputError(f"update.share_prompts is true, expected false: the policy is not packed ({found[0].masked})")
     if not config.policy.lora.rank:
-        found.append(network("reference", policy, dtype, head=True, frozen=True))
+        found.append(network("reference", policy, dtype, frozen=True, **common))
     trunks = {}
     for role, path in (("reward", config.reward.path), ("cost", config.cost.path)):
         if load_scorer_spec(path, role).kind == "model":
@@ -101,6 +110,7 @@ def network(
     frozen: bool = False,
     lora: LoraConfig | None = None,
     last: int | None = None,
+    candidates: Sequence[str] = (PACKED, *MASKED),
 ) -> Network:
     """A model on paper.
 
@@ -110,14 +120,20 @@ def network(
         dtype: Of weights and activations.
         head: Whether it has one over the vocabulary; else it is a trunk with a scalar head, which is not counted.
         frozen, lora, last: What of it is trained: nothing; adapters; so many last layers; everything.
+        candidates: The attentions that it may have, by transformers' names.
+
+    Raises:
+        InputError: It cannot be built with any of these; or with a head, whose logits are not the head's product.
     """
     kind = AutoModelForCausalLM if head else AutoModel
     model = built(kind, config).to(dtype)
+    if head:
+        check_head(config.name_or_path, model)
     if frozen:
         model.requires_grad_(False)
     else:
         prepare_training(model, last, lora or LoraConfig(), EngineConfig())
-    attention, passed_over = first_attention(kind, config.name_or_path, config, (PACKED, *MASKED))
+    attention, passed_over = first_attention(kind, config.name_or_path, config, candidates)
     one, two = (_saved_bytes(config, dtype, layers, attention) for layers in (1, 2))
     text = config.get_text_config()
     # A recurrent trunk has none.
@@ -136,7 +152,7 @@ def network(
         layer_activations=(two - one) / _PROBED_TOKENS,
         other_activations=(2 * one - two) / _PROBED_TOKENS,
         shape=Shape.of(model),
-        masked="; ".join(passed_over),
+        masked="" if attention == PACKED else "; ".join(passed_over) or f"attention {attention}",
     )
 
 
@@ -145,7 +161,7 @@ def _saved_bytes(config: PretrainedConfig, dtype: torch.dtype, layers: int, atte
     shallow = copy.deepcopy(config)
     shallow.get_text_config().num_hidden_layers = layers
     # FlashAttention's stands for the packed one.
-    trunk = built(AutoModel, shallow, _ON_PAPER if attention == PACKED else attention).to(dtype)
+    trunk = built(AutoModel, shallow, _ON_PAPER if attention == PACKED else "eager").to(dtype)
     weights = {parameter.untyped_storage()._cdata for parameter in trunk.parameters()}
     kept: dict[int, Any] = {}
 

@@ -29,7 +29,7 @@ from transformers import (
 from repo_fast.collectives import Ranks
 from repo_fast.config import SamplingConfig
 from repo_fast.data.chat import end_of_turn
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, first_line
 from repo_fast.models.model_config import load_config
 from repo_fast.models.vocabulary import never_drawn
 from repo_fast.rollout import Finished, Request, Rollout
@@ -148,6 +148,8 @@ def generation_settings(path: str) -> GenerationConfig:
         return GenerationConfig.from_pretrained(path)
     except OSError:
         return GenerationConfig.from_model_config(load_config(path))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path!r} has a generation_config.json that cannot be: {first_line(error)}") from error
 
 
 def stop_alike(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -160,7 +162,11 @@ def stop_alike(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _listed(settings: GenerationConfig) -> set[int]:
     listed = settings.eos_token_id
-    return set([listed] if isinstance(listed, int) else listed or [])
+    tokens = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(type(token) is int for token in tokens):
+        raise InputError(f"the policy's eos_token_id is {listed!r}, expected a token's id, or a list of them")
+    # -1 stands for none.
+    return {token for token in tokens if token >= 0}
 
 
 def generate(

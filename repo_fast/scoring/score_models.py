@@ -17,12 +17,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from repo_fast.balance import split_by_tokens
 from repo_fast.data.templates import PromptTemplate, without_added
 from repo_fast.errors import InputError
 from repo_fast.flops import Shape, forward_work
+from repo_fast.models.attention import MASKED
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import position_limit
 from repo_fast.models.policy import check_vocabulary
@@ -257,7 +258,7 @@ class ClassifierScorer:
 
 
 def load_score_model(
-    path: str, *, dtype: torch.dtype, attention: str | Sequence[str] = "sdpa", role: Role | None = None
+    path: str, *, dtype: torch.dtype, attention: str | Sequence[str] = MASKED, role: Role | None = None
 ) -> ScoreModel | EncoderClassifier:
     """Loads a score model of either type: a classifier without `score.weight` is an encoder's.
 
@@ -282,7 +283,10 @@ def is_encoder(path: str) -> bool:
     """Whether a folder holds a classifier of an encoder: its head has other names than a decoder's."""
     config = load_config(path)
     is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification") and config.num_labels == 1
-    return is_classifier and f"{LAYOUTS['sequence-classification'].head}.weight" not in Checkpoint(path).files
+    # What a language model can be made of is a decoder, unless it says that it is none.
+    is_decoder = type(config) in AutoModelForCausalLM._model_mapping and getattr(config, "is_decoder", True)
+    head = f"{LAYOUTS['sequence-classification'].head}.weight"
+    return is_classifier and not is_decoder and head not in Checkpoint(path).files
 
 
 def load_line(path: str, role: Role) -> str:

@@ -339,7 +339,9 @@ def test_an_answer_in_the_prompt_is_found(tmp_path, prompt, answer):
     refused(tmp_path, load_preferences, row, "line 1: prompt ends with chosen, the answer", kind="reward")
 
 
-@pytest.mark.parametrize("prompt", ["Say after me: no", "Is it yes or no", "Write: Output: yes, then: no"])
+@pytest.mark.parametrize(
+    "prompt", ["Say after me: no", "Is it yes or no", "Write: Output: yes, then: no", "Give me the answer: no"]
+)
 def test_a_prompt_may_end_with_the_words_of_its_answer(tmp_path, prompt):
     assert read(tmp_path, load_demonstrations, {"prompt": prompt, "response": "no"}) == [Demonstration(prompt, "no")]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from repo_fast.data import Candidate, Preference, load_preferences
+from repo_fast.data import Candidate, Columns, Preference, load_preferences
 from repo_fast.errors import InputError
 
 HH_FILE = Path(__file__).parents[3] / "shared" / "data" / "hh-harmless-test.jsonl.gz"
@@ -286,3 +286,29 @@ def test_real_dialogues():
     with gzip.open(HH_FILE, "rt", encoding="utf-8") as file:
         whole = {text for line in file for text in json.loads(line).values()}
     assert {hh(*candidate.turns, candidate.response) for candidate in candidates} <= whole
+
+
+NUMBERED = {"prompt": "Q", "response_0": "a", "response_1": "b", "better_response_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "roles", "better"),
+    [
+        (NUMBERED, {}, "b"),
+        (NUMBERED, {"response_0": "chosen", "response_1": "rejected"}, "a"),
+        (NUMBERED | {"chosen": "a", "rejected": "b"}, {"chosen": "chosen", "rejected": "rejected"}, "a"),
+        (NUMBERED | {"chosen": "a", "rejected": "b"}, {"chosen": "ignore"}, "b"),
+        (NUMBERED | {"chosen": "a", "rejected": "b"}, {"response_0": "ignore"}, "a"),
+        (NUMBERED | {"chosen": "b", "rejected": "a"}, {}, "b"),
+    ],
+)
+def test_a_pair_told_twice(tmp_path, row, roles, better):
+    """What the option says wins; without it the two have to agree."""
+    (preference,), _ = load_preferences(write(tmp_path / "p.jsonl", row), "reward", columns=Columns(roles))
+    assert preference.candidates[0].response == better
+
+
+def test_a_pair_told_twice_and_differently_is_an_error(tmp_path):
+    source = write(tmp_path / "p.jsonl", NUMBERED | {"chosen": "a", "rejected": "b"})
+    with pytest.raises(InputError, match="line 1: the ids of .* with --data.fields.chosen ignore or .*_0 ignore"):
+        load_preferences(source, "reward")

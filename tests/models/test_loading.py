@@ -20,6 +20,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from bench.architectures import config_of
 from repo_fast.errors import InputError
 from repo_fast.models.model_config import load_config
 from repo_fast.models.policy import Policy
@@ -223,6 +224,8 @@ def last_norm(model: torch.nn.Module) -> Iterator[str]:
         (lambda: OPTForCausalLM(NOISY["opt"]), "model.decoder.final_layer_norm"),
         (lambda: BloomForCausalLM(NOISY["bloom"]), "transformer.ln_f"),
         (lambda: AutoModelForCausalLM.from_config(NOISY["mixtral"]), "model.norm"),
+        # It is called after the embeddings, and stands behind the layers.
+        (lambda: AutoModelForCausalLM.from_config(config_of("lfm2")), "model.embedding_norm"),
     ],
 )
 def test_the_final_norm_is_trained_whatever_it_is_called(model: Callable[[], torch.nn.Module], norm: str) -> None:
@@ -241,6 +244,9 @@ def test_the_final_norm_is_trained_whatever_it_is_called(model: Callable[[], tor
         ({"temperature": 0.9, "length_penalty": 2.0}, {"do_sample": True, "temperature": 0.9}),
         ({"early_stopping": True, "pad_token_id": -1}, {}),
         ({"temperature": 0.9, "do_sample": True}, {"do_sample": True, "temperature": 0.9}),
+        # Said to be greedy: it stays so.
+        ({"temperature": 0.7, "do_sample": False}, {"do_sample": False}),
+        ({"temperature": 0.0}, {}),
     ],
 )
 def test_generation_settings_that_transformers_reads_and_refuses_to_write(
