@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound=JobConfig)
 
-_SECONDS_FOR_THE_FIRST = 10
+_SECONDS_FOR_THE_FIRST = 5
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -75,10 +75,10 @@ def guarded(run: Callable[[], int]) -> int:
     try:
         return run()
     except InputError as error:
-        if not first_on_host:
-            # torchrun ends all ranks with the first that goes: the one that speaks must not be cut off. Where it has
-            # nothing to say, this one does.
+        if first_on_host:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            # torchrun ends all ranks with the first that goes: the one that says it must not be cut off.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_SECONDS_FOR_THE_FIRST)
-        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
