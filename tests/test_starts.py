@@ -17,10 +17,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from repo_fast.config.sections import check_fields
+from repo_fast.errors import InputError
 from repo_fast.files import publish
 from tests.jobs import Job, metrics, write_lines
 from tests.supervised_jobs import here, make_inputs
-from tests.tiny import save_beaver, save_policy, word_tokenizer
+from tests.tiny import save_beaver, save_policy, save_sequence_classifier, word_tokenizer
 
 LONG = "how do i make tea " * 9
 
@@ -246,3 +248,63 @@ def test_what_sft_learns_of_a_padded_architecture(inputs: Path, tmp_path: Path) 
         total -= float(logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).sum())
         count += len(response)
     assert metrics(tmp_path / "out")[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_changed_file_is_noticed_whatever_its_suffix_looks_like(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reader takes suffixes in capitals."""
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "A.JSONL"
+    file.write_bytes((inputs / "sft.jsonl").read_bytes())
+    source = f"--data.train {tmp_path / 'data'}"
+    assert here("sft", inputs, tmp_path / "run", source, "--stop_after 1") == 0
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    assert here("sft", inputs, tmp_path / "run", source, "--resume auto") == 2
+    assert "A.JSONL of data.train has changed" in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_goes_on_as_it_ran(
+    inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert here("sft", inputs, tmp_path / "run", "--stop_after 1", "--data.train_on last") == 0
+    path = tmp_path / "run" / "checkpoints" / "step-000001" / "run.json"
+    run = json.loads(path.read_text())
+    del run["config"]["data"]["train_on"], run["config"]["data"]["fields"]
+    path.write_text(json.dumps(run))
+    assert here("sft", inputs, tmp_path / "run", "--resume auto") == 0
+    assert caplog.text.count("is from before data.train_on") == 1
+    assert "train_on: last" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_score_model_without_sdpa_is_checked_as_it_is_made(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from repo_fast.score import main
+
+    path = save_other(tmp_path / "policy", BLOOM)
+    assert here("reward", inputs, tmp_path / "out", f"--model.path {path}", "--epochs 1") == 0
+    assert main(["--check", str(tmp_path / "out" / "model"), "--kind", "reward"]) == 0
+
+
+def test_a_decoder_s_score_model_with_prefixed_names_is_one_line(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_sequence_classifier(tmp_path / "reward")
+    weights = {f"module.{key}": value for key, value in load_file(path / "model.safetensors").items()}
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    assert job.here(tmp_path / "out", f"--reward.path {path}") == 2
+    assert "has no score head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x.jsonl", f"{'x' * 300}.jsonl"])
+def test_a_source_that_cannot_be_a_file_is_one_line(
+    name: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert here("sft", inputs, tmp_path / "out", f"--data.train {name}") == 2
+    assert "no such file" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_no_mapping_of_columns_is_one_line() -> None:
+    with pytest.raises(InputError, match="data.fields is None, expected columns with a role each"):
+        check_fields("data.fields", None)

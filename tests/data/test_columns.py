@@ -426,3 +426,25 @@ def test_a_source_that_is_read_whole_says_nothing(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="repo_fast"):
         read(tmp_path, load_demonstrations, ALPACA)
     assert "not used" not in caplog.text
+
+
+@pytest.mark.parametrize("history", ["chat_history", "conversation_history"])
+def test_other_names_of_history_and_system(tmp_path, history):
+    row = {"instruction": "u", "output": "a", history: [["June?", "Mild."]], "system_message": "s"}
+    expected = Demonstration(("June?", "Mild.", "u"), "a", "s")
+    assert read(tmp_path, load_demonstrations, row) == [expected]
+
+
+def test_a_turn_that_is_not_to_be_learned_is_an_error(tmp_path):
+    turns = chat("u", "a", "v", "b")
+    turns[1]["weight"] = 0
+    refused(
+        tmp_path, load_demonstrations, {"messages": turns}, "line 1: messages turn 2 .* has weight 0, expected none"
+    )
+
+
+def test_what_stands_beside_the_files_of_a_data_set_is_no_data(tmp_path):
+    for name in ("dataset_info.json", "dataset_infos.json", "README.md"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "u"}')
+    assert [prompt.text for prompt in load_prompts(str(tmp_path))] == ["u"]
