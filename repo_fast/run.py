@@ -168,10 +168,11 @@ class Run:
     def rehearse(self) -> None:
         """Try what the end of the run will do, in a folder that goes again. All ranks must call it.
 
-        What is wrong with it would otherwise show when the last step is done.
+        What is wrong with it would otherwise show when the last step is done. It comes before the run writes anything,
+        so that the same command can be given again once that is mended.
 
         Raises:
-            InputError: The result or a plot cannot be written.
+            InputError: `output_dir`, the result or a plot cannot be written.
         """
         state = next(iter(self.trained().values())).sample_state()
         curve: list[Mapping[str, Value]] = [{"step": 1, "loss": 0.0}]
@@ -182,6 +183,8 @@ class Run:
         with self.ranks.together("the rehearsal of the run's end"):
             if not self.ranks.is_first:
                 return
+            with self._writable_folder():
+                self.output_dir.mkdir(parents=True, exist_ok=True)
             folder = self.output_dir / "rehearsal.partial"
             for what, end in ends.items():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -205,22 +208,31 @@ class Run:
 
     @contextlib.contextmanager
     def reports(self) -> Iterator[contextlib.ExitStack]:
-        """Open the logs and the display, on the first rank; close them, and what a job adds, however the run ends."""
+        """Open the logs and the display, on the first rank; close them, and what a job adds, however the run ends.
+
+        The end of the run is rehearsed first. All ranks must call it.
+        """
+        self.rehearse()
         with contextlib.ExitStack() as stack:
             if self.ranks.is_first:
-                try:
-                    self.output_dir.mkdir(parents=True, exist_ok=True)
+                with self._writable_folder():
                     (self.output_dir / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-                except OSError as error:
-                    raise InputError(
-                        f"output_dir {self.config.output_dir!r} cannot be written: {error.strerror}, expected a folder"
-                    ) from error
                 self.metrics_log = MetricsLog(
                     self.output_dir, self.config.log.loggers, to_dict(self.config), self.resume_step
                 )
                 stack.callback(self.metrics_log.close)
                 self.progress = stack.enter_context(Progress(self.total_steps, self.step, self._shown))
             yield stack
+
+    @contextlib.contextmanager
+    def _writable_folder(self) -> Iterator[None]:
+        """Say what is wrong with `output_dir` where it cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"output_dir {self.config.output_dir!r} cannot be written: {error.strerror}, expected a folder"
+            ) from error
 
     @property
     def resume_step(self) -> int | None:

@@ -144,7 +144,6 @@ class SupervisedRun(Run, Generic[Example]):
         with self.reports():
             for text in (self._batch_sizes(), f"loss head: {self.ops_backend}", *self.inputs.notes):
                 self.say(text)
-            self.rehearse()
             while self.step < self.total_steps and not self.must_stop():
                 with self.phase("update") as update:
                     metrics = self.update([self.inputs.examples[i] for i in self.sampler.next()])

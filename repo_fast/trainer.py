@@ -6,6 +6,7 @@ is one call in `Trainer._take_step`; what is learned from a rollout stands in `l
 before/after evaluation on held-out prompts, the logs, and the checkpoints.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,14 +97,12 @@ class Trainer(Run):
             The exit status: 0, or 128 + the signal that stopped the run.
         """
         self.listen()
-        with self.reports() as stack:
-            stack.callback(self.rollout_engine.close)
+        with contextlib.closing(self.rollout_engine), self.reports() as stack:
             if self.ranks.is_first:
                 self.sample_log = SampleLog(self.output_dir, self.resume_step)
                 stack.callback(self.sample_log.close)
                 for text in (self._batch_sizes(), *self.inputs.notes, *self._notes()):
                     self.say(text)
-            self.rehearse()
             self._evaluate_before()
             while self.step < self.total_steps and not self.must_stop():
                 if self.step + 1 == self.config.profile:

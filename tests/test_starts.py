@@ -170,9 +170,9 @@ def test_what_the_end_of_a_run_cannot_do_shows_at_its_start(
             assert start(inputs / "policy", tmp_path / name) == 2
             said = capsys.readouterr().err
             assert "the run could not end: writing the model fails ([Errno 28] No space left on device)" in said
-            assert not list((tmp_path / name).glob("rehearsal*"))
-            assert not (tmp_path / name / "metrics.jsonl").read_text()
+            assert not list((tmp_path / name).iterdir())
     monkeypatch.undo()
+    assert job.here(tmp_path / "train") == 0, "the same command cannot be given again"
     monkeypatch.setattr("repo_fast.run.plot_panels", full)
     assert job.here(tmp_path / "plots") == 2
     assert "drawing a plot fails" in capsys.readouterr().err

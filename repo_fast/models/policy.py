@@ -41,7 +41,7 @@ class Policy(nn.Module):
 
     Args:
         model: A `...ForCausalLM` with a linear head without bias and nothing after it.
-        aside: What was taken out of its configuration (`trunk.set_aside`), and is written back with it.
+        aside: What was taken out of its configuration (`model_config.set_aside`), and is written back with it.
     """
 
     def __init__(self, model: nn.Module, aside: Mapping[str, Any] = MappingProxyType({})) -> None:

@@ -109,7 +109,7 @@ class ScoreFormat:
         score_type: `reward`, `cost` or `critic`; None where it does not say.
         do_normalize: Whether scores are normalised, as `score_type` says (`NORMALIZERS`).
         normalizer: The tensors `normalizer.*` by name, as they are in the file; empty where it has none.
-        aside: What is taken out of its configuration while it is used (`trunk.set_aside`).
+        aside: What is taken out of its configuration while it is used (`model_config.set_aside`).
     """
 
     score_type: str | None = None
