@@ -33,16 +33,20 @@ def _policy_kernel(
     ref_log_probs, importance_weights, log_probs, entropies, terms,
     T, S, clip_low, clip_high, kl_coefficient, entropy_coefficient,
     RECTIFY: tl.constexpr, MIXED: tl.constexpr, REDUCTION: tl.constexpr, ENTROPY: tl.constexpr, GRADIENT: tl.constexpr,
-    EXACT: tl.constexpr, TILE: tl.constexpr, D_TILE: tl.constexpr,
+    EXACT: tl.constexpr, TILE: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr, PAD: tl.constexpr,
+    D_TILE: tl.constexpr,
 ):  # fmt: skip
     token, row, target, sound, own = open_row(
         logits, pitch, hidden, hidden_stride_t, hidden_stride_d, weight, weight_stride_v, weight_stride_d, targets,
         rows, start, V, D, EXACT, D_TILE,
     )  # fmt: skip
-    maximum, others, total, log_total, log_prob, entropy = row_statistics(row, pitch, V, target, own, scale, TILE)
+    log_prob, entropy, rate, maximum, inverse, offset, rest = row_statistics(
+        row, pitch, V, target, own, scale, entropies is not None, GRADIENT, TILE, THREADS, VECTOR, PAD
+    )
     log_prob = tl.where(sound, log_prob, float("nan"))
     tl.store(log_probs + token, log_prob)
-    tl.store(entropies + token, entropy)
+    if entropies is not None:
+        tl.store(entropies + token, entropy)
 
     sequence = tl.load(sequence_ids + token)
     known = (sequence >= 0) & (sequence < S)
@@ -73,7 +77,7 @@ def _policy_kernel(
 
     if GRADIENT:
         write_gradient(
-            row, pitch, V, target, scale, maximum, others, total, log_total, log_prob, entropy,
+            row, pitch, target, scale, log_prob, entropy, rate, maximum, inverse, offset, rest,
             slope * factor, -entropy_coefficient * factor, ENTROPY, TILE,
         )  # fmt: skip
 
@@ -97,7 +101,7 @@ def policy_rows(
     ref_log_probs: torch.Tensor | None,
     importance_weights: torch.Tensor | None,
     log_probs: torch.Tensor,
-    entropies: torch.Tensor,
+    entropies: torch.Tensor | None,
     terms: torch.Tensor,
     *,
     clip: tuple[float, float],
@@ -116,7 +120,7 @@ def policy_rows(
             multiplier, denominator, ref_log_probs, importance_weights: Of all T tokens, as
             `rectified_policy_loss.loss_of_tokens`.
         log_probs: Written, [T] float32, nats.
-        entropies: Written, [T] float32, nats.
+        entropies: Written, [T] float32, nats; None: not wanted, and `entropy_coefficient` is 0.
         terms: Written, [3, T] float32: each token's share of the reduced loss, whether it was clipped, (ρ − 1) − log ρ.
         clip, kl_coefficient, entropy_coefficient, rectify, mixed, reduction: As in the formulas.
     """

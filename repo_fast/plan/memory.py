@@ -103,11 +103,13 @@ def _gathered(model: Network, engine: EngineConfig, ranks: int, width: int) -> f
 
 def _forward(model: Network, tokens: int, width: int, device: torch.device) -> float:
     """Without a backward: a layer's activations, and a chunk of logits."""
-    return tokens * model.layer_activations + _logits(model, tokens, width, device)
+    return tokens * model.layer_activations + _chunk(model, tokens, width, device) * model.vocabulary * width
 
 
-def _logits(model: Network, tokens: int, width: int, device: torch.device) -> float:
-    return min(chunk_rows(device, model.vocabulary), tokens) * model.vocabulary * width if model.vocabulary else 0.0
+def _chunk(model: Network, tokens: int, width: int, device: torch.device) -> int:
+    """Rows of logits that exist at a time."""
+    dtype = torch.float32 if width == _FLOAT32 else torch.bfloat16
+    return chunk_rows(device, dtype, tokens, model.vocabulary, model.width) if model.vocabulary else 0
 
 
 def _generation(policy: Network, config: TrainConfig, ranks: int, longest: int, width: int) -> float:
@@ -142,10 +144,13 @@ def _update(model: Network, engine: EngineConfig, ranks: int, tokens: int, width
     if engine.activation_checkpointing:
         # A layer's input each, and all of the one that is computed again.
         kept = model.layers * model.width * width + model.layer_activations
-    backward = tokens * (kept + model.other_activations) + _logits(model, tokens, width, device)
+    backward = tokens * (kept + model.other_activations)
     if model.vocabulary:
-        # The gradients of hidden states and head, formed in the forward; the head's is summed in float32.
-        backward += tokens * model.width * width + _FLOAT32 * model.vocabulary * model.width
+        # A chunk of logits, and the gradients of hidden states and head, formed in the forward; over several chunks the
+        # head's is summed in float32.
+        rows = _chunk(model, tokens, width, device)
+        head = (_FLOAT32 if rows < tokens else width) * model.vocabulary * model.width
+        backward += rows * model.vocabulary * width + tokens * model.width * width + head
     held, reducing = _gradients(model, engine, ranks, width, device)
     # Stage 3 takes the optimizer's step a part of at most so many parameters at a time, with a float32 gradient.
     step = _FLOAT32 * min(model.trained / ranks, _LIVE_PARAMETERS)

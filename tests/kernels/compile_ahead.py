@@ -2,9 +2,10 @@
 
     python -m tests.kernels.compile_ahead [--json FILE]
 
-For NVIDIA's A100, H100 and B200 it prints registers, spills and shared memory; for AMD's MI300 it only compiles. The
-launchers of `kernels/` are called as the trainer calls them, but with tensors on the CPU and with each launch replaced
-by a compilation: so what is compiled is what would run, down to the alignment of pointers and strides.
+For NVIDIA's A100, H100 and B200 it prints registers, spills and shared memory, and how many instructions the machine
+code of the row passes has for each logit; for AMD's MI300 it only compiles. The launchers of `kernels/` are called as
+the trainer calls them, but with tensors on the CPU and with each launch replaced by a compilation: so what is compiled
+is what would run, down to the alignment of pointers and strides.
 """
 
 import argparse
@@ -15,9 +16,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.driver import driver
@@ -33,8 +36,29 @@ from repo_fast.ops.sweep import row_pitch
 
 # Compute capability -> bytes of shared memory that a program can have (CUDA C++ programming guide, table of limits).
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-SHAPES = [(torch.bfloat16, 32001), (torch.bfloat16, 128256), (torch.float32, 32001), (torch.float32, 500)]
+ROWS = [(dtype, V) for dtype in (torch.bfloat16, torch.float32) for V in (32001, 49152, 128256)]
+SHAPES = [*ROWS, (torch.float32, 500)]
 T, S, D = 64, 8, 4096
+NVDISASM = knobs.nvidia.nvdisasm.path
+
+
+class RowLoops(NamedTuple):
+    """What the machine code of a row pass does in its loops over tiles of logits.
+
+    Attributes:
+        statistics: Instructions for each logit in the loop that reads.
+        gradient: The same in the loop that also writes; 0 without one.
+        barriers: At which threads wait for each other, in the loops.
+        narrow: Loads and stores of less than 16 bytes, in the loops.
+        whole: Instructions for each logit of the whole kernel, which runs the loops once a tile and everything else at
+            most once.
+    """
+
+    statistics: float
+    gradient: float
+    barriers: int
+    narrow: int
+    whole: float
 
 
 class Usage(NamedTuple):
@@ -47,6 +71,7 @@ class Usage(NamedTuple):
     registers: int
     spilled: int
     shared: int
+    loops: RowLoops | None
 
 
 class _AbsentDevice:
@@ -81,10 +106,12 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             case = name if entropies is None else f"{name}, entropy"
             yield case, lambda chunk=chunk, entropies=entropies: log_prob_rows(*chunk, floats, entropies)
             yield case, lambda chunk=chunk, entropies=entropies: gradient_rows(*chunk, floats, entropies)
-        yield name, lambda chunk=chunk: policy_rows(
-            *chunk, *needed, None, None, None, floats, floats, floats.expand(3, T), **plain,
-            entropy_coefficient=0.0, gradient=True,
-        )  # fmt: skip
+        for entropies in (None, floats):
+            case = name if entropies is None else f"{name}, entropy"
+            yield case, lambda chunk=chunk, entropies=entropies: policy_rows(
+                *chunk, *needed, None, None, None, floats, entropies, floats.expand(3, T), **plain,
+                entropy_coefficient=0.0, gradient=True,
+            )  # fmt: skip
         yield f"{name}, all options", lambda chunk=chunk: policy_rows(
             *chunk, *needed, number, floats, floats, floats, floats, floats.expand(3, T), **full,
             entropy_coefficient=0.1, gradient=True,
@@ -139,6 +166,8 @@ def compile_all(target: GPUTarget) -> Iterator[tuple[str, triton.compiler.Compil
 
     driver.set_active(_AbsentDevice(target))
     JITFunction.run = compile_only
+    hip = mock.patch.object(torch.version, "hip", "6.4" if target.backend == "hip" else None)
+    hip.start()
     try:
         for case, launch in launches():
             launch()
@@ -146,23 +175,20 @@ def compile_all(target: GPUTarget) -> Iterator[tuple[str, triton.compiler.Compil
             compiled.clear()
     finally:
         JITFunction.run = run
+        hip.stop()
 
 
 def usage(case: str, kernel: triton.compiler.CompiledKernel, capability: int) -> Usage:
-    """What the assembler says of a kernel."""
+    """What the assembler says of a kernel, and what its disassembly shows."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
         target = re.search(r"^\.target (\w+)", kernel.asm["ptx"], re.MULTILINE)[1]
-        command = [
-            get_ptxas(capability).path,
-            "-v",
-            f"--gpu-name={target}",
-            source,
-            "-o",
-            Path(folder) / "kernel.cubin",
-        ]
+        binary = Path(folder) / "kernel.cubin"
+        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target}", source, "-o", binary]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        listing = subprocess.run([NVDISASM, "-c", binary], capture_output=True, text=True, check=True).stdout
+    shape = re.match(r"(\w+) V=(\d+)", case)
     return Usage(
         kernel=kernel.metadata.name,
         case=case,
@@ -171,7 +197,49 @@ def usage(case: str, kernel: triton.compiler.CompiledKernel, capability: int) ->
         registers=int(re.search(r"Used (\d+) registers", said)[1]),
         spilled=sum(int(n) for n in re.findall(r"(\d+) bytes spill", said)),
         shared=kernel.metadata.shared,
+        loops=shape and row_loops(listing, getattr(torch, shape[1]), int(shape[2]), 32 * kernel.metadata.num_warps),
     )
+
+
+def row_loops(listing: str, dtype: torch.dtype, V: int, threads: int) -> RowLoops | None:
+    """Counts a row pass in the text that `nvdisasm -c` makes of it; None where no loop fits in a row of V logits."""
+    code, labels = [], {}
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(code)
+        elif (instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)) and not instruction[1].startswith("NOP"):
+            code.append(instruction[1])
+    outside, reading, writing = len(code), [], []
+    for end, instruction in enumerate(code):
+        back = re.search(r"BRA.*`\((\.L_\w+)\)", instruction)
+        if not back or labels.get(back[1], len(code)) >= end:
+            continue
+        body = code[labels[back[1]] : end + 1]
+        outside -= len(body)
+        if all(any(name in line for line in body) for name in ("MUFU.EX2", "LDG")):  # not the target's dot product
+            (writing if any("STG" in line for line in body) else reading).append(body)
+    if not reading:
+        return None
+    # Between the two of every row stand those of rows whose logits are too large.
+    loops = [reading[0], *writing[-1:]]
+    logits = [sum(_bytes(line) for line in body if "LDG" in line) // dtype.itemsize for body in loops]  # of a thread
+    each = [len(body) / count for body, count in zip(loops, logits, strict=True)]
+    tiles = [row_pitch(V, dtype) // (threads * count) for count in logits]
+    issued = outside + sum(len(body) * count for body, count in zip(loops, tiles, strict=True))
+    lines = [line for body in loops for line in body]
+    return RowLoops(
+        statistics=each[0],
+        gradient=each[1] if writing else 0.0,
+        barriers=sum("BAR" in line for line in lines),
+        narrow=sum(_bytes(line) < 16 for line in lines if "LDG" in line or "STG" in line),
+        whole=issued * threads / V,
+    )
+
+
+def _bytes(access: str) -> int:
+    """That a thread moves by a load or store."""
+    width = re.search(r"(?:LDG|STG)\S*?\.(U8|S8|U16|S16|64|128|256)\b", access)
+    return {"8": 1, "16": 2}.get(width[1].lstrip("US"), int(width[1].lstrip("US")) // 8) if width else 4
 
 
 def main() -> None:
@@ -182,14 +250,18 @@ def main() -> None:
     for capability in SHARED_LIMITS:
         for case, kernel in compile_all(GPUTarget("cuda", capability, 32)):
             table.append(usage(case, kernel, capability))
-    line = "{:24} {:38} {:>6} {:>5} {:>9} {:>13} {:>12}"
-    print(line.format("kernel", "case", "sm", "warps", "registers", "spilled bytes", "shared bytes"))
-    for row in table:
-        print(line.format(*row))
+    line = "{:24} {:38} {:>6} {:>5} {:>9} {:>13} {:>12} {:>10} {:>8} {:>8} {:>6} {:>8}"
+    heads = "kernel", "case", "sm", "warps", "registers", "spilled bytes", "shared bytes"
+    print(line.format(*heads, "statistics", "gradient", "barriers", "narrow", "whole"))
+    for *row, loops in table:
+        cells = [f"{count:.1f}" if isinstance(count, float) else count for count in loops or [""] * 5]
+        print(line.format(*row, *cells))
     on_rocm = sum(1 for _ in compile_all(GPUTarget("hip", "gfx942", 64)))
     print(f"ROCm, gfx942: {on_rocm} kernels compiled")
     if options.json is not None:
-        options.json.write_text(json.dumps([row._asdict() for row in table]))
+        options.json.write_text(
+            json.dumps([row._asdict() | {"loops": row.loops and row.loops._asdict()} for row in table])
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What PyTorch expects of registered ops: opcheck, torch.compile, one backward; and the work and memory they take."""
 
+import itertools
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -256,9 +258,18 @@ def test_more_logits_than_32_bit_can_count(backend: str) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("V", [1, 31, 32001, 128256, 1 << 20])
 def test_offsets_within_a_chunk_fit_32_bits(V: int, device: str) -> None:
-    rows = sweep.chunk_rows(torch.device(device), V)
-    for dtype in (torch.float32, torch.bfloat16):
-        assert 0 < rows * sweep.row_pitch(V, dtype) < 2**31
+    for dtype, N in itertools.product((torch.float32, torch.bfloat16), (1, 500, 16384, 10**6)):
+        rows = sweep.chunk_rows(torch.device(device), dtype, N, V, 8192)
+        assert 0 < rows <= N and rows * sweep.row_pitch(V, dtype) < 2**31
+
+
+@pytest.mark.parametrize(("V", "tall", "alone"), [(32001, 8192, 16384), (131072, 4096, 12288), (1 << 20, 512, 2047)])
+def test_rows_are_one_chunk_where_that_takes_no_more_memory_than_a_sum(V: int, tall: int, alone: int) -> None:
+    rows = partial(sweep.chunk_rows, torch.device("cuda"), torch.bfloat16, V=V, D=4096)
+    assert rows(N=alone) == alone and rows(N=alone + 1) == tall
+    assert 2 * alone * V <= 2 * tall * V + 4 * V * 4096
+    # In float32 a sum takes no memory beside the result.
+    assert sweep.chunk_rows(torch.device("cuda"), torch.float32, tall + 1, V, 4096) == tall
 
 
 def test_importing_the_ops_brings_no_trainer() -> None:

@@ -1,0 +1,51 @@
+"""The row passes at the ends of what floating point holds, and what they leave in memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from repo_fast.kernels.linear_log_probs import gradient_rows, log_prob_rows
+from repo_fast.ops.sweep import row_pitch
+from tests.ops.cases import assert_fused_is_exact, assert_log_probs_are_exact, make_case
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e4, 1e8, 1e12, 1e30])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_of_any_size_are_exact(size: float, dtype: torch.dtype, backend: str) -> None:
+    case = make_case(seed=5, T=12, D=3, V=1100, dtype=dtype, ignored=0.0)
+    logits = case.hidden.double() @ case.weight.double().T
+    case = replace(case, hidden=(case.hidden.double() * (size / logits.abs().max())).to(dtype))
+    assert_log_probs_are_exact(case, 1.0)
+    assert_fused_is_exact(case, {"multiplier": 0.7, "on_policy": True, "entropy_coefficient": 0.1})
+
+
+@pytest.mark.parametrize("temperature", [1e-12, 1e12])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_temperature_is_exact(temperature: float, dtype: torch.dtype, backend: str) -> None:
+    assert_log_probs_are_exact(make_case(seed=6, T=12, D=8, V=1100, dtype=dtype, ignored=0.0), temperature)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e10])
+@pytest.mark.parametrize("V", [31, 500, 1100, 33000])
+def test_a_forward_leaves_the_logits_for_a_backward(V: int, size: float) -> None:
+    case = make_case(seed=7, T=5, D=8, V=V, ignored=0.0)
+    buffer = torch.full((5, row_pitch(V, torch.float32)), torch.nan)
+    z = buffer[:, :V].copy_(size * (case.hidden @ case.weight.T))
+    before = z.clone()
+    log_probs, entropies, unused = torch.zeros(5), torch.zeros(5), torch.zeros(5)
+    chunk = z, case.hidden, case.weight, case.targets, None, 0, 1.0
+    log_prob_rows(*chunk, log_probs, entropies)
+    assert torch.equal(z, before)
+    log_prob_rows(*chunk, unused, None)
+    assert torch.equal(z, before) and torch.equal(unused, log_probs)
+    truth = before.double().log_softmax(1)
+    torch.testing.assert_close(log_probs.double(), truth.gather(1, case.targets[:, None])[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropies.double(), -(truth.exp() * truth).sum(1), atol=1e-5, rtol=1e-5)
+    gradient_rows(*chunk, torch.ones(5), None)
+    expected = -truth.exp()
+    expected[torch.arange(5), case.targets] += 1
+    torch.testing.assert_close(z.double(), expected, atol=1e-6, rtol=1e-5)
+    assert not buffer[:, V:].any(), "products may run over what lies between V and the pitch"
