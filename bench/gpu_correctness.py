@@ -1,16 +1,16 @@
-"""Every public op on a device against `repo_fast.ops.reference` in float64 on the CPU, within the tolerances of the
-contract (those of tests/ops/cases.py), and what only a GPU can show: waiting for the device, ids that are out of range
-and yet not read through, addresses beyond 32 bits.
+"""Every public op on a device against `repo_fast.ops.reference` in float64, within the tolerances of the contract
+(those of tests/ops/cases.py): over dtypes, shapes and options, and over the ways in which an op is called.
 
-A check returns, for each quantity, how large its error is and how large it may be.
+A check returns, for each quantity, how large its error is and how large it may be. The reference runs on the device as
+well, since float64 products of this size take a CPU seconds; that it computes there what it computes on a CPU is the
+first check.
 """
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -27,19 +27,9 @@ from repo_fast.ops import (
     reference,
     sweep,
 )
-from tests.ops.cases import (
-    Case,
-    error,
-    loss_scale,
-    make_case,
-    relative_error,
-    row_bound,
-    run_fused,
-    run_reference,
-    with_token_options,
-)
+from tests.ops.cases import Case, error, loss_scale, make_case, relative_error, row_bound, with_token_options
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULTS: dict[str, Any] = {"multiplier": 0.7}
 OPTIONS: tuple[dict[str, Any], ...] = (
     {
@@ -55,69 +45,123 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"multiplier": 1.0, "on_policy": True, "reduction": "sum", "scope": "response"},
 )
 FEW_ROWS = 64
+LEAVES = ("hidden", "weight")
 
 Errors = dict[str, tuple[float, float]]
 """By quantity: its error, and the largest one allowed."""
+Checks = Iterator[tuple[str, Callable[[], Errors]]]
+"""Names of checks, and functions that make them."""
 
 
 def on(case: Case, device: torch.device) -> Case:
     return Case(**{name: value.to(device) for name, value in vars(case).items()})
 
 
-def off(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu()
-
-
-def chunks_of(rows: int) -> AbstractContextManager:
-    """While this is open, the linear ops take so many rows of logits at a time."""
-    return mock.patch.multiple(sweep, GPU_CHUNK_ROWS=rows, CPU_CHUNK_ROWS=rows, CPU_MIN_ROWS=1)
+@contextmanager
+def chunks_of(rows: int) -> Iterator[None]:
+    """While this is open, the linear ops take so many rows of logits at a time, on any device."""
+    constants = {"GPU_CHUNK_ROWS": rows, "CPU_CHUNK_ROWS": rows, "CPU_MIN_ROWS": 1, "GPU_CHUNK_ELEMENTS": 1 << 31}
+    with mock.patch.multiple(sweep, **constants):
+        yield
 
 
 def count(condition: Tensor) -> float:
     return float(condition.sum())
 
 
-def bits_that_differ(one: tuple[Tensor, ...], two: tuple[Tensor, ...]) -> float:
-    """Elements that are not equal; NaN is equal to nothing."""
-    return sum(count(a != b) for a, b in zip(one, two, strict=True))
+def largest(values: Tensor) -> float:
+    return values.max().item() if values.numel() else 0.0
 
 
 # ------------------------------------------------------------------------------------------------- exactness
 
 
-def fused_errors(case: Case, options: dict[str, Any], device: torch.device) -> Errors:
-    """Values and gradients of the fused op."""
-    result, *gradients = run_fused(on(case, device), options)
-    (loss, log_probs, entropy, violations), *truths = run_reference(case.wide(), options)
-    plain, *plain_gradients = run_reference(on(case, device), options)
+def run(
+    function: Callable[..., Any],
+    case: Case,
+    options: dict[str, Any],
+    incoming: float = 1.0,
+    wants: tuple[str, ...] = LEAVES,
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor | None]]:
+    """(loss, log-probs, entropy, violations) of the fused op or its reference, and the gradients by leaf.
+
+    Args:
+        function: Either of them.
+        case: Whose tensors it is given as they are, strides and all.
+        options: As `tests.ops.cases` has them.
+        incoming: The gradient of the loss.
+        wants: Which leaves want a gradient.
+    """
+    case = replace(case, **{name: getattr(case, name).detach().requires_grad_(name in wants) for name in LEAVES})
+    options = with_token_options(case, options)
+    arguments = list(case.arguments())
+    if options.pop("on_policy", False):
+        arguments[3] = None
+    result = function(*arguments, **options)
+    (incoming * result[0]).backward()
+    return tuple(x.detach() for x in result[:4]), {name: getattr(case, name).grad for name in LEAVES}
+
+
+def fused_errors(
+    case: Case,
+    options: dict[str, Any],
+    device: torch.device,
+    *,
+    incoming: float = 1.0,
+    wants: tuple[str, ...] = LEAVES,
+    prepare: Callable[[Case], Case] = lambda case: case,
+    around: Callable[[], AbstractContextManager] = nullcontext,
+) -> Errors:
+    """Values and gradients of the fused op.
+
+    Args:
+        case, options, incoming, wants: As in `run`.
+        device: Where it runs.
+        prepare: The case -> the same numbers, as the op gets them.
+        around: Opened around forward and backward of the op alone.
+    """
+    case = on(case, device)
+    with around():
+        ours, gradients = run(fused_rectified_policy_loss, prepare(case), options, incoming, wants)
+    truth, true_gradients = run(reference.fused_rectified_policy_loss, case.wide(), options, incoming)
+    plain, plain_gradients = run(reference.fused_rectified_policy_loss, case, options, incoming)
     scale = loss_scale(case, options)
-    ours, ordinary = [off(x) for x in result[:4]], [off(x) for x in plain[:3]]
-    errors = _row_errors(case, ours[1:3], (log_probs, entropy), ordinary[1:3], options.get("temperature", 1.0))
-    errors["violations"] = (ours[3] - violations).abs().max().item(), 1e-6 * (1 + violations.abs().max().item())
+    errors = _row_errors(case, ours[1:3], truth[1:3], plain[1:3], options.get("temperature", 1.0))
+    errors["violations"] = largest((ours[3] - truth[3]).abs()), 1e-6 * (1 + largest(truth[3].abs()))
     allowed = 1e-5 * scale
     if case.hidden.dtype != torch.float32:
         # A single number's error can be 0 by luck. So: twice what plain PyTorch's errors in log p and H can do to it.
-        slack = (ordinary[1] - log_probs).abs().max() + (ordinary[2] - entropy).abs().max()
-        allowed += 2 * scale * slack.item()
-    errors["loss"] = abs(ours[0].item() - loss.item()), allowed
-    return errors | _gradient_errors(gradients, truths, plain_gradients)
+        slack = largest((plain[1] - truth[1]).abs()) + largest((plain[2] - truth[2]).abs())
+        allowed += 2 * scale * slack
+    errors["loss"] = (ours[0] - truth[0]).abs().item(), allowed
+    return errors | _gradient_errors(gradients, true_gradients, plain_gradients, wants)
 
 
-def log_probs_errors(case: Case, temperature: float, device: torch.device) -> Errors:
-    """Values and gradients of `linear_log_probs`, of both outputs at once."""
-    up = torch.randn(2, case.targets.numel(), generator=torch.Generator().manual_seed(0))
+def log_probs_errors(
+    case: Case,
+    temperature: float,
+    device: torch.device,
+    *,
+    wants: tuple[str, ...] = LEAVES,
+    prepare: Callable[[Case], Case] = lambda case: case,
+    around: Callable[[], AbstractContextManager] = nullcontext,
+) -> Errors:
+    """Values and gradients of `linear_log_probs`, of both outputs at once. Arguments as in `fused_errors`."""
+    case = on(case, device)
+    up = torch.randn(2, case.targets.numel(), generator=torch.Generator().manual_seed(0)).to(device)
 
-    def run(inputs: Case, function: Callable[..., tuple[Tensor, Tensor]], up: Tensor) -> list[Tensor]:
-        inputs = inputs.copy()
-        outputs = function(inputs.hidden, inputs.weight, inputs.targets, temperature=temperature)
+    def compute(inputs: Case, function: Callable[..., tuple[Tensor, Tensor]], wants: tuple[str, ...] = LEAVES) -> Any:
+        leaves = {name: getattr(inputs, name).detach().requires_grad_(name in wants) for name in LEAVES}
+        outputs = function(*leaves.values(), inputs.targets, temperature=temperature)
         torch.autograd.backward(outputs, tuple(up.to(outputs[0].dtype)))
-        return [off(x) for x in (*outputs, inputs.hidden.grad, inputs.weight.grad)]
+        return [x.detach() for x in outputs], {name: leaf.grad for name, leaf in leaves.items()}
 
-    ours = run(on(case, device), partial(linear_log_probs, return_entropy=True), up.to(device))
-    truth = run(case.wide(), reference.linear_log_probs, up)
-    plain = run(on(case, device), reference.linear_log_probs, up.to(device))
-    return _row_errors(case, ours[:2], truth[:2], plain[:2], temperature) | _gradient_errors(
-        ours[2:], truth[2:], plain[2:]
+    with around():
+        ours, gradients = compute(prepare(case), partial(linear_log_probs, return_entropy=True), wants)
+    truth, true_gradients = compute(case.wide(), reference.linear_log_probs)
+    plain, plain_gradients = compute(case, reference.linear_log_probs)
+    return _row_errors(case, ours, truth, plain, temperature) | _gradient_errors(
+        gradients, true_gradients, plain_gradients, wants
     )
 
 
@@ -128,18 +172,39 @@ def _row_errors(case: Case, ours: Any, truths: Any, plain: Any, temperature: flo
     floors = {"log-probs": 0.0, "entropy": 1e-5}
     for (name, floor), value, truth, ordinary in zip(floors.items(), ours, truths, plain, strict=True):
         if case.hidden.dtype == torch.float32:
-            errors[f"{name}, of a row's bound"] = ((value - truth).abs() / bound).max().item(), 1.0
+            errors[f"{name}, of a row's bound"] = largest((value - truth).abs() / bound), 1.0
         else:
             errors[name] = error(value, truth), max(2 * error(ordinary, truth), floor)
     return errors
 
 
-def _gradient_errors(ours: Any, truths: Any, plain: Any) -> Errors:
+def _gradient_errors(
+    ours: dict[str, Tensor | None],
+    truths: dict[str, Tensor],
+    plain: dict[str, Tensor],
+    wants: tuple[str, ...] = LEAVES,
+) -> Errors:
     errors = {}
-    for name, value, truth, ordinary in zip(("grad hidden", "grad weight"), ours, truths, plain, strict=True):
+    for name, value in ours.items():
+        if name not in wants or value is None:
+            errors[f"grad {name} is there or not, as asked"] = float((value is not None) != (name in wants)), 0.0
+            continue
         floor = 1e-5 if value.dtype == torch.float32 else 0.0
-        errors[name] = relative_error(off(value), truth), max(floor, 2 * relative_error(off(ordinary), truth))
+        ordinary = relative_error(plain[name], truths[name])
+        errors[f"grad {name}"] = relative_error(value, truths[name]), max(floor, 2 * ordinary)
     return errors
+
+
+def reference_errors(device: torch.device) -> Errors:
+    """The reference in float64 on the device against the same on the CPU, whose libraries are other ones."""
+    case = make_case(T=301, D=129, V=1031, S=17).wide()
+    here, gradients = run(reference.fused_rectified_policy_loss, on(case, device), OPTIONS[1])
+    there, true_gradients = run(reference.fused_rectified_policy_loss, case, OPTIONS[1])
+    names = ("loss", "log-probs", "entropy", "violations", *(f"grad {name}" for name in LEAVES))
+    pairs = zip((*here, *gradients.values()), (*there, *true_gradients.values()), strict=True)
+    return {
+        name: (relative_error(value.cpu(), truth), 1e-12) for name, (value, truth) in zip(names, pairs, strict=True)
+    }
 
 
 def rectified_errors(case: Case, options: dict[str, Any], device: torch.device) -> Errors:
@@ -147,7 +212,7 @@ def rectified_errors(case: Case, options: dict[str, Any], device: torch.device) 
     log_probs, _ = reference.linear_log_probs(case.hidden.double(), case.weight.double(), case.targets)
     violations = reference.prompt_violations(case.costs, case.prompt_ids)
 
-    def run(inputs: Case, function: Callable[..., Any], leaf: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def compute(inputs: Case, function: Callable[..., Any], leaf: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         leaf = leaf.detach().clone().requires_grad_()
         result = function(
             leaf,
@@ -160,10 +225,12 @@ def rectified_errors(case: Case, options: dict[str, Any], device: torch.device) 
         )
         loss = result if isinstance(result, Tensor) else result.loss
         loss.backward()
-        return off(loss), off(leaf.grad)
+        return loss.detach().cpu(), leaf.grad.cpu()
 
-    loss, gradient = run(on(case, device), rectified_policy_loss, log_probs.float().to(device), violations.to(device))
-    truth, wide = run(case.wide(), reference.rectified_policy_loss, log_probs.float().double(), violations.double())
+    loss, gradient = compute(
+        on(case, device), rectified_policy_loss, log_probs.float().to(device), violations.to(device)
+    )
+    truth, wide = compute(case.wide(), reference.rectified_policy_loss, log_probs.float().double(), violations.double())
     return {
         "loss": (abs(loss.item() - truth.item()), 1e-5 * loss_scale(case, options)),
         "gradient": (relative_error(gradient, wide), 1e-5),
@@ -174,9 +241,9 @@ def violations_errors(S: int, scope: str, device: torch.device) -> Errors:
     g = torch.Generator().manual_seed(S)
     costs = torch.randn(S, generator=g)
     prompt_ids = torch.randint(-(S // 4) - 1, S // 4 + 1, (S,), generator=g) * 2**40
-    ours = off(prompt_violations(costs.to(device), prompt_ids.to(device), scope=scope, threshold=0.25))
+    ours = prompt_violations(costs.to(device), prompt_ids.to(device), scope=scope, threshold=0.25).cpu()
     truth = reference.prompt_violations(costs.double(), prompt_ids, scope=scope, threshold=0.25)
-    return {"violations": ((ours - truth).abs().max().item(), 1e-6 * (1 + truth.abs().max().item()))}
+    return {"violations": (largest((ours - truth).abs()), 1e-6 * (1 + largest(truth.abs())))}
 
 
 def advantages_errors(responses: int, longest: int, device: torch.device) -> Errors:
@@ -190,20 +257,21 @@ def advantages_errors(responses: int, longest: int, device: torch.device) -> Err
     truths = zip(*(reference.generalized_advantages(*stream, cu_seqlens) for stream in streams), strict=True)
     errors: Errors = {}
     for name, value, truth in zip(("advantages", "returns"), ours, map(torch.stack, truths), strict=True):
-        errors[name] = (off(value) - truth).abs().max().item(), 1e-5 * truth.abs().max().item()
+        errors[name] = largest((value.cpu() - truth).abs()), 1e-5 * largest(truth.abs())
     return errors
 
 
-def exactness(tiny: bool, device: torch.device) -> Iterator[tuple[str, Callable[[], Errors]]]:
+def exactness(tiny: bool, device: torch.device) -> Checks:
+    """The ops as they are mostly called."""
     large = {"T": 67, "D": 33, "V": 1500} if tiny else {"T": 515, "D": 1024, "V": 32001}
     vocabularies = (301, 31) if tiny else (128256, 32001, 31)
-    kinds = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
-    for dtype, kind in kinds.items():
+    for kind, dtype in DTYPES.items():
         for ignored in (0.0, 0.5):
-            case = partial(make_case, seed=2, S=40, dtype=dtype, ignored=ignored, **large)
+            case = cache(partial(make_case, seed=2, S=40, dtype=dtype, ignored=ignored, **large))
             name = f"fused, {kind}, {', '.join(f'{key} {value}' for key, value in large.items())}, ignored {ignored}"
-            yield name, lambda case=case: fused_errors(case(), DEFAULTS, device)
-            yield f"{name}, chunks of {FEW_ROWS} rows", lambda case=case: _in_chunks(fused_errors, case(), device)
+            for suffix, around in (("", nullcontext), (f", chunks of {FEW_ROWS} rows", partial(chunks_of, FEW_ROWS))):
+                check = partial(fused_errors, options=DEFAULTS, device=device, around=around)
+                yield f"{name}{suffix}", lambda case=case, check=check: check(case())
         for options in OPTIONS:
             case = partial(make_case, seed=1, T=301, D=129, V=1031, S=17, dtype=dtype)
             name = ", ".join(f"{key} {value}" for key, value in options.items())
@@ -215,16 +283,11 @@ def exactness(tiny: bool, device: torch.device) -> Iterator[tuple[str, Callable[
     for responses, longest in ((1, 1), (7, 40), (31, 900)):
         name = f"advantages, {responses} responses of up to {longest} tokens"
         yield name, partial(advantages_errors, responses, longest, device)
-    for V, (dtype, kind), logits in itertools.product(vocabularies, kinds.items(), ("flat", "peaked", "low")):
+    for V, (kind, dtype), logits in itertools.product(vocabularies, DTYPES.items(), ("flat", "peaked", "low")):
         case = partial(make_case, T=67, D=72, V=V, dtype=dtype, logits=logits)
         name = f"{kind}, {logits} logits, V {V}"
         yield f"fused, {name}", lambda case=case: fused_errors(case(), DEFAULTS, device)
         yield f"log-probs, {name}", lambda case=case: log_probs_errors(case(), 0.8, device)
-
-
-def _in_chunks(errors: Callable[..., Errors], case: Case, device: torch.device) -> Errors:
-    with chunks_of(FEW_ROWS):
-        return errors(case, DEFAULTS, device)
 
 
 def _on_torch(dtype: torch.dtype, device: torch.device) -> Errors:
@@ -232,233 +295,80 @@ def _on_torch(dtype: torch.dtype, device: torch.device) -> Errors:
         return fused_errors(make_case(T=301, D=129, V=1031, S=17, dtype=dtype), OPTIONS[1], device)
 
 
-# ---------------------------------------------------------------------------------------------- other promises
+# ------------------------------------------------------------------------------------ other ways to call an op
 
 
-def run_bits(case: Case, options: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Everything that the two linear ops compute of a case."""
-    result, *gradients = run_fused(case, options)
-    leaves = case.copy()
-    log_probs, entropy = linear_log_probs(leaves.hidden, leaves.weight, leaves.targets, return_entropy=True)
-    (log_probs.sum() + entropy.sum()).backward()
-    own = (result.loss, result.log_probs, result.entropy, log_probs, entropy, leaves.hidden.grad, leaves.weight.grad)
-    return tuple(x.detach() for x in (*own, *gradients))
+def strided(case: Case) -> Case:
+    """The same numbers in tensors that are not contiguous, surrounded by NaN or by ids out of range.
 
-
-def same_bits_twice(case: Case, device: torch.device) -> Errors:
-    case = on(case, device)
-    first = run_bits(case, DEFAULTS)
-    return {"bits that differ": (bits_that_differ(first, run_bits(case, DEFAULTS)), 0.0)}
-
-
-def any_chunk_size(case: Case, device: torch.device) -> Errors:
-    """The float32 loss does not depend on the chunk."""
-    losses = []
-    for rows in (1 << 20, FEW_ROWS, 7):
-        with chunks_of(rows):
-            losses.append(run_fused(on(case, device), DEFAULTS)[0].loss.item())
-    return {"loss": (max(losses) - min(losses), 1e-6 * loss_scale(case, DEFAULTS))}
-
-
-def ratio_is_one(case: Case, device: torch.device) -> Errors:
-    """On-policy, `linear_log_probs` and the fused op give the same bits, with the clip range (0, 0)."""
-    case = on(case, device)
-    with torch.no_grad():
-        old = linear_log_probs(case.hidden, case.weight, case.targets)
-    result, *_ = run_fused(replace(case, old_log_probs=old), DEFAULTS | {"clip": (0.0, 0.0)})
-    return {
-        "log-probs that differ": (bits_that_differ((old,), (result.log_probs,)), 0.0),
-        "approximate KL": (result.approx_kl.abs().item(), 0.0),
-        "clip fraction": (result.clip_fraction.item(), 0.0),
-    }
-
-
-def uninitialised_memory(case: Case, device: torch.device) -> Errors:
-    """With every `torch.empty` full of NaN, nothing becomes NaN."""
-    was, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # this mode fills them
-    try:
-        with warnings.catch_warnings(), chunks_of(FEW_ROWS):
-            warnings.simplefilter("ignore")
-            results = run_bits(on(case, device), DEFAULTS)
-    finally:
-        torch.use_deterministic_algorithms(was, warn_only=warn_only)
-    return {"NaN": (sum(count(x.isnan()) for x in results), 0.0)}
-
-
-def out_of_range(case: Case, device: torch.device) -> Errors:
-    """Ids that are out of range make the loss NaN on a GPU, and raise on a CPU."""
-    good, T = on(case, device), case.targets.numel()
-    V, S = case.weight.shape[0], case.costs.numel()
-    wrong = {
-        **{f"target {id_}": replace(good, targets=_with_last(good.targets, id_)) for id_ in (V, 2**40, -7)},
-        **{f"sequence id {id_}": replace(good, sequence_ids=_with_last(good.sequence_ids, id_)) for id_ in (S, -9)},
-    }
-    errors: Errors = {}
-    for name, bad in wrong.items():
-        errors[f"{name} is missed"] = _missed(lambda bad=bad: run_fused(bad, DEFAULTS)[0].loss, device), 0.0
-    advantages = good.reward_advantages
-    for offsets in ([0, T + 5], [3, T], [0, T, T - 1, T]):
-        cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
-        scan = partial(generalized_advantages, advantages, advantages, cu_seqlens)
-        errors[f"cu_seqlens {offsets} are missed"] = _missed(lambda scan=scan: scan()[0].sum(), device), 0.0
-    torch.empty(1, device=device).fill_(0).item()  # an illegal access would show here
-    return errors
-
-
-def _with_last(ids: Tensor, value: int) -> Tensor:
-    return torch.cat([ids[:-1], ids.new_tensor([value])])
-
-
-def _missed(compute: Callable[[], Tensor], device: torch.device) -> float:
-    try:
-        value = compute()
-    except ValueError:
-        return float(device.type != "cpu")
-    return float(device.type == "cpu" or not value.isnan().item())
-
-
-def without_graph_breaks(case: Case, device: torch.device, tiny: bool) -> Errors:
-    """Under `torch.compile(fullgraph=True)`: all ops in one graph, the same bits as without."""
-    case = on(case, device)
-    cu_seqlens = torch.tensor([0, case.targets.numel()], dtype=torch.int32, device=device)
-    ids = case.sequence_ids.masked_fill(case.targets == -100, -1)
-
-    def everything(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        log_probs, entropy = linear_log_probs(hidden, weight, case.targets, return_entropy=True)
-        violations = prompt_violations(case.costs, case.prompt_ids)
-        advantages, _ = generalized_advantages(case.reward_advantages, case.ref_log_probs, cu_seqlens)
-        loss = rectified_policy_loss(
-            log_probs, case.old_log_probs, advantages, case.cost_advantages, ids, violations, multiplier=0.7
-        ).loss
-        fused = fused_rectified_policy_loss(hidden, weight, *case.arguments()[2:], multiplier=0.7)
-        return loss, fused.loss, fused.log_probs, entropy
-
-    def run(function: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        leaves = case.copy()
-        outputs = function(leaves.hidden, leaves.weight)
-        (outputs[0] + outputs[1]).backward()
-        return tuple(x.detach() for x in (*outputs, leaves.hidden.grad, leaves.weight.grad))
-
-    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager" if tiny else "inductor")
-    errors: Errors = {}
-    names = ("loss", "fused loss", "fused log-probs", "entropy", "grad hidden", "grad weight")
-    for name, value, eager in zip(names, run(compiled), run(everything), strict=True):
-        # What surrounds the ops, a sum of two, may be fused and rounded otherwise.
-        errors[name] = relative_error(value, eager.double()), 2 * torch.finfo(torch.float32).eps
-    return errors
-
-
-def waits_for_the_device(case: Case, device: torch.device) -> Errors:
-    """How often an op makes the host wait: once for the count of valid rows, where it needs that."""
-    case = on(case, device).copy()
-    violations = prompt_violations(case.costs, case.prompt_ids)
-    ids = case.sequence_ids.masked_fill(case.targets == -100, -1)
-    cu_seqlens = torch.tensor([0, case.targets.numel()], dtype=torch.int32, device=device)
-    multiplier = torch.tensor(0.7, device=device)
-    outputs: dict[str, Tensor] = {}
-
-    def forward(name: str, compute: Callable[[], Tensor]) -> None:
-        outputs[name] = compute()
-
-    def fused() -> Tensor:
-        return fused_rectified_policy_loss(*case.arguments(), multiplier=multiplier).loss
-
-    def log_probs() -> Tensor:
-        return linear_log_probs(case.hidden, case.weight, case.targets).sum()
-
-    advantages = case.reward_advantages
-    steps: dict[str, tuple[Callable[[], Any], int]] = {
-        "fused": (lambda: forward("fused", fused), 1),
-        "fused, backward": (lambda: outputs["fused"].backward(), 0),
-        "log-probs": (lambda: forward("log-probs", log_probs), 1),
-        "log-probs, backward": (lambda: outputs["log-probs"].backward(), 1),
-        "violations": (lambda: prompt_violations(case.costs, case.prompt_ids), 0),
-        "advantages": (lambda: generalized_advantages(advantages, advantages, cu_seqlens), 0),
-        "rectified": (
-            lambda: rectified_policy_loss(
-                case.old_log_probs, None, advantages, advantages, ids, violations, multiplier=multiplier
-            ),
-            1,
-        ),
-    }
-    for step, _ in steps.values():
-        step()  # compiles the kernels
-    return {f"waits, {name}": (_count_waits(step), float(allowed)) for name, (step, allowed) in steps.items()}
-
-
-def _count_waits(step: Callable[[], Any]) -> float:
-    torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return float(sum("synchronizing CUDA operation" in str(warning.message) for warning in caught))
-
-
-def far_addresses(T: int, D: int, V: int, dtype: torch.dtype, device: torch.device) -> Errors:
-    """Against a closed form: weight and hidden are 0 but for their last column, and of that weight but for its end."""
-    weight = torch.zeros(V, D, dtype=dtype, device=device)
-    weight[V - 1, D - 1] = 4.0
-    hidden = torch.zeros(T, D, dtype=dtype, device=device)
-    hidden[:, D - 1] = 1.0
-    targets = torch.full((T,), V - 1, device=device)
-    log_probs = off(linear_log_probs(hidden, weight, targets))
-    truth = 4.0 - torch.tensor(4.0, dtype=torch.float64).exp().add(V - 1).log()
-    return {"log-probs": ((log_probs - truth).abs().max().item(), 1e-5 * 4.0)}
-
-
-def promises(tiny: bool, device: torch.device) -> Iterator[tuple[str, Callable[[], Errors]]]:
-    V = 301 if tiny else 32001
-    for dtype in DTYPES:
-        kind = str(dtype).removeprefix("torch.")
-        for logits in ("flat", "peaked"):
-            case = partial(make_case, seed=3, T=307, D=72, V=V, dtype=dtype, logits=logits)
-            for check in (same_bits_twice, ratio_is_one, uninitialised_memory):
-                name = f"{check.__name__.replace('_', ' ')}, {kind}, {logits} logits"
-                yield name, lambda case=case, check=check: check(case(), device)
-    yield "any chunk size", lambda: any_chunk_size(make_case(T=307, D=72, V=V), device)
-    yield "without graph breaks", lambda: without_graph_breaks(make_case(T=67, D=24, V=V), device, tiny)
-    if device.type == "cuda":
-        yield "waits for the device", lambda: waits_for_the_device(make_case(T=307, D=72, V=V), device)
-
-
-def limits(tiny: bool, device: torch.device) -> Iterator[tuple[str, Callable[[], Errors]]]:
-    yield "out of range", lambda: out_of_range(make_case(T=67, D=24, V=301, ignored=0.0), device)
-    far = {"T·V": (600, 4, 301), "T·D": (4000, 30, 31), "V·D": (9, 30, 4000)}
-    if not tiny:
-        far = {"T·V": (70_001, 64, 32_001), "T·D": (600_001, 3_600, 31), "V·D": (65, 16_385, 131_073)}
-    for name, (T, D, V) in far.items():
-        yield f"far addresses, {name}", partial(far_addresses, T, D, V, torch.bfloat16, device)
-
-
-# ------------------------------------------------------------------------------------------------------- units
-
-
-def units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """The checks one after the other: their names, and functions that run them and return `passed` and `errors`.
-
-    Args:
-        device: Where the ops run.
-        tiny: Small sizes, for a test.
-        budget_s: For timed rounds, of which there are none.
+    Hidden states and what there is of each token or response are every other column, the weight is a transpose, and the
+    advantages, where they are all one number, are an expanded view.
     """
-    for checks in (promises, exactness):
-        for name, check in checks(tiny, device):
-            yield name, partial(_judge, check)
+
+    def apart(x: Tensor) -> Tensor:
+        around = x.new_full((*x.shape, 2), torch.nan if x.is_floating_point() else 2**40)
+        around[..., 0] = x
+        return around[..., 0]
+
+    def alike(x: Tensor) -> Tensor:
+        return x[:1].expand(x.shape) if bool((x == x[:1]).all()) else apart(x)
+
+    fields = {name: alike(value) if "advantages" in name else apart(value) for name, value in vars(case).items()}
+    return Case(**fields | {"weight": case.weight.t().contiguous().t()})
 
 
-def limit_units(
-    device: torch.device, tiny: bool, budget_s: float
-) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """As `units`, the checks that a wrong address would fail for good."""
-    for name, check in limits(tiny, device):
-        yield name, partial(_judge, check)
+@contextmanager
+def on_a_side_stream(device: torch.device) -> Iterator[None]:
+    """While this is open, a GPU's work goes to a stream that is not the default one, after what was launched before."""
+    if device.type != "cuda":
+        yield
+        return
+    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield
+    current.wait_stream(side)
 
 
-def _judge(check: Callable[[], Errors]) -> dict[str, Any]:
-    errors = check()
-    return {"passed": all(error <= bound for error, bound in errors.values()), "errors": errors}
+def ways(tiny: bool, device: torch.device) -> Checks:
+    """The two linear ops as they may be called besides."""
+    T, D = (67, 24) if tiny else (301, 72)
+    for kind, dtype in DTYPES.items():
+        case = cache(partial(make_case, seed=4, T=T, D=D, V=1031, S=17, dtype=dtype))
+
+        def fused(make: Callable[[], Case], **options: Any) -> Callable[[], Errors]:
+            return lambda: fused_errors(make(), OPTIONS[1], device, **options)
+
+        def log_probs(make: Callable[[], Case], **options: Any) -> Callable[[], Errors]:
+            return lambda: log_probs_errors(make(), 0.8, device, **options)
+
+        # 1024: a scaled loss, in float16 a usual one.
+        for incoming in (3.7, 1024.0):
+            yield f"fused, {kind}, incoming gradient {incoming}", fused(case, incoming=incoming)
+        for name, few in (("no token", {"T": 0}), ("all ignored", {"ignored": 1.0})):
+            none = partial(make_case, **({"T": 37, "D": 24, "V": 1031, "dtype": dtype} | few))
+            yield f"fused, {kind}, {name}", fused(none)
+            yield f"log-probs, {kind}, {name}", log_probs(none)
+        alike = cache(partial(_with_one_advantage, case))
+        yield f"fused, {kind}, strided inputs", fused(alike, prepare=strided)
+        yield f"log-probs, {kind}, strided inputs", log_probs(case, prepare=strided)
+        for leaf in LEAVES:
+            yield f"fused, {kind}, gradient to {leaf} alone", fused(case, wants=(leaf,))
+            yield f"log-probs, {kind}, gradient to {leaf} alone", log_probs(case, wants=(leaf,))
+        autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16)
+        side_stream = partial(on_a_side_stream, device)
+        for name, around in (("under autocast", autocast), ("on a side stream", side_stream)):
+            yield f"fused, {kind}, {name}", fused(case, around=around)
+            yield f"log-probs, {kind}, {name}", log_probs(case, around=around)
+
+
+def _with_one_advantage(make: Callable[[], Case]) -> Case:
+    case = make()
+    return replace(case, reward_advantages=torch.full_like(case.reward_advantages, 0.6))
+
+
+def checks(tiny: bool, device: torch.device) -> Checks:
+    """All of them, those of most consequence first."""
+    yield "the reference", partial(reference_errors, device)
+    yield from exactness(tiny, device)
+    yield from ways(tiny, device)

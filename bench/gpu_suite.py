@@ -3,20 +3,22 @@
     python -m bench.gpu_suite --out DIR
 
     environment   the device, its bare speed, driver, versions
-    correctness   every op against float64, and the other promises of the ops          (gpu_correctness.py)
+    correctness   every op against float64, in all ways of calling it                  (gpu_correctness.py)
+                  the other promises of the ops                                        (gpu_promises.py)
+                  packed attention                                                     (gpu_attention.py)
     kernels       the loss head beside its peers; where its time goes; tuning          (gpu_kernels.py)
     training      the policy update at the geometry of a 7B model                      (training_phase.py)
     rollout       generation, where DeepSpeed can be imported; vLLM's, where it can    (rollout_phase.py)
     limits        ids out of range, addresses beyond 32 bits: last, since a wrong address would end the process's use of
-                  the device                                                           (gpu_correctness.py)
+                  the device                                                           (gpu_promises.py)
 
 Run from the root of the repository: neither repo_fast nor its C++ extension needs to be installed, only torch, triton
 and transformers. Peers are measured where they can be imported.
 
-A part is a sequence of units. After each of them DIR/PART.json is written anew, so a run that is cut off leaves what
-it had measured. A unit that fails leaves its traceback there, and the rest goes on; units that are not begun before
-the part's time is over are named there. At the end come all tables, DIR/tables.md and DIR/summary.json, and the exit
-status: not 0 if a unit failed or a check did not pass. Missed targets are told, and are no failure.
+A part is a sequence of units, those of most consequence first. Two files are written: DIR/results.json anew after each
+unit, DIR/tables.md after each part, so a run that is cut off leaves what it had measured. A unit that fails leaves its
+traceback in results.json, and the rest goes on; units that are not begun before the part's time is over are named
+there. The exit status is not 0 if a unit failed or a check did not pass. Missed targets are told, and are no failure.
 
 Without a GPU everything runs in tiny sizes on the CPU, as a test of the suite itself.
 """
@@ -32,10 +34,37 @@ from typing import Any
 
 import torch
 
-from bench import gpu_correctness, gpu_kernels, processes, training_phase
+from bench import gpu_attention, gpu_correctness, gpu_kernels, gpu_promises, processes, training_phase
 from bench.machine import environment_table, environment_units
 from bench.suite import Part, Results, run_part, write_json
 from bench.tables import render, render_targets
+
+
+def correctness_units(
+    device: torch.device, tiny: bool, budget_s: float
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Functions that make a check and return whether it `passed`, and its `errors`; there are no rounds to time."""
+    for checks in (
+        gpu_promises.promises(tiny, device),
+        gpu_attention.checks(device),
+        gpu_correctness.checks(tiny, device),
+        gpu_promises.compiled(tiny, device),
+    ):
+        for name, check in checks:
+            yield name, partial(judged, check)
+
+
+def limit_units(
+    device: torch.device, tiny: bool, budget_s: float
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """As `correctness_units`, the checks that a wrong address would fail for good."""
+    for name, check in gpu_promises.limits(tiny, device):
+        yield name, partial(judged, check)
+
+
+def judged(check: Callable[[], gpu_correctness.Errors]) -> dict[str, Any]:
+    errors = check()
+    return {"passed": all(error <= bound for error, bound in errors.values()), "errors": errors}
 
 
 def checks_table(results: Results) -> str:
@@ -79,12 +108,12 @@ def rollout_table(results: Results) -> str:
 
 
 PARTS = {
-    "environment": Part(environment_units, environment_table, 20),
-    "correctness": Part(gpu_correctness.units, checks_table, 130),
-    "kernels": Part(gpu_kernels.units, gpu_kernels.table, 150),
+    "environment": Part(environment_units, environment_table, 15),
+    "correctness": Part(correctness_units, checks_table, 100),
+    "kernels": Part(gpu_kernels.units, gpu_kernels.table, 185),
     "training": Part(training_phase.units, training_phase.table, 100),
-    "rollout": Part(rollout_units, rollout_table, 40),
-    "limits": Part(gpu_correctness.limit_units, checks_table, 20),
+    "rollout": Part(rollout_units, rollout_table, 60),
+    "limits": Part(limit_units, checks_table, 15),
 }
 NEAREST_CHECKS = 12
 
@@ -115,6 +144,13 @@ def summarize(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def tables(records: dict[str, dict[str, Any]]) -> str:
+    """What the parts found, and the judged targets, as text."""
+    found = [PARTS[name].table(record["results"]) for name, record in records.items() if record["results"]]
+    found.append(render_targets(summarize(records)["targets"]))
+    return "\n\n".join(table for table in found if table)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the suite; the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
@@ -126,17 +162,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cpu") if tiny else torch.device("cuda", torch.cuda.current_device())
 
     records: dict[str, dict[str, Any]] = {}
+
+    def keep(record: dict[str, Any]) -> None:
+        records[record["part"]] = record
+        write_json(options.out / "results.json", {"summary": summarize(records), "parts": records})
+
     deadline = time.monotonic()
+    text = ""
     for name in options.parts:
         deadline += PARTS[name].seconds  # not from now: a part that took longer leaves less to the next
-        records[name] = run_part(name, PARTS[name], device, tiny, deadline, options.out)
-    summary = summarize(records)
-    write_json(options.out / "summary.json", summary)
-    tables = [PARTS[name].table(record["results"]) for name, record in records.items() if record["results"]]
-    tables.append(render_targets(summary["targets"]))
-    text = "\n\n".join(table for table in tables if table)
-    (options.out / "tables.md").write_text(text + "\n")
+        run_part(name, PARTS[name], device, tiny, deadline, keep)
+        text = tables(records)
+        (options.out / "tables.md").write_text(text + "\n")
     print(text)
+    summary = summarize(records)
     for key in ("parts", "failures", "left_out", "checks_failed"):
         print(f"{key}: {summary[key]}")
     return 1 if summary["failures"] or summary["checks_failed"] else 0

@@ -3,6 +3,11 @@
 Time is compared with a *floor*, the bare matrix products, that is timed right before each run: what else the machine
 does moves both, so the median of the paired ratios says more than the ratio of two medians.
 
+On a GPU time is taken with the device busy, as it is in a training step: a wait is queued on the device first, which
+hides what the host takes to launch the floor or a task. It hides it up to its own length, and up to the first point
+where the task itself waits for the device. The ops read one count back, that of the valid rows: from there to the next
+launch the device has nothing to do, and that counts, here as in a step.
+
 Memory is PyTorch's own record of allocations, on any device: what an extension takes elsewhere is not seen.
 """
 
@@ -12,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +26,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
+BUSY_MS = 2.0  # longer than it takes to launch an op
+SOUNDING_CYCLES = 1_000_000
 MIB = 2**20
 
 
@@ -61,19 +69,37 @@ def synchronize(device: torch.device) -> None:
 
 
 def elapsed_ms(task: Task, device: torch.device) -> float:
-    """Runs a task once. Device time between two events on a GPU, wall-clock time on a CPU."""
+    """Runs a task once. Device time between two events on a GPU that was busy before, wall-clock time on a CPU."""
     arguments = task.setup()
     if device.type == "cpu":
         start = time.perf_counter()
         task.run(*arguments)
         return 1e3 * (time.perf_counter() - start)
+    return _between_events(lambda: task.run(*arguments), device, _busy_cycles(device))
+
+
+def _between_events(run: Callable[[], Any], device: torch.device, cycles: int) -> float:
+    """Device time of what `run` launches, in milliseconds, behind a wait on the device of so many cycles."""
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     synchronize(device)
+    if cycles > 0:
+        torch.cuda._sleep(cycles)
     before.record()
-    task.run(*arguments)
+    run()
     after.record()
     synchronize(device)
     return before.elapsed_time(after)
+
+
+@cache
+def _busy_cycles(device: torch.device) -> int:
+    """How many cycles of its clock a device waits in `BUSY_MS`."""
+
+    def sound() -> float:
+        return _between_events(lambda: torch.cuda._sleep(SOUNDING_CYCLES), device, 0)
+
+    sound()  # loads the kernel
+    return round(SOUNDING_CYCLES * BUSY_MS / sound())
 
 
 def rounds_within(budget_s: float, round_ms: float) -> int:

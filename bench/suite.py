@@ -1,6 +1,6 @@
 """A long measurement in parts, each a sequence of units: what was measured is kept, whatever comes after.
 
-After each unit the part's JSON file is written anew. A unit that fails leaves its traceback there and the rest goes on;
+After each unit what is known of the part is saved. A unit that fails leaves its traceback there and the rest goes on;
 units that are not begun before the part's time is over are named there.
 """
 
@@ -37,12 +37,28 @@ class Part:
     seconds: float
 
 
-def run_part(name: str, part: Part, device: torch.device, tiny: bool, deadline: float, out: Path) -> dict[str, Any]:
-    """Runs the units of a part until the deadline (`time.monotonic`), and keeps `out/name.json` up to date.
+def run_part(
+    name: str,
+    part: Part,
+    device: torch.device,
+    tiny: bool,
+    deadline: float,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Runs the units of a part until the deadline (`time.monotonic`).
+
+    Args:
+        name: Of the part.
+        part: Its units.
+        device: Where they run.
+        tiny: Small sizes, for a test.
+        deadline: After which no unit is begun.
+        keep: Called with what is returned, as far as it is known: before the first unit, after each of them, and at
+            the end. It should write that where it outlasts this process.
 
     Returns:
-        What is in the file: `status` ("done", "out of time", "failed"), `seconds`, `results` and `failures` by unit,
-        and the names of the units `left_out`.
+        `part`, the name; `status` ("running", "done", "out of time", "failed"); `seconds`; `results` and `failures` by
+        unit; `unit_seconds`; and the names of the units `left_out`.
     """
     start = time.monotonic()
     record: dict[str, Any] = {
@@ -51,12 +67,13 @@ def run_part(name: str, part: Part, device: torch.device, tiny: bool, deadline: 
         "seconds": 0.0,
         "results": {},
         "failures": {},
+        "unit_seconds": {},
         "left_out": [],
     }
 
     def save() -> None:
         record["seconds"] = round(time.monotonic() - start, 1)
-        write_json(out / f"{name}.json", record)
+        keep(record)
 
     save()
     try:
@@ -69,7 +86,8 @@ def run_part(name: str, part: Part, device: torch.device, tiny: bool, deadline: 
                 record["results"][unit] = measure()
             except Exception:
                 record["failures"][unit] = traceback.format_exc()
-            print(f"{name}: {unit}, {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
+            record["unit_seconds"][unit] = round(time.monotonic() - began, 2)
+            print(f"{name}: {unit}, {record['unit_seconds'][unit]:.1f} s", file=sys.stderr, flush=True)
             save()
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # blocks of the sizes of one unit would be in the way of the next

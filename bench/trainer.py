@@ -345,7 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.parts:
         deadline = time.monotonic() + PARTS[name].seconds
         if not options.again:
-            records[name] = run_part(name, PARTS[name], CPU, options.tiny, deadline, options.out)
+            keep = partial(write_json, options.out / f"{name}.json")
+            records[name] = run_part(name, PARTS[name], CPU, options.tiny, deadline, keep)
         elif (options.out / f"{name}.json").is_file():
             records[name] = json.loads((options.out / f"{name}.json").read_text())
     results = {name: record["results"] for name, record in records.items() if record["results"]}

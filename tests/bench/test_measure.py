@@ -82,3 +82,65 @@ def test_freed_inputs_do_not_make_room():
         return torch.ones(2 * BLOCK).sum()
 
     assert peak_scratch(Task(run), CPU) == pytest.approx(2, rel=1e-3)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list:
+    """A stand-in for a GPU whose clock makes 500 cycles a microsecond: the log of what it was told, and a clock.
+
+    Launching takes the host a millisecond, a task the device 3 ms.
+    """
+    log: list = []
+    now = {"host": 0.0, "device": 0.0}  # ms: when the host is done, and when the device will be
+
+    def launch(what: object, host_ms: float, device_ms: float) -> None:
+        log.append(what)
+        now["host"] += host_ms
+        now["device"] = max(now["device"], now["host"]) + device_ms
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            launch("event", 0.0, 0.0)
+            self.at = now["device"]
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at - self.at
+
+    def synchronize(device: torch.device) -> None:
+        log.append("synchronize")
+        now["host"] = max(now.values())
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: launch(cycles, 0.0, cycles / 500_000))
+    measure._busy_cycles.cache_clear()
+    log.append(lambda: launch("run", 1.0, 3.0))
+    yield log
+    measure._busy_cycles.cache_clear()
+
+
+def test_the_device_is_busy_while_a_task_is_launched(gpu):
+    run = gpu.pop()
+    cuda = torch.device("cuda")
+    assert elapsed_ms(Task(run, lambda: gpu.append("setup") or ()), cuda) == pytest.approx(3.0)
+    busy = 500_000 * measure.BUSY_MS
+    assert gpu[-6:] == ["synchronize", busy, "event", "run", "event", "synchronize"]
+    assert gpu.count("setup") == 1 and gpu.index("setup") < gpu.index(busy)
+    # Without the wait the host's millisecond would count.
+    assert measure._between_events(run, cuda, 0) == pytest.approx(4.0)
+
+
+def test_what_a_task_waits_for_itself_counts(gpu):
+    run = gpu.pop()
+    task = Task(lambda: (run(), torch.cuda.synchronize(torch.device("cuda")), run()))
+    assert elapsed_ms(task, torch.device("cuda")) == pytest.approx(3.0 + 1.0 + 3.0)
+
+
+def test_floor_and_tasks_are_measured_alike(gpu):
+    run = gpu.pop()
+    timings = time_interleaved({"same": Task(run)}, Task(run), torch.device("cuda"), budget_s=0.0)
+    assert timings["same"].milliseconds == pytest.approx([3.0] * measure.MIN_ROUNDS)
+    assert timings["same"].floor_milliseconds == timings["same"].milliseconds
