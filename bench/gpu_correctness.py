@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench.chunks import chunks_of
 from repo_fast.ops import (
     dispatch,
     fused_rectified_policy_loss,
@@ -25,7 +26,6 @@ from repo_fast.ops import (
     prompt_violations,
     rectified_policy_loss,
     reference,
-    sweep,
 )
 from tests.ops.cases import Case, error, loss_scale, make_case, relative_error, row_bound, with_token_options
 
@@ -55,14 +55,6 @@ Checks = Iterator[tuple[str, Callable[[], Errors]]]
 
 def on(case: Case, device: torch.device) -> Case:
     return Case(**{name: value.to(device) for name, value in vars(case).items()})
-
-
-@contextmanager
-def chunks_of(rows: int) -> Iterator[None]:
-    """While this is open, the linear ops take so many rows of logits at a time, on any device."""
-    constants = {"GPU_CHUNK_ROWS": rows, "CPU_CHUNK_ROWS": rows, "CPU_MIN_ROWS": 1, "GPU_CHUNK_ELEMENTS": 1 << 31}
-    with mock.patch.multiple(sweep, **constants):
-        yield
 
 
 def count(condition: Tensor) -> float:

@@ -1,16 +1,16 @@
 """The loss head on a device beside its peers and the bare products: time, memory, where the time goes, and what other
 settings would make of it.
 
-Shapes are those of Alpaca-7B's head and of Llama-3's vocabulary. Peers that compile for a minute run where a target
-asks for them; elsewhere ours is measured beside plain PyTorch.
+Shapes are those of Alpaca-7B's head, of Llama-3's vocabulary, and the one that peers publish figures of. Ours is
+measured beside plain PyTorch first, in every shape that a target asks for; then come peers, of which some compile for
+a minute.
 """
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
-from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -20,15 +20,23 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.cases import Case, make_case
 from bench.check import check
-from bench.measure import Task, peak_scratch, synchronize, time_interleaved
+from bench.chunks import chunks_of
+from bench.measure import Task, Timing, peak_scratch, synchronize, time_interleaved
 from bench.peers import PEERS, PRODUCTS
-from bench.tables import at_least, render
+from bench.tables import at_least, at_most, render
 from repo_fast.ops import sweep
 
 OURS, PLAIN = "repo_fast", "plain"
 # The kernels of kernels/ that pass over rows of logits, and how often each moves a logit.
 ROW_KERNELS = {"_policy_kernel": 2, "_gradient_kernel": 2, "_log_probs_kernel": 1}
 TOP_KERNELS = 12
+# Of the time of the floor: where no shape of its own has another one.
+POLICY_SHARE, LOG_PROBS_SHARE = 0.90, 0.90
+# What peers publish was measured on this device.
+PUBLISHED_ON = "H100 80GB HBM3"
+PUBLISHED_MS = {"policy_loss": 39.0, "log_probs": 12.5}
+# Of plain PyTorch's, by T.
+SCRATCH_SHARE = {4096: 0.25, 16384: 0.17}
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Shape:
     ignored: float = 0.0
 
     def __str__(self) -> str:
-        return f"T {self.T}, V {self.V}" + (f", {self.ignored:.0%} ignored" if self.ignored else "")
+        return f"T {self.T}, D {self.D}, V {self.V}" + (f", {self.ignored:.0%} ignored" if self.ignored else "")
 
     def case(self, device: torch.device) -> Case:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -48,7 +56,8 @@ class Shape:
 
 ALPACA, LLAMA = Shape(16384, 4096, 32001), Shape(16384, 4096, 128256)
 HALF_IGNORED = Shape(16384, 4096, 32001, ignored=0.5)
-SWEEP = [Shape(1024, 4096, 32001), Shape(4096, 4096, 32001), Shape(1024, 4096, 128256), Shape(4096, 4096, 128256)]
+PUBLISHED, PUBLISHED_NARROW = Shape(8192, 4096, 131072), Shape(8192, 2048, 131072)
+SHORT = [Shape(4096, 4096, 32001), Shape(4096, 4096, 128256)]
 TINY, TINY_HALF_IGNORED = Shape(64, 32, 301), Shape(64, 32, 301, ignored=0.5)
 
 
@@ -61,12 +70,13 @@ def compare(
     """One computation by those of the named that can run it.
 
     Returns:
-        `shape`, `computation`, and `peers` by name: `first_s`, the first call, which compiles where anything does;
-        `ms`, the median, and `spread_ms`; `share`, the floor's time over its own; `tflops` (TFLOP/s) of the products
-        that the mathematics needs; `scratch_mib` at the peak; or `why_not`.
+        `shape`, `computation`, `device` by its name, and `peers` by theirs, the floor first: `first_s`, the first call,
+        which compiles where anything does; `ms`, the median, and `spread_ms`; `share`, the floor's time over its own;
+        `tflops` (TFLOP/s) of the products that the mathematics needs; `scratch_mib` at the peak; or `why_not`. The
+        floor has neither a first call nor scratch.
     """
     case = shape.case(device)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {PRODUCTS.name: {}}
     tasks: dict[str, Task] = {}
     for name in names:
         why_not = PEERS[name].unavailable(device)
@@ -79,15 +89,20 @@ def compare(
             if name == OURS:
                 raise
             rows[name] = {"why_not": _first_line(error)}
-    floor = PRODUCTS.task(computation, case)
-    for name, timing in time_interleaved(tasks, floor, device, budget_s).items():
+    timings = time_interleaved(tasks, PRODUCTS.task(computation, case), device, budget_s)
+    floor_ms = [ms for timing in timings.values() for ms in timing.floor_milliseconds]
+    for name, timing in {PRODUCTS.name: Timing(floor_ms, floor_ms), **timings}.items():
         rows[name] |= {
             "ms": timing.median_ms,
             "spread_ms": timing.spread_ms,
             "share": timing.share_of_floor,
             "tflops": 1e-9 * case.flop(computation) / timing.median_ms,
         }
-    return {"shape": asdict(shape), "computation": computation, "peers": rows}
+    return {"shape": asdict(shape), "computation": computation, "device": device_name(device), "peers": rows}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def _start(name: str, computation: str, case: Case) -> tuple[Task, dict[str, Any]]:
@@ -104,26 +119,45 @@ def _start(name: str, computation: str, case: Case) -> tuple[Task, dict[str, Any
 
 
 def judge(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The targets of the loss head against what `compare` found, by name: `value`, `target` and whether `met`."""
+    """The targets of the loss head against what `compare` found, by name: `value`, `target` and whether `met`.
+
+    Where a shape was measured twice, beside plain PyTorch and beside other peers, what both say is taken from the
+    first.
+    """
     targets: dict[str, Any] = {}
     for result in results.values():
         peers = {name: row for name, row in result.get("peers", {}).items() if "ms" in row}
-        if OURS not in peers:
+        shape = Shape(**result["shape"]) if OURS in peers else None
+        if shape not in (ALPACA, LLAMA, HALF_IGNORED, PUBLISHED, *SHORT):
             continue
-        shape, ours = Shape(**result["shape"]), peers[OURS]
-        if shape not in (ALPACA, LLAMA, HALF_IGNORED):
-            continue
-        if result["computation"] == "log_probs":
-            targets[f"one product / log-probs, {shape}"] = at_least(ours["share"], 0.90)
-        if result["computation"] == "policy_loss":
-            targets[f"three products / fused op, {shape}"] = at_least(ours["share"], 0.93 if shape == ALPACA else 0.90)
-            for name, row in peers.items():
-                if name not in (OURS, PRODUCTS.name):
-                    targets[f"time of {name} / fused op, {shape}"] = at_least(row["ms"] / ours["ms"], 1.0)
-            if PLAIN in peers:
-                share = peers[PLAIN]["scratch_mib"] / ours["scratch_mib"]
-                targets[f"scratch of plain / fused op, {shape}"] = at_least(share, 6.0)
+        own = _judge_log_probs if result["computation"] == "log_probs" else _judge_policy_loss
+        targets = own(shape, peers) | _judge_published(shape, result, peers[OURS]["ms"]) | targets
     return targets
+
+
+def _judge_log_probs(shape: Shape, peers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"one product / log-probs, {shape}": at_least(peers[OURS]["share"], LOG_PROBS_SHARE)}
+
+
+def _judge_policy_loss(shape: Shape, peers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    targets: dict[str, Any] = {}
+    if shape not in SHORT:
+        share = 0.93 if shape in (ALPACA, PUBLISHED) else POLICY_SHARE
+        targets[f"three products / fused op, {shape}"] = at_least(peers[OURS]["share"], share)
+        for name, row in peers.items():
+            if name not in (OURS, PRODUCTS.name):
+                targets[f"time of {name} / fused op, {shape}"] = at_least(row["ms"] / peers[OURS]["ms"], 1.0)
+    if PLAIN in peers and shape.T in SCRATCH_SHARE and not shape.ignored:
+        scratch = peers[OURS]["scratch_mib"] / peers[PLAIN]["scratch_mib"]
+        targets[f"scratch of fused op / plain, {shape}"] = at_most(scratch, SCRATCH_SHARE[shape.T])
+    return targets
+
+
+def _judge_published(shape: Shape, result: dict[str, Any], ms: float) -> dict[str, Any]:
+    computation = result["computation"]
+    if shape != PUBLISHED or PUBLISHED_ON not in result["device"] or computation not in PUBLISHED_MS:
+        return {}
+    return {f"ms of {computation}, {shape}, {PUBLISHED_ON}": at_most(ms, PUBLISHED_MS[computation])}
 
 
 # --------------------------------------------------------------------------------------- where the time goes
@@ -164,56 +198,54 @@ def breakdown(shape: Shape, computation: str, device: torch.device) -> dict[str,
 # --------------------------------------------------------------------------------------------------- tuning
 
 
-def settings(device: torch.device) -> list[tuple[ModuleType, str, tuple[int, ...]]]:
-    """Constants that decide the speed, and values to try: module, name, values."""
+def settings(device: torch.device) -> Iterator[tuple[str, bool, Callable[[], AbstractContextManager]]]:
+    """What decides the speed, and values to try: name, whether it is the value in the source, and how to set it."""
+    tall = (256, 512) if device.type == "cpu" else (2048, 4096, 8192, 16384)
+    for count in tall:  # which of them is shipped depends on the shape
+        yield f"chunks of {count} rows", False, partial(chunks_of, count)
     if device.type == "cpu":
-        return [(sweep, "CPU_CHUNK_ROWS", (256, 512))]
+        return
     from repo_fast.kernels import linear_log_probs as rows
 
-    return [
-        (sweep, "GPU_CHUNK_ROWS", (1024, 2048, 4096, 8192, 16384)),
+    for module, constant, values in (
         (sweep, "ROW_ALIGNMENT_BYTES", (2, 128, 1024)),  # 2: rows of V logits without padding
-        (rows, "ROW_TILE", (2048, 4096, 8192, 16384)),
+        (rows, "ROW_TILE", (4096, 8192, 16384)),
         (rows, "ELEMENTS_PER_THREAD", (8, 16, 32)),
         (rows, "WIDE_ROW_BYTES", (32 * 1024, 128 * 1024, 1024 * 1024)),
-    ]
+    ):
+        for value in values:
+            shipped = getattr(module, constant) == value
+            yield f"{constant} = {value}", shipped, partial(mock.patch.object, module, constant, value)
 
 
 def tune(shape: Shape, device: torch.device, budget_s: float) -> dict[str, Any]:
-    """Our policy loss, forward and backward, with one constant changed at a time.
+    """Our policy loss, forward and backward, with one setting changed at a time.
 
     Returns:
-        By constant and value: `shipped`, whether it is the value in the source; `ms`; `speed`, the time of the shipped
-        settings over its own, by pairs; or `why_not`.
+        By setting: `shipped`, whether it is the value in the source; `ms`; `speed`, the time of the shipped settings
+        over its own, by pairs; or `why_not`.
     """
     case = shape.case(device)
     shipped = PEERS[OURS].task("policy_loss", case)
     rows: dict[str, dict[str, Any]] = {}
     tasks: dict[str, Task] = {}
-    for module, constant, values in settings(device):
-        for value in values:
-            changes = [(module, constant, value)]
-            if constant == "GPU_CHUNK_ROWS":  # the limit on a chunk's elements would hide tall ones
-                changes.append((sweep, "GPU_CHUNK_ELEMENTS", 1 << 31))
-            name = f"{constant} = {value}"
-            rows[name] = {"shipped": getattr(module, constant) == value}
-            task = Task(partial(_run_with, changes, shipped))
-            try:
-                task.run()
-                synchronize(device)
-            except Exception as error:  # a tile may need more registers or shared memory than there are
-                rows[name]["why_not"] = _first_line(error)
-                continue
-            tasks[name] = task
+    for name, is_shipped, setting in settings(device):
+        rows[name] = {"shipped": is_shipped}
+        task = Task(partial(_run_with, setting, shipped))
+        try:
+            task.run()
+            synchronize(device)
+        except Exception as error:  # a tile may need more registers or shared memory than there are
+            rows[name]["why_not"] = _first_line(error)
+            continue
+        tasks[name] = task
     for name, timing in time_interleaved(tasks, shipped, device, budget_s).items():
         rows[name] |= {"ms": timing.median_ms, "speed": timing.share_of_floor}
     return {"shape": asdict(shape), "settings": rows}
 
 
-def _run_with(changes: list[tuple[ModuleType, str, int]], task: Task) -> Any:
-    with ExitStack() as stack:
-        for module, constant, value in changes:
-            stack.enter_context(mock.patch.object(module, constant, value))
+def _run_with(setting: Callable[[], AbstractContextManager], task: Task) -> Any:
+    with setting():
         return task.run()
 
 
@@ -232,34 +264,35 @@ def units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[tuple[s
         tiny: Shapes of no interest, for a test.
         budget_s: Seconds for all rounds of all of them.
     """
-    everyone, two = tuple(PEERS), (OURS, PLAIN)
+    two = (OURS, PLAIN)
+    beside = (OURS, *(name for name in PEERS if name not in (OURS, PLAIN, "repo_fast torch", PRODUCTS.name)))
     if tiny:
-        asked = [(TINY, "policy_loss", two), (TINY, "log_probs", two), (TINY_HALF_IGNORED, "policy_loss", two)]
-        profiled, sweep_over = [TINY], [TINY]
+        beside = (OURS, "torch_linear")
+        asked = [(TINY, "policy_loss"), (TINY, "log_probs"), (TINY_HALF_IGNORED, "policy_loss")]
+        more, among_peers, typical = [(TINY, "log_probs_backward")], [(TINY, "log_probs")], TINY
     else:
-        asked = [
-            (ALPACA, "policy_loss", everyone),
-            (LLAMA, "policy_loss", everyone),
-            (HALF_IGNORED, "policy_loss", two),
-            (ALPACA, "log_probs", everyone),
-            (LLAMA, "log_probs", two),
+        asked = [(shape, computation) for shape in (ALPACA, PUBLISHED, LLAMA) for computation in PUBLISHED_MS]
+        asked += [(HALF_IGNORED, "policy_loss"), *((shape, "policy_loss") for shape in SHORT)]
+        typical = ALPACA
+        more = [(PUBLISHED_NARROW, computation) for computation in PUBLISHED_MS] + [(ALPACA, "log_probs_backward")]
+        among_peers = [
+            (ALPACA, "policy_loss"),
+            (LLAMA, "policy_loss"),
+            (ALPACA, "log_probs"),
+            (PUBLISHED, "policy_loss"),
         ]
-        profiled, sweep_over = [ALPACA, LLAMA], SWEEP
-    more = [(shape, "policy_loss", two) for shape in sweep_over] + [(profiled[0], "log_probs_backward", two)]
-    share = budget_s / (len(asked) + len(more) + 2 * len(profiled))  # tuning takes as long as two
+    share = budget_s / (len(asked) + len(more) + len(among_peers) + 2)  # tuning takes as long as two
 
-    def comparison(shape: Shape, computation: str, names: tuple[str, ...]) -> tuple[str, Callable]:
-        return f"{computation}, {shape}", partial(compare, shape, computation, names, device, share)
-
-    for measurement in asked:
-        yield comparison(*measurement)
-    for shape in profiled:
-        for computation in ("policy_loss", "log_probs"):
-            yield f"breakdown of {computation}, {shape}", partial(breakdown, shape, computation, device)
-    for shape in profiled:
-        yield f"tuning, {shape}", partial(tune, shape, device, 2 * share)
-    for measurement in more:
-        yield comparison(*measurement)
+    for shape, computation in asked:
+        yield f"{computation}, {shape}", partial(compare, shape, computation, two, device, share)
+    for computation in ("policy_loss", "log_probs"):
+        yield f"breakdown of {computation}, {typical}", partial(breakdown, typical, computation, device)
+    yield f"tuning, {typical}", partial(tune, typical, device, 2 * share)
+    for shape, computation in more:
+        yield f"{computation}, {shape}", partial(compare, shape, computation, two, device, share)
+    for shape, computation in among_peers:
+        name = f"{computation} beside other peers, {shape}"
+        yield name, partial(compare, shape, computation, beside, device, share)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -290,11 +323,14 @@ def _section(
     return [[name, *[""] * (len(lines[0]) - 1)], *lines] if lines else []
 
 
+LAST_CELLS = (("scratch_mib", 0), ("first_s", 1))
+
+
 def _peer_cells(row: dict[str, Any]) -> list[str]:
     if "why_not" in row:
         return [row["why_not"][:40], *[""] * 5]
     cells = [f"{row['ms']:.2f}", f"{row['spread_ms']:.2f}", f"{row['share']:.3f}", f"{row['tflops']:.1f}"]
-    return [*cells, f"{row['scratch_mib']:.0f}", f"{row['first_s']:.1f}"]
+    return [*cells, *(f"{row[name]:.{digits}f}" if name in row else "" for name, digits in LAST_CELLS)]
 
 
 def _kernel_cells(row: dict[str, Any]) -> list[str]:

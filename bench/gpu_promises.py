@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_correctness import DEFAULTS, DTYPES, FEW_ROWS, Checks, Errors, chunks_of, count, on
+from bench.chunks import chunks_of
+from bench.gpu_correctness import DEFAULTS, DTYPES, FEW_ROWS, Checks, Errors, count, on
 from repo_fast.ops import (
     fused_rectified_policy_loss,
     generalized_advantages,

@@ -7,7 +7,8 @@
                   the other promises of the ops                                        (gpu_promises.py)
                   packed attention                                                     (gpu_attention.py)
     kernels       the loss head beside its peers; where its time goes; tuning          (gpu_kernels.py)
-    training      the policy update at the geometry of a 7B model                      (training_phase.py)
+    utilisation   how much of the device the policy update of a 7B model uses          (utilisation_phase.py)
+    training      that update beside padded batches, and without what makes it fast    (training_phase.py)
     rollout       generation, where DeepSpeed can be imported; vLLM's, where it can    (rollout_phase.py)
     limits        ids out of range, addresses beyond 32 bits: last, since a wrong address would end the process's use of
                   the device                                                           (gpu_promises.py)
@@ -34,7 +35,15 @@ from typing import Any
 
 import torch
 
-from bench import gpu_attention, gpu_correctness, gpu_kernels, gpu_promises, processes, training_phase
+from bench import (
+    gpu_attention,
+    gpu_correctness,
+    gpu_kernels,
+    gpu_promises,
+    processes,
+    training_phase,
+    utilisation_phase,
+)
 from bench.machine import environment_table, environment_units
 from bench.suite import Part, Results, run_part, write_json
 from bench.tables import render, render_targets
@@ -111,7 +120,8 @@ PARTS = {
     "environment": Part(environment_units, environment_table, 15),
     "correctness": Part(correctness_units, checks_table, 100),
     "kernels": Part(gpu_kernels.units, gpu_kernels.table, 185),
-    "training": Part(training_phase.units, training_phase.table, 100),
+    "utilisation": Part(utilisation_phase.units, utilisation_phase.table, 20),
+    "training": Part(training_phase.units, training_phase.table, 85),
     "rollout": Part(rollout_units, rollout_table, 60),
     "limits": Part(limit_units, checks_table, 15),
 }
@@ -127,9 +137,9 @@ def summarize(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for name, check in records[part]["results"].items()
     }
     targets: dict[str, Any] = {}
-    for part, judge in (("kernels", gpu_kernels.judge), ("training", training_phase.judge)):
+    for part, phase in (("kernels", gpu_kernels), ("utilisation", utilisation_phase), ("training", training_phase)):
         if part in records:
-            targets |= judge(records[part]["results"])
+            targets |= phase.judge(records[part]["results"])
     if records.get("rollout", {}).get("results"):
         from bench import rollout_phase
 

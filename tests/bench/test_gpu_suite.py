@@ -5,15 +5,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import gpu_kernels, gpu_suite, suite, training_phase
+from bench import gpu_kernels, gpu_suite, suite, training_phase, utilisation_phase
+from bench.chunks import chunks_of
 from bench.gpu_suite import PARTS, Part
+from bench.measure import Task
+from repo_fast.models.attention import run_packed
+from repo_fast.ops import sweep
 from tests.jobs import REPOSITORY
 
 CPU = torch.device("cpu")
@@ -105,28 +112,86 @@ def test_units_have_names_of_their_own_on_a_gpu(part: str, monkeypatch: pytest.M
 def test_what_is_tuned_and_looked_for_exists() -> None:
     from repo_fast.kernels import fused_rectified_policy_loss, linear_log_probs
 
-    for module, constant, values in gpu_kernels.settings(torch.device("cuda")):
-        assert getattr(module, constant) in values
+    settings = list(gpu_kernels.settings(torch.device("cuda")))
+    shipped = [name.partition(" = ")[0] for name, is_shipped, _ in settings if is_shipped]
+    assert shipped == ["ROW_ALIGNMENT_BYTES", "ROW_TILE", "ELEMENTS_PER_THREAD", "WIDE_ROW_BYTES"]
+    before = linear_log_probs.ROW_TILE
+    for name, is_shipped, setting in settings:
+        with setting():
+            assert (linear_log_probs.ROW_TILE == before) == ("ROW_TILE" not in name or is_shipped)
     for kernel in gpu_kernels.ROW_KERNELS:
         assert hasattr(fused_rectified_policy_loss, kernel) or hasattr(linear_log_probs, kernel)
 
 
-def test_targets_are_judged() -> None:
-    def row(ms: float, share: float, scratch_mib: float) -> dict[str, float]:
-        return {"ms": ms, "share": share, "scratch_mib": scratch_mib}
+@pytest.mark.parametrize("rows", [16, 48])
+def test_a_chunk_has_the_rows_that_it_is_given(rows: int) -> None:
+    seen = []
 
-    peers = {
-        "repo_fast": row(10, 0.92, 100),
-        "plain": row(20, 0.5, 700),
-        "cce": row(9, 1.1, 1),
-        "liger": {"why_not": ""},
+    def count(logits: Tensor, hidden: Tensor, start: int, stop: int) -> None:
+        seen.append(logits.shape[0])
+
+    with chunks_of(rows):
+        sweep.sweep(torch.ones(96, 4), torch.ones(3, 4), None, count)
+    assert seen == [rows] * (96 // rows)
+
+
+def row(ms: float, share: float = 1.0, scratch_mib: float = 100) -> dict[str, float]:
+    return {"ms": ms, "share": share, "scratch_mib": scratch_mib}
+
+
+def verdicts(
+    shape: gpu_kernels.Shape, computation: str, device: str = "CPU", **peers: dict[str, Any]
+) -> dict[str, bool]:
+    """By target: whether it is met."""
+    result = {"shape": vars(shape), "computation": computation, "device": device, "peers": peers}
+    return {name: target["met"] for name, target in gpu_kernels.judge({"unit": result}).items()}
+
+
+def test_targets_are_judged() -> None:
+    peers = {"repo_fast": row(10, 0.92), "plain": row(20, 0.5, 600), "cce": row(9, 1.1, 1), "liger": {"why_not": ""}}
+    assert verdicts(gpu_kernels.ALPACA, "policy_loss", **peers, products=row(9.2)) == {
+        "three products / fused op, T 16384, D 4096, V 32001": False,
+        "time of plain / fused op, T 16384, D 4096, V 32001": True,
+        "time of cce / fused op, T 16384, D 4096, V 32001": False,
+        "scratch of fused op / plain, T 16384, D 4096, V 32001": True,
     }
-    result = {"shape": vars(gpu_kernels.ALPACA), "computation": "policy_loss", "peers": peers}
-    assert {name: target["met"] for name, target in gpu_kernels.judge({"unit": result}).items()} == {
-        "three products / fused op, T 16384, V 32001": False,
-        "time of plain / fused op, T 16384, V 32001": True,
-        "time of cce / fused op, T 16384, V 32001": False,
-        "scratch of plain / fused op, T 16384, V 32001": True,
+    assert verdicts(gpu_kernels.ALPACA, "log_probs", **peers) == {
+        "one product / log-probs, T 16384, D 4096, V 32001": True
+    }
+    assert verdicts(gpu_kernels.PUBLISHED_NARROW, "policy_loss", **peers) == {}
+
+
+def test_scratch_is_judged_by_the_number_of_tokens() -> None:
+    peers = {"repo_fast": row(10), "plain": row(20, scratch_mib=500)}
+    name = "scratch of fused op / plain"
+    (short, *_) = gpu_kernels.SHORT
+    assert verdicts(short, "policy_loss", **peers) == {f"{name}, {short}": True}
+    assert not verdicts(gpu_kernels.ALPACA, "policy_loss", **peers)[f"{name}, {gpu_kernels.ALPACA}"]
+    assert f"{name}, {gpu_kernels.HALF_IGNORED}" not in verdicts(gpu_kernels.HALF_IGNORED, "policy_loss", **peers)
+
+
+def test_milliseconds_are_judged_where_the_published_ones_were_measured() -> None:
+    shape, h100 = gpu_kernels.PUBLISHED, "NVIDIA H100 80GB HBM3"
+    ms = f"ms of policy_loss, {shape}, {gpu_kernels.PUBLISHED_ON}"
+    assert verdicts(shape, "policy_loss", h100, repo_fast=row(39.1))[ms] is False
+    assert verdicts(shape, "policy_loss", h100, repo_fast=row(38.9))[ms] is True
+    assert verdicts(shape, "policy_loss", "NVIDIA H200", repo_fast=row(30, 0.92)) == {
+        f"three products / fused op, {shape}": False
+    }
+    log_probs = verdicts(shape, "log_probs", h100, repo_fast=row(12.6))
+    assert log_probs[f"ms of log_probs, {shape}, {gpu_kernels.PUBLISHED_ON}"] is False
+
+
+def test_of_a_shape_measured_twice_the_first_counts() -> None:
+    shape = vars(gpu_kernels.ALPACA)
+    first = {"repo_fast": row(10, 0.95)}
+    second = {"repo_fast": row(10, 0.5), "compile": row(15)}
+    results = [
+        {"shape": shape, "computation": "policy_loss", "device": "", "peers": peers} for peers in (first, second)
+    ]
+    assert {name: target["met"] for name, target in gpu_kernels.judge(dict(enumerate(results))).items()} == {
+        f"three products / fused op, {gpu_kernels.ALPACA}": True,
+        f"time of compile / fused op, {gpu_kernels.ALPACA}": True,
     }
 
 
@@ -195,13 +260,70 @@ def test_scaled_figures_lie_on_a_line() -> None:
     assert "scaled to 32 layers" in training_phase.table({"alpaca-7b, scaled to 32 layers": scaled})
 
 
-def test_states_leave_room_for_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    geometry = training_phase.GEOMETRIES["alpaca-7b"]
-    for gib in (40, 78, 139):
+@pytest.mark.parametrize("name", ["alpaca-7b", "alpaca-7b, one row"])
+def test_states_and_activations_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = training_phase.GEOMETRIES[name]
+    for gib in (40, 78, 139, 1000):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, gib=gib: (gib << 30, gib << 30))
         layers = training_phase.layers_that_fit(geometry, torch.device("cuda"))
         parameters = layers * geometry.layer_parameters + 2 * geometry.width * geometry.vocabulary
-        assert 2 <= layers <= 32 and parameters * training_phase.STATE_BYTES <= gib << 29
+        activations = layers * geometry.micro_batch_tokens * geometry.layer_activation_bytes
+        held = parameters * training_phase.STATE_BYTES + activations
+        assert 2 <= layers <= 32 and held <= 0.8 * (gib << 30)
+        a_layer = geometry.layer_parameters * training_phase.STATE_BYTES + activations // layers
+        assert layers == 32 or held + a_layer > 0.8 * (gib << 30)
+
+
+def test_a_layer_keeps_as_much_for_the_backward_as_is_said() -> None:
+    geometry = replace(training_phase.GEOMETRIES["alpaca-7b"], width=64, heads=2, intermediate=172, vocabulary=31)
+    geometry = replace(geometry, sequences=4, prompts=(4, 4), responses=(12, 12), micro_batch_tokens=64)
+    kept = []
+    for layers in (1, 3):
+        update = training_phase.Update(geometry, layers, CPU, False)
+        update.model.to(torch.bfloat16)
+        own = {parameter.untyped_storage().data_ptr() for parameter in update.model.parameters()}
+        saved: dict[int, Tensor] = {}
+
+        def keep(x: Tensor, own: set[int] = own, saved: dict[int, Tensor] = saved) -> Tensor:
+            if x.untyped_storage().data_ptr() not in own:
+                saved[x.untyped_storage().data_ptr()] = x
+            return x
+
+        (row,) = update.rows[True, False]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            run_packed(update.model.base_model, row.batch.input_ids, row.batch.position_ids)
+        kept.append(sum(x.untyped_storage().nbytes() for x in saved.values()))
+    assert (kept[1] - kept[0]) / (2 * 64) == pytest.approx(geometry.layer_activation_bytes, rel=0.1)
+
+
+def test_a_row_has_the_tokens_that_it_is_named_for() -> None:
+    geometry = training_phase.GEOMETRIES["alpaca-7b, one row"]
+    assert sum(training_phase.make_experience(geometry).lengths()) == 16384 == geometry.micro_batch_tokens
+
+
+def test_utilisation_is_model_flop_over_the_time_of_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimizer's time is told apart, and counts in the other figure alone."""
+    took = {"backward": 20.0, "step": 60.0}
+
+    def timed(task: Task, device: torch.device) -> float:
+        run = task.run.func if isinstance(task.run, partial) else task.run
+        return took[run.__name__]
+
+    monkeypatch.setattr(utilisation_phase, "elapsed_ms", timed)
+    monkeypatch.setattr(utilisation_phase, "peak_flops", lambda device: 1e9)
+    result = utilisation_phase.utilisation(TINY, 2, CPU, 1.0)
+    experience = training_phase.make_experience(TINY)
+    work = TINY.flop(2, experience.lengths(), int(experience.cu_seqlens[-1]))
+    parts = result["parts"]
+    assert parts[utilisation_phase.FORWARD_BACKWARD]["mfu"] == pytest.approx(work / 0.020 / 1e9)
+    assert parts[utilisation_phase.WHOLE_STEP]["mfu"] == pytest.approx(work / 0.080 / 1e9)
+    assert parts[utilisation_phase.OPTIMIZER] == {"ms": 60.0}
+    monkeypatch.setattr(utilisation_phase, "LEAST_UTILISATION", work / 0.025 / 1e9)
+    (target,) = utilisation_phase.judge({"unit": result}).values()
+    assert target["met"] and target["value"] == parts[utilisation_phase.FORWARD_BACKWARD]["mfu"]
+    monkeypatch.setattr(utilisation_phase, "LEAST_UTILISATION", work / 0.015 / 1e9)
+    (target,) = utilisation_phase.judge({"unit": result}).values()
+    assert not target["met"]
 
 
 def test_masters_keep_steps_that_bfloat16_would_round_away() -> None:
