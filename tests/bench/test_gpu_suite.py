@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import gpu_kernels, gpu_suite, suite, training_phase, utilisation_phase
+from bench import gpu_kernels, gpu_suite, measure, suite, training_phase, utilisation_phase
 from bench.chunks import chunks_of
 from bench.gpu_suite import PARTS, Part
 from bench.measure import Task
@@ -310,6 +310,7 @@ def test_utilisation_is_model_flop_over_the_time_of_forward_and_backward(monkeyp
         return took[run.__name__]
 
     monkeypatch.setattr(utilisation_phase, "elapsed_ms", timed)
+    monkeypatch.setattr(measure, "elapsed_ms", timed)
     monkeypatch.setattr(utilisation_phase, "peak_flops", lambda device: 1e9)
     result = utilisation_phase.utilisation(TINY, 2, CPU, 1.0)
     experience = training_phase.make_experience(TINY)

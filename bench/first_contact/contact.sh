@@ -1,0 +1,31 @@
+# Sourced by the three scripts: where results go, and how they are packed.
+#   out      folder of this script's results
+#   python   what runs everything
+export PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+
+# begin NUMBER DIR
+begin() {
+  out=$2/$1
+  mkdir -p "$out"
+}
+
+# bounded SECONDS LOG COMMAND...: its output goes to a file, its exit status to the screen
+bounded() {
+  local seconds=$1 log=$2
+  shift 2
+  timeout "$seconds" "$@" > "$out/$log.log" 2>&1
+  echo "$log: exit status $?"
+}
+
+# suite SECONDS NUMBER PARTS...
+suite() {
+  local seconds=$1 number=$2
+  shift 2
+  bounded "$seconds" "suite$number" "$python" -m bench.gpu_suite --out "$out" --parts "$@"
+}
+
+# One file for all: few may be had back from such a machine.
+pack() {
+  tar -C "$(dirname "$out")" -czf "$out.tar.gz" "$(basename "$out")" && rm -rf "$out"
+}

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# second.sh DIR, less than 210 s: the loss head beside plain PyTorch and the bare products, where its time goes, other
+# settings. Leaves DIR/2.tar.gz.
+. "$(dirname "${BASH_SOURCE[0]}")/contact.sh"
+begin 2 "$1"
+suite 205 2 kernels
+tail -90 "$out/suite2.log" | cut -c1-150
+pack
