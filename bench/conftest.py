@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy")
+PACKAGES = ("torch", "triton", "liger-kernel", "cut-cross-entropy", "trl", "quack-kernels")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

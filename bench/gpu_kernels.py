@@ -23,7 +23,7 @@ from bench.check import check
 from bench.chunks import chunks_of
 from bench.machine import device_name
 from bench.measure import Task, Timing, peak_scratch, synchronize, time_interleaved
-from bench.peers import PEERS, PRODUCTS
+from bench.peers import NOT_MEASURED, PEERS, PRODUCTS
 from bench.tables import at_least, at_most, render
 from repo_fast.ops import sweep
 
@@ -80,7 +80,7 @@ def compare(
     rows: dict[str, dict[str, Any]] = {PRODUCTS.name: {}}
     tasks: dict[str, Task] = {}
     for name in names:
-        why_not = PEERS[name].unavailable(device)
+        why_not = PEERS[name].why_not(computation, device)
         if why_not is not None:
             rows[name] = {"why_not": why_not}
             continue
@@ -304,7 +304,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         (["own time of kernels", "ms", "calls", "GB/s"], kernels),
         (["one setting changed", "ms", "speed", ""], tuning),
     ]
-    return "\n\n".join(render(header, rows) for header, rows in tables if rows)
+    return "\n\n".join([*(render(header, rows) for header, rows in tables if rows), NOT_MEASURED])
 
 
 def _section(

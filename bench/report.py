@@ -14,6 +14,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.peers import NOT_MEASURED
 from bench.tables import render
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ busy machine compare shares of the floor, not milliseconds."""
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; the floor is black.
 COLOURS = ["#000000", "#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#999999"]
-MARKERS = "oDdsv^PX"
+# One fewer, so that both repeat together only after many peers.
+MARKERS = "oDdsv^P"
 
 
 def load(run: dict[str, Any]) -> list[Row]:
@@ -61,7 +63,7 @@ def table(run: dict[str, Any]) -> str:
     for (computation, shape), group in _grouped(rows, lambda row: (row["computation"], _shape(row, row["T"]))).items():
         parts.append(f"**{TITLES[computation]}**, {shape}\n\n{render(HEADER, [_cells(row) for row in group])}")
     notes = {row["peer"]: row["notes"] for row in rows}
-    parts += [LEGEND, "\n".join(f"- {peer}: {note}." for peer, note in notes.items())]
+    parts += [LEGEND, "\n".join(f"- {peer}: {note}." for peer, note in notes.items()), NOT_MEASURED]
     return "\n\n".join(parts) + "\n"
 
 

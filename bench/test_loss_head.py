@@ -91,7 +91,7 @@ def floor_of(computation: str, shape: Shape) -> Task:
 
 def test_loss_head(benchmark: Any, name: str, computation: str, shape: Shape) -> None:
     peer, case, floor = PEERS[name], case_of(shape), floor_of(computation, shape)
-    why_not = peer.unavailable(DEVICE)
+    why_not = peer.why_not(computation, DEVICE)
     if why_not is not None:
         pytest.skip(why_not)
     start = time.perf_counter()

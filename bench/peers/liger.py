@@ -1,4 +1,9 @@
-"""Liger-Kernel's fused linear GRPO loss, `LigerFusedLinearGRPOLoss`, and the log-probabilities that it is made of."""
+"""Liger-Kernel's heads: for GRPO, for log-probabilities of any loss, and for the cross-entropy.
+
+LIGER          LigerFusedLinearGRPOLoss, and the log-probabilities that it is made of
+LIGER_SCALED   LigerFusedLinearScaledCrossEntropyFunction, log-probabilities with a loss of ours on them
+LIGER_CE       LigerFusedLinearCrossEntropyLoss, whose gradients are formed in the forward, of a mean alone
+"""
 
 from collections.abc import Callable
 
@@ -6,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bench.cases import CLIP, RESPONSES, Case
-from bench.peers.peer import Peer, autograd_tasks
+from bench.peers.peer import Peer, autograd_tasks, needs_a_gpu
+from bench.peers.plain import valid_row_tasks
 
 
 def _log_probs(case: Case) -> Callable[[], Tensor]:
@@ -62,4 +68,53 @@ LIGER = Peer(
     task=autograd_tasks(_log_probs, _policy_loss),
     objective="grpo",
     unavailable=_unavailable,
+)
+
+
+def _scaled_log_probs(case: Case) -> Callable[[], Tensor]:
+    """Of the rows that are not ignored, [N]."""
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    targets = case.valid(case.targets)
+    return lambda: -LigerFusedLinearScaledCrossEntropyFunction.apply(case.valid(case.hidden), case.weight, targets)
+
+
+def _scaled_unavailable(device: torch.device) -> str | None:
+    try:
+        from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction  # noqa: F401
+    except ImportError as error:
+        return f"liger-kernel's scaled cross-entropy cannot be imported: {error}"
+    return None
+
+
+LIGER_SCALED = Peer(
+    name="liger_scaled",
+    notes="LigerFusedLinearScaledCrossEntropyFunction on the rows that are not ignored: its CuTe kernels on Hopper "
+    "GPUs, elsewhere chunks of 512 rows in torch, which it has from verl",
+    task=valid_row_tasks(_scaled_log_probs),
+    unavailable=_scaled_unavailable,
+)
+
+
+def _cross_entropy(case: Case, reduction: str) -> Callable[[], Tensor]:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    # float32 sums of the weight's gradient, as ours.
+    loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction, accum_dtype=torch.float32)
+    return lambda: loss(case.weight, case.hidden, case.targets)
+
+
+def _cross_entropy_log_probs(case: Case) -> Callable[[], Tensor]:
+    losses = _cross_entropy(case, "none")
+    return lambda: -losses()
+
+
+LIGER_CE = Peer(
+    name="liger_ce",
+    notes="LigerFusedLinearCrossEntropyLoss, sums in float32: the mean cross-entropy, no policy loss, no gradient of "
+    "single log-probabilities; computes ignored rows",
+    task=autograd_tasks(_cross_entropy_log_probs, lambda case: _cross_entropy(case, "mean")),
+    objective="cross_entropy",
+    unavailable=needs_a_gpu("liger_kernel.transformers"),
+    computations=("policy_loss", "log_probs"),
 )

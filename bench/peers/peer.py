@@ -1,12 +1,13 @@
 """What an adapter of an implementation looks like, and the tasks that are measured."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bench.cases import Case
+from bench.cases import COMPUTATIONS, Case
 from bench.measure import Task
 
 Prepare = Callable[[Case], Callable[[], Tensor]]
@@ -27,6 +28,7 @@ class Peer:
             holds: log-probabilities [T], or the gradients to the case's leaves.
         objective: What its policy loss is, a key of `bench.peers.plain.OBJECTIVES`; None for the floor.
         unavailable: Device -> why it cannot run there, None if it can.
+        computations: Those that it has.
     """
 
     name: str
@@ -34,6 +36,28 @@ class Peer:
     task: Callable[[str, Case], Task]
     objective: str | None = "rectified"
     unavailable: Callable[[torch.device], str | None] = runs_anywhere
+    computations: tuple[str, ...] = tuple(COMPUTATIONS)
+
+    def why_not(self, computation: str, device: torch.device) -> str | None:
+        """Why it cannot compute something on a device, None if it can."""
+        if computation not in self.computations:
+            return f"{self.name} has no {computation}"
+        return self.unavailable(device)
+
+
+def needs_a_gpu(package: str) -> Callable[[torch.device], str | None]:
+    """`Peer.unavailable` of what a package has for GPUs alone."""
+
+    def unavailable(device: torch.device) -> str | None:
+        if device.type == "cpu":
+            return f"{package} has it for GPUs alone"
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            return f"{package} cannot be imported: {error}"
+        return None
+
+    return unavailable
 
 
 def autograd_tasks(log_probs: Prepare, policy_loss: Prepare) -> Callable[[str, Case], Task]:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import CLIP, MULTIPLIER, RESPONSES, RESPONSES_PER_PROMPT, Case
-from bench.peers.peer import Peer, autograd_tasks
+from bench.measure import Task
+from bench.peers.peer import Peer, Prepare, autograd_tasks
 
 # log-probabilities of the rows that are not ignored [N], those rows' old log-probabilities, reward and cost advantages
 # [N] and sequence ids [N], costs [S] -> scalar
@@ -54,6 +55,20 @@ def expand(case: Case, values: Tensor) -> Tensor:
     if case.rows.numel() == case.targets.numel():
         return values
     return values.new_zeros(case.targets.shape).index_copy(0, case.rows, values)
+
+
+def valid_row_tasks(log_probs: Prepare) -> Callable[[str, Case], Task]:
+    """`Peer.task` from log-probabilities [N] of the rows that are not ignored, and the loss above on them."""
+
+    def expanded(case: Case) -> Callable[[], Tensor]:
+        compute = log_probs(case)
+        return lambda: expand(case, compute())
+
+    def policy_loss(case: Case) -> Callable[[], Tensor]:
+        compute, tokens = log_probs(case), valid_tokens(case)
+        return lambda: rectified(compute(), *tokens, case.costs)
+
+    return autograd_tasks(expanded, policy_loss)
 
 
 def full_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

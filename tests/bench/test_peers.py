@@ -1,9 +1,12 @@
 """Every implementation that is measured computes what it says, and the check that guards the tables can fail."""
 
+import sys
+import types
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bench.cases import COMPUTATIONS, make_case
 from bench.check import check
@@ -32,9 +35,45 @@ def test_peers_compute_what_they_say(name, dtype, ignored):
     why_not = peer.unavailable(CPU)
     if why_not is not None:
         pytest.skip(why_not)
-    for computation in COMPUTATIONS:
+    for computation in peer.computations:
         task = peer.task(computation, case)
         check(peer, computation, case, task.run(*task.setup()))
+
+
+def test_a_peer_is_not_asked_for_what_it_has_not():
+    assert PEERS["liger_ce"].why_not("log_probs_backward", torch.device("cuda")) == "liger_ce has no log_probs_backward"
+    for name in ("trl", "liger_scaled"):
+        assert set(PEERS[name].computations) == set(COMPUTATIONS)
+
+
+@pytest.mark.parametrize("name", ["liger_ce", "quack"])
+def test_what_is_for_gpus_alone_says_so(name):
+    assert "for GPUs alone" in PEERS[name].why_not("policy_loss", CPU)
+
+
+def test_quack_is_called_as_its_source_has_it(monkeypatch):
+    """Stand-ins with its signatures: chunks where 8 divides all sizes, else all logits; the mean cross-entropy."""
+    quack, chunked = types.ModuleType("quack.linear_cross_entropy"), []
+
+    def linear_cross_entropy_func(x, weight, bias, target, ignore_index=-100, reduction="mean", inplace_backward=False):
+        return F.cross_entropy(F.linear(x, weight, bias), target, ignore_index=ignore_index, reduction=reduction)
+
+    def chunked_linear_cross_entropy(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean"):
+        chunked.append(chunk_size)
+        return linear_cross_entropy_func(x, weight, None, target, ignore_index, reduction)
+
+    quack.linear_cross_entropy_func = linear_cross_entropy_func
+    quack.chunked_linear_cross_entropy = chunked_linear_cross_entropy
+    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", quack)
+    peer = PEERS["quack"]
+    assert peer.unavailable(torch.device("cuda")) is None
+    for V, chunks in ((1031, []), (1032, [4096])):
+        case = make_case(64, 24, V, torch.float32, CPU, ignored=0.25)
+        for computation in COMPUTATIONS:
+            task = peer.task(computation, case)
+            check(peer, computation, case, task.run(*task.setup()))
+        assert chunked == chunks
 
 
 def test_the_check_is_the_reference():

@@ -63,6 +63,7 @@ def test_table_has_a_row_for_each_peer_under_its_shape_and_names_the_machine():
     assert "| products |" in first and "| products |" not in second
     assert "23.0" in second
     assert "- ours: the notes of ours." in text
+    assert "Not measured" in text and "verl" in text and "Fast-LLM" in text
 
 
 def test_plots_where_there_are_several_lengths(tmp_path):
