@@ -15,8 +15,11 @@ from repo_fast.ops import sweep
 @contextmanager
 def chunks_of(rows: int) -> Iterator[None]:
     """While this is open, the linear ops take so many rows of logits at a time, on any device."""
-    constants = {"GPU_CHUNK_ROWS": rows, "CPU_CHUNK_ROWS": rows, "CPU_MIN_ROWS": 1, "GPU_CHUNK_ELEMENTS": 1 << 31}
-    with mock.patch.multiple(sweep, **constants):
+
+    def chunk_rows(device: torch.device, dtype: torch.dtype, N: int, V: int, D: int) -> int:
+        return max(1, min(rows, N))
+
+    with mock.patch.object(sweep, "chunk_rows", chunk_rows):
         yield
 
 

@@ -206,9 +206,8 @@ def settings(device: torch.device) -> Iterator[tuple[str, bool, Callable[[], Abs
 
     for module, constant, values in (
         (sweep, "ROW_ALIGNMENT_BYTES", (2, 128, 1024)),  # 2: rows of V logits without padding
-        (rows, "ROW_TILE", (4096, 8192, 16384)),
+        (rows, "BYTES_PER_THREAD", (96, 192, 384, 768)),
         (rows, "ELEMENTS_PER_THREAD", (8, 16, 32)),
-        (rows, "WIDE_ROW_BYTES", (32 * 1024, 128 * 1024, 1024 * 1024)),
     ):
         for value in values:
             shipped = getattr(module, constant) == value

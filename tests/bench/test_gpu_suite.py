@@ -114,11 +114,11 @@ def test_what_is_tuned_and_looked_for_exists() -> None:
 
     settings = list(gpu_kernels.settings(torch.device("cuda")))
     shipped = [name.partition(" = ")[0] for name, is_shipped, _ in settings if is_shipped]
-    assert shipped == ["ROW_ALIGNMENT_BYTES", "ROW_TILE", "ELEMENTS_PER_THREAD", "WIDE_ROW_BYTES"]
-    before = linear_log_probs.ROW_TILE
+    assert shipped == ["ROW_ALIGNMENT_BYTES", "BYTES_PER_THREAD", "ELEMENTS_PER_THREAD"]
+    before = linear_log_probs.BYTES_PER_THREAD
     for name, is_shipped, setting in settings:
         with setting():
-            assert (linear_log_probs.ROW_TILE == before) == ("ROW_TILE" not in name or is_shipped)
+            assert (linear_log_probs.BYTES_PER_THREAD == before) == ("BYTES_PER" not in name or is_shipped)
     for kernel in gpu_kernels.ROW_KERNELS:
         assert hasattr(fused_rectified_policy_loss, kernel) or hasattr(linear_log_probs, kernel)
 
