@@ -48,8 +48,8 @@ def test_the_parts_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_step_is_taken_apart() -> None:
     row = trainer.take_steps(TINY, 1, 4)
-    parts = sum(row["seconds"][name] for name in ("forward", "backward", "optimizer", "generate", "score"))
-    assert 0 < parts < row["seconds"]["step"] and 0 < row["overhead_share"] < 1
+    assert all(row["seconds"][name] > 0 for name in ("forward", "backward", "optimizer", "generate", "score"))
+    assert 0 < row["overhead_share"] < 1  # of each step by itself: medians over steps do not add up
     assert row["metrics"]["update_seconds"] > 0 and row["steps"] == trainer.STEPS - 1
 
 
