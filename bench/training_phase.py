@@ -315,7 +315,8 @@ class Update:
         self.model.set_attn_implementation("sdpa" if path.masked else own)
         for micro_batch in self.rows[path.balanced, path.shared]:
             row = micro_batch.batch
-            hidden = run_packed(self.model.base_model, row.input_ids, row.position_ids)[0, row.predictors]
+            hidden = run_packed(self.model.base_model, row.input_ids, row.position_ids, row.bounds)
+            hidden = hidden[0, row.predictors]
             yield self._loss(hidden, micro_batch, row.targets, row.sequence_ids, path.fused)
 
     def backward(self, path: Path) -> Tensor:

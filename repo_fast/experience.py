@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from repo_fast.bounds import Bounds
 from repo_fast.collectives import Ranks
 from repo_fast.rollout import Rollout
 
@@ -26,6 +27,7 @@ class PackedBatch:
         targets: int64 [T], the response tokens; -100 in a batch that only keeps a rank in step.
         sequence_ids: int64 [T] in [0, S).
         last: int64 [S], the position of each sequence's last token.
+        bounds: Those of `position_ids`. None: whoever needs them finds them, and waits for a GPU.
     """
 
     input_ids: torch.Tensor
@@ -34,6 +36,7 @@ class PackedBatch:
     targets: torch.Tensor
     sequence_ids: torch.Tensor
     last: torch.Tensor
+    bounds: Bounds | None = None
 
     @property
     def sequences(self) -> int:
@@ -67,13 +70,14 @@ def pack(
         sequence_ids.append(torch.full((response.numel(),), index))
         start += response.numel()
         last.append(start - 1)
-    return PackedBatch(
-        input_ids=torch.cat(tokens)[None].to(device),
-        position_ids=torch.cat(positions)[None].to(device),
-        predictors=torch.cat(predictors).to(device),
-        targets=torch.cat(list(responses)).to(device),
-        sequence_ids=torch.cat(sequence_ids).to(device),
-        last=torch.tensor(last, device=device),
+    return _packed(
+        device,
+        torch.cat(tokens),
+        positions,
+        torch.cat(predictors),
+        torch.cat(list(responses)),
+        torch.cat(sequence_ids),
+        torch.tensor(last),
     )
 
 
@@ -90,14 +94,47 @@ def pack_dialogues(dialogues: Sequence[Sequence[torch.Tensor]], device: torch.de
         [torch.full((part.numel(),), i % 2 == 1) for parts in dialogues for i, part in enumerate(parts)]
     )
     where = is_response.nonzero()[:, 0]
-    return PackedBatch(
-        input_ids=tokens[None].to(device),
-        position_ids=torch.cat([torch.arange(length) for length in lengths.tolist()])[None].to(device),
-        predictors=(where - 1).to(device),
-        targets=tokens[where].to(device),
-        sequence_ids=torch.arange(len(dialogues)).repeat_interleave(lengths)[where].to(device),
-        last=(lengths.cumsum(0) - 1).to(device),
-    )
+    positions = [torch.arange(length) for length in lengths.tolist()]
+    sequence_ids = torch.arange(len(dialogues)).repeat_interleave(lengths)[where]
+    return _packed(device, tokens, positions, where - 1, tokens[where], sequence_ids, lengths.cumsum(0) - 1)
+
+
+def pack_whole(
+    sequences: Sequence[torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Bounds]:
+    """Pack sequences to be read at their last tokens: what a `ScoreModel` takes.
+
+    Args:
+        sequences: int64 CPU tensors, at least one token each.
+        device: Where the row goes.
+
+    Returns:
+        int64 input_ids [1, N], position_ids [1, N] and the place of each sequence's last token [S]; the bounds.
+    """
+    position_ids = torch.cat([torch.arange(sequence.numel()) for sequence in sequences])[None]
+    last = torch.tensor([sequence.numel() for sequence in sequences]).cumsum(0) - 1
+    row = (sent(part, device) for part in (torch.cat(list(sequences))[None], position_ids, last))
+    return *row, Bounds.of(position_ids).to(device)
+
+
+def _packed(
+    device: torch.device,
+    tokens: torch.Tensor,
+    positions: Sequence[torch.Tensor],
+    predictors: torch.Tensor,
+    targets: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    last: torch.Tensor,
+) -> PackedBatch:
+    """The batch of CPU tensors on a device, with its bounds."""
+    position_ids = torch.cat(list(positions))[None]
+    parts = (tokens[None], position_ids, predictors, targets, sequence_ids, last)
+    return PackedBatch(*(sent(part, device) for part in parts), Bounds.of(position_ids).to(device))
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on its way to a device, which is not waited for."""
+    return tensor.to(device, non_blocking=True)
 
 
 def idle_batch(device: torch.device) -> PackedBatch:
@@ -172,7 +209,7 @@ class Experience:
             )
 
             def cut(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-                return values[where].to(device)
+                return sent(values[where], device)
         else:
             tokens, batch = torch.empty(0), idle_batch(device)
 

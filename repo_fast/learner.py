@@ -294,7 +294,7 @@ class Learner:
     def values(self, critic: Engine, rollout: Rollout) -> torch.Tensor:
         """The critic's values before each response token: float32 [C, T] of its C streams, packed, on the CPU."""
         values = self._over_rollout(
-            rollout, lambda batch: critic(batch.input_ids, batch.position_ids, batch.predictors)
+            rollout, lambda batch: critic(batch.input_ids, batch.position_ids, batch.predictors, batch.bounds)
         )
         return values.reshape(len(critic.module.streams), -1)
 
@@ -477,7 +477,7 @@ class Learner:
         totals = torch.zeros(len(streams), dtype=torch.float64)
         for batch, last in with_last(batches):
             packed = batch.batch
-            values = critic(packed.input_ids, packed.position_ids, packed.predictors)
+            values = critic(packed.input_ids, packed.position_ids, packed.predictors, packed.bounds)
             # An idle batch has no valid token: an empty sum is 0 and keeps the graph.
             valid = packed.targets != -100
             losses = []

@@ -13,7 +13,7 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import ScoreConfig
 from repo_fast.data import Candidate, Columns, Preference, PromptTemplate, load_preferences
 from repo_fast.errors import InputError, at
-from repo_fast.experience import with_last
+from repo_fast.experience import pack_whole, with_last
 from repo_fast.inputs import check_inputs, check_start, find_model
 from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.on_paper import check_positions
@@ -198,10 +198,7 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
     def _scores(self, row: Sequence[TokenizedPreference]) -> torch.Tensor:
         """The scores of a micro-batch's responses, one after the other: float32 [S]; of one token if it is empty."""
         sequences = [sequence for example in row for sequence in example.sequences] or [torch.zeros(1).long()]
-        last = torch.tensor([sequence.numel() for sequence in sequences]).cumsum(0) - 1
-        positions = torch.cat([torch.arange(sequence.numel()) for sequence in sequences])
-        device = self.ranks.device
-        return self.engine(torch.cat(sequences)[None].to(device), positions[None].to(device), last.to(device))
+        return self.engine(*pack_whole(sequences, self.ranks.device))
 
     def _loss(self, scores: torch.Tensor, row: Sequence[TokenizedPreference]) -> PreferenceLoss:
         settings, device = self.config.loss, scores.device

@@ -11,6 +11,9 @@ the first p tokens of the last sequence that began at 0. The prompt is then comp
 
 It is registered with transformers, whose layers call it. Forwards that are not packed, such as generation with its
 cache and its padding, go to transformers' own SDPA with its masks.
+
+On CUDA a forward does not wait for the device: what the host must know of a row, the row's `Bounds` say. With any other
+attention transformers itself looks at the positions, once for each kind of mask and forward.
 """
 
 import functools
@@ -25,6 +28,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
+from repo_fast.bounds import Bounds
 from repo_fast.errors import InputError
 
 PACKED = "repo_fast_packed"
@@ -85,7 +89,9 @@ def _varlen_can_run() -> bool:
     return {"scale", "window_size"} <= _varlen_options()
 
 
-def run_packed(trunk: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+def run_packed(
+    trunk: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor, bounds: Bounds | None = None
+) -> torch.Tensor:
     """Run a transformers trunk on a packed row.
 
     Args:
@@ -93,66 +99,50 @@ def run_packed(trunk: nn.Module, input_ids: torch.Tensor, position_ids: torch.Te
         input_ids: int64 [1, N].
         position_ids: int64 [1, N], from 0 in each sequence; or, under `PACKED`, from p where a sequence goes on from
             the first p tokens of the last one that began at 0.
+        bounds: Those of `position_ids`. None: they are found here, for which the host waits for a GPU.
 
     Returns:
         The last hidden states [1, N, D].
+
+    Raises:
+        ValueError: The bounds are of another row, or a sequence goes on from another under an attention that cannot
+            share.
     """
-    if getattr(trunk, PADDED, False):
-        return _run_padded(trunk, input_ids[0], position_ids[0])
+    if bounds is None:
+        bounds = Bounds.of(position_ids)
+    else:
+        bounds.check(position_ids)
+    bounds = bounds.to(position_ids.device)
+    implementation = trunk.config._attn_implementation
+    padded = getattr(trunk, PADDED, False)
+    if bounds.key_index is not None and (padded or implementation != PACKED):
+        raise ValueError(
+            f"position_ids restart above 0 with attention {PADDED if padded else implementation!r}, expected 'packed': "
+            "no other shares a prompt"
+        )
+    if padded:
+        return _run_padded(trunk, input_ids[0], position_ids[0], bounds)
     # Without a cache and without a mask, transformers keeps sequences apart by their restarting positions.
     options: dict[str, Any] = {"attention_mask": None, "use_cache": False}
-    implementation = trunk.config._attn_implementation
-    if implementation == "flash_attention_2":
-        starts = (position_ids[0] == 0).nonzero()[:, 0]
-        ends = torch.full_like(starts[:1], position_ids.numel())
-        cu_seqlens = torch.cat([starts, ends]).int()
-        longest = int(position_ids.max()) + 1
-        options |= {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-        options |= {"max_length_q": longest, "max_length_k": longest}
+    if implementation in (PACKED, "flash_attention_2"):
+        options |= {"cu_seq_lens_q": bounds.own, "cu_seq_lens_k": bounds.seen}
+        options |= {"max_length_q": bounds.longest, "max_length_k": bounds.longest}
     if implementation == PACKED:
-        options |= _sequences(position_ids[0])
+        options["key_index"] = bounds.key_index
         options["attention_mask"] = torch.zeros(_NO_MASK_SIZE, device=input_ids.device)
     return trunk(input_ids=input_ids, position_ids=position_ids, **options).last_hidden_state
 
 
-def _run_padded(trunk: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+def _run_padded(trunk: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor, bounds: Bounds) -> torch.Tensor:
     """`run_packed` with a row a sequence, in one call: ranks must make as many, however their sequences are.
 
     Padding stands behind the sequences, where what is causal does not see it: no mask is needed.
     """
-    starts = (position_ids == 0).nonzero()[:, 0]
-    bounds = torch.cat([starts, torch.full_like(starts[:1], position_ids.numel())])
-    rows = torch.repeat_interleave(torch.arange(starts.numel(), device=starts.device), bounds.diff())
-    padded = input_ids.new_zeros(starts.numel(), int(position_ids.max()) + 1)
+    indices = torch.arange(bounds.sequences, device=position_ids.device)
+    rows = indices.repeat_interleave(bounds.own.diff(), output_size=bounds.tokens)
+    padded = input_ids.new_zeros(bounds.sequences, bounds.longest)
     padded[rows, position_ids] = input_ids
     return trunk(input_ids=padded, use_cache=False).last_hidden_state[rows, position_ids][None]
-
-
-def _sequences(position_ids: torch.Tensor) -> dict[str, Any]:
-    """What `packed_attention` is told of a row: where sequences start, and which keys they see."""
-    restart = torch.ones_like(position_ids, dtype=torch.bool)
-    restart[1:] = position_ids.diff() != 1
-    starts = restart.nonzero()[:, 0]
-    end = torch.full_like(starts[:1], position_ids.numel())
-    bounds = torch.cat([starts, end])
-    shared = position_ids[starts]
-    longest = int(position_ids.max()) + 1
-    options = {"cu_seq_lens_q": bounds.int(), "max_length_q": longest, "max_length_k": longest}
-    if not bool(shared.any()):
-        return options | {"cu_seq_lens_k": bounds.int(), "key_index": None}
-    # The last sequence that began at 0, of each.
-    roots = torch.where(shared == 0, starts, 0).cummax(0).values
-    lengths = bounds.diff()
-    pieces = [
-        torch.arange(start, start + count, device=position_ids.device)
-        for root, prefix, own, length in zip(*(x.tolist() for x in (roots, shared, starts, lengths)), strict=True)
-        for start, count in ((root, prefix), (own, length))
-    ]
-    ends = (shared + lengths).cumsum(0)
-    return options | {
-        "cu_seq_lens_k": torch.cat([torch.zeros_like(end), ends]).int(),
-        "key_index": torch.cat(pieces),
-    }
 
 
 def packed_attention(
@@ -182,7 +172,7 @@ def packed_attention(
         dropout: Must be 0 in a packed row.
         cu_seq_lens_q: int32 [S + 1], where the sequences start and end; None in a forward that is not packed.
         cu_seq_lens_k: int32 [S + 1], the same for the keys that they see, shared ones first.
-        max_length_q: Tokens of the longest sequence.
+        max_length_q: Keys of the sequence that sees most.
         key_index: int64 [M], the places in the row of these keys; None: each sequence sees its own.
         sliding_window: A token sees so many, itself included; None: all before it.
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from repo_fast.bounds import Bounds
 from repo_fast.models.attention import run_packed
 from repo_fast.models.score_model import ScoreHead, ScoreModel
 
@@ -29,18 +30,25 @@ class Critic(nn.Module):
         self.heads = nn.ModuleDict(heads).to(dtype)
         self._normalizers: Mapping[str, tuple[float, float]] = {streams[0]: (model.mean, model.std)}
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        positions: torch.Tensor,
+        bounds: Bounds | None = None,
+    ) -> torch.Tensor:
         """Values some positions of packed sequences.
 
         Args:
             input_ids: int64 [1, N].
             position_ids: int64 [1, N], from 0 in each sequence.
             positions: int64 [M], where in the row to read.
+            bounds: As for `run_packed`.
 
         Returns:
             float32 [C, M], a row for each of the C streams.
         """
-        hidden = run_packed(self.trunk, input_ids, position_ids)[0, positions]
+        hidden = run_packed(self.trunk, input_ids, position_ids, bounds)[0, positions]
         values = []
         for stream, head in self.heads.items():
             mean, std = self._normalizers.get(stream, (0.0, 1.0))

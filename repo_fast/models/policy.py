@@ -86,7 +86,8 @@ class Policy(nn.Module):
         """
         if loss is None:
             return self.model(input_ids=batch.input_ids, use_cache=False).logits
-        hidden = run_packed(self.model.base_model, batch.input_ids, batch.position_ids)[0, batch.predictors]
+        hidden = run_packed(self.model.base_model, batch.input_ids, batch.position_ids, batch.bounds)
+        hidden = hidden[0, batch.predictors]
         return self.model.get_output_embeddings()(hidden, lambda h, w: loss(h, w, batch))
 
 

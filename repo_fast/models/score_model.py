@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, PretrainedConfig
 
+from repo_fast.bounds import Bounds
 from repo_fast.models.attention import run_packed
 from repo_fast.models.model_config import load_config, set_aside
 from repo_fast.models.score_checkpoint import ScoreCheckpoint, ScoreFormat
@@ -94,18 +95,25 @@ class ScoreModel(nn.Module):
         form = ScoreFormat(aside=set_aside(path))
         return cls(_load_trunk(path, config, dtype, attention), torch.zeros(1, config.hidden_size), format=form)
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        positions: torch.Tensor,
+        bounds: Bounds | None = None,
+    ) -> torch.Tensor:
         """Scores some positions of packed sequences.
 
         Args:
             input_ids: int64 [1, N].
             position_ids: int64 [1, N], from 0 in each sequence.
             positions: int64 [M], where in the row to read.
+            bounds: As for `run_packed`.
 
         Returns:
             float32 [M].
         """
-        scores = self.score_head(run_packed(self.trunk, input_ids, position_ids)[0, positions])[:, 0]
+        scores = self.score_head(run_packed(self.trunk, input_ids, position_ids, bounds)[0, positions])[:, 0]
         return (scores - self.mean) / self.std
 
 

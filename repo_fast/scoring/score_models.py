@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from repo_fast.balance import split_by_tokens
 from repo_fast.data.templates import PromptTemplate, without_added
 from repo_fast.errors import InputError
+from repo_fast.experience import pack_whole
 from repo_fast.flops import Shape, forward_work
 from repo_fast.models.attention import MASKED
 from repo_fast.models.model_config import load_config
@@ -138,12 +139,7 @@ class ModelScorer:
             yield sequence[-self._max_tokens :]
 
     def _forward(self, row: Sequence[torch.Tensor]) -> torch.Tensor:
-        last = torch.tensor([len(sequence) for sequence in row]).cumsum(0) - 1
-        return self._module(
-            torch.cat(list(row))[None].to(self._device),
-            torch.cat([torch.arange(len(sequence)) for sequence in row])[None].to(self._device),
-            last.to(self._device),
-        ).cpu()
+        return self._module(*pack_whole(row, self._device)).cpu()
 
 
 class EncoderClassifier(nn.Module):

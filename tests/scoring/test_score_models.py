@@ -68,9 +68,9 @@ class Recorder(nn.Module):
         self.trunk.config = LlamaConfig(vocab_size=vocabulary)
         self.rows = []
 
-    def forward(self, input_ids, position_ids, positions):
-        starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
-        self.rows.append([row.tolist() for row in torch.tensor_split(input_ids[0], starts[1:])])
+    def forward(self, input_ids, position_ids, positions, bounds):
+        bounds.check(position_ids)
+        self.rows.append([row.tolist() for row in torch.tensor_split(input_ids[0], bounds.own[1:-1].tolist())])
         return input_ids[0, positions].float()
 
 
