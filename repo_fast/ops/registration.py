@@ -21,6 +21,11 @@ from repo_fast.ops.dispatch import implementation
 from repo_fast.ops.sweep import gradient_dtype
 
 
+def _tags(name: str) -> list[torch.Tag]:
+    """An op that reads the count of valid rows back, on one backend at least, cannot be part of a CUDA graph."""
+    return [] if name in ("prompt_violations", "generalized_advantages") else [torch.Tag.cudagraph_unsafe]
+
+
 def _dispatched(function: Callable[..., Any]) -> Any:
     """Registers an op with the signature of `function` that runs the implementation of its backend."""
     name = function.__name__
@@ -30,7 +35,7 @@ def _dispatched(function: Callable[..., Any]) -> Any:
         *inputs, backend = args
         return _run(implementation(name, backend), args[0].device.type, *inputs)
 
-    return torch.library.custom_op(f"repo_fast::{name}", run, mutates_args=())
+    return torch.library.custom_op(f"repo_fast::{name}", run, mutates_args=(), tags=_tags(name))
 
 
 def _policy_loss(name: str, arguments: Callable[..., PolicyArguments], outputs: int) -> Any:
@@ -45,7 +50,7 @@ def _policy_loss(name: str, arguments: Callable[..., PolicyArguments], outputs: 
         [Parameter(field, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for field, kind in fields.items()],
         return_annotation=tuple[(Tensor,) * outputs],  # type: ignore[misc]
     )
-    return torch.library.custom_op(f"repo_fast::{name}", run, mutates_args=())
+    return torch.library.custom_op(f"repo_fast::{name}", run, mutates_args=(), tags=_tags(name))
 
 
 def _run(function: Callable[..., Any], device_type: str, *inputs: Any) -> Any:
@@ -258,7 +263,8 @@ _LIBRARY.define(
     _SCHEMA.removeprefix("repo_fast::")
     .replace("_and_gradients", "")
     .replace(", bool need_hidden, bool need_weight", "")
-    .replace(", Tensor, Tensor)", ")")
+    .replace(", Tensor, Tensor)", ")"),
+    tags=_tags("fused_rectified_policy_loss"),
 )
 _LIBRARY.impl("fused_rectified_policy_loss", _with_gradients, "Autograd")
 _LIBRARY.impl("fused_rectified_policy_loss", _without_gradients, "CompositeExplicitAutograd")
