@@ -2,6 +2,7 @@
 
 VENV := .venv
 VLLM_VENV := .venv-vllm
+GPU_VENV := .venv-gpu-like
 RANKS ?= 1
 ARGS ?=
 # Test files at once; most tests use one core.
@@ -13,7 +14,7 @@ OUTPUT = $(shell n=; while [ -e outputs/tiny$$n ]; do n=$$(($${n:-0} - 1)); done
 # A waiting OpenMP thread that spins takes the core of the thread it waits for: up to 30 times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup train pipeline test test-vllm acceptance lint format bench clean
+.PHONY: help setup train pipeline test test-vllm rehearse acceptance lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -56,7 +57,32 @@ $(VLLM_VENV)/.done: $(VENV)/.done
 	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-acceptance: lint ## Check and test everything
+# In turn: the host's side of CUDA's paths on tensors without values, every kernel's machine code, every unit of the GPU
+# suite, and the versions of a machine with a GPU, as it is found and with DeepSpeed.
+rehearse: setup $(GPU_VENV)/.done ## Run what can be run of the CUDA paths without a GPU
+	$(VENV)/bin/python -m tests.test_cuda_paths
+	$(VENV)/bin/python -m tests.kernels.compile_ahead
+	out=$$(mktemp -d) && $(VENV)/bin/python -m bench.gpu_suite --out $$out && rm -r $$out
+	$(GPU_VENV)/bin/pip uninstall --quiet --yes deepspeed
+	$(GPU_VENV)/bin/pytest -m "not slow" $(SPREAD) tests/ops tests/kernels tests/bench tests/models/test_attention.py
+	DS_BUILD_OPS=0 $(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check $$(grep ^deepspeed== requirements.lock)
+	$(GPU_VENV)/bin/pytest -m "not slow" $(SPREAD) tests/bench tests/test_engine.py tests/test_cuda_paths.py
+
+# The CUDA build of torch takes some GB; a CPU build, where the package index has one, does as well.
+$(GPU_VENV)/.done: requirements.lock .ci/gpu-machine.txt setup.py pyproject.toml $(wildcard csrc/*)
+	@set -e; for python in $(or $(PYTHON312),python3.12 $$(pyenv root 2> /dev/null)/versions/3.12*/bin/python); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2> /dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then echo "error: no Python 3.12; name one by PYTHON312=" >&2; exit 1; fi; \
+	echo "set-up: $$($$found --version), $(GPU_VENV), some GB"; \
+	$$found -m venv --clear $(GPU_VENV)
+	names=$$(sed -n 's/^\([a-z-]*\)==.*/\1/p' .ci/gpu-machine.txt | paste -sd '|'); \
+	  grep -vE "^($$names|deepspeed|trl|liger-kernel|cut-cross-entropy)==" requirements.lock > $(GPU_VENV)/rest.txt
+	$(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check -r .ci/gpu-machine.txt -r $(GPU_VENV)/rest.txt
+	$(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+acceptance: lint rehearse ## Check and test everything, and rehearse
 	$(VENV)/bin/pytest $(SPREAD) $(ARGS)
 
 lint: setup ## Style, types of the public ops, and which room may import which
@@ -75,5 +101,5 @@ bench: setup ## Measure the loss head beside its peers and the bare products; AR
 	  status=$$?; $(VENV)/bin/python -m bench.report outputs/bench/run.json --out outputs/bench && exit $$status
 
 clean: ## Remove what was built and cached here; not outputs/
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info repo_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(GPU_VENV) build dist *.egg-info repo_fast/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

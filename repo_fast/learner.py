@@ -387,14 +387,15 @@ class Learner:
         metrics: dict[str, float] = {}
 
         ptx = self._ptx_batches()
-        totals = torch.zeros(4, dtype=torch.float64)
+        # Added up where they are: a number that is read back in between would make a GPU idle.
+        totals = torch.zeros(4, dtype=torch.float64, device=ranks.device)
         gaps = [(torch.empty(0), torch.empty(0))]
         for batch, last in with_last(batches, after=ptx):
             outputs = self.models.policy(batch.batch, self._policy_loss(batch, denominator))
             self.models.policy.backward(outputs.loss, last=last)
-            valid = int((batch.batch.targets != -100).sum())
+            valid = (batch.batch.targets != -100).sum()
             shares = [outputs.loss, outputs.clip_fraction * valid, outputs.approx_kl * valid, outputs.entropy.sum()]
-            totals += torch.stack([share.detach().double().cpu() for share in shares])
+            totals += torch.stack([share.detach().double() for share in shares])
             if self.on_policy:
                 own = batch.batch.targets != -100
                 gaps.append((batch.old_log_probs[own].cpu(), outputs.log_probs.detach()[own].cpu()))

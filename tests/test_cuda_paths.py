@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parent / "cuda"
 def run_told_of_a_gpu(arguments: list[str], **options: object) -> subprocess.CompletedProcess:
     """Run pytest on `tests/cuda`. A CPU build of torch is told of a GPU; a CUDA build knows GPUs, and has none."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"ABSENT_GPU": "1"}
+        environment = os.environ | {"ABSENT_GPU": "1", "DS_ACCELERATOR": "cuda"}
         if torch.version.cuda is None:
             environment["LD_PRELOAD"] = str(_built(Path(folder)))
         command = [sys.executable, "-m", "pytest", FOLDER, "-p", "no:cacheprovider", "--quiet", *arguments]

@@ -1,10 +1,11 @@
 """CUDA tensors without a GPU: what runs on the host of a GPU runs, and every wait for the GPU is seen.
 
-Under `FakeCuda` tensors are those of torch's `FakeTensorMode`: they have a shape, a dtype and a device, which may be
-CUDA, and no values. Two of different devices in one operation are an error, as on a GPU. What needs values would wait
-on a GPU: it is recorded, and gets a plausible answer. Registered ops run their implementation for the backend asked
-for, whose results must look like what the op is registered to return; Triton's launches are held against the kernel's
-signature and go no further (`tests/kernels/compile_ahead.py` compiles them).
+Under `FakeCuda` tensors on CUDA are those of torch's `FakeTensorMode`: they have a shape, a dtype and a device, and no
+values. Tensors of the CPU are real; the two in one operation are an error, as on a GPU. What needs values of a GPU
+would wait for it: that is recorded, and gets plausible ones (a copy to the CPU is full of zeros). Registered ops run
+their implementation for the backend asked for, whose results must look like what the op is registered to return;
+Triton's launches are held against the kernel's signature and go no further (`tests/kernels/compile_ahead.py` compiles
+them).
 
 A CPU build of torch knows no CUDA: slices of such tensors fail, and autograd aborts the process. So the process must
 have loaded `absent_gpu.cpp`, which tells it of a device. `tests/test_cuda_paths.py` builds it and runs the tests of
@@ -30,9 +31,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -52,7 +54,7 @@ _BUNDLES = {
 
 
 class FakeCuda(ExitStack):
-    """While this is entered, tensors are fake; those that `on_cuda` made are on a GPU that is not there.
+    """While this is entered, tensors may be made on, or sent to, a GPU that is not there.
 
     Args:
         ignored: How many of the rows that are looked for are not found.
@@ -64,16 +66,20 @@ class FakeCuda(ExitStack):
 
     def __init__(self, ignored: int = 0) -> None:
         super().__init__()
-        self.ignored, self.fake = ignored, FakeTensorMode()
+        self.ignored, self.fake = ignored, FakeTensorMode(allow_non_fake_inputs=True)
         self.waits: list[str] = []
         self.launches: list[str] = []
 
     def __enter__(self) -> "FakeCuda":
-        # There is no device to make the current one.
+        # There is no device to make ready, or the current one.
+        self.enter_context(patch("torch.cuda._lazy_init", lambda: None))
         self.enter_context(patch("torch.cuda.device", lambda device: nullcontext()))
         for kind in (JITFunction, InterpretedFunction):
             self.enter_context(patch.object(kind, "run", self._launcher()))
-        for mode in (self.fake, _Methods(self), _Operations(self)):
+        # So that torch.tensor(…, device=CUDA) makes one on the CPU and sends it, in operations of their own.
+        self.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)
+        for mode in (_Methods(self), _Operations(self)):
             self.enter_context(mode)
         return self
 
@@ -98,13 +104,15 @@ class FakeCuda(ExitStack):
                         module._buffers[name] = self.on_cuda(buffer)
         return value
 
-    def answer(self, name: str, tensor: torch.Tensor) -> Any:
+    def answer(self, name: str, tensor: torch.Tensor, count: int | None = None) -> Any:
         """What a value-dependent operation gives, after its wait."""
         self.waits.append(name)
         if name == "_local_scalar_dense":
-            return 1.0 if tensor.is_floating_point() else True if tensor.dtype == torch.bool else 1
+            return 1.0 if tensor.is_floating_point() else False if tensor.dtype == torch.bool else 0
         assert tensor.dim() == 1
-        return torch.empty(max(0, tensor.numel() - self.ignored), 1, dtype=torch.int64, device=tensor.device)
+        shape = (max(0, tensor.numel() - self.ignored), 1) if count is None else (count,)
+        with self.fake:
+            return torch.empty(shape, dtype=torch.int64, device=CUDA)
 
     def _launcher(self) -> Any:
         launches = self.launches
@@ -130,21 +138,49 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not any(_is_of_cuda(part) for part in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "repo_fast" and name != "fused_rectified_policy_loss":
             return self._implemented(func, name, *args)
-        if name in ("nonzero", "_local_scalar_dense") and args[0].device.type == "cuda":
+        if name in ("nonzero", "_local_scalar_dense"):
             return self.owner.answer(name, args[0])
+        if name == "bincount":
+            assert len(args) == 3 and args[1] is None
+            return self.owner.answer(name, args[0], args[2])
+        if name == "index":
+            indices = [self._found(index) for index in args[1]]
+            args = (args[0], indices)
         if name == "addmm" and func._overloadname == "dtype_out":
             return _product(args, kwargs)
-        result = func(*args, **kwargs)
-        if name in ("_to_copy", "copy_", "copy"):
-            self._copied(args, kwargs, result)
+        if name == "copy_" and not isinstance(args[0], FakeTensor):
+            self.owner.waits.append("copy to cpu")
+            return args[0].zero_()
+        if name == "copy_" and not isinstance(args[1], FakeTensor):
+            return self._sent(args[0], *args[2:], **kwargs)
+        if name == "_to_copy" and not isinstance(args[0], FakeTensor):
+            return self._sent(self.owner.on_cuda(args[0].to(kwargs.get("dtype"))), **kwargs)
+        with self.owner.fake:
+            result = func(*args, **kwargs)
+        if name == "_to_copy" and result.device.type == "cpu":
+            self.owner.waits.append("copy to cpu")
+            return torch.zeros(result.shape, dtype=result.dtype)
+        return result
+
+    def _found(self, index: torch.Tensor | None) -> torch.Tensor | None:
+        """Of a mask the indices, which are looked for as `nonzero` does."""
+        masks = index is not None and index.dtype == torch.bool
+        return self.owner.answer("nonzero", index).squeeze(1) if masks else index
+
+    def _sent(self, result: torch.Tensor, non_blocking: bool = False, **options: Any) -> torch.Tensor:
+        if not non_blocking:
+            self.owner.waits.append("copy to cuda")
         return result
 
     def _implemented(self, func: Any, name: str, *args: Any) -> Any:
         """What an op's implementation returns, which must look like what the op is registered to return."""
-        shown = func(*args)
+        with self.owner.fake:
+            shown = func(*args)
         *inputs, backend = args
         bundle = _BUNDLES.get(name)
         with _Methods(self.owner), self:
@@ -153,15 +189,6 @@ class _Operations(TorchDispatchMode):
         for ours, theirs in pairs:
             assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device), (name, backend)
         return result
-
-    def _copied(self, args: Any, kwargs: Any, result: Any) -> None:
-        """A copy between host and GPU waits, unless it is to the GPU and does not have to."""
-        source = args[1] if len(args) > 1 and isinstance(args[1], torch.Tensor) else args[0]
-        if source.device.type == result.device.type:
-            return
-        lazy = kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
-        if not (lazy and result.device.type == "cuda"):
-            self.owner.waits.append(f"copy to {result.device.type}")
 
 
 class _Methods(TorchFunctionMode):
@@ -175,6 +202,10 @@ class _Methods(TorchFunctionMode):
         if func in (torch.Tensor.nonzero, torch.nonzero) and args[0].device.type == "cuda":
             return self.owner.answer("nonzero", args[0])
         return func(*args, **(kwargs or {}))
+
+
+def _is_of_cuda(part: Any) -> bool:
+    return isinstance(part, FakeTensor) or (isinstance(part, torch.device) and part.type == "cuda")
 
 
 def _product(args: Any, kwargs: Any) -> torch.Tensor:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
-from repo_fast.bounds import Bounds
-from repo_fast.experience import PackedBatch, pack, pack_whole, sent
+from repo_fast.experience import PackedBatch, pack, pack_whole
 from repo_fast.models import attention
 from repo_fast.models.attention import PACKED, PADDED, attention_candidates, run_packed
 from repo_fast.models.critic import Critic
@@ -43,9 +42,9 @@ def _varlen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     attention._varlen_options.cache_clear()
 
 
-def row_of(share: bool = False) -> PackedBatch:
+def row_of(share: bool = False, device: torch.device = CPU) -> PackedBatch:
     prompts = [torch.zeros(5, dtype=torch.int64)] * 2 + [torch.ones(3, dtype=torch.int64)]
-    return pack(prompts, [torch.zeros(count, dtype=torch.int64) for count in (3, 1, 4)], CPU, share)
+    return pack(prompts, [torch.zeros(count, dtype=torch.int64) for count in (3, 1, 4)], device, share)
 
 
 def trunk_on(fake: FakeCuda, name: str, implementation: str, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
@@ -122,14 +121,12 @@ def test_every_model_hands_the_bounds_on() -> None:
     assert fake.waits == []
 
 
-def test_rows_are_sent_without_a_wait() -> None:
-    fake = FakeCuda()
-    batch, whole = row_of(True), pack_whole([torch.zeros(4, dtype=torch.int64)], CPU)
-    moved = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)] + list(whole[:3])
-    with fake:
-        fakes = [fake.fake.from_tensor(tensor) for tensor in moved]
-        bounds = Bounds(*(fake.fake.from_tensor(part) for part in (batch.bounds.own, batch.bounds.seen)), None, 8, 19)
-        assert all(sent(tensor, CUDA).device == CUDA for tensor in fakes) and bounds.to(CUDA).own.device == CUDA
+@pytest.mark.parametrize("share", [False, True])
+def test_rows_are_packed_and_sent_without_a_wait(share: bool) -> None:
+    with FakeCuda() as fake:
+        row, (input_ids, *others) = row_of(share, CUDA), pack_whole([torch.zeros(4, dtype=torch.int64)], CUDA)
+        parts = [*vars(row).values(), *vars(row.bounds).values(), input_ids, *others]
+        assert all(part.device == CUDA for part in parts if isinstance(part, torch.Tensor))
         assert fake.waits == []
-        fakes[0].to(CUDA)
-        assert fake.waits == ["copy to cuda"]
+        assert row.input_ids.cpu().device.type == "cpu" and torch.zeros(3).to(CUDA).device == CUDA
+        assert fake.waits == ["copy to cpu", "copy to cuda"]
