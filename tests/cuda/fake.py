@@ -32,7 +32,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
@@ -79,8 +78,7 @@ class FakeCuda(ExitStack):
         # So that torch.tensor(…, device=CUDA) makes one on the CPU and sends it, in operations of their own.
         self.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)
-        for mode in (_Methods(self), _Operations(self)):
-            self.enter_context(mode)
+        self.enter_context(_Operations(self))
         return self
 
     def on_cuda(self, value: Moved) -> Moved:
@@ -151,6 +149,8 @@ class _Operations(TorchDispatchMode):
         if name == "index":
             indices = [self._found(index) for index in args[1]]
             args = (args[0], indices)
+        if "index_put" in name and args[2].numel() > 1 and any(_is_mask(index) for index in args[1]):
+            self.owner.waits.append("nonzero")
         if name == "addmm" and func._overloadname == "dtype_out":
             return _product(args, kwargs)
         if name == "copy_" and not isinstance(args[0], FakeTensor):
@@ -169,8 +169,7 @@ class _Operations(TorchDispatchMode):
 
     def _found(self, index: torch.Tensor | None) -> torch.Tensor | None:
         """Of a mask the indices, which are looked for as `nonzero` does."""
-        masks = index is not None and index.dtype == torch.bool
-        return self.owner.answer("nonzero", index).squeeze(1) if masks else index
+        return self.owner.answer("nonzero", index).squeeze(1) if _is_mask(index) else index
 
     def _sent(self, result: torch.Tensor, non_blocking: bool = False, **options: Any) -> torch.Tensor:
         if not non_blocking:
@@ -183,7 +182,7 @@ class _Operations(TorchDispatchMode):
             shown = func(*args)
         *inputs, backend = args
         bundle = _BUNDLES.get(name)
-        with _Methods(self.owner), self:
+        with self:
             result = implementation(name, backend)(*([bundle(*inputs)] if bundle else inputs))
         pairs = zip(*((part,) if isinstance(part, torch.Tensor) else part for part in (result, shown)), strict=True)
         for ours, theirs in pairs:
@@ -191,17 +190,8 @@ class _Operations(TorchDispatchMode):
         return result
 
 
-class _Methods(TorchFunctionMode):
-    """What asks for a device's guard before anything is dispatched, which a CPU build has none of."""
-
-    def __init__(self, owner: FakeCuda) -> None:
-        super().__init__()
-        self.owner = owner
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.nonzero, torch.nonzero) and args[0].device.type == "cuda":
-            return self.owner.answer("nonzero", args[0])
-        return func(*args, **(kwargs or {}))
+def _is_mask(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype == torch.bool
 
 
 def _is_of_cuda(part: Any) -> bool:
@@ -213,5 +203,5 @@ def _product(args: Any, kwargs: Any) -> torch.Tensor:
     out = kwargs["out"]
     assert dtype == out.dtype and left.device == right.device == out.device
     assert out.shape == (left.shape[0], right.shape[1]) and left.shape[1] == right.shape[0]
-    assert all(part is out for part in summand)
+    assert all((part.shape, part.dtype, part.device) == (out.shape, dtype, out.device) for part in summand)
     return out
