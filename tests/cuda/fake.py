@@ -44,7 +44,7 @@ CUDA = torch.device("cuda", 0)
 needs_graph = pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build without a GPU has no backward")
 Moved = TypeVar("Moved")
 # What a launch is told beside the kernel's arguments.
-_LAUNCH_OPTIONS = ("num_warps", "num_stages")
+_LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # What a registered op hands its implementation as one.
 _BUNDLES = {
     "rectified_policy_loss": RectifiedArguments,
