@@ -229,7 +229,7 @@ py::tuple results_of(const LossTotals& totals, const BoundTokens& tokens) {
 class BoundFusedLoss {
 public:
     BoundFusedLoss(const BoundRows& rows, const BoundTokens& tokens, float entropy_coefficient, bool need_gradient,
-                   const py::buffer& log_probs, const py::buffer& entropy)
+                   const py::buffer& log_probs, const OptionalBuffer& entropy)
         : tokens_(tokens), loss_(make(rows, entropy_coefficient, need_gradient, log_probs, entropy)) {}
 
     void row_pass(const py::buffer& logits, const OptionalBuffer& hidden, std::int64_t start) {
@@ -240,8 +240,11 @@ public:
 
 private:
     FusedPolicyLoss make(const BoundRows& rows, float entropy_coefficient, bool need_gradient,
-                         const py::buffer& log_probs, const py::buffer& entropy) {
+                         const py::buffer& log_probs, const OptionalBuffer& entropy) {
         py::ssize_t T = rows.T;
+        if (entropy_coefficient > 0 && !entropy) {
+            throw py::value_error("entropy must be given with an entropy_coefficient > 0, got None");
+        }
         check_size("sequence_ids", tokens_.T, T);
         // The sequence ids have been checked at the tokens' own rows only.
         const PolicyTokens& tokens = tokens_.tokens;
@@ -326,9 +329,9 @@ void bind_policy_losses(py::module_& module) {
         "unsafe_fraction).");
     py::class_<BoundFusedLoss>(
         module, "FusedPolicyLoss",
-        "The fused op: row_pass takes the chunks, writes log_probs and entropy, float32 [T], at their "
+        "The fused op: row_pass takes the chunks, writes log_probs and, unless None, entropy, float32 [T], at their "
         "tokens, and overwrites their logits by the gradient of the loss, if needed.")
-        .def(py::init<const BoundRows&, const BoundTokens&, float, bool, const py::buffer&, const py::buffer&>(),
+        .def(py::init<const BoundRows&, const BoundTokens&, float, bool, const py::buffer&, const OptionalBuffer&>(),
              py::arg("rows"), py::arg("tokens"), py::arg("entropy_coefficient"), py::arg("need_gradient"),
              py::arg("log_probs"), py::arg("entropy"), py::keep_alive<1, 2>(), py::keep_alive<1, 3>())
         .def("row_pass", &BoundFusedLoss::row_pass, py::arg("logits"), py::arg("hidden"), py::arg("start"))

@@ -22,7 +22,8 @@ namespace repo_fast {
 
 class FusedPolicyLoss {
 public:
-    // Log-probabilities and entropies are written to arrays [T], at the tokens of each chunk.
+    // Log-probabilities and, unless null, entropies are written to arrays [T], at the tokens of each chunk. Entropies
+    // must not be null where their coefficient is > 0.
     FusedPolicyLoss(LinearRows linear, PolicyTokens tokens, float entropy_coefficient, bool need_gradient,
                     float* log_probs, float* entropy)
         : linear_(linear),
@@ -36,9 +37,11 @@ public:
     // Overwrites the logits by the gradient of the loss, if that is needed.
     template <typename Element>
     void row_pass(const Chunk<Element>& chunk) {
-        for_each_row(linear_, chunk, [this](std::int64_t i, std::int64_t t, const SoftmaxRow& row) {
+        const auto slopes_of = [this](std::int64_t i, std::int64_t t, const SoftmaxRow& row) {
             log_probs_[t] = static_cast<float>(row.log_prob);
-            entropy_[t] = static_cast<float>(row.entropy);
+            if (entropy_) {
+                entropy_[t] = static_cast<float>(row.entropy);
+            }
             TokenLoss& term = terms_[i];
             term = token_loss(tokens_, t, log_probs_[t]);
             double entropy_slope = 0.0;
@@ -48,7 +51,8 @@ public:
             }
             const Slopes slopes{term.slope * term.factor, entropy_slope};
             return need_gradient_ ? std::optional<Slopes>(slopes) : std::nullopt;
-        });
+        };
+        for_each_row(linear_, chunk, entropy_ != nullptr, slopes_of);
     }
 
     // After all chunks. Adds row after row, whatever the threads and chunks were.

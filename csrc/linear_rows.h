@@ -47,10 +47,11 @@ struct SoftmaxRow {
     double total;   // with the target
     double log_total;
     double log_prob;  // of the target, never positive
-    double entropy;
+    double entropy;   // 0 where it was not asked for
 };
 
-// Derivatives of the loss in a row's log-probability and entropy.
+// Derivatives of the loss in a row's log-probability and entropy. The latter may be other than 0 only where the entropy
+// was asked for.
 struct Slopes {
     double log_prob;
     double entropy;
@@ -68,7 +69,8 @@ const RowFunctions<Element>& row_functions() {
 // bfloat16 logits are off by up to 2^-9 of their size, which clip ranges see: the target's is taken from its own dot
 // product. It takes part in maximum and sum, else log-probabilities would come out positive.
 template <typename Element>
-SoftmaxRow softmax_row(const LinearRows& linear, const Chunk<Element>& chunk, std::int64_t i, std::int64_t target) {
+SoftmaxRow softmax_row(const LinearRows& linear, const Chunk<Element>& chunk, std::int64_t i, std::int64_t target,
+                       bool want_entropy) {
     Element* row = chunk.logits + i * chunk.stride;
     float target_logit;
     if constexpr (std::is_same_v<Element, float>) {
@@ -77,13 +79,15 @@ SoftmaxRow softmax_row(const LinearRows& linear, const Chunk<Element>& chunk, st
         target_logit = row_kernels().dot(chunk.hidden + i * chunk.hidden_stride,
                                          linear.weight + target * linear.weight_stride, linear.D);
     }
-    const RowSums sums = row_functions<Element>().sums(row, linear.V, target, target_logit, linear.inverse_temperature);
+    const RowFunctions<Element>& functions = row_functions<Element>();
+    const RowSums sums = (want_entropy ? functions.weighted_sums : functions.sums)(
+        row, linear.V, target, target_logit, linear.inverse_temperature);
     const double t = (target_logit - sums.maximum) * linear.inverse_temperature;
     const double target_exp = std::exp(t);
     // The maximum's 1 is either target_exp or within the others: this is never below log 1.
     const double log_total = std::log1p(sums.others + (target_exp - 1.0));
     const double total = sums.others + target_exp;
-    const double entropy = log_total - (sums.weighted + target_exp * t) / total;
+    const double entropy = want_entropy ? log_total - (sums.weighted + target_exp * t) / total : 0.0;
     return {sums.maximum, sums.others, total, log_total, t - log_total, entropy};
 }
 
@@ -93,23 +97,28 @@ void overwrite_by_gradient(const LinearRows& linear, const Chunk<Element>& chunk
                            const SoftmaxRow& row, const Slopes& slopes) {
     const double a = slopes.log_prob * linear.inverse_temperature;
     const double b = slopes.entropy * linear.inverse_temperature;
-    const double at_target = a * row.others / row.total - b * std::exp(row.log_prob) * (row.log_prob + row.entropy);
-    const double constant = -(a + b * (row.entropy - row.log_total)) / row.total;
-    row_functions<Element>().gradient(chunk.logits + i * chunk.stride, linear.V, target, row.maximum,
-                                      linear.inverse_temperature, static_cast<float>(constant),
-                                      static_cast<float>(-b / row.total), static_cast<float>(at_target));
+    double at_target = a * row.others / row.total;
+    double constant = -a / row.total;
+    if (b != 0.0) {
+        at_target -= b * std::exp(row.log_prob) * (row.log_prob + row.entropy);
+        constant -= b * (row.entropy - row.log_total) / row.total;
+    }
+    const RowFunctions<Element>& functions = row_functions<Element>();
+    (b == 0.0 ? functions.gradient : functions.linear_gradient)(
+        chunk.logits + i * chunk.stride, linear.V, target, row.maximum, linear.inverse_temperature,
+        static_cast<float>(constant), static_cast<float>(-b / row.total), static_cast<float>(at_target));
 }
 
 // Calls slopes_of(i, t, row) -> std::optional<Slopes> for each row of the chunk: valid row i, token t. Called from
 // several threads at once.
 template <typename Element, typename Function>
-void for_each_row(const LinearRows& linear, const Chunk<Element>& chunk, Function&& slopes_of) {
+void for_each_row(const LinearRows& linear, const Chunk<Element>& chunk, bool want_entropy, Function&& slopes_of) {
     parallel_for(chunk.rows, linear.V, linear.threads, [&](std::int64_t first, std::int64_t last) {
         for (std::int64_t r = first; r < last; ++r) {
             const std::int64_t i = chunk.start + r;
             const std::int64_t t = linear.tokens ? linear.tokens[i] : i;
             const std::int64_t target = linear.targets[t];
-            const SoftmaxRow row = softmax_row(linear, chunk, r, target);
+            const SoftmaxRow row = softmax_row(linear, chunk, r, target, want_entropy);
             if (const std::optional<Slopes> slopes = slopes_of(i, t, row)) {
                 overwrite_by_gradient(linear, chunk, r, target, row, *slopes);
             }

@@ -16,16 +16,23 @@ using Bfloat16 = std::uint16_t;  // the upper half of a float's bits
 struct RowSums {
     float maximum;    // of the whole row, target included
     double others;    // sum of exp(t_j), j != target
-    double weighted;  // sum of exp(t_j) * t_j, j != target
+    double weighted;  // sum of exp(t_j) * t_j, j != target; 0 where it was not asked for
 };
 
 template <typename Element>
 struct RowFunctions {
-    // Overwrites row[target] by -infinity; its logit is passed beside the row.
-    RowSums (*sums)(Element* row, std::int64_t V, std::int64_t target, float target_logit, float inverse_temperature);
-    // After `sums`: row[j] = exp(t_j) * (constant + linear * t_j), but row[target] = at_target.
-    void (*gradient)(Element* row, std::int64_t V, std::int64_t target, float maximum, float inverse_temperature,
-                     float constant, float linear, float at_target);
+    using Sums = RowSums(Element* row, std::int64_t V, std::int64_t target, float target_logit,
+                         float inverse_temperature);
+    using Gradient = void(Element* row, std::int64_t V, std::int64_t target, float maximum, float inverse_temperature,
+                          float constant, float linear, float at_target);
+
+    // Overwrite row[target] by -infinity; its logit is passed beside the row. The same bits but for `weighted`.
+    Sums* sums;
+    Sums* weighted_sums;
+    // After either: row[j] = exp(t_j) * constant, but row[target] = at_target. `linear` is not looked at.
+    Gradient* gradient;
+    // With exp(t_j) * (constant + linear * t_j) instead.
+    Gradient* linear_gradient;
 };
 
 struct RowKernels {

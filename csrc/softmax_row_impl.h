@@ -180,7 +180,7 @@ inline Floats exp_from_shifted(Floats t) {
     return t == lowest ? Floats{} : e;
 }
 
-template <typename Element>
+template <bool with_weighted, typename Element>
 RowSums sums(Element* row, std::int64_t V, std::int64_t target, float target_logit, float inverse_temperature) {
     set(row + target, -infinity);
     Floats largest = broadcast(target_logit);
@@ -197,20 +197,28 @@ RowSums sums(Element* row, std::int64_t V, std::int64_t target, float target_log
             const Floats t = shift(z, result.maximum, inverse_temperature);
             const Floats e = exp_from_shifted(t);
             others += e;
-            weighted += e * t;
+            if constexpr (with_weighted) {
+                weighted += e * t;
+            }
         });
         result.others += sum_of_lanes(others);
-        result.weighted += sum_of_lanes(weighted);
+        if constexpr (with_weighted) {
+            result.weighted += sum_of_lanes(weighted);
+        }
     }
     return result;
 }
 
-template <typename Element>
+template <bool with_linear, typename Element>
 void gradient(Element* row, std::int64_t V, std::int64_t target, float maximum, float inverse_temperature,
               float constant, float linear, float at_target) {
     transform(row, V, [=](Floats z) {
         const Floats t = shift(z, maximum, inverse_temperature);
-        return exp_from_shifted(t) * (t * linear + constant);
+        if constexpr (with_linear) {
+            return exp_from_shifted(t) * (t * linear + constant);
+        } else {
+            return exp_from_shifted(t) * constant;
+        }
     });
     set(row + target, at_target);
 }
@@ -228,10 +236,13 @@ float dot(const Bfloat16* left, const Bfloat16* right, std::int64_t D) {
     return result;
 }
 
+template <typename Element>
+constexpr RowFunctions<Element> row_functions{&sums<false, Element>, &sums<true, Element>, &gradient<false, Element>,
+                                              &gradient<true, Element>};
+
 }  // namespace
 
-const RowKernels REPO_FAST_KERNELS = {
-    REPO_FAST_NAME, {&sums<float>, &gradient<float>}, {&sums<Bfloat16>, &gradient<Bfloat16>}, &dot};
+const RowKernels REPO_FAST_KERNELS = {REPO_FAST_NAME, row_functions<float>, row_functions<Bfloat16>, &dot};
 
 }  // namespace repo_fast
 

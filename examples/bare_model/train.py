@@ -111,6 +111,7 @@ def train(steps: int, multiplier: float, seed: int = 0) -> list[dict[str, float]
                 prompt_ids,
                 threshold=THRESHOLD,
                 multiplier=multiplier,
+                entropy=False,
             )
             optimizer.zero_grad()
             result.loss.backward()

@@ -63,6 +63,7 @@ def summed_cross_entropy(
         prompt_ids=None,
         violations=hidden.new_zeros(1, dtype=torch.float32),
         multiplier=0.0,
+        entropy=False,
         reduction="sum",
         backend=backend,
     )

@@ -57,7 +57,7 @@ class PolicyLoss(NamedTuple):
         loss: Scalar.
         log_probs: [T], log π_θ of each target in nats; 0 where the target is ignored.
         entropy: [T], of the distribution that `log_probs` is of, in nats; 0 where the target is ignored.
-            None from `rectified_policy_loss`.
+            None from `rectified_policy_loss`, and where it was not asked for.
         violations: [S], how far each response's (mean) cost is above the threshold; not rectified.
         clip_fraction: Scalar, the share of valid tokens where, in a stream of non-zero weight, the clipped branch is
             strictly the smaller one.
@@ -342,6 +342,7 @@ def fused_rectified_policy_loss(
     ref_log_probs: Tensor | None = None,
     kl_coefficient: float = 0.0,
     entropy_coefficient: float = 0.0,
+    entropy: bool = True,
     reduction: str = "sequence_mean",
     denominator: float | Tensor | None = None,
     violations: Tensor | None = None,
@@ -375,6 +376,8 @@ def fused_rectified_policy_loss(
         ref_log_probs: [T] float32, log π_ref; needed if `kl_coefficient` > 0.
         kl_coefficient: >= 0; adds kl_coefficient·(exp(d) − d − 1), d = log π_ref − log π_θ, to ℓ_t.
         entropy_coefficient: >= 0; subtracts entropy_coefficient·entropy_t from ℓ_t.
+        entropy: Whether to return the entropies. False leaves their part out of the pass over the logits and changes no
+            bit of the rest; it must be True if `entropy_coefficient` > 0.
         reduction: "sequence_mean", "token_mean" or "sum", as in `rectified_policy_loss`.
         denominator: As in `rectified_policy_loss`.
         violations: [S] float32. Given, it overrides `costs`, `prompt_ids`, `scope` and `threshold`: where a prompt's
@@ -419,6 +422,9 @@ def fused_rectified_policy_loss(
     _check_objective(op, rectify, surrogate, clip, ref_log_probs, kl_coefficient, reduction)
     check_number(op, "temperature", temperature, 0.0, open_low=True)
     check_number(op, "entropy_coefficient", entropy_coefficient, 0.0)
+    check_flag(op, "entropy", entropy)
+    if entropy_coefficient > 0 and not entropy:
+        raise ValueError(f"{op}: entropy must be True with entropy_coefficient={entropy_coefficient}, got False")
     chosen = resolve(op, backend, device)
     results = registration.fused_rectified_policy_loss(
         hidden,
@@ -441,10 +447,12 @@ def fused_rectified_policy_loss(
         ref_log_probs,
         float(kl_coefficient),
         float(entropy_coefficient),
+        entropy,
         reduction,
         None if denominator is None else scalar(op, "denominator", denominator, device, 0.0, open_low=True),
         violations,
         importance_weights,
         chosen,
     )
-    return PolicyLoss(*results)
+    result = PolicyLoss(*results)
+    return result if entropy else result._replace(entropy=None)

@@ -51,6 +51,7 @@ class FusedArguments(NamedTuple):
     ref_log_probs: Tensor | None
     kl_coefficient: float
     entropy_coefficient: float
+    entropy: bool
     reduction: str
     denominator: Tensor | None
     violations: Tensor | None

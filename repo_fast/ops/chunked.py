@@ -132,6 +132,10 @@ def _expand(compact: Tensor, rows: Tensor | None, T: int) -> Tensor:
     return compact if rows is None else compact.new_zeros(T).index_copy_(0, rows, compact)
 
 
+def _expand_entropy(row_pass: _Rows, rows: Tensor | None, T: int) -> Tensor:
+    return row_pass.log_probs.new_empty(0) if row_pass.entropy is None else _expand(row_pass.entropy, rows, T)
+
+
 def linear_log_probs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool
 ) -> tuple[Tensor, Tensor]:
@@ -140,8 +144,7 @@ def linear_log_probs(
     row_pass = _Rows(weight, select(targets, rows), temperature, return_entropy)
     sweep(hidden, weight, rows, row_pass)
     T = targets.numel()
-    entropy = row_pass.log_probs.new_empty(0) if row_pass.entropy is None else _expand(row_pass.entropy, rows, T)
-    return _expand(row_pass.log_probs, rows, T), entropy
+    return _expand(row_pass.log_probs, rows, T), _expand_entropy(row_pass, rows, T)
 
 
 def linear_log_probs_backward(
@@ -181,18 +184,18 @@ def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor
         return token_loss(log_probs, part, a).slope * part.factors, b
 
     chosen = select(a.targets, rows)
-    row_pass = _Rows(a.weight, chosen, a.temperature, True, slopes if a.need_hidden or a.need_weight else None)
+    row_pass = _Rows(a.weight, chosen, a.temperature, a.entropy, slopes if a.need_hidden or a.need_weight else None)
     grad_hidden, grad_weight = sweep(a.hidden, a.weight, rows, row_pass, a.need_hidden, a.need_weight)
-    assert row_pass.entropy is not None
     terms = token_loss(row_pass.log_probs, tokens, a)
     per_token = terms.loss
     if a.entropy_coefficient > 0:
+        assert row_pass.entropy is not None
         per_token = per_token - a.entropy_coefficient * row_pass.entropy
     N, T, kept = chosen.numel(), a.targets.numel(), gradient_dtype(a.hidden.dtype)
     return (
         (per_token * tokens.factors).sum(),
         _expand(row_pass.log_probs, rows, T),
-        _expand(row_pass.entropy, rows, T),
+        _expand_entropy(row_pass, rows, T),
         violations,
         terms.clipped.sum() / max(N, 1),
         terms.divergence.sum() / max(N, 1),

@@ -73,11 +73,10 @@ def linear_log_probs(
     """Implements the registered op: (log_probs [T], entropy [T] or empty), one product."""
     rows = find_rows("linear_log_probs", targets, weight.shape[0])
     log_probs = torch.zeros(targets.shape, dtype=torch.float32)
-    entropy = torch.zeros(targets.shape if return_entropy else 0, dtype=torch.float32)
+    entropy = torch.zeros_like(log_probs) if return_entropy else None
     linear = _linear_rows(weight, targets, rows, temperature)
-    outputs = _array(log_probs), _array(entropy) if return_entropy else None
-    _sweep(hidden, weight, rows, _row_pass(linear.log_probs, *outputs))
-    return log_probs, entropy
+    _sweep(hidden, weight, rows, _row_pass(linear.log_probs, _array(log_probs), _vector(entropy)))
+    return log_probs, log_probs.new_empty(0) if entropy is None else entropy
 
 
 def linear_log_probs_backward(
@@ -140,14 +139,14 @@ def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor
     rows = find_rows(op, a.targets, a.weight.shape[0])
     violations = given_or_computed(a, prompt_violations)
     log_probs = torch.zeros(a.targets.shape, dtype=torch.float32)
-    entropy = torch.zeros_like(log_probs)
+    entropy = torch.zeros_like(log_probs) if a.entropy else None
     fused = _C.FusedPolicyLoss(
         _linear_rows(a.weight, a.targets, rows, a.temperature),
         _policy_tokens(op, rows, a, violations),
         a.entropy_coefficient,
         a.need_hidden or a.need_weight,
         _array(log_probs),
-        _array(entropy),
+        _vector(entropy),
     )
     grad_hidden, grad_weight = _sweep(a.hidden, a.weight, rows, _row_pass(fused.row_pass), a.need_hidden, a.need_weight)
     loss, clip_fraction, approx_kl, unsafe_fraction = _scalars(fused.results())
@@ -155,7 +154,7 @@ def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor
     return (
         loss,
         log_probs,
-        entropy,
+        log_probs.new_empty(0) if entropy is None else entropy,
         violations,
         clip_fraction,
         approx_kl,

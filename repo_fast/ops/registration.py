@@ -170,20 +170,20 @@ def _differentiate_rectified(ctx: Any, grad_loss: Tensor | None, *unused: Tensor
 rectified_policy_loss.register_autograd(_differentiate_rectified, setup_context=_save_rectified)
 
 
-# -> loss, log_probs [T], entropy [T], violations [S], clip_fraction, approx_kl, unsafe_fraction, and the gradients of
-# the loss: grad_hidden [T, D] or empty, grad_weight [V, D] or empty, both in `gradient_dtype`.
+# -> loss, log_probs [T], entropy [T] or empty, violations [S], clip_fraction, approx_kl, unsafe_fraction, and the
+# gradients of the loss: grad_hidden [T, D] or empty, grad_weight [V, D] or empty, both in `gradient_dtype`.
 fused_rectified_policy_loss_and_gradients = _policy_loss("fused_rectified_policy_loss_and_gradients", FusedArguments, 9)
 
 
 @fused_rectified_policy_loss_and_gradients.register_fake
 def _(hidden, weight, targets, *others):
-    costs, violations, need_hidden, need_weight = others[4], others[19], others[21], others[22]
+    costs, entropy, violations, need_hidden, need_weight = others[4], others[17], others[20], others[22], others[23]
     responses = costs if violations is None else violations
 
     def gradient(operand, needed):
         return operand.new_empty(operand.shape if needed else 0, dtype=gradient_dtype(operand.dtype))
 
-    shapes = (), targets.shape, targets.shape, responses.shape, (), (), ()
+    shapes = (), targets.shape, targets.shape if entropy else 0, responses.shape, (), (), ()
     results = (hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
     return (*results, gradient(hidden, need_hidden), gradient(weight, need_weight))
 

@@ -150,7 +150,7 @@ def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor
     T, S = a.targets.numel(), violations.numel()
     targets, ids = a.targets.contiguous(), a.sequence_ids.contiguous()
     log_probs = torch.zeros(T, dtype=torch.float32, device=targets.device)
-    entropy = torch.zeros_like(log_probs)
+    entropy = torch.zeros_like(log_probs) if a.entropy else None
     terms = log_probs.new_zeros(3, T)
     with _device_of(targets):
         counts = count_tokens(ids, targets, S)
@@ -171,7 +171,7 @@ def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor
     return (
         loss,
         log_probs,
-        entropy,
+        log_probs.new_empty(0) if entropy is None else entropy,
         violations,
         clip_fraction,
         approx_kl,

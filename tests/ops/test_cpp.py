@@ -53,17 +53,20 @@ class Rows:
         if self.hidden is not None:
             self.exact.scatter_(1, targets.unsqueeze(1), self.hidden.double())
 
-    def run(self, a: Tensor, b: Tensor, temperature: float = 1.0, threads: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """log_probs [R], entropy [R], and the logits' gradient [R, V], given the incoming ones."""
+    def run(
+        self, a: Tensor, b: Tensor | None, temperature: float = 1.0, threads: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """log_probs [R], entropy [R] (without b: 0, not asked for), and the logits' gradient [R, V], given a and b."""
         R, V = self.logits.shape
         weight = None if self.weight is None else array(self.weight)
         hidden = None if self.hidden is None else array(self.hidden)
         linear = _C.LinearRows(self.targets.numpy(), None, weight, V, temperature, threads)
         before = self.logits.clone()
         log_probs, entropy = torch.zeros(R), torch.zeros(R)
-        linear.log_probs(log_probs.numpy(), entropy.numpy(), array(self.logits), hidden, 0)
+        entropy_out, b_in = (None, None) if b is None else (entropy.numpy(), b.numpy())
+        linear.log_probs(log_probs.numpy(), entropy_out, array(self.logits), hidden, 0)
         self.logits.copy_(before)
-        linear.backward(a.numpy(), b.numpy(), array(self.logits), hidden, 0)
+        linear.backward(a.numpy(), b_in, array(self.logits), hidden, 0)
         gradient = self.logits.clone()
         self.logits.copy_(before)
         return log_probs, entropy, gradient
@@ -109,6 +112,23 @@ def test_row_pass_is_exact(instruction_set: str, dtype: torch.dtype, V: int, kin
     floor = 1e-5 if dtype == torch.float32 else 0.0
     assert relative_error(gradient, truth[2]) <= max(floor, 2 * relative_error(plain[2].to(dtype), truth[2]))
     assert rows.memory[:, V:].isnan().all()
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+@pytest.mark.parametrize("V", [1, 17, 32001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_entropies_left_out_change_nothing_else(instruction_set: str, dtype: torch.dtype, V: int, kind: str) -> None:
+    rows = make_rows(9, V, dtype, kind)
+    a = torch.randn(9)
+    asked, left_out = rows.run(a, torch.zeros(9), 0.7), rows.run(a, None, 0.7)
+    assert torch.equal(left_out[0], asked[0]) and torch.equal(left_out[2], asked[2])
+
+
+def test_a_slope_of_zero_is_no_other_arithmetic(instruction_set: str) -> None:
+    """Rows whose entropy has no slope skip its part: a slope too small to count gives the same bits."""
+    rows = make_rows(9, 1000, torch.float32)
+    a = torch.randn(9)
+    assert torch.equal(rows.run(a, torch.zeros(9))[2], rows.run(a, torch.full((9,), 1e-30))[2])
 
 
 @pytest.mark.parametrize("kind", LOGITS)
@@ -338,6 +358,9 @@ def test_fused_loss_wants_the_same_rows() -> None:
             _C.FusedPolicyLoss(linear, policy_tokens(rows=rows), 0.0, True, log_probs, entropy)
     with pytest.raises(ValueError, match="log_probs must have 4 elements, got 3"):
         _C.FusedPolicyLoss(linear, policy_tokens(), 0.0, True, log_probs[1:], entropy)
+    _C.FusedPolicyLoss(linear, policy_tokens(), 0.0, True, log_probs, None)
+    with pytest.raises(ValueError, match="entropy must be given with an entropy_coefficient > 0, got None"):
+        _C.FusedPolicyLoss(linear, policy_tokens(), 0.1, True, log_probs, None)
 
 
 def test_prompt_violations_check_what_they_read() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from repo_fast.ops import (
+    PolicyLoss,
     chunked,
     fused_rectified_policy_loss,
     linear_log_probs,
@@ -81,6 +82,26 @@ def test_fused_is_exact_at_any_shape(
         patch.setattr(sweep, "CPU_CHUNK_ROWS", 1 + seed % 7)
         patch.setattr(chunked, "CPU_BLOCK_ELEMENTS", 2 * V)
         assert_fused_is_exact(make_case(seed, T, D, V, S, logits=logits, ignored=ignored), options)
+
+
+@pytest.mark.parametrize("logits", ["flat", "peaked", "low"])
+@pytest.mark.parametrize("V", [2, 31, 1031])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_entropies_that_are_left_out_change_nothing_else(dtype: torch.dtype, V: int, logits: str, chunks: str) -> None:
+    case = make_case(seed=2, V=V, dtype=dtype, logits=logits)
+    options = {"multiplier": 0.4, "temperature": 0.7, "ref_log_probs": True, "kl_coefficient": 0.3}
+    asked, hidden, weight = run_fused(case, options)
+    left_out, same_hidden, same_weight = run_fused(case, {**options, "entropy": False})
+    assert left_out.entropy is None and asked.entropy is not None
+    for name in set(PolicyLoss._fields) - {"entropy"}:
+        assert torch.equal(getattr(left_out, name), getattr(asked, name)), name
+    assert torch.equal(same_hidden, hidden) and torch.equal(same_weight, weight)
+
+
+def test_entropies_cannot_be_left_out_of_a_loss_that_has_them() -> None:
+    options = {"multiplier": 1.0, "entropy_coefficient": 0.1, "entropy": False}
+    with pytest.raises(ValueError, match="entropy must be True with entropy_coefficient=0.1, got False"):
+        fused_rectified_policy_loss(*make_case().arguments(), **options)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options)))

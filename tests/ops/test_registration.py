@@ -29,12 +29,13 @@ OPS = torch.ops.repo_fast
 MULTIPLIER = torch.tensor(0.5)
 
 
-def fused_inputs(case: Case, given_violations: bool, backend: str) -> tuple[Any, ...]:
+def fused_inputs(case: Case, given_violations: bool, backend: str, entropy: bool = True) -> tuple[Any, ...]:
     return (
         case.hidden, case.weight, case.targets, case.old_log_probs, case.reward_advantages, case.cost_advantages,
         case.sequence_ids, None if given_violations else case.costs, None if given_violations else case.prompt_ids,
-        MULTIPLIER, "prompt", 0.0, True, "separate", 0.2, 0.2, 1.0, case.ref_log_probs, 0.1, 0.1, "sequence_mean",
-        torch.tensor(3.0), case.costs if given_violations else None, case.importance_weights, backend,
+        MULTIPLIER, "prompt", 0.0, True, "separate", 0.2, 0.2, 1.0, case.ref_log_probs, 0.1, 0.1 if entropy else 0.0,
+        entropy, "sequence_mean", torch.tensor(3.0), case.costs if given_violations else None, case.importance_weights,
+        backend,
     )  # fmt: skip
 
 
@@ -45,7 +46,8 @@ def test_opcheck_linear_ops(dtype: torch.dtype, backend: str) -> None:
         torch.library.opcheck(
             OPS.linear_log_probs.default, (case.hidden, case.weight, case.targets, 0.9, entropy, backend)
         )
-    torch.library.opcheck(OPS.fused_rectified_policy_loss.default, fused_inputs(case, False, backend))
+    for entropy in (False, True):
+        torch.library.opcheck(OPS.fused_rectified_policy_loss.default, fused_inputs(case, False, backend, entropy))
     plain = make_case(dtype=dtype)
     torch.library.opcheck(OPS.fused_rectified_policy_loss.default, fused_inputs(plain, True, backend))
     for need_hidden, need_weight in ((True, True), (False, True)):
@@ -87,7 +89,9 @@ def everything(hidden: torch.Tensor, weight: torch.Tensor, case: Case, multiplie
         log_probs, case.old_log_probs, advantages, case.cost_advantages, ids, violations, multiplier=multiplier
     ).loss
     fused = fused_rectified_policy_loss(2 * hidden, weight, *case.arguments()[2:], multiplier=multiplier)
-    return loss + 3 * fused.loss + entropy.sum(), fused.log_probs
+    plain = fused_rectified_policy_loss(hidden, weight, *case.arguments()[2:], multiplier=multiplier, entropy=False)
+    assert plain.entropy is None
+    return loss + 3 * fused.loss + plain.loss + entropy.sum(), fused.log_probs
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

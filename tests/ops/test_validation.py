@@ -110,6 +110,7 @@ TABLE = [
     *bad(LOSSES, "kl_coefficient", ["0", None], TypeError),
     *bad(LOSSES, "kl_coefficient", [-1.0, NAN, 0.1], ValueError),
     *bad(["fused_rectified_policy_loss"], "entropy_coefficient", [-1.0, NAN], ValueError),
+    *bad(["fused_rectified_policy_loss"], "entropy", [1, None], TypeError),
     *bad(LOSSES, "reduction", ["mean", None], ValueError),
     *bad(LOSSES, "denominator", ["1", torch.ones(2)], TypeError),
     *bad(LOSSES, "denominator", [0.0, -1.0, NAN], ValueError),
