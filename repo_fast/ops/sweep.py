@@ -3,11 +3,12 @@ chunk of logits between them is the backend's *row pass*. The [T, V] logits neve
 
     rows with a target are compacted, then taken a chunk at a time:
         logits = h·Wᵀ                        one product into one reused buffer [chunk, V]
-        row_pass(logits, h, start, stop)     statistics of each row; its logits overwritten by their gradient
+        row_pass(logits, h, …)               statistics of each row; its logits overwritten by their gradient
         dh = dlogits·W,  dW += dlogitsᵀ·h    two more products, each only if it is asked for
 
 Where the derivatives of the loss follow from the row itself (the fused policy loss), three products suffice;
-`linear_log_probs` learns them in its backward and computes the logits again: four. All ops and both directions use this
+`linear_log_probs` learns them in its backward and computes the logits again: four, but for those that its forward was
+asked to keep (`logits_to_keep`). All ops and both directions use this
 loop and the same statistics, so a row gives the same bits in each of them, in calls with the same rows: the libraries'
 products may differ with the number of rows.
 
@@ -52,9 +53,10 @@ BFLOAT16_MIN_VOCABULARY = 1024
 # Elements of the weight, or of its gradient, that are worked on at a time.
 SLAB_ELEMENTS = 1 << 22
 
-RowPass = Callable[[Tensor, Tensor, int, int], None]
-"""`row_pass(logits, hidden, start, stop)` for valid rows start to stop, of which there are R: logits [R, V] with unit
-stride along V, in `product_dtype`; hidden [R, D] in the same dtype. Overwrites the logits if a gradient is wanted.
+RowPass = Callable[[Tensor, Tensor, int, int, Tensor], None]
+"""`row_pass(logits, hidden, start, stop, out)` for valid rows start to stop, of which there are R: logits [R, V] with
+unit stride along V, in `product_dtype`; hidden [R, D] in the same dtype. Writes the logits' gradient, if it is wanted,
+to `out`: the logits themselves, or other memory like theirs. Logits that are kept stay what they are.
 """
 
 
@@ -93,6 +95,17 @@ def row_pitch(V: int, dtype: torch.dtype) -> int:
     return -(-V // alignment) * alignment
 
 
+def logits_to_keep(hidden: Tensor, weight: Tensor, budget: int) -> Tensor:
+    """New memory [R, V] for the logits that a forward keeps for its backward: of all T rows, or of as many whole chunks
+    as `budget` bytes hold. How many rows have a target is not known here: those that have one come first.
+    """
+    T, V, dtype = hidden.shape[0], weight.shape[0], product_dtype(weight)
+    pitch = row_pitch(V, dtype)
+    rows = budget // (pitch * dtype.itemsize)
+    rows = T if T <= rows else rows - rows % chunk_rows(hidden.device, V)
+    return hidden.new_empty(rows, pitch, dtype=dtype)[:, :V]
+
+
 def add_product(high: Tensor, low: Tensor, product: Tensor) -> None:
     """high + low += product, all in bfloat16: a sum of 16 bits, of which `high` is the rounded value."""
     total = high.float().add_(low.float().add_(product))
@@ -120,6 +133,8 @@ def sweep(
     need_hidden: bool = False,
     need_weight: bool = False,
     add_product: Callable[[Tensor, Tensor, Tensor], None] = add_product,
+    keep: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Takes the valid rows of `hidden` [T, D] (None: all) past `weight` [V, D], a chunk at a time.
 
@@ -129,6 +144,8 @@ def sweep(
         row_pass: What happens to each chunk.
         need_hidden, need_weight: Which gradients are wanted.
         add_product: What does the same as the function of this name.
+        keep: As from `logits_to_keep`: is given the logits of the chunks that it has room for, then zeros.
+        kept: What a sweep over the same rows was given as `keep`: those logits are not computed again.
 
     Returns:
         (grad_hidden [T, D], grad_weight [V, D]), or empty where not needed. Both are in `gradient_dtype`, or in float32
@@ -145,18 +162,28 @@ def sweep(
         grad_hidden = new(hidden.shape, dtype=grad_hidden.dtype, device=device)
     sum_weight = _ProductSum((V, D), dtype, device, N > chunk, add_product) if need_weight else None
 
-    logits = torch.empty(chunk, row_pitch(V, dtype), dtype=dtype, device=device)[:, :V]
+    filled = 0
+    held = chunk if keep is None or keep.shape[0] < N else 0
+    logits = torch.empty(held, row_pitch(V, dtype), dtype=dtype, device=device)[:, :V]
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
         h = (hidden[start:stop] if rows is None else hidden.index_select(0, rows[start:stop])).to(dtype)
-        z = logits[: stop - start]
-        for part, w in _slabs(weight):
-            torch.mm(h, w.t(), out=z[:, part])
-        row_pass(z, h, start, stop)
+        z = dz = logits[: stop - start]
+        if kept is not None and stop <= kept.shape[0]:
+            z = kept[start:stop]
+        else:
+            if keep is not None and stop <= keep.shape[0]:
+                z = dz = keep[start:stop]
+                filled = stop
+            for part, w in _slabs(weight):
+                torch.mm(h, w.t(), out=z[:, part])
+        row_pass(z, h, start, stop, dz)
         if need_hidden:
-            _store_grad_hidden(grad_hidden, z, weight, start, stop, rows)
+            _store_grad_hidden(grad_hidden, dz, weight, start, stop, rows)
         if sum_weight is not None:
-            sum_weight.add(z.t(), h)
+            sum_weight.add(dz.t(), h)
+    if keep is not None:
+        keep[filled:].zero_()
     if sum_weight is None:
         return grad_hidden, torch.empty(0, dtype=gradient_dtype(weight.dtype), device=device)
     return grad_hidden, sum_weight.total if N > 0 else sum_weight.total.zero_()
