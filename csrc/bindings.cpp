@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -137,25 +138,39 @@ struct BoundRows {
     }
 };
 
+// The first element and the stride of logits [R, V] of valid rows start to start + R; R is returned in `rows`.
+template <typename Element>
+std::pair<Element*, std::int64_t> chunk_memory(const LinearRows& linear, const py::buffer_info& info, const char* name,
+                                               std::int64_t start, std::int64_t& rows) {
+    check_size((std::string("a row of ") + name).c_str(), info.shape[1], linear.V);
+    const std::int64_t stride = row_stride<Element>(info, name);
+    rows = info.shape[0];
+    if (stride < linear.V) {
+        throw py::value_error(std::string(name) + " must have rows that do not overlap");
+    }
+    if (start < 0 || start + rows > linear.N) {
+        throw py::value_error(std::string(name) + " must be of valid rows in [0, N=" + std::to_string(linear.N) +
+                              "), got " + std::to_string(rows) + " from " + std::to_string(start));
+    }
+    return {static_cast<Element*>(info.ptr), stride};
+}
+
 // Calls function(chunk) on the logits [R, V] of valid rows start to start + R, without the GIL.
 template <typename Function>
 void with_chunk(const LinearRows& linear, const py::buffer& logits, const OptionalBuffer& hidden, std::int64_t start,
-                Function&& function) {
+                const OptionalBuffer& kept, Function&& function) {
     const auto run = [&](auto element, const py::buffer_info* hidden_info) {
         using Element = decltype(element);
         const py::buffer_info info = request<Element>(logits, "logits", 2, true);
-        check_size("a row of logits", info.shape[1], linear.V);
         Chunk<Element> chunk{};
-        chunk.logits = static_cast<Element*>(info.ptr);
-        chunk.stride = row_stride<Element>(info, "logits");
+        std::tie(chunk.logits, chunk.stride) = chunk_memory<Element>(linear, info, "logits", start, chunk.rows);
         chunk.start = start;
-        chunk.rows = info.shape[0];
-        if (chunk.stride < linear.V) {
-            throw py::value_error("logits must have rows that do not overlap");
-        }
-        if (start < 0 || start + chunk.rows > linear.N) {
-            throw py::value_error("logits must be of valid rows in [0, N=" + std::to_string(linear.N) + "), got " +
-                                  std::to_string(chunk.rows) + " from " + std::to_string(start));
+        std::optional<py::buffer_info> kept_info;  // must live as long as the pointer
+        if (kept) {
+            kept_info = request<Element>(*kept, "kept", 2, false);
+            std::int64_t rows;
+            std::tie(chunk.kept, chunk.kept_stride) = chunk_memory<const Element>(linear, *kept_info, "kept", start, rows);
+            check_size("a column of kept", rows, chunk.rows);
         }
         if (hidden_info) {
             check_size("a column of hidden", hidden_info->shape[0], chunk.rows);
@@ -233,7 +248,7 @@ public:
         : tokens_(tokens), loss_(make(rows, entropy_coefficient, need_gradient, log_probs, entropy)) {}
 
     void row_pass(const py::buffer& logits, const OptionalBuffer& hidden, std::int64_t start) {
-        with_chunk(loss_.linear(), logits, hidden, start, [this](const auto& chunk) { loss_.row_pass(chunk); });
+        with_chunk(loss_.linear(), logits, hidden, start, {}, [this](const auto& chunk) { loss_.row_pass(chunk); });
     }
 
     py::tuple results() const { return results_of(loss_.totals(), tokens_); }
@@ -268,17 +283,17 @@ void bind_linear_log_probs(py::module_& module) {
         py::ssize_t T = rows.T;
         auto* log_probs_out = outputs.vector<float>(log_probs, "log_probs", T, true);
         auto* entropy_out = outputs.vector<float>(entropy, "entropy", T, true);
-        with_chunk(rows.linear, logits, hidden, start,
+        with_chunk(rows.linear, logits, hidden, start, {},
                    [&](const auto& chunk) { linear_log_probs(rows.linear, chunk, log_probs_out, entropy_out); });
     };
     const auto backward = [](const BoundRows& rows, const py::buffer& grad_log_probs,
                              const OptionalBuffer& grad_entropy, const py::buffer& logits, const OptionalBuffer& hidden,
-                             std::int64_t start) {
+                             std::int64_t start, const OptionalBuffer& kept) {
         Buffers inputs;
         py::ssize_t T = rows.T;
         const auto* log_probs_in = inputs.vector<float>(grad_log_probs, "grad_log_probs", T);
         const auto* entropy_in = inputs.vector<float>(grad_entropy, "grad_entropy", T);
-        with_chunk(rows.linear, logits, hidden, start,
+        with_chunk(rows.linear, logits, hidden, start, kept,
                    [&](const auto& chunk) { linear_log_probs_backward(rows.linear, chunk, log_probs_in, entropy_in); });
     };
     py::class_<BoundRows>(
@@ -291,10 +306,11 @@ void bind_linear_log_probs(py::module_& module) {
              py::arg("threads"))
         .def("log_probs", log_probs, py::arg("log_probs"), py::arg("entropy"), py::arg("logits"), py::arg("hidden"),
              py::arg("start"),
-             "Writes log_probs and entropy, float32 [T], at the tokens of a chunk, whose logits it spoils.")
+             "Writes log_probs and, unless None, entropy, float32 [T], at the tokens of a chunk, whose logits it leaves.")
         .def("backward", backward, py::arg("grad_log_probs"), py::arg("grad_entropy"), py::arg("logits"),
-             py::arg("hidden"), py::arg("start"),
-             "Overwrites a chunk's logits by their gradient, given the incoming ones, float32 [T].");
+             py::arg("hidden"), py::arg("start"), py::arg("kept") = py::none(),
+             "Overwrites a chunk's logits by their gradient, given the incoming ones, float32 [T]. Or writes the gradient "
+             "of those in kept [R, V], which is only read, to logits.");
 }
 
 void bind_policy_losses(py::module_& module) {

@@ -6,7 +6,8 @@
 //     bfloat16               261       270             289                 293             350     709
 //     float32                623       644             689                 723             753     927
 // It loses where the incoming gradient is not known in the forward: linear_log_probs computes the logits again, and its
-// backward alone takes 264 ms in bfloat16, where torch.compile, which has kept them, takes 190.
+// backward alone takes 264 ms in bfloat16, where torch.compile, which has kept them, takes 190. With logits_budget it
+// keeps them too.
 // Tried and rejected: huge pages for the large tensors, which took the page faults (66 MB: 35 ms -> 8) in a loop of
 // their own, and nothing, or a tenth more time, around the products.
 #pragma once

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <type_traits>
 
@@ -30,6 +31,7 @@ struct LinearRows {
 };
 
 // Logits [rows, V] of valid rows start to start + rows, and their hidden states [rows, D] if the logits are bfloat16.
+// Where `kept` is given, that is where the logits are, and `logits` is memory for their gradient.
 template <typename Element>
 struct Chunk {
     Element* logits;
@@ -38,6 +40,8 @@ struct Chunk {
     std::int64_t hidden_stride;
     std::int64_t start;
     std::int64_t rows;
+    const Element* kept;  // null: the logits are in `logits`
+    std::int64_t kept_stride;
 };
 
 // Statistics of a row's softmax, in double: they are few.
@@ -110,7 +114,7 @@ void overwrite_by_gradient(const LinearRows& linear, const Chunk<Element>& chunk
 }
 
 // Calls slopes_of(i, t, row) -> std::optional<Slopes> for each row of the chunk: valid row i, token t. Called from
-// several threads at once.
+// several threads at once. Rows without slopes are afterwards what they were.
 template <typename Element, typename Function>
 void for_each_row(const LinearRows& linear, const Chunk<Element>& chunk, bool want_entropy, Function&& slopes_of) {
     parallel_for(chunk.rows, linear.V, linear.threads, [&](std::int64_t first, std::int64_t last) {
@@ -118,9 +122,16 @@ void for_each_row(const LinearRows& linear, const Chunk<Element>& chunk, bool wa
             const std::int64_t i = chunk.start + r;
             const std::int64_t t = linear.tokens ? linear.tokens[i] : i;
             const std::int64_t target = linear.targets[t];
+            Element* logits = chunk.logits + r * chunk.stride;
+            if (chunk.kept) {  // a row at a time: its copy is still in the cache when it is worked on
+                std::memcpy(logits, chunk.kept + r * chunk.kept_stride, linear.V * sizeof(Element));
+            }
+            const Element before = logits[target];
             const SoftmaxRow row = softmax_row(linear, chunk, r, target, want_entropy);
             if (const std::optional<Slopes> slopes = slopes_of(i, t, row)) {
                 overwrite_by_gradient(linear, chunk, r, target, row, *slopes);
+            } else {
+                logits[target] = before;
             }
         }
     });

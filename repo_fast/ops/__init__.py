@@ -22,6 +22,7 @@ from torch import Tensor
 from repo_fast.ops import registration
 from repo_fast.ops.dispatch import available_backends, resolve
 from repo_fast.ops.validation import (
+    check_bytes,
     check_choice,
     check_clip,
     check_device,
@@ -81,12 +82,14 @@ def linear_log_probs(
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    logits_budget: int = 0,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probabilities of the targets under log softmax(hidden @ weight.T / temperature), without holding the logits.
 
-    One matrix product in the forward; the backward does not know its incoming gradient before, and recomputes: four
-    in all. A row gives the same bits here and in `fused_rectified_policy_loss`, in calls with the same rows.
+    One matrix product in the forward. Its backward learns only then what gradient comes in, and computes the logits
+    again: four products in all, or three where they were kept (`logits_budget`). A row gives the same bits here and in
+    `fused_rectified_policy_loss`, in calls with the same rows.
 
     Args:
         hidden: [T, D] float32, bfloat16 or float16.
@@ -94,6 +97,9 @@ def linear_log_probs(
         targets: [T] int64 in [0, V), or -100: ignored, at no cost, with log-probability 0, entropy 0 and no gradient.
         temperature: > 0; divides the logits.
         return_entropy: Whether to return the entropies as well.
+        logits_budget: Bytes of logits that the forward may keep until its graph is freed, so that the backward need not
+            compute them again; no bit changes. They are V·4 bytes a row, V·2 in bfloat16 (and up to 128 to align it):
+            what fits of T rows, in whole chunks. Nothing is kept where no gradient is recorded.
         backend: "auto", or one of `available_backends("linear_log_probs")`.
 
     Returns:
@@ -109,9 +115,12 @@ def linear_log_probs(
     check_linear(op, hidden, weight, targets)
     check_number(op, "temperature", temperature, 0.0, open_low=True)
     check_flag(op, "return_entropy", return_entropy)
+    check_bytes(op, "logits_budget", logits_budget)
     chosen = resolve(op, backend, hidden.device)
-    log_probs, entropy = registration.linear_log_probs(
-        hidden, weight, targets, float(temperature), return_entropy, chosen
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        logits_budget = 0
+    log_probs, entropy, _ = registration.linear_log_probs(
+        hidden, weight, targets, float(temperature), return_entropy, logits_budget, chosen
     )
     return (log_probs, entropy) if return_entropy else log_probs
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from repo_fast.ops.arguments import FusedArguments
 from repo_fast.ops.loss import gather_tokens, select, token_loss, unsafe_fraction
-from repo_fast.ops.sweep import find_rows, gradient_dtype, sweep
+from repo_fast.ops.sweep import find_rows, gradient_dtype, logits_to_keep, sweep
 from repo_fast.ops.violations import given_or_computed, prompt_violations
 
 # float32 elements of a block, small enough for two such buffers to stay in the cache of a CPU: the passes over the rows
@@ -74,7 +74,8 @@ class _Rows:
     """The row pass, and its results over N valid rows: `log_probs` and, if wanted, `entropy`, float32 [N].
 
     `slopes(start, stop, log_probs, entropy)`, if given, is called once for each block, in order, with the results of
-    valid rows start to stop; the block's logits are then overwritten by their gradient.
+    valid rows start to stop; the gradient of the block's logits is then written. `keep` says that the logits are
+    wanted as they were.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class _Rows:
         temperature: float,
         want_entropy: bool,
         slopes: Callable[[int, int, Tensor, Tensor | None], Slopes] | None = None,
+        keep: bool = False,
     ) -> None:
         V = weight.shape[0]
-        self.weight, self.scale, self.slopes = weight, 1.0 / temperature, slopes
+        self.weight, self.scale, self.slopes, self.keep = weight, 1.0 / temperature, slopes, keep
         self.block = max(1, (CPU_BLOCK_ELEMENTS if targets.is_cpu else GPU_BLOCK_ELEMENTS) // V)
         # On the CPU targets have been checked. Elsewhere NaN marks the rows whose target is out of range.
         self.poison = None
@@ -98,13 +100,14 @@ class _Rows:
         self.log_probs = torch.empty(targets.shape, dtype=torch.float32, device=targets.device)
         self.entropy = torch.empty_like(self.log_probs) if want_entropy else None
 
-    def __call__(self, logits: Tensor, hidden: Tensor, start: int, stop: int) -> None:
+    def __call__(self, logits: Tensor, hidden: Tensor, start: int, stop: int, out: Tensor) -> None:
         exact = None
         block = min(self.block, stop - start)
         scratch = torch.empty(block, logits.shape[1], dtype=torch.float32, device=logits.device)
-        wide = None
+        # Works in the memory of the logits where they are float32 and nobody wants them afterwards.
+        kept = self.keep or out is not logits
+        wide = torch.empty_like(scratch) if kept or logits.dtype != torch.float32 else None
         if logits.dtype != torch.float32:
-            wide = torch.empty_like(scratch)
             own_rows = self.weight.index_select(0, self.targets[start:stop])
             exact = torch.mul(hidden.float(), own_rows.float()).sum(1)
         for first in range(start, stop, block):
@@ -124,7 +127,7 @@ class _Rows:
                 self.entropy[first:last] = row.entropy
             if self.slopes is not None:
                 a, b = self.slopes(first, last, row.log_probs, row.entropy)
-                logits[own] = _logit_gradient(row, target, a * self.scale, None if b is None else b * self.scale)
+                out[own] = _logit_gradient(row, target, a * self.scale, None if b is None else b * self.scale)
 
 
 def _expand(compact: Tensor, rows: Tensor | None, T: int) -> Tensor:
@@ -137,14 +140,15 @@ def _expand_entropy(row_pass: _Rows, rows: Tensor | None, T: int) -> Tensor:
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool
-) -> tuple[Tensor, Tensor]:
-    """Implements the registered op: (log_probs [T], entropy [T] or empty), one product."""
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool, logits_budget: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Implements the registered op: (log_probs [T], entropy [T] or empty, kept logits), one product."""
     rows = find_rows("linear_log_probs", targets, weight.shape[0])
-    row_pass = _Rows(weight, select(targets, rows), temperature, return_entropy)
-    sweep(hidden, weight, rows, row_pass)
+    row_pass = _Rows(weight, select(targets, rows), temperature, return_entropy, keep=logits_budget > 0)
+    keep = logits_to_keep(hidden, weight, logits_budget)
+    sweep(hidden, weight, rows, row_pass, keep=keep)
     T = targets.numel()
-    return _expand(row_pass.log_probs, rows, T), _expand_entropy(row_pass, rows, T)
+    return _expand(row_pass.log_probs, rows, T), _expand_entropy(row_pass, rows, T), keep
 
 
 def linear_log_probs_backward(
@@ -153,6 +157,7 @@ def linear_log_probs_backward(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    kept: Tensor,
     temperature: float,
     need_hidden: bool,
     need_weight: bool,
@@ -166,7 +171,7 @@ def linear_log_probs_backward(
         return a[start:stop], None if b is None else b[start:stop]
 
     row_pass = _Rows(weight, select(targets, rows), temperature, b is not None, slopes)
-    grad_hidden, grad_weight = sweep(hidden, weight, rows, row_pass, need_hidden, need_weight)
+    grad_hidden, grad_weight = sweep(hidden, weight, rows, row_pass, need_hidden, need_weight, kept=kept)
     return grad_hidden.to(hidden.dtype), grad_weight.to(hidden.dtype)
 
 

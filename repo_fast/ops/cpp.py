@@ -15,7 +15,7 @@ from torch import Tensor
 
 from repo_fast.ops.arguments import FusedArguments, PolicyArguments, RectifiedArguments
 from repo_fast.ops.loss import valid_rows
-from repo_fast.ops.sweep import RowPass, find_rows, gradient_dtype, product_dtype, sweep
+from repo_fast.ops.sweep import RowPass, find_rows, gradient_dtype, logits_to_keep, product_dtype, sweep
 from repo_fast.ops.validation import check_cu_seqlens
 from repo_fast.ops.violations import given_or_computed
 
@@ -58,25 +58,30 @@ def _linear_rows(weight: Tensor, targets: Tensor, rows: Tensor | None, temperatu
 
 
 def _row_pass(function: Any, *arguments: Any) -> RowPass:
-    """function(*arguments, logits, hidden, start) on tensors; only bfloat16 logits need the hidden states."""
+    """function(*arguments, logits, hidden, start) on tensors; only bfloat16 logits need the hidden states.
 
-    def run(logits: Tensor, hidden: Tensor, start: int, stop: int) -> None:
+    With the gradient elsewhere, function(*arguments, out, hidden, start, logits).
+    """
+
+    def run(logits: Tensor, hidden: Tensor, start: int, stop: int, out: Tensor) -> None:
         narrow = logits.dtype == torch.bfloat16
-        function(*arguments, _array(logits), _matrix(hidden) if narrow else None, start)
+        source = () if out is logits else (_array(logits),)
+        function(*arguments, _array(out), _matrix(hidden) if narrow else None, start, *source)
 
     return run
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool
-) -> tuple[Tensor, Tensor]:
-    """Implements the registered op: (log_probs [T], entropy [T] or empty), one product."""
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool, logits_budget: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Implements the registered op: (log_probs [T], entropy [T] or empty, kept logits), one product."""
     rows = find_rows("linear_log_probs", targets, weight.shape[0])
     log_probs = torch.zeros(targets.shape, dtype=torch.float32)
     entropy = torch.zeros_like(log_probs) if return_entropy else None
     linear = _linear_rows(weight, targets, rows, temperature)
-    _sweep(hidden, weight, rows, _row_pass(linear.log_probs, _array(log_probs), _vector(entropy)))
-    return log_probs, log_probs.new_empty(0) if entropy is None else entropy
+    keep = logits_to_keep(hidden, weight, logits_budget)
+    _sweep(hidden, weight, rows, _row_pass(linear.log_probs, _array(log_probs), _vector(entropy)), keep=keep)
+    return log_probs, log_probs.new_empty(0) if entropy is None else entropy, keep
 
 
 def linear_log_probs_backward(
@@ -85,6 +90,7 @@ def linear_log_probs_backward(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    kept: Tensor,
     temperature: float,
     need_hidden: bool,
     need_weight: bool,
@@ -93,7 +99,7 @@ def linear_log_probs_backward(
     rows = find_rows("linear_log_probs", targets, weight.shape[0])
     linear = _linear_rows(weight, targets, rows, temperature)
     row_pass = _row_pass(linear.backward, _vector(grad_log_probs), _vector(grad_entropy))
-    grad_hidden, grad_weight = _sweep(hidden, weight, rows, row_pass, need_hidden, need_weight)
+    grad_hidden, grad_weight = _sweep(hidden, weight, rows, row_pass, need_hidden, need_weight, kept=kept)
     return grad_hidden.to(hidden.dtype), grad_weight.to(hidden.dtype)
 
 

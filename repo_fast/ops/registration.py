@@ -18,7 +18,7 @@ from torch import Tensor
 
 from repo_fast.ops.arguments import FusedArguments, PolicyArguments, RectifiedArguments
 from repo_fast.ops.dispatch import implementation
-from repo_fast.ops.sweep import gradient_dtype
+from repo_fast.ops.sweep import gradient_dtype, logits_to_keep
 
 
 def _tags(name: str) -> list[torch.Tag]:
@@ -85,15 +85,22 @@ def _(rewards, values, cu_seqlens, gamma, lam, backend):
 
 @_dispatched
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """-> log_probs [T], entropy [T] or empty."""
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    return_entropy: bool,
+    logits_budget: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> log_probs [T], entropy [T] or empty, the kept logits of `sweep.logits_to_keep`."""
 
 
 @linear_log_probs.register_fake
-def _(hidden, weight, targets, temperature, return_entropy, backend):
+def _(hidden, weight, targets, temperature, return_entropy, logits_budget, backend):
     log_probs = hidden.new_empty(targets.shape, dtype=torch.float32)
-    return log_probs, torch.empty_like(log_probs) if return_entropy else log_probs.new_empty(0)
+    entropy = torch.empty_like(log_probs) if return_entropy else log_probs.new_empty(0)
+    return log_probs, entropy, logits_to_keep(hidden, weight, logits_budget)
 
 
 @_dispatched
@@ -103,6 +110,7 @@ def linear_log_probs_backward(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    kept: Tensor,
     temperature: float,
     need_hidden: bool,
     need_weight: bool,
@@ -112,34 +120,35 @@ def linear_log_probs_backward(
 
 
 @linear_log_probs_backward.register_fake
-def _(grad_log_probs, grad_entropy, hidden, weight, targets, temperature, need_hidden, need_weight, backend):
+def _(grad_log_probs, grad_entropy, hidden, weight, targets, kept, temperature, need_hidden, need_weight, backend):
     return (
         hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(0),
         weight.new_empty(weight.shape) if need_weight else weight.new_empty(0),
     )
 
 
-def _save_linear_log_probs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    hidden, weight, targets, ctx.temperature, ctx.return_entropy, ctx.backend = inputs
-    ctx.save_for_backward(hidden, weight, targets)
+def _save_linear_log_probs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, weight, targets, ctx.temperature, return_entropy, _, ctx.backend = inputs
+    _, entropy, kept = output
+    ctx.save_for_backward(hidden, weight, targets, kept)
     ctx.set_materialize_grads(False)
-    if not ctx.return_entropy:
-        ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*([kept] if return_entropy else [entropy, kept]))
 
 
 def _differentiate_linear_log_probs(
-    ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None
+    ctx: Any, grad_log_probs: Tensor | None, grad_entropy: Tensor | None, grad_kept: None
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, targets = ctx.saved_tensors
+    tensors = ctx.saved_tensors
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     if grad_log_probs is None:
         if grad_entropy is None:
-            return (None,) * 6
+            return (None,) * 7
         grad_log_probs = torch.zeros_like(grad_entropy)
     grad_hidden, grad_weight = linear_log_probs_backward(
-        grad_log_probs, grad_entropy, hidden, weight, targets, ctx.temperature, need_hidden, need_weight, ctx.backend
+        grad_log_probs, grad_entropy, *tensors, ctx.temperature, need_hidden, need_weight, ctx.backend
     )
-    return grad_hidden if need_hidden else None, grad_weight if need_weight else None, None, None, None, None
+    gradients = grad_hidden if need_hidden else None, grad_weight if need_weight else None
+    return *gradients, None, None, None, None, None
 
 
 linear_log_probs.register_autograd(_differentiate_linear_log_probs, setup_context=_save_linear_log_probs)

@@ -18,7 +18,7 @@ from repo_fast.kernels.rectified_policy_loss import count_tokens, loss_of_tokens
 from repo_fast.kernels.scale_in_place import scale_in_place
 from repo_fast.ops.arguments import FusedArguments, PolicyArguments, RectifiedArguments
 from repo_fast.ops.loss import select, unsafe_fraction
-from repo_fast.ops.sweep import find_rows, gradient_dtype, sweep
+from repo_fast.ops.sweep import find_rows, gradient_dtype, logits_to_keep, sweep
 from repo_fast.ops.validation import check_cu_seqlens, check_range
 from repo_fast.ops.violations import given_or_computed
 
@@ -104,20 +104,21 @@ def _statistics(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool
-) -> tuple[Tensor, Tensor]:
-    """Implements the registered op: (log_probs [T], entropy [T] or empty), one product."""
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool, logits_budget: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Implements the registered op: (log_probs [T], entropy [T] or empty, kept logits), one product."""
     rows = find_rows("linear_log_probs", targets, weight.shape[0])
     targets = targets.contiguous()
     log_probs = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
     entropy = torch.zeros_like(log_probs) if return_entropy else None
 
-    def row_pass(logits: Tensor, h: Tensor, start: int, stop: int) -> None:
+    def row_pass(logits: Tensor, h: Tensor, start: int, stop: int, out: Tensor) -> None:
         log_prob_rows(logits, h, weight, targets, rows, start, temperature, log_probs, entropy)
 
+    keep = logits_to_keep(hidden, weight, logits_budget)
     with _device_of(hidden):
-        sweep(hidden, weight, rows, row_pass)
-    return log_probs, log_probs.new_empty(0) if entropy is None else entropy
+        sweep(hidden, weight, rows, row_pass, keep=keep)
+    return log_probs, log_probs.new_empty(0) if entropy is None else entropy, keep
 
 
 def linear_log_probs_backward(
@@ -126,6 +127,7 @@ def linear_log_probs_backward(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    kept: Tensor,
     temperature: float,
     need_hidden: bool,
     need_weight: bool,
@@ -135,11 +137,13 @@ def linear_log_probs_backward(
     targets = targets.contiguous()
     slopes = grad_log_probs.contiguous(), _solid(grad_entropy)
 
-    def row_pass(logits: Tensor, h: Tensor, start: int, stop: int) -> None:
-        gradient_rows(logits, h, weight, targets, rows, start, temperature, *slopes)
+    def row_pass(logits: Tensor, h: Tensor, start: int, stop: int, out: Tensor) -> None:
+        if out is not logits:
+            out.copy_(logits)
+        gradient_rows(out, h, weight, targets, rows, start, temperature, *slopes)
 
     with _device_of(hidden):
-        grad_hidden, grad_weight = sweep(hidden, weight, rows, row_pass, need_hidden, need_weight)
+        grad_hidden, grad_weight = sweep(hidden, weight, rows, row_pass, need_hidden, need_weight, kept=kept)
     return grad_hidden.to(hidden.dtype), grad_weight.to(hidden.dtype)
 
 
@@ -160,7 +164,7 @@ def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor
         if ids.is_cpu:
             check_range(op, "sequence_ids of the valid tokens", select(ids, rows), 0, S, "S")
 
-        def row_pass(logits: Tensor, h: Tensor, start: int, stop: int) -> None:
+        def row_pass(logits: Tensor, h: Tensor, start: int, stop: int, out: Tensor) -> None:
             chunk = [logits, h, a.weight, targets, rows, start, a.temperature]
             everything: list[Any] = [*chunk, *tokens, log_probs, entropy, terms]
             policy_rows(*everything, **options)

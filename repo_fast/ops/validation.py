@@ -87,6 +87,13 @@ def check_number(op: str, name: str, value: object, low: float, high: float = ma
         raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
 
 
+def check_bytes(op: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be a whole number of bytes, got {value!r}")
+    if not 0 <= value < 1 << 63:
+        raise ValueError(f"{op}: {name} must be a number of bytes in [0, 2**63), got {value!r}")
+
+
 def check_choice(op: str, name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {choices}, got {value!r}")

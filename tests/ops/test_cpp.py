@@ -65,9 +65,12 @@ class Rows:
         log_probs, entropy = torch.zeros(R), torch.zeros(R)
         entropy_out, b_in = (None, None) if b is None else (entropy.numpy(), b.numpy())
         linear.log_probs(log_probs.numpy(), entropy_out, array(self.logits), hidden, 0)
-        self.logits.copy_(before)
+        assert torch.equal(self.logits.isnan(), before.isnan())
+        assert torch.equal(self.logits.nan_to_num(), before.nan_to_num())
+        gradient = torch.empty_like(before)
+        linear.backward(a.numpy(), b_in, array(gradient), hidden, 0, array(self.logits))
         linear.backward(a.numpy(), b_in, array(self.logits), hidden, 0)
-        gradient = self.logits.clone()
+        assert torch.equal(self.logits.nan_to_num(), gradient.nan_to_num())
         self.logits.copy_(before)
         return log_probs, entropy, gradient
 
@@ -282,6 +285,27 @@ def pass_over(**changes: Any) -> None:
     """The forward row pass on good arguments but for `changes`."""
     linear = _C.LinearRows(**{name: changes.get(name, value) for name, value in LINEAR.items()})
     linear.log_probs(**{name: changes.get(name, value) for name, value in CHUNK.items()})
+
+
+def backward_pass_over(**changes: Any) -> None:
+    own = {name: CHUNK[name] for name in ("logits", "hidden", "start")}
+    grads = {"grad_log_probs": np.zeros(T, np.float32), "grad_entropy": None}
+    _C.LinearRows(**LINEAR).backward(**grads, **own, **changes)
+
+
+@pytest.mark.parametrize(
+    "kept, raised, message",
+    [
+        (np.zeros((R, V), np.float32), TypeError, "kept must hold"),
+        (np.zeros((R, V - 1), np.uint16), ValueError, "a row of kept must have 5 elements, got 4"),
+        (np.zeros((R - 1, V), np.uint16), ValueError, "a column of kept must have 3 elements, got 2"),
+        (np.zeros((V, R), np.uint16).T, ValueError, "kept must have unit stride"),
+    ],
+)
+def test_kept_logits_are_checked(kept: np.ndarray, raised: type[Exception], message: str) -> None:
+    backward_pass_over(kept=read_only())
+    with pytest.raises(raised, match=message):
+        backward_pass_over(kept=kept)
 
 
 def policy_tokens(**changes: Any) -> Any:

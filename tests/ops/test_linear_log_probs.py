@@ -1,13 +1,20 @@
 """`linear_log_probs` against float64: values, gradients, rows left out, memory layout."""
 
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from repo_fast.ops import chunked, linear_log_probs, reference, sweep
-from tests.ops.cases import assert_log_probs_are_exact, make_case, relative_error
+from tests.ops.cases import Case, assert_log_probs_are_exact, make_case, relative_error
+from tests.ops.conftest import split_finely
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -137,3 +144,84 @@ def test_rows_near_certainty_are_not_positive() -> None:
     targets = (hidden @ weight.T).argmax(1)
     log_probs = linear_log_probs(hidden, weight, targets)
     assert (log_probs <= 0).all() and (log_probs > -1e-3).any()
+
+
+def gradients(case: Case, hooks: Any = nullcontext, **options: Any) -> tuple[torch.Tensor, ...]:
+    """Outputs and gradients of both, given fixed incoming ones."""
+    up = torch.linspace(-1, 1, 2 * case.targets.numel()).view(2, -1)
+    inputs = case.copy()
+    with hooks():
+        outputs = linear_log_probs(
+            inputs.hidden, inputs.weight, inputs.targets, temperature=0.8, return_entropy=True, **options
+        )
+    return *outputs, *torch.autograd.grad(outputs, (inputs.hidden, inputs.weight), tuple(up))
+
+
+@pytest.mark.parametrize("logits", ["flat", "peaked"])
+@pytest.mark.parametrize("V", [31, 1031])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_logits_change_no_bit(dtype: torch.dtype, V: int, logits: str, chunks: str) -> None:
+    case = make_case(V=V, dtype=dtype, logits=logits)
+    again = gradients(case)
+    row = sweep.row_pitch(V, product := sweep.product_dtype(case.weight)) * product.itemsize
+    for rows in (1, 20, 37, 1000):  # of 37, of which some are ignored
+        for one, other in zip(again, gradients(case, logits_budget=rows * row), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_the_budget_bounds_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    split_finely(monkeypatch, rows=8)
+    case = make_case(V=31)
+    row = sweep.row_pitch(31, torch.float32) * 4
+    for budget, rows in ((0, 0), (8 * row - 1, 0), (8 * row, 8), (36 * row, 32), (37 * row, 37), (1 << 62, 37)):
+        saved = []
+
+        def remember(tensor: torch.Tensor, saved: list[torch.Tensor] = saved) -> torch.Tensor:
+            saved.append(tensor)
+            return tensor
+
+        gradients(case, partial(saved_tensors_hooks, remember, lambda tensor: tensor), logits_budget=budget)
+        assert saved[-1].untyped_storage().nbytes() == rows * row <= budget
+
+
+def test_kept_logits_outlive_a_backward_and_their_own_memory() -> None:
+    """A graph that is retained gives the same again, as does one whose saved tensors were moved elsewhere."""
+    case = make_case(V=1031, dtype=torch.bfloat16).copy()
+    leaves = case.hidden, case.weight
+    log_probs = linear_log_probs(*leaves, case.targets, logits_budget=1 << 30)
+    first = torch.autograd.grad(log_probs.sum(), leaves, retain_graph=True)
+    second = torch.autograd.grad(log_probs.sum(), leaves)
+    moved = gradients(case, partial(saved_tensors_hooks, torch.clone, torch.clone), logits_budget=1 << 30)
+    for one, other in ((first, second), (moved, gradients(case))):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_nothing_is_kept_where_no_gradient_is_recorded() -> None:
+    budgets = []
+
+    class Budgets(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.repo_fast.linear_log_probs.default:
+                budgets.append(args[5])
+            return func(*args, **(kwargs or {}))
+
+    case = make_case()
+    leaf = case.weight.clone().requires_grad_()
+    with Budgets():
+        linear_log_probs(case.hidden, case.weight, case.targets, logits_budget=1 << 20)
+        with torch.no_grad():
+            linear_log_probs(case.hidden, leaf, case.targets, logits_budget=1 << 20)
+        linear_log_probs(case.hidden, leaf, case.targets, logits_budget=1 << 20)
+    assert budgets == [0, 0, 1 << 20]
+
+
+def test_kept_memory_is_the_same_every_time(backend: str) -> None:
+    case = make_case(T=40, ignored=0.5)
+    torch.use_deterministic_algorithms(True)  # new memory is full of NaN
+    try:
+        *_, kept = torch.ops.repo_fast.linear_log_probs(*case.arguments()[:3], 1.0, False, 1 << 20, backend)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    rows = case.targets != -100
+    torch.testing.assert_close(kept[: rows.sum()], case.hidden[rows] @ case.weight.T)
+    assert kept.shape == (40, 31) and not kept[rows.sum() :].any()

@@ -43,9 +43,10 @@ def fused_inputs(case: Case, given_violations: bool, backend: str, entropy: bool
 def test_opcheck_linear_ops(dtype: torch.dtype, backend: str) -> None:
     case = make_case(dtype=dtype).copy()
     for entropy in (False, True):
-        torch.library.opcheck(
-            OPS.linear_log_probs.default, (case.hidden, case.weight, case.targets, 0.9, entropy, backend)
-        )
+        for budget in (0, 1 << 20):
+            torch.library.opcheck(
+                OPS.linear_log_probs.default, (case.hidden, case.weight, case.targets, 0.9, entropy, budget, backend)
+            )
     for entropy in (False, True):
         torch.library.opcheck(OPS.fused_rectified_policy_loss.default, fused_inputs(case, False, backend, entropy))
     plain = make_case(dtype=dtype)
@@ -55,11 +56,10 @@ def test_opcheck_linear_ops(dtype: torch.dtype, backend: str) -> None:
             OPS.fused_rectified_policy_loss_and_gradients.default,
             (*fused_inputs(plain, False, backend)[:-1], need_hidden, need_weight, backend),
         )
-    up = torch.randn(37)
-    torch.library.opcheck(
-        OPS.linear_log_probs_backward.default,
-        (up, up, plain.hidden, plain.weight, plain.targets, 0.9, True, False, backend),
-    )
+    up, inputs = torch.randn(37), (plain.hidden, plain.weight, plain.targets)
+    for budget in (0, 1 << 20):
+        kept = OPS.linear_log_probs(*inputs, 0.9, True, budget, backend)[2]
+        torch.library.opcheck(OPS.linear_log_probs_backward.default, (up, up, *inputs, kept, 0.9, True, False, backend))
 
 
 def test_opcheck_others(backend: str) -> None:
@@ -91,7 +91,8 @@ def everything(hidden: torch.Tensor, weight: torch.Tensor, case: Case, multiplie
     fused = fused_rectified_policy_loss(2 * hidden, weight, *case.arguments()[2:], multiplier=multiplier)
     plain = fused_rectified_policy_loss(hidden, weight, *case.arguments()[2:], multiplier=multiplier, entropy=False)
     assert plain.entropy is None
-    return loss + 3 * fused.loss + plain.loss + entropy.sum(), fused.log_probs
+    kept = linear_log_probs(hidden, weight, case.targets, logits_budget=1 << 20).sum()
+    return loss + 3 * fused.loss + plain.loss + entropy.sum() + 2 * kept, fused.log_probs
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -191,16 +192,22 @@ def test_only_the_products_that_are_needed(dtype: torch.dtype, backend: str) -> 
     case = make_case(dtype=dtype)
     for need_hidden, need_weight, products in ((0, 0, 1), (1, 0, 2), (0, 1, 2), (1, 1, 3)):
         assert watch_fused(case, backend, bool(need_hidden), bool(need_weight)).products == products
-    up = torch.ones(37)
+    up, inputs = torch.ones(37), (case.hidden, case.weight, case.targets)
+    with Watch() as watch:
+        *_, nothing = implementation("linear_log_probs", backend)(*inputs, 1.0, True, 0)
+    assert watch.products == 1 and nothing.numel() == 0
+    *_, kept = implementation("linear_log_probs", backend)(*inputs, 1.0, True, 1 << 20)
     for need_hidden, need_weight, products in ((1, 0, 2), (0, 1, 2), (1, 1, 3)):
         with Watch() as watch:
             implementation("linear_log_probs_backward", backend)(
-                up, up, case.hidden, case.weight, case.targets, 1.0, bool(need_hidden), bool(need_weight)
+                up, up, *inputs, nothing, 1.0, bool(need_hidden), bool(need_weight)
             )
         assert watch.products == products
-    with Watch() as watch:
-        implementation("linear_log_probs", backend)(case.hidden, case.weight, case.targets, 1.0, True)
-    assert watch.products == 1
+        with Watch() as watch:
+            implementation("linear_log_probs_backward", backend)(
+                up, up, *inputs, kept, 1.0, bool(need_hidden), bool(need_weight)
+            )
+        assert watch.products == products - 1
 
 
 def test_a_frozen_operand_gets_no_gradient() -> None:
@@ -240,7 +247,7 @@ def test_rows_that_are_ignored_cost_no_product(backend: str) -> None:
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     with Rows():
-        implementation("linear_log_probs", backend)(case.hidden, case.weight, case.targets, 1.0, False)
+        implementation("linear_log_probs", backend)(case.hidden, case.weight, case.targets, 1.0, False, 0)
     assert rows == [int((case.targets != -100).sum())]
 
 

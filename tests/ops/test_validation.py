@@ -66,6 +66,8 @@ TABLE = [
     *bad(LINEAR_OPS, "temperature", ["1", None, torch.tensor(1.0), True], TypeError),
     *bad(LINEAR_OPS, "temperature", [0.0, -1.0, NAN, float("inf")], ValueError),
     *bad(["linear_log_probs"], "return_entropy", [1, None], TypeError),
+    *bad(["linear_log_probs"], "logits_budget", [1e9, True, None, "1 GB"], TypeError),
+    *bad(["linear_log_probs"], "logits_budget", [-1, 1 << 63], ValueError),
     *bad(["prompt_violations", "fused_rectified_policy_loss"], "costs", [CASE.costs.half(), None], TypeError),
     *bad(["prompt_violations", "fused_rectified_policy_loss"], "costs", [CASE.costs[None]], ValueError),
     *bad(["prompt_violations", "fused_rectified_policy_loss"], "prompt_ids", [CASE.prompt_ids.int(), None], TypeError),
