@@ -23,12 +23,14 @@ Precision. Row passes compute in float32. Sums over chunks are float32, or, wher
 (`_ProductSum`), 16 bits wide. In bfloat16 the product rounds the logits to 8 bits; row passes therefore replace the
 target's logit by its own float32 dot product, *before* the maximum and the sum: mixing the two would make
 log-probabilities positive. In float16 operands are widened to float32 a slab of the vocabulary at a time and the
-logits' gradient stays float32: in float16 p/(V·T) would be 0, and PyTorch's float16 products on CPUs take seconds. So
-no scaling by powers of two is needed here; it is exact, and slow on a GPU. Products in float32 are as exact as
-`torch.set_float32_matmul_precision` lets them be.
+logits' gradient stays float32: in float16 p/(V·T) would be 0, and PyTorch's float16 products on CPUs take seconds, as
+its bfloat16 products do on CPUs that have AVX2 alone, where those are widened too. So no scaling by powers of two is
+needed here; it is exact, and slow on a GPU. Products in float32 are as exact as `torch.set_float32_matmul_precision`
+lets them be.
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -65,10 +67,18 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+@cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether PyTorch has a library for bfloat16 products on this CPU. x86 CPUs with AVX2 alone have none."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of the operands of the products, and of the buffer of logits."""
-    wide = weight.dtype != torch.bfloat16 or weight.shape[0] < BFLOAT16_MIN_VOCABULARY
-    return torch.float32 if wide else torch.bfloat16
+    narrow = weight.dtype == torch.bfloat16 and weight.shape[0] >= BFLOAT16_MIN_VOCABULARY
+    if weight.device.type == "cpu":
+        narrow = narrow and cpu_multiplies_bfloat16()
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def chunk_rows(device: torch.device, dtype: torch.dtype, N: int, V: int, D: int) -> int:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from repo_fast.ops import chunked, linear_log_probs, reference, sweep
-from tests.ops.cases import Case, assert_log_probs_are_exact, make_case, relative_error
+from tests.ops.cases import Case, assert_fused_is_exact, assert_log_probs_are_exact, make_case, relative_error
 from tests.ops.conftest import split_finely
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -225,3 +225,15 @@ def test_kept_memory_is_the_same_every_time(backend: str) -> None:
     rows = case.targets != -100
     torch.testing.assert_close(kept[: rows.sum()], case.hidden[rows] @ case.weight.T)
     assert kept.shape == (40, 31) and not kept[rows.sum() :].any()
+
+
+def test_bfloat16_is_widened_where_a_cpu_cannot_multiply_it(monkeypatch: pytest.MonkeyPatch, chunks: str) -> None:
+    case = make_case(V=1031, dtype=torch.bfloat16)
+    assert sweep.product_dtype(case.weight) == torch.bfloat16 or not sweep.cpu_multiplies_bfloat16()
+    monkeypatch.setattr(sweep, "cpu_multiplies_bfloat16", lambda: False)
+    assert sweep.product_dtype(case.weight) == torch.float32
+    assert sweep.product_dtype(case.weight.to("meta")) == torch.bfloat16
+    assert_log_probs_are_exact(case, temperature=0.8)
+    assert_fused_is_exact(case, {"multiplier": 1.0, "entropy_coefficient": 0.1})
+    for one, other in zip(gradients(case), gradients(case, logits_budget=1 << 30), strict=True):
+        assert torch.equal(one, other)
