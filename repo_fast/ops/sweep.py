@@ -8,9 +8,8 @@ chunk of logits between them is the backend's *row pass*. The [T, V] logits neve
 
 Where the derivatives of the loss follow from the row itself (the fused policy loss), three products suffice;
 `linear_log_probs` learns them in its backward and computes the logits again: four, but for those that its forward was
-asked to keep (`logits_to_keep`). All ops and both directions use this
-loop and the same statistics, so a row gives the same bits in each of them, in calls with the same rows: the libraries'
-products may differ with the number of rows.
+asked to keep (`logits_to_keep`). All ops and both directions use this loop and the same statistics, so a row gives the
+same bits in each of them, in calls with the same rows: the libraries' products may differ with the number of rows.
 
 Chunks on a GPU. Of several, dW is a float32 sum that each one after the first reads and writes, 8·V·D bytes, and that
 is cast at the end, 6·V·D: at V = 32001, D = 4096 and 3 TB/s 0.35 and 0.26 ms beside 16.1 ms of products. A single chunk
@@ -109,10 +108,10 @@ def logits_to_keep(hidden: Tensor, weight: Tensor, budget: int) -> Tensor:
     """New memory [R, V] for the logits that a forward keeps for its backward: of all T rows, or of as many whole chunks
     as `budget` bytes hold. How many rows have a target is not known here: those that have one come first.
     """
-    T, V, dtype = hidden.shape[0], weight.shape[0], product_dtype(weight)
+    T, (V, D), dtype = hidden.shape[0], weight.shape, product_dtype(weight)
     pitch = row_pitch(V, dtype)
     rows = budget // (pitch * dtype.itemsize)
-    rows = T if T <= rows else rows - rows % chunk_rows(hidden.device, V)
+    rows = T if T <= rows else rows - rows % chunk_rows(hidden.device, dtype, T, V, D)
     return hidden.new_empty(rows, pitch, dtype=dtype)[:, :V]
 
 

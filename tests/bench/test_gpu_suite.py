@@ -131,7 +131,7 @@ def test_what_is_tuned_and_looked_for_exists() -> None:
 def test_a_chunk_has_the_rows_that_it_is_given(rows: int) -> None:
     seen = []
 
-    def count(logits: Tensor, hidden: Tensor, start: int, stop: int) -> None:
+    def count(logits: Tensor, hidden: Tensor, start: int, stop: int, out: Tensor) -> None:
         seen.append(logits.shape[0])
 
     with chunks_of(rows):

@@ -15,6 +15,7 @@ from repo_fast.ops import (
     rectified_policy_loss,
     sweep,
 )
+from repo_fast.ops.sweep import logits_to_keep
 from repo_fast.ops.triton import scale_gradient
 from tests.cuda.fake import FakeCuda, needs_graph
 from tests.ops.cases import Case, make_case
@@ -71,6 +72,7 @@ def test_linear_log_probs_wait_once_in_each_direction(
     check_gradients(case)
     if backend == "triton":
         chunks = len(fake.launches) // 2
+        assert (chunks > 1) == (size == "several chunks")
         assert fake.launches == ["_log_probs_kernel"] * chunks + ["_gradient_kernel"] * chunks
 
 
@@ -110,7 +112,8 @@ def test_gradients_are_formed_without_a_graph(fake: FakeCuda, dtype: torch.dtype
     with fake, torch.no_grad():
         slopes = case.old_log_probs
         operands = (case.hidden, case.weight, case.targets)
-        OPS.linear_log_probs_backward(slopes, slopes, *operands, 0.7, True, True, backend)
+        kept = logits_to_keep(case.hidden, case.weight, 0)
+        OPS.linear_log_probs_backward(slopes, slopes, *operands, kept, 0.7, True, True, backend)
         OPS.fused_rectified_policy_loss_and_gradients(*inputs, True, True, backend)
     assert fake.waits == ["nonzero"] * 2
 
