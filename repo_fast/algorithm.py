@@ -299,7 +299,8 @@ def reduce_tokens(
         return values.sum()
     if reduction == "token_mean":
         return values.sum() / denominator
-    lengths = torch.bincount(sequence_ids, minlength=sequences).to(values.dtype)
+    # Whole numbers, so exact in any order; `bincount` would wait for a GPU.
+    lengths = values.new_zeros(sequences).index_add_(0, sequence_ids, torch.ones_like(values))
     return (values / lengths[sequence_ids]).sum() / denominator
 
 

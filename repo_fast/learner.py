@@ -475,11 +475,11 @@ class Learner:
     ) -> tuple[dict[str, float], StepResult]:
         """Step 7: the clipped value losses of a critic's streams, and its optimizer step."""
         settings, streams = self.config.algorithm, critic.module.streams
-        totals = torch.zeros(len(streams), dtype=torch.float64)
+        totals = torch.zeros(len(streams), dtype=torch.float64, device=self.ranks.device)
         for batch, last in with_last(batches):
             packed = batch.batch
             values = critic(packed.input_ids, packed.position_ids, packed.predictors, packed.bounds)
-            # An idle batch has no valid token: an empty sum is 0 and keeps the graph.
+            # An idle batch has no valid token: its loss is 0 and keeps the graph.
             valid = packed.targets != -100
             losses = []
             for stream, value in zip(streams, values, strict=True):
@@ -491,8 +491,8 @@ class Learner:
                 )
                 losses.append(
                     alg.reduce_tokens(
-                        token_losses[valid],
-                        packed.sequence_ids[valid],
+                        torch.where(valid, token_losses, 0.0),
+                        packed.sequence_ids,
                         reduction=settings.reduction,
                         sequences=packed.sequences,
                         denominator=denominator,
@@ -500,6 +500,6 @@ class Learner:
                 )
             by_stream = torch.stack(losses)
             critic.backward(by_stream.sum(), last=last)
-            totals += by_stream.detach().double().cpu()
+            totals += by_stream.detach().double()
         names = [f"{stream}_value_loss" for stream in streams]
         return dict(zip(names, self.ranks.sum(totals).tolist(), strict=True)), critic.step()
