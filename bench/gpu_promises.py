@@ -80,6 +80,18 @@ def uninitialised_memory(case: Case, device: torch.device) -> Errors:
     return {"NaN": (sum(count(x.isnan()) for x in results), 0.0)}
 
 
+def no_number(case: Case, device: torch.device) -> Errors:
+    """A logit that is infinite or none at all makes its row's log-probability and entropy NaN, and no other row's."""
+    errors: Errors = {}
+    for wrong in (torch.inf, torch.nan):
+        hidden = case.hidden.clone()
+        hidden[0] = wrong
+        outputs = linear_log_probs(*(x.to(device) for x in (hidden, case.weight, case.targets)), return_entropy=True)
+        missed = sum(count(~x[:1].isnan()) + count(x[1:].isnan()) for x in outputs)
+        errors[f"rows that are wrong, {wrong}"] = missed, 0.0
+    return errors
+
+
 def out_of_range(case: Case, device: torch.device) -> Errors:
     """Ids that are out of range make the loss NaN on a GPU, and raise on a CPU."""
     good, T = on(case, device), case.targets.numel()
@@ -217,6 +229,8 @@ def promises(tiny: bool, device: torch.device) -> Checks:
                 yield name, lambda case=case, check=check: check(case(), device)
             name = f"ratio is one, {kind}, {logits} logits, temperature 0.7"
             yield name, lambda case=case: ratio_is_one(case(), device, temperature=0.7)
+        first = partial(make_case, T=67, D=72, V=V, dtype=dtype, ignored=0.0)
+        yield f"no number, {kind}", lambda case=first: no_number(case(), device)
     yield "any chunk size", lambda: any_chunk_size(make_case(T=307, D=72, V=V), device)
     if device.type == "cuda":
         yield "waits for the device", lambda: waits_for_the_device(make_case(T=307, D=72, V=V), device)

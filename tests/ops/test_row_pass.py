@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from repo_fast.kernels.linear_log_probs import gradient_rows, log_prob_rows
+from repo_fast.ops import linear_log_probs
 from repo_fast.ops.sweep import row_pitch
 from tests.ops.cases import assert_fused_is_exact, assert_log_probs_are_exact, make_case
 
@@ -26,6 +27,17 @@ def test_logits_of_any_size_are_exact(size: float, dtype: torch.dtype, backend: 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_temperature_is_exact(temperature: float, dtype: torch.dtype, backend: str) -> None:
     assert_log_probs_are_exact(make_case(seed=6, T=12, D=8, V=1100, dtype=dtype, ignored=0.0), temperature)
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_infinite_logit_or_none_at_all_makes_nan(wrong: float, dtype: torch.dtype, backend: str) -> None:
+    case = make_case(seed=8, T=4, D=3, V=1100, dtype=dtype, ignored=0.0)
+    case.targets[:] = 5
+    weight = case.weight.clone()
+    weight[7] = wrong * torch.ones(3) if wrong != wrong else case.hidden[0].sign() * wrong
+    log_probs, entropy = linear_log_probs(case.hidden[:1], weight, case.targets[:1], return_entropy=True)
+    assert log_probs.isnan().all() and entropy.isnan().all()
 
 
 @pytest.mark.parametrize("size", [1.0, 1e10])
