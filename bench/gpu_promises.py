@@ -2,6 +2,7 @@
 range and yet not read through, addresses beyond 32 bits.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,14 +82,14 @@ def uninitialised_memory(case: Case, device: torch.device) -> Errors:
 
 
 def no_number(case: Case, device: torch.device) -> Errors:
-    """A logit that is infinite or none at all makes its row's log-probability and entropy NaN, and no other row's."""
-    errors: Errors = {}
-    for wrong in (torch.inf, torch.nan):
-        hidden = case.hidden.clone()
-        hidden[0] = wrong
-        outputs = linear_log_probs(*(x.to(device) for x in (hidden, case.weight, case.targets)), return_entropy=True)
-        missed = sum(count(~x[:1].isnan()) + count(x[1:].isnan()) for x in outputs)
-        errors[f"rows that are wrong, {wrong}"] = missed, 0.0
+    """A logit that is infinite or none at all, not the target's, makes its row's log-probability and entropy NaN."""
+    case, errors = on(case, device), {}
+    hidden, targets = case.hidden[:1], torch.zeros_like(case.targets[:1])
+    for wrong, temperature in itertools.product((torch.inf, torch.nan), (1.0, 1e-9)):
+        weight = case.weight.clone()
+        weight[-1] = hidden[0].sign() * wrong
+        outputs = linear_log_probs(hidden, weight, targets, temperature=temperature, return_entropy=True)
+        errors[f"missed, {wrong}, temperature {temperature}"] = sum(count(~x.isnan()) for x in outputs), 0.0
     return errors
 
 

@@ -133,7 +133,9 @@ def _packed(
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU on its way to a device, which is not waited for."""
+    """A tensor of the CPU on its way to a device, which torch does not wait for; CUDA's driver may, where it is large,
+    for its memory is not pinned.
+    """
     return tensor.to(device, non_blocking=True)
 
 

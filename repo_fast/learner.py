@@ -479,7 +479,7 @@ class Learner:
         for batch, last in with_last(batches):
             packed = batch.batch
             values = critic(packed.input_ids, packed.position_ids, packed.predictors, packed.bounds)
-            # An idle batch has no valid token: its loss is 0 and keeps the graph.
+            # All tokens are valid, but in an idle batch none: its loss is 0 and keeps the graph.
             valid = packed.targets != -100
             losses = []
             for stream, value in zip(streams, values, strict=True):

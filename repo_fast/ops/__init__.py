@@ -99,7 +99,8 @@ def linear_log_probs(
         return_entropy: Whether to return the entropies as well.
         logits_budget: Bytes of logits that the forward may keep until its graph is freed, so that the backward need not
             compute them again; no bit changes. They are V·4 bytes a row, V·2 where the product is made in bfloat16 (and
-            up to 128 to align it): what fits of T rows, in whole chunks. Nothing is kept where no gradient is recorded.
+            up to 128 to align it): what fits of T rows, in whole chunks. Where not all T fit and some are ignored, a
+            chunk may be taller than what fits, and is not kept. Nothing is where no gradient is recorded.
         backend: "auto", or one of `available_backends("linear_log_probs")`.
 
     Returns:

@@ -209,13 +209,14 @@ def row_loops(listing: str, dtype: torch.dtype, V: int, threads: int) -> RowLoop
             labels[label[1]] = len(code)
         elif (instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)) and not instruction[1].startswith("NOP"):
             code.append(instruction[1])
-    outside, reading, writing = len(code), [], []
+    within: set[int] = set()
+    reading, writing = [], []
     for end, instruction in enumerate(code):
         back = re.search(r"BRA.*`\((\.L_\w+)\)", instruction)
         if not back or labels.get(back[1], len(code)) >= end:
             continue
         body = code[labels[back[1]] : end + 1]
-        outside -= len(body)
+        within.update(range(labels[back[1]], end + 1))
         if all(any(name in line for line in body) for name in ("MUFU.EX2", "LDG")):  # not the target's dot product
             (writing if any("STG" in line for line in body) else reading).append(body)
     if not reading:
@@ -223,9 +224,11 @@ def row_loops(listing: str, dtype: torch.dtype, V: int, threads: int) -> RowLoop
     # Between the two of every row stand those of rows whose logits are too large.
     loops = [reading[0], *writing[-1:]]
     logits = [sum(_bytes(line) for line in body if "LDG" in line) // dtype.itemsize for body in loops]  # of a thread
+    if row_pitch(V, dtype) < threads * logits[0]:
+        return None
     each = [len(body) / count for body, count in zip(loops, logits, strict=True)]
     tiles = [row_pitch(V, dtype) // (threads * count) for count in logits]
-    issued = outside + sum(len(body) * count for body, count in zip(loops, tiles, strict=True))
+    issued = len(code) - len(within) + sum(len(body) * count for body, count in zip(loops, tiles, strict=True))
     lines = [line for body in loops for line in body]
     return RowLoops(
         statistics=each[0],

@@ -36,8 +36,24 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip(dispatch._CPP_MISSING)
     monkeypatch.setattr(dispatch, "_AUTO_ORDER", {"cpu": (request.param,)})
     if request.param == "triton":
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fp_trunc", _truncate_float)
+        like_a_gpu(monkeypatch)
     return request.param
+
+
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets Triton's interpreter compute as a GPU does where it does not by itself."""
+    builder = interpreter.InterpreterBuilder
+    monkeypatch.setattr(builder, "create_fp_trunc", _truncate_float)
+    monkeypatch.setattr(builder, "create_fma", _multiply_add)
+    # Of a number and NaN, the number.
+    monkeypatch.setattr(builder, "create_maxnumf", lambda self, x, y: self.binary_op(x, y, np.fmax))
+    monkeypatch.setattr(builder, "create_minnumf", lambda self, x, y: self.binary_op(x, y, np.fmin))
+
+
+def _multiply_add(builder, x, y, z):
+    """Rounded once; Triton's interpreter rounds the product as well."""
+    wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+    return interpreter.TensorHandle(wide.astype(x.data.dtype), x.dtype.scalar)
 
 
 _cast = interpreter.InterpreterBuilder.cast_impl

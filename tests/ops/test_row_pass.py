@@ -23,10 +23,33 @@ def test_logits_of_any_size_are_exact(size: float, dtype: torch.dtype, backend: 
     assert_fused_is_exact(case, {"multiplier": 0.7, "on_policy": True, "entropy_coefficient": 0.1})
 
 
-@pytest.mark.parametrize("temperature", [1e-12, 1e12])
+@pytest.mark.parametrize("temperature", [1e-12, 1e12, 1e30, 1e38])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_temperature_is_exact(temperature: float, dtype: torch.dtype, backend: str) -> None:
     assert_log_probs_are_exact(make_case(seed=6, T=12, D=8, V=1100, dtype=dtype, ignored=0.0), temperature)
+
+
+@pytest.mark.parametrize("size", [1e10, 1e26, 1e35])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logits_that_are_all_far_below_zero_are_exact(size: float, dtype: torch.dtype, backend: str) -> None:
+    case = make_case(seed=9, T=6, D=2, V=1100, dtype=dtype, ignored=0.0)
+    case = replace(case, hidden=torch.tensor([[-1.0, 0.0]] * 6, dtype=dtype), weight=case.weight.abs())
+    case.weight[:, 0] = size
+    case.weight[::7, 0] = 1.25 * size
+    assert_log_probs_are_exact(case, 1.0)
+
+
+@pytest.mark.parametrize("temperature", [1e-4, 1e-5, 1e-6])
+def test_near_ties_of_large_logits_are_exact(temperature: float, backend: str) -> None:
+    """Many logits within the rounding of the largest one's product with the inverse of the temperature."""
+    case = make_case(seed=10, T=8, D=2, V=1100, ignored=0.0)
+    weight = torch.zeros_like(case.weight)
+    weight[:, 0] = 1.0
+    weight[:50, 0] = 1.37 + 4e-7 * torch.arange(50).remainder(3)
+    hidden = torch.rand(8, 1, generator=torch.Generator().manual_seed(0)) + 1.0
+    case = replace(case, hidden=torch.cat([hidden, torch.zeros(8, 1)], 1), weight=weight)
+    case.targets[:] = torch.arange(8) * 9
+    assert_log_probs_are_exact(case, temperature)
 
 
 @pytest.mark.parametrize("wrong", [torch.inf, torch.nan])
@@ -36,8 +59,11 @@ def test_an_infinite_logit_or_none_at_all_makes_nan(wrong: float, dtype: torch.d
     case.targets[:] = 5
     weight = case.weight.clone()
     weight[7] = wrong * torch.ones(3) if wrong != wrong else case.hidden[0].sign() * wrong
-    log_probs, entropy = linear_log_probs(case.hidden[:1], weight, case.targets[:1], return_entropy=True)
-    assert log_probs.isnan().all() and entropy.isnan().all()
+    for temperature in (1.0, 1e-9):
+        outputs = linear_log_probs(
+            case.hidden[:1], weight, case.targets[:1], temperature=temperature, return_entropy=True
+        )
+        assert all(output.isnan().all() for output in outputs)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e10])
