@@ -281,7 +281,7 @@ def exactness(tiny: bool, device: torch.device) -> Checks:
         name = f"{kind}, {logits} logits, V {V}"
         yield f"fused, {name}", lambda case=case: fused_errors(case(), DEFAULTS, device)
         yield f"log-probs, {name}", lambda case=case: log_probs_errors(case(), 0.8, device)
-        if logits == "peaked":
+        if logits == "peaked" and kind != "float16":  # which cannot hold the gradients
             # Temperature makes logits beyond 1e9 of them, which the row passes in Triton take in another way.
             yield f"log-probs, {name}, temperature 1e-9", lambda case=case: log_probs_errors(case(), 1e-9, device)
 
