@@ -1,12 +1,12 @@
 // The row pass of fused_rectified_policy_loss: from a row's statistics straight to the gradient of the policy loss.
 //
 // The whole op, forward and backward, T 512, D 1024, V 32001 on two Zen 4 cores, in ms, beside its peers in one run
-// (bench/results/2026-11-23-epyc-2-cores):
-//                 three products   this op   torch.compile   cut-cross-entropy   plain PyTorch   Liger
-//     bfloat16               261       270             289                 293             350     709
-//     float32                623       644             689                 723             753     927
+// (bench/results/2026-11-27-epyc-2-cores):
+//                 three products   this op   torch.compile   cut-cross-entropy   plain PyTorch   Liger    TRL
+//     bfloat16               276       278             287                 294             353     734   1091
+//     float32                602       608             711                 728             785     916   1194
 // It loses where the incoming gradient is not known in the forward: linear_log_probs computes the logits again, and its
-// backward alone takes 264 ms in bfloat16, where torch.compile, which has kept them, takes 190. With logits_budget it
+// backward alone takes 259 ms in bfloat16, where torch.compile, which has kept them, takes 195. With logits_budget it
 // keeps them too.
 // Tried and rejected: huge pages for the large tensors, which took the page faults (66 MB: 35 ms -> 8) in a loop of
 // their own, and nothing, or a tenth more time, around the products.
