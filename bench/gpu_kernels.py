@@ -205,9 +205,11 @@ def settings(device: torch.device) -> Iterator[tuple[str, bool, Callable[[], Abs
     from repo_fast.kernels import linear_log_probs as rows
 
     for module, constant, values in (
-        (sweep, "ROW_ALIGNMENT_BYTES", (2, 128, 1024)),  # 2: rows of V logits without padding
-        (rows, "BYTES_PER_THREAD", (96, 192, 384, 768)),
-        (rows, "ELEMENTS_PER_THREAD", (8, 16, 32)),
+        (sweep, "VECTOR_BYTES", (2, 16)),  # 2: products of V columns, whatever V
+        (sweep, "ROW_ALIGNMENT_BYTES", (128, 1024)),
+        (rows, "BYTES_PER_THREAD", (192, 384, 768)),
+        (rows, "MAX_THREADS", (256, 512, 1024)),
+        (rows, "TILE_BYTES_PER_THREAD", (16, 32, 64)),
     ):
         for value in values:
             shipped = getattr(module, constant) == value
@@ -278,12 +280,12 @@ def units(device: torch.device, tiny: bool, budget_s: float) -> Iterator[tuple[s
         yield f"{computation}, {shape}", partial(compare, shape, computation, two, device, share)
     for computation in both:
         yield f"breakdown of {computation}, {typical}", partial(breakdown, typical, computation, device)
-    yield f"tuning, {typical}", partial(tune, typical, device, 2 * share)
-    for shape, computation in more:
-        yield f"{computation}, {shape}", partial(compare, shape, computation, two, device, share)
     for shape, computation in among_peers:
         name = f"{computation} beside other peers, {shape}"
         yield name, partial(compare, shape, computation, beside, device, share)
+    for shape, computation in more:
+        yield f"{computation}, {shape}", partial(compare, shape, computation, two, device, share)
+    yield f"tuning, {typical}", partial(tune, typical, device, 2 * share)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

@@ -1,7 +1,8 @@
 """How the benchmarks take time and memory.
 
-Time is compared with a *floor*, the bare matrix products, that is timed right before each run: what else the machine
-does moves both, so the median of the paired ratios says more than the ratio of two medians.
+Time is compared with a *floor*, the bare matrix products, that is timed right before each run or right after it, in
+turn: what else the machine does moves both, so the median of the paired ratios says more than the ratio of two medians;
+and a GPU at its limit of power is slower after a run that took much of it.
 
 On a GPU time is taken with the device busy, as it is in a training step: a wait is queued on the device first, which
 hides what the host takes to launch the floor or a task. It hides it up to its own length, and up to the first point
@@ -40,7 +41,7 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Timing:
-    """Rounds in the order in which they ran, in milliseconds, and the floor's before each of them."""
+    """Rounds in the order in which they ran, in milliseconds, and the floor's beside each of them."""
 
     milliseconds: Sequence[float]
     floor_milliseconds: Sequence[float]
@@ -116,7 +117,7 @@ def rounds_within(budget_s: float, round_ms: float) -> int:
 def time_interleaved(
     tasks: Mapping[str, Task], floor: Task, device: torch.device, budget_s: float
 ) -> dict[str, Timing]:
-    """Times tasks in turn, round by round, each right after the floor. Two runs of each come first, not counted.
+    """Times tasks in turn, round by round, each beside the floor. Two runs of each come first, not counted.
 
     Args:
         tasks: By name.
@@ -132,9 +133,11 @@ def time_interleaved(
     floor_ms = elapsed_ms(floor, device)
     rounds = rounds_within(budget_s, sum(elapsed_ms(task, device) + floor_ms for task in tasks.values()))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
-    for _ in range(rounds):
+    for i in range(rounds):
         for name, task in tasks.items():
-            times[name].append((elapsed_ms(floor, device), elapsed_ms(task, device)))
+            first, second = (floor, task) if i % 2 == 0 else (task, floor)
+            pair = elapsed_ms(first, device), elapsed_ms(second, device)
+            times[name].append(pair if i % 2 == 0 else pair[::-1])
     return {name: Timing([own for _, own in pairs], [floor for floor, _ in pairs]) for name, pairs in times.items()}
 
 

@@ -118,11 +118,17 @@ def test_what_is_tuned_and_looked_for_exists() -> None:
 
     settings = list(gpu_kernels.settings(torch.device("cuda")))
     shipped = [name.partition(" = ")[0] for name, is_shipped, _ in settings if is_shipped]
-    assert shipped == ["ROW_ALIGNMENT_BYTES", "BYTES_PER_THREAD", "ELEMENTS_PER_THREAD"]
+    assert shipped == [
+        "VECTOR_BYTES",
+        "ROW_ALIGNMENT_BYTES",
+        "BYTES_PER_THREAD",
+        "MAX_THREADS",
+        "TILE_BYTES_PER_THREAD",
+    ]
     before = linear_log_probs.BYTES_PER_THREAD
     for name, is_shipped, setting in settings:
         with setting():
-            assert (linear_log_probs.BYTES_PER_THREAD == before) == ("BYTES_PER" not in name or is_shipped)
+            assert (linear_log_probs.BYTES_PER_THREAD == before) == (name[:5] != "BYTES" or is_shipped)
     for kernel in gpu_kernels.ROW_KERNELS:
         assert hasattr(fused_rectified_policy_loss, kernel) or hasattr(linear_log_probs, kernel)
 
