@@ -50,6 +50,8 @@ REDUCE_BUCKET_ELEMENTS = 500_000_000
 
 # DeepSpeed still calls names that newer torch has renamed; the user can do nothing about it, several lines a step.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+# Its barriers name no device; the current one is the rank's own (`start_distributed`).
+warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context", UserWarning)
 
 
 # What torchrun says to each rank, for a process that was started without it. Port 0 lets the store choose a free one:

@@ -200,6 +200,7 @@ def sweep(
             if keep is not None and stop <= keep.shape[0]:
                 z = dz = keep[start:stop]
                 filled = stop
+            # The device has waited for the host, which knows N only now: the large product comes first.
             for part, w in _slabs(weight):
                 torch.mm(h, w.t(), out=_columns(z, columns)[:, part])
         row_pass(z, h, start, stop, dz)
@@ -273,7 +274,7 @@ def _columns(logits: Tensor, columns: int) -> Tensor:
     return logits.as_strided((logits.shape[0], columns), logits.stride())
 
 
-def _slabs(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _slabs(weight: Tensor, backwards: bool = False) -> Iterator[tuple[slice, Tensor]]:
     """The weight as the products take it, in parts: columns of logits, and their rows of the weight in `product_dtype`,
     zeros beyond V. The rows are the weight's own memory but for those that are widened or padded.
     """
@@ -285,8 +286,8 @@ def _slabs(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
         step -= step % alignment if step > alignment else 0
     elif columns > V:
         step = V - V % alignment or V
-    # The last one first: where a rounded sum of their products begins with what is small, it is rounded once in effect.
-    for start in reversed(range(0, V, step)):
+    starts = range(0, V, step)
+    for start in reversed(starts) if backwards else starts:
         stop = min(start + step, V)
         rows = weight[start:stop].to(dtype)
         if stop == V < columns:
@@ -301,7 +302,8 @@ def _store_grad_hidden(
     own = slice(start, stop)
     direct = rows is None and grad_hidden.dtype == dz.dtype
     product = grad_hidden[own] if direct else dz.new_empty(stop - start, grad_hidden.shape[1])
-    for i, (part, w) in enumerate(_slabs(weight)):
+    # Of an odd vocabulary the small part comes first: in effect the sum is then rounded once.
+    for i, (part, w) in enumerate(_slabs(weight, backwards=True)):
         if i == 0:
             torch.mm(dz[:, part], w, out=product)
         else:

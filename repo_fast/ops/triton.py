@@ -107,10 +107,10 @@ def linear_log_probs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool, logits_budget: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implements the registered op: (log_probs [T], entropy [T] or empty, kept logits), one product."""
-    rows = find_rows("linear_log_probs", targets, weight.shape[0])
     targets = targets.contiguous()
     log_probs = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
     entropy = torch.zeros_like(log_probs) if return_entropy else None
+    rows = find_rows("linear_log_probs", targets, weight.shape[0])
 
     def row_pass(logits: Tensor, h: Tensor, start: int, stop: int, out: Tensor) -> None:
         log_prob_rows(logits, h, weight, targets, rows, start, temperature, log_probs, entropy)
@@ -133,9 +133,9 @@ def linear_log_probs_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Implements the registered op: (grad_hidden [T, D] or empty, grad_weight [V, D] or empty)."""
-    rows = find_rows("linear_log_probs", targets, weight.shape[0])
     targets = targets.contiguous()
     slopes = grad_log_probs.contiguous(), _solid(grad_entropy)
+    rows = find_rows("linear_log_probs", targets, weight.shape[0])
 
     def row_pass(logits: Tensor, h: Tensor, start: int, stop: int, out: Tensor) -> None:
         if out is not logits:
