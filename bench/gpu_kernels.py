@@ -31,6 +31,7 @@ OURS, PLAIN = "repo_fast", "plain"
 # The kernels of kernels/ that pass over rows of logits, and how often each moves a logit.
 ROW_KERNELS = {"_policy_kernel": 2, "_gradient_kernel": 2, "_log_probs_kernel": 1}
 TOP_KERNELS = 12
+NAME_LENGTH = 72  # of a kernel, in a table
 # Of the time of the floor: where no shape of its own has another one.
 POLICY_SHARE, LOG_PROBS_SHARE = 0.90, 0.90
 # What peers publish was measured on this device.
@@ -164,8 +165,9 @@ def breakdown(shape: Shape, computation: str, device: torch.device) -> dict[str,
     """Kernels (on a CPU: operators) of our op by their own time, and what bandwidth the row pass has.
 
     Returns:
-        `total_ms`; `kernels`, the slowest first: `name`, `calls`, `ms`, and `gb_s` of those that pass over the logits,
-        counting each logit's read and write once.
+        `total_ms`; `idle_ms`, how long a GPU had nothing to do between the first and the last; `kernels`, the slowest
+        first: `name`, `calls`, `ms`, and `gb_s` of those that pass over the logits, counting each logit's read and
+        write once.
     """
     case = shape.case(device)
     task = PEERS[OURS].task(computation, case)
@@ -189,7 +191,22 @@ def breakdown(shape: Shape, computation: str, device: torch.device) -> dict[str,
             row["gb_s"] = 1e-6 * moves * logits / ms
         kernels.append(row)
     kernels.sort(key=lambda row: -row["ms"])
-    return {"total_ms": sum(row["ms"] for row in kernels), "kernels": kernels[:TOP_KERNELS]}
+    ranges = [event.time_range for event in profiler.events() if event.device_type != DeviceType.CPU]
+    return {
+        "total_ms": sum(row["ms"] for row in kernels),
+        "idle_ms": 1e-3 * idle([(span.start, span.end) for span in ranges]),
+        "kernels": kernels[:TOP_KERNELS],
+    }
+
+
+def idle(spans: list[tuple[float, float]]) -> float:
+    """The time between the earliest start and the latest end that is in no span."""
+    spans = sorted(spans)
+    gaps, busy_until = 0.0, spans[0][0] if spans else 0.0
+    for start, end in spans:
+        gaps += max(0.0, start - busy_until)
+        busy_until = max(busy_until, end)
+    return gaps
 
 
 # --------------------------------------------------------------------------------------------------- tuning
@@ -297,7 +314,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         if "peers" in result:
             comparisons += _section(name, result["peers"], _peer_cells)
         elif "kernels" in result:
-            kernels += _section(name, {row["name"]: row for row in result["kernels"]}, _kernel_cells)
+            waited = {"the device idle": {"ms": result["idle_ms"], "calls": ""}} if result["idle_ms"] else {}
+            kernels += _section(name, {row["name"]: row for row in result["kernels"]} | waited, _kernel_cells)
         elif "settings" in result:
             tuning += _section(name, result["settings"], _setting_cells)
     tables = [
@@ -312,7 +330,7 @@ def _section(
     name: str, rows: dict[str, dict[str, Any]], cells: Callable[[dict[str, Any]], list[str]]
 ) -> list[list[str]]:
     """A heading, and a line for each row: what it is, and its cells, or the reason why there are none."""
-    lines = [[f"  {key}", *cells(row)] for key, row in rows.items()]
+    lines = [[f"  {key[:NAME_LENGTH]}", *cells(row)] for key, row in rows.items()]
     return [[name, *[""] * (len(lines[0]) - 1)], *lines] if lines else []
 
 

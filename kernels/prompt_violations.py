@@ -4,8 +4,7 @@ A block of responses compares its prompt ids with all S of them, a tile at a tim
 comparisons, 17 M for 4096 responses, in one launch and with the sums in the same order every time. A NaN cost reaches
 the responses of its own prompt only, because other costs are selected, not multiplied.
 
-Tried and rejected, on paper: a sort and segmented sums (five launches), atomics (not the same bits every time). Not
-measured on a GPU yet.
+Tried and rejected, on paper: a sort and segmented sums (five launches), atomics (not the same bits every time).
 """
 
 import torch

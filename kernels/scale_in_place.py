@@ -2,8 +2,8 @@
 
 The gradients were formed in the forward, for an incoming gradient of 1, which is what `loss.backward()` brings. Then
 every program ends after looking at it. Otherwise each element is widened, multiplied and rounded once: 4 bytes of
-traffic a bfloat16 element, where PyTorch's operations would widen the whole tensor in memory, at 20. Not measured on a
-GPU yet.
+traffic a bfloat16 element, where PyTorch's operations would widen the whole tensor in memory, at 20. On an H200 a
+factor of 1 takes 0.03 ms for the gradients of 16384 tokens and 32001 rows of the weight; others were not measured.
 """
 
 import torch

@@ -25,6 +25,17 @@ suite() {
   bounded "$seconds" "suite$number" "$python" -m bench.gpu_suite --out "$out" --parts "$@"
 }
 
+# packages FOLDER...: their wheels can be imported from here on
+packages() {
+  local site
+  site=$(mktemp -d)
+  for folder in "$@"; do
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" \
+      "$folder"/*.whl || echo "the wheels of $folder could not be installed"
+  done
+  export PYTHONPATH=$site
+}
+
 # One file for all: few may be had back from such a machine.
 pack() {
   tar -C "$(dirname "$out")" -czf "$out.tar.gz" "$(basename "$out")" && rm -rf "$out"

@@ -6,10 +6,9 @@ begin 3 "$1"
 suite 145 3 utilisation training limits
 tail -60 "$out/suite3.log" | cut -c1-160
 work=$(mktemp -d)
-"$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$work/site" \
-  .carry/wheels/*.whl || echo "the wheels could not be installed"
-PYTHONPATH=$work/site bounded 110 train "$python" -m repo_fast.train --config tiny --output_dir "$work/tiny" \
-  --total_steps 2 --evaluation.prompts 8
+packages .carry/wheels
+bounded 110 train "$python" -m repo_fast.train --config tiny --output_dir "$work/tiny" --total_steps 2 \
+  --evaluation.prompts 8
 tail -25 "$out/train.log" | cut -c1-160
 cp "$work/tiny/metrics.jsonl" "$out/"
 rm -rf "$work"

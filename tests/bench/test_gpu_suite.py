@@ -145,6 +145,11 @@ def test_a_chunk_has_the_rows_that_it_is_given(rows: int) -> None:
     assert seen == [rows] * (96 // rows)
 
 
+def test_idle_is_what_no_kernel_covers() -> None:
+    assert gpu_kernels.idle([(5, 6), (0, 2), (1, 3), (1.5, 1.75)]) == 2
+    assert gpu_kernels.idle([]) == 0
+
+
 def row(ms: float, share: float = 1.0, scratch_mib: float = 100) -> dict[str, float]:
     return {"ms": ms, "share": share, "scratch_mib": scratch_mib}
 
