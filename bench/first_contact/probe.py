@@ -6,7 +6,8 @@
     products    those of the head, for rows of V logits, rows that are padded, and a weight that is padded: time and
                 names of the kernels; the sum of the weight's gradient in the products' dtype and in float32
     rows        the row passes of repo_fast.kernels.linear_log_probs, with entropies and without
-    op          the whole op by the rows of a chunk and the dtype of that sum: time, errors, scratch memory
+    op          the whole op by the rows of a chunk and the dtype of that sum: time, errors, scratch memory; what host
+                and device do when in one call, which tells how long the device waits, and for what
 
 A line of JSON a measurement, in OUT.jsonl and on the screen, as soon as it is made: what is cut off leaves what it had.
 A measurement that fails says so in its line. Times are medians in milliseconds, taken with the device busy.
@@ -40,6 +41,7 @@ from bench.peers import PEERS, PRODUCTS
 TRIALS = 7
 OURS = PEERS["repo_fast"]
 NAME_LENGTH = 70
+TIMELINE_EVENTS = 120
 # Between rows of logits, in bytes.
 ALIGNMENT_BYTES = 128
 
@@ -218,6 +220,7 @@ def op(
         floor = PRODUCTS.task(computation, case)
         floor_ms = median_ms(floor, device, TRIALS)
         yield Piece(f"floor of {computation}", facts, lambda ms=floor_ms: {"ms": ms})
+        yield Piece(f"timeline of {computation}", facts, partial(timeline, OURS.task(computation, case), device))
 
         def speed(
             *settings: Callable[[], AbstractContextManager], computation: str = computation, floor_ms: float = floor_ms
@@ -247,6 +250,38 @@ def op(
                     {**facts, "chunk": rows, "sum": "rounded"},
                     partial(speed, chunk, rounded_sums),
                 )
+
+
+def timeline(task: Task, device: torch.device) -> dict[str, Any]:
+    """Returns `events` of one call in their order: `on` host or device, `name`, `start` and `us`, since the first one.
+
+    Of the host only the driver's calls on a GPU, PyTorch's operators without one.
+    """
+    task.run(*task.setup())
+    arguments = task.setup()
+    synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        task.run(*arguments)
+        synchronize(device)
+    driver = "cu" if device.type == "cuda" else "aten::"
+    events = [
+        event
+        for event in profiler.events()
+        if event.device_type != DeviceType.CPU or event.name.lower().startswith(driver)
+    ]
+    events.sort(key=lambda event: event.time_range.start)
+    begin = events[0].time_range.start
+    return {
+        "events": [
+            {
+                "on": "host" if event.device_type == DeviceType.CPU else "device",
+                "name": event.name[:NAME_LENGTH],
+                "start": event.time_range.start - begin,
+                "us": event.time_range.elapsed_us(),
+            }
+            for event in events[:TIMELINE_EVENTS]
+        ]
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ running

@@ -51,6 +51,10 @@ def test_the_probe_runs_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert ops == [("as shipped", "as shipped"), (16, "as shipped"), (16, "rounded")]
     assert all(0 < error < 1e-5 for row in rows for error in row.get("errors", ()))
     assert all("aten::mm" in row["kernels"] for row in rows[1:10])
+    (timeline,) = [row["events"] for row in rows if row["name"] == "timeline of log_probs"]
+    names = [event["name"] for event in timeline]
+    assert names.index("aten::nonzero") < names.index("aten::mm")
+    assert sorted(timeline, key=lambda event: event["start"]) == timeline and timeline[0]["start"] == 0
 
 
 def said_of(*pieces: Any) -> list[dict[str, Any]]:
