@@ -27,15 +27,23 @@ def test_only_the_run_is_timed_and_gets_what_the_setup_made():
     assert got == [(None, "made")]
 
 
-def test_tasks_are_interleaved_each_after_the_floor():
+def test_tasks_are_interleaved_each_beside_the_floor_that_goes_first_in_every_other_round():
     calls = []
     tasks = {name: Task(lambda name=name: calls.append(name)) for name in "ab"}
     timings = time_interleaved(tasks, Task(lambda: calls.append("floor")), CPU, budget_s=0.0)
-    rounds = ["floor", "a", "floor", "b"] * measure.MIN_ROUNDS
+    even, odd = ["floor", "a", "floor", "b"], ["a", "floor", "b", "floor"]
+    rounds = [call for i in range(measure.MIN_ROUNDS) for call in (odd if i % 2 else even)]
     assert calls[-len(rounds) :] == rounds
     assert {name: len(timing.milliseconds) for name, timing in timings.items()} == dict.fromkeys(
         "ab", measure.MIN_ROUNDS
     )
+
+
+def test_a_pair_is_the_floor_and_the_task_whichever_went_first():
+    (timing,) = time_interleaved(
+        {"slow": Task(lambda: time.sleep(0.05))}, Task(lambda: time.sleep(0.01)), CPU, budget_s=0.0
+    ).values()
+    assert min(timing.milliseconds) >= 50 > max(timing.floor_milliseconds)
 
 
 def test_a_slower_task_has_a_smaller_share():
