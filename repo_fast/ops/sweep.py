@@ -204,7 +204,7 @@ def sweep(
             for part, w in _slabs(weight):
                 torch.mm(h, w.t(), out=_columns(z, columns)[:, part])
         row_pass(z, h, start, stop, dz)
-        if columns > V:
+        if columns > V and (need_hidden or need_weight):
             dz = _columns(dz, columns)
             dz[:, V:].zero_()
         if need_hidden:
