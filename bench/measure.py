@@ -1,8 +1,9 @@
 """How the benchmarks take time and memory.
 
-Time is compared with a *floor*, the bare matrix products, that is timed right before each run or right after it, in
-turn: what else the machine does moves both, so the median of the paired ratios says more than the ratio of two medians;
-and a GPU at its limit of power is slower after a run that took much of it.
+Time is compared with a *floor*, the bare matrix products, that is timed beside each run: what else the machine does
+moves both, so the median of the paired ratios says more than the ratio of two medians. `time_interleaved` times it
+before a run and after one in turn, because a GPU at its limit of power is slower after a run that took much of it;
+`pytest bench/` always before.
 
 On a GPU time is taken with the device busy, as it is in a training step: a wait is queued on the device first, which
 hides what the host takes to launch the floor or a task. It hides it up to its own length, and up to the first point
