@@ -85,11 +85,12 @@ $(GPU_VENV)/.done: requirements.lock .ci/gpu-machine.txt setup.py pyproject.toml
 acceptance: lint rehearse ## Check and test everything, and rehearse
 	$(VENV)/bin/pytest $(SPREAD) $(ARGS)
 
-lint: setup ## Style, types of the public ops, and which room may import which
+lint: setup ## Style, types of the public ops, which room may import which, the length of files
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check --quiet
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
+	@git ls-files -z '*.py' '*.cpp' '*.h' '*.css' '*.js' | xargs -0 awk 'FNR == 601 { print FILENAME ": more than 600 lines"; long = 1 } END { exit long }'
 
 format: setup ## Put the source into its one form
 	$(VENV)/bin/ruff format

@@ -3,15 +3,15 @@
     python -m bench.gpu_suite --out DIR
 
     environment   the device, its bare speed, driver, versions
-    correctness   every op against float64, in all ways of calling it                  (gpu_correctness.py)
-                  the other promises of the ops                                        (gpu_promises.py)
-                  packed attention                                                     (gpu_attention.py)
-    kernels       the loss head beside its peers; where its time goes; tuning          (gpu_kernels.py)
-    utilisation   how much of the device the policy update of a 7B model uses          (utilisation_phase.py)
+    correctness   every op against float64, in all ways of calling it                  (gpu/correctness.py)
+                  the other promises of the ops                                        (gpu/promises.py)
+                  packed attention                                                     (gpu/attention.py)
+    kernels       the loss head beside its peers; where its time goes; tuning          (gpu/kernels.py)
+    utilisation   how much of the device the policy update of a 7B model uses          (gpu/utilisation.py)
     training      that update beside padded batches, and without what makes it fast    (training_phase.py)
     rollout       generation, where DeepSpeed can be imported; vLLM's, where it can    (rollout_phase.py)
     limits        ids out of range, addresses beyond 32 bits: last, since a wrong address would end the process's use of
-                  the device                                                           (gpu_promises.py)
+                  the device                                                           (gpu/promises.py)
 
 Run from the root of the repository: neither repo_fast nor its C++ extension needs to be installed, only torch, triton
 and transformers. Peers are measured where they can be imported.
@@ -35,18 +35,12 @@ from typing import Any
 
 import torch
 
-from bench import (
-    gpu_attention,
-    gpu_correctness,
-    gpu_kernels,
-    gpu_promises,
-    processes,
-    training_phase,
-    utilisation_phase,
-)
-from bench.machine import environment_table, environment_units
-from bench.suite import Part, Results, run_part, write_json
-from bench.tables import render, render_targets
+from bench import training_phase
+from bench.gpu import attention, correctness, kernels, promises, utilisation
+from bench.measuring.machine import environment_table, environment_units
+from bench.measuring.suite import Part, Results, run_part, write_json
+from bench.measuring.tables import render, render_targets
+from bench.trainer import processes
 
 
 def correctness_units(
@@ -54,10 +48,10 @@ def correctness_units(
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Functions that make a check and return whether it `passed`, and its `errors`; there are no rounds to time."""
     for checks in (
-        gpu_promises.promises(tiny, device),
-        gpu_attention.checks(device),
-        gpu_correctness.checks(tiny, device),
-        gpu_promises.compiled(tiny, device),
+        promises.promises(tiny, device),
+        attention.checks(device),
+        correctness.checks(tiny, device),
+        promises.compiled(tiny, device),
     ):
         for name, check in checks:
             yield name, partial(judged, check)
@@ -67,11 +61,11 @@ def limit_units(
     device: torch.device, tiny: bool, budget_s: float
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """As `correctness_units`, the checks that a wrong address would fail for good."""
-    for name, check in gpu_promises.limits(tiny, device):
+    for name, check in promises.limits(tiny, device):
         yield name, partial(judged, check)
 
 
-def judged(check: Callable[[], gpu_correctness.Errors]) -> dict[str, Any]:
+def judged(check: Callable[[], correctness.Errors]) -> dict[str, Any]:
     errors = check()
     return {"passed": all(error <= bound for error, bound in errors.values()), "errors": errors}
 
@@ -119,8 +113,8 @@ def rollout_table(results: Results) -> str:
 PARTS = {
     "environment": Part(environment_units, environment_table, 15),
     "correctness": Part(correctness_units, checks_table, 115),
-    "kernels": Part(gpu_kernels.units, gpu_kernels.table, 175),
-    "utilisation": Part(utilisation_phase.units, utilisation_phase.table, 20),
+    "kernels": Part(kernels.units, kernels.table, 175),
+    "utilisation": Part(utilisation.units, utilisation.table, 20),
     "training": Part(training_phase.units, training_phase.table, 85),
     "rollout": Part(rollout_units, rollout_table, 50),
     "limits": Part(limit_units, checks_table, 15),
@@ -137,7 +131,7 @@ def summarize(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
         for name, check in records[part]["results"].items()
     }
     targets: dict[str, Any] = {}
-    for part, phase in (("kernels", gpu_kernels), ("utilisation", utilisation_phase), ("training", training_phase)):
+    for part, phase in (("kernels", kernels), ("utilisation", utilisation), ("training", training_phase)):
         if part in records:
             targets |= phase.judge(records[part]["results"])
     if records.get("rollout", {}).get("results"):

@@ -14,8 +14,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.peers import NOT_MEASURED
-from bench.tables import render
+from bench.loss_head.peers import NOT_MEASURED
+from bench.measuring.tables import render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

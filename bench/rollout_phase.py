@@ -29,15 +29,15 @@ import torch
 from torch import nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from bench.suite import Results
-from bench.tables import at_least, render
+from bench.measuring.suite import Results
+from bench.measuring.tables import at_least, render
 from bench.training_phase import GEOMETRIES, Geometry
-from repo_fast.assembly import load_policy
 from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from repo_fast.data import load_tokenizer
 from repo_fast.data.readers import Prompt
 from repo_fast.engine import Engine, start_distributed, stop_distributed
+from repo_fast.jobs.assembly import load_policy
 from repo_fast.rollout import Request, Rollout
 from repo_fast.rollout.hf import HfSampler
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from repo_fast.config import TrainConfig, parse
 from repo_fast.engine import Engine, start_distributed, stop_distributed
-from repo_fast.inputs import read_inputs
+from repo_fast.jobs.inputs import read_inputs
+from repo_fast.jobs.trainer import Trainer
 from repo_fast.report.metrics import read_metrics
-from repo_fast.throughput import PHASES
-from repo_fast.trainer import Trainer
+from repo_fast.speed.throughput import PHASES
 
 MODEL_WORK = ("forward", "backward", "optimizer")
 

@@ -32,14 +32,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.measure import Task, Timing, peak_scratch, time_interleaved
-from bench.tables import at_least, render, render_targets
-from repo_fast.balance import micro_batches
-from repo_fast.experience import Experience, MicroBatch
-from repo_fast.flops import peak_flops
+from bench.measuring.measure import Task, Timing, peak_scratch, time_interleaved
+from bench.measuring.tables import at_least, render, render_targets
+from repo_fast.learning.experience import Experience, MicroBatch
 from repo_fast.models.attention import attention_candidates, run_packed
 from repo_fast.ops import fused_rectified_policy_loss, prompt_violations, rectified_policy_loss
+from repo_fast.packing.balance import micro_batches
 from repo_fast.rollout import Rollout
+from repo_fast.speed.flops import peak_flops
 
 MULTIPLIER = 0.7
 RESPONSES_PER_PROMPT = 4

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from repo_fast.config import EvaluateConfig
 from repo_fast.errors import InputError
-from repo_fast.launch import guarded, launch
+from repo_fast.jobs.launch import guarded, launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ from typing import Any
 
 from repo_fast.config import RunConfig, ScoreConfig, SftConfig, TrainConfig, parse, to_dict
 from repo_fast.errors import InputError
-from repo_fast.launch import OneLineParser, guarded
+from repo_fast.jobs.launch import OneLineParser, guarded
 from repo_fast.report.evaluations import judge_evaluation, read_evaluation
 from repo_fast.report.tables import before_after_table
 from repo_fast.world import rules

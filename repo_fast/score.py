@@ -20,7 +20,7 @@ from pathlib import Path
 
 from repo_fast.config import LAYOUTS, ScoreConfig
 from repo_fast.errors import InputError
-from repo_fast.launch import OneLineParser, guarded, launch
+from repo_fast.jobs.launch import OneLineParser, guarded, launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return guarded(lambda: _convert_or_check(words))
 
     def prepare(config: ScoreConfig) -> Callable:
-        from repo_fast.score_training import ScoreTraining, read_inputs
+        from repo_fast.jobs.score_training import ScoreTraining, read_inputs
 
         inputs = read_inputs(config)
         return lambda ranks: ScoreTraining(config, inputs, ranks).run()
@@ -83,7 +83,7 @@ def _convert_or_check(words: list[str]) -> int:
         raise InputError("--convert FOLDER and --to FOLDER belong together, expected both or neither")
     # After the command line is known to be good: these take seconds to import.
     from repo_fast.models.model_config import load_config
-    from repo_fast.models.score_checkpoint import convert_score_model
+    from repo_fast.models.score_writing import convert_score_model
     from repo_fast.scoring.expectation import check_folder
 
     if chosen.check is not None:

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from repo_fast.config import SftConfig
-from repo_fast.launch import launch
+from repo_fast.jobs.launch import launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
 
     def prepare(config: SftConfig) -> Callable:
-        from repo_fast.finetuning import FineTuning, read_inputs
+        from repo_fast.jobs.finetuning import FineTuning, read_inputs
 
         inputs = read_inputs(config)
         return lambda ranks: FineTuning(config, inputs, ranks).run()

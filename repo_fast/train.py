@@ -12,15 +12,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from repo_fast.config import TrainConfig
-from repo_fast.launch import launch
+from repo_fast.jobs.launch import launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
 
     def prepare(config: TrainConfig) -> Callable:
-        from repo_fast.inputs import read_inputs
-        from repo_fast.trainer import Trainer
+        from repo_fast.jobs.inputs import read_inputs
+        from repo_fast.jobs.trainer import Trainer
 
         inputs = read_inputs(config)
         return lambda ranks: Trainer(config, inputs, ranks).run()

@@ -16,7 +16,7 @@ import repo_fast.ops.triton  # noqa: E402, F401
 del os.environ["TRITON_INTERPRET"]
 
 from tests import scorers  # noqa: E402
-from tests.jobs import Job  # noqa: E402
+from tests.job_runs import Job  # noqa: E402
 
 
 def pytest_configure() -> None:

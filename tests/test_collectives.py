@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from repo_fast.collectives import Ranks
 from repo_fast.errors import InputError
-from tests.jobs import on_ranks
+from tests.job_runs import on_ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

@@ -14,13 +14,13 @@ from transformers.integrations.deepspeed import deepspeed_config
 from repo_fast.config import EngineConfig, OptimizerConfig, RolloutConfig
 from repo_fast.data import Prompt
 from repo_fast.engine import Engine, learning_rate_factor, sharded_loading, start_distributed, stop_distributed
-from repo_fast.experience import PackedBatch, pack
 from repo_fast.models.policy import Policy
 from repo_fast.ops import linear_log_probs
+from repo_fast.packing.rows import PackedBatch, pack
 from repo_fast.rollout import Rollout
 from repo_fast.rollout.hf import Request, generate
 from tests import scorers
-from tests.jobs import Job, metrics, on_ranks
+from tests.job_runs import Job, metrics, on_ranks
 from tests.tiny import save_policy, word_tokenizer
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 
 from repo_fast.ops import dispatch
 from repo_fast.train import main
-from tests.jobs import PROMPTS, Job, metrics, write_lines
+from tests.job_runs import PROMPTS, Job, metrics, write_lines
 from tests.tiny import save_policy, save_sequence_classifier, word_tokenizer
 
 

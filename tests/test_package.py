@@ -10,6 +10,7 @@ import venv
 import zipfile
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -127,7 +128,7 @@ def __getattr__(name):
 def what_is_called_kernels(path: str = "") -> list:
     """After imports in the repository's root: whether transformers uses a library `kernels`, and which."""
     script = (
-        "import json, sys, transformers.models.llama.modeling_llama, repo_fast.trainer\n"
+        "import json, sys, transformers.models.llama.modeling_llama, repo_fast.jobs.trainer\n"
         "from transformers.utils.import_utils import is_kernels_available\n"
         "used = is_kernels_available()\n"
         "print(json.dumps([used, getattr(sys.modules.get('kernels'), '__file__', None)]))\n"
@@ -160,14 +161,26 @@ def test_the_trainer_imports_beside_a_library_called_kernels(tmp_path):
 # --------------------------------------------------------------------------------------------------- import rules
 
 
+def test_the_import_rules_see_every_file():
+    """A folder without `__init__.py` would be seen by no contract."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "repo_fast").rglob("*.py")
+        if "kernels" not in path.parts
+    }
+    assert grimp.build_graph("repo_fast", cache_dir=None).modules == files
+
+
 @pytest.mark.parametrize(
     ("file", "line", "kept"),
     [
-        ("repo_fast/config.py", "", True),
+        ("repo_fast/config/train.py", "", True),
         ("repo_fast/ops/loss.py", "import repo_fast.config", False),
-        ("repo_fast/algorithm.py", "import repo_fast.data", False),
-        ("repo_fast/ops/dispatch.py", "import repo_fast.collectives, repo_fast.engine", False),
-        ("repo_fast/trainer.py", "import deepspeed", False),
+        ("repo_fast/objective/algorithm.py", "import repo_fast.data", False),
+        ("repo_fast/models/policy.py", "import repo_fast.learning.experience", False),
+        ("repo_fast/cellar.py", "", False),  # in no room
+        ("repo_fast/jobs/trainer.py", "import deepspeed", False),
+        ("repo_fast/models/policy.py", "import vllm", False),
     ],
 )
 def test_the_import_rules_hold_and_bite(file, line, kept, tmp_path):

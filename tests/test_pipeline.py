@@ -14,7 +14,7 @@ import yaml
 
 from repo_fast import pipeline
 from repo_fast.report.metrics import read_metrics
-from tests.jobs import DEMONSTRATIONS, OPTIONS, PROMPTS, Job, snapshot, write_lines
+from tests.job_runs import DEMONSTRATIONS, OPTIONS, PROMPTS, Job, snapshot, write_lines
 
 PAIRS = [
     {

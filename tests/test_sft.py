@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repo_fast.sft import main as sft
 from tests.families import FAMILIES, family_tokenizer
-from tests.jobs import metrics, snapshot, write_lines
-from tests.learner_worker import plain_descent
-from tests.supervised_jobs import SHOWN, here, make_inputs, norm_wise, result
+from tests.job_runs import metrics, snapshot, write_lines
+from tests.learning.learner_worker import plain_descent
+from tests.supervised_runs import SHOWN, here, make_inputs, norm_wise, result
 from tests.tiny import save_policy
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from repo_fast.config import TrainConfig, parse, to_dict
 from repo_fast.errors import InputError
-from repo_fast.launch import guarded
+from repo_fast.jobs.launch import guarded
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The section of a judge: a language model that compares or rates responses (`repo_fast/judging.py`)."""
+"""The section of a judge: a language model that compares or rates responses (`repo_fast/judging`)."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from repo_fast.algorithm import ALGORITHMS
 from repo_fast.config.sections import (
     CriticConfig,
     LogConfig,
@@ -22,6 +21,7 @@ from repo_fast.config.sections import (
     require_at_least,
 )
 from repo_fast.errors import InputError
+from repo_fast.objective.algorithm import ALGORITHMS
 
 
 @dataclass(frozen=True)

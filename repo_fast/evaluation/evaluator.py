@@ -26,14 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from repo_fast.assembly import load_scorer, loading_options
 from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig, EvaluateConfig, to_dict, to_yaml
 from repo_fast.data import Prompt, PromptTemplate, load_tokenizer
 from repo_fast.evaluation.cache import UnitFile, fingerprint, key_of, locked, scorer_fingerprint
 from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
+from repo_fast.evaluation.judge import Judge
 from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, Rows, judge_policies
-from repo_fast.judging import Judge
+from repo_fast.jobs.assembly import load_scorer, loading_options
 from repo_fast.models.policy import Policy
 from repo_fast.models.vocabulary import never_drawn
 from repo_fast.report.comparison import Judgments, compare

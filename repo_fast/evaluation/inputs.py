@@ -10,7 +10,7 @@ from repo_fast.config import EvaluateConfig
 from repo_fast.data import Columns, Prompt, PromptTemplate, load_prompts
 from repo_fast.errors import InputError, at
 from repo_fast.evaluation.cache import LOCK_FILE
-from repo_fast.inputs import check_scorer_inputs, find_model
+from repo_fast.jobs.inputs import check_scorer_inputs, find_model
 from repo_fast.models.on_paper import check_positions
 from repo_fast.rollout import Request
 from repo_fast.rollout.hf import end_tokens, generation_settings

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from repo_fast.data import Prompt
-from repo_fast.judging import Answer, Comparison, Judge
+from repo_fast.evaluation.judge import Answer, Comparison, Judge
 from repo_fast.report.comparison import Judgments
 
 log = logging.getLogger(__name__)

@@ -28,8 +28,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
-from repo_fast.bounds import Bounds
 from repo_fast.errors import InputError
+from repo_fast.packing.bounds import Bounds
 
 PACKED = "repo_fast_packed"
 """The name that transformers knows it by."""

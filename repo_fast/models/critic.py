@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from repo_fast.bounds import Bounds
 from repo_fast.models.attention import run_packed
 from repo_fast.models.score_model import ScoreHead, ScoreModel
+from repo_fast.packing.bounds import Bounds
 
 
 class Critic(nn.Module):

@@ -5,7 +5,7 @@ recurrent state, nor those that count positions themselves. What an architecture
 the model itself is run: a value of a sequence must be the same alone and behind whatever company.
 
 `auto` goes from the fastest attention to the slowest until one is right; where none keeps packed sequences apart, each
-gets a row of its own, padded. `python -m bench.architectures` prints what that gives for some sixty architectures.
+gets a row of its own, padded. `python -m bench.trainer.architectures` prints what that gives for some sixty of them.
 """
 
 import contextlib

@@ -16,12 +16,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from repo_fast.errors import InputError
-from repo_fast.experience import PackedBatch
 from repo_fast.models.attention import run_packed
 from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.loss_head import LossHead
 from repo_fast.models.model_config import load_config, restored, set_aside
 from repo_fast.models.trunk import disable_dropout, load_transformer
+from repo_fast.packing.rows import PackedBatch
 
 _log = logging.getLogger(__name__)
 

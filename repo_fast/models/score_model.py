@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, PretrainedConfig
 
-from repo_fast.bounds import Bounds
 from repo_fast.models.attention import run_packed
 from repo_fast.models.model_config import load_config, set_aside
 from repo_fast.models.score_checkpoint import ScoreCheckpoint, ScoreFormat
 from repo_fast.models.trunk import disable_dropout, load_transformer
+from repo_fast.packing.bounds import Bounds
 
 
 class ScoreHead(nn.Linear):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from repo_fast.config import TrainConfig, parse
-from repo_fast.launch import OneLineParser, guarded
+from repo_fast.jobs.launch import OneLineParser, guarded
 from repo_fast.plan.memory import Memory, memory
 from repo_fast.plan.networks import Network, networks
 from repo_fast.plan.speed import DEVICES, Device, Workload, step_seconds

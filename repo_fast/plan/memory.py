@@ -15,7 +15,7 @@ from repo_fast.config import EngineConfig, TrainConfig
 from repo_fast.engine import REDUCE_BUCKET_ELEMENTS
 from repo_fast.ops.sweep import chunk_rows
 from repo_fast.plan.networks import Network
-from repo_fast.throughput import PHASES
+from repo_fast.speed.throughput import PHASES
 
 # DeepSpeed's defaults: ZeRO-3 releases what it gathered once so many parameters are whole, and its bfloat16 optimizer
 # of stage 1 reduces so many gradients at a time.

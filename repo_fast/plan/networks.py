@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-from repo_fast.algorithm import ALGORITHMS
-from repo_fast.assembly import prepare_training
 from repo_fast.config import EngineConfig, LoraConfig, TrainConfig
 from repo_fast.errors import InputError
-from repo_fast.flops import Shape
+from repo_fast.jobs.assembly import prepare_training
 from repo_fast.models.attention import MASKED, PACKED, PADDED
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import built, first_attention
 from repo_fast.models.policy import check_head
+from repo_fast.objective.algorithm import ALGORITHMS
 from repo_fast.scoring import load_scorer_spec
+from repo_fast.speed.flops import Shape
 
 _ON_PAPER = "repo_fast_plan"
 _PROBED_TOKENS = 64
@@ -92,7 +92,7 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
 def _policy_config(config: TrainConfig) -> PretrainedConfig:
     path = config.policy.path
     if path.startswith("world:"):
-        from repo_fast.inputs import find_model
+        from repo_fast.jobs.inputs import find_model
 
         path = find_model(path)[0]
     loaded = load_config(path)

@@ -18,8 +18,8 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from repo_fast.collectives import Ranks
 from repo_fast.errors import InputError
-from repo_fast.experience import PackedBatch, pack
 from repo_fast.ops import linear_log_probs
+from repo_fast.packing.rows import PackedBatch, pack
 
 if TYPE_CHECKING:
     from repo_fast.engine import Engine

@@ -19,11 +19,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from repo_fast.balance import split_by_tokens
 from repo_fast.data.templates import PromptTemplate, without_added
 from repo_fast.errors import InputError
-from repo_fast.experience import pack_whole
-from repo_fast.flops import Shape, forward_work
 from repo_fast.models.attention import MASKED
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import position_limit
@@ -32,7 +29,10 @@ from repo_fast.models.score_checkpoint import LAYOUTS
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.trunk import load_transformer
 from repo_fast.models.weight_files import Checkpoint
+from repo_fast.packing.balance import split_by_tokens
+from repo_fast.packing.rows import pack_whole
 from repo_fast.rollout import Rollout
+from repo_fast.speed.flops import Shape, forward_work
 
 Role = Literal["reward", "cost"]
 

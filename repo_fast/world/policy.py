@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from repo_fast.errors import InputError
-from repo_fast.files import publish
+from repo_fast.report.folders import publish
 from repo_fast.world import corpus, families, grammar
 
 BOS, EOS, PAD, UNKNOWN, USER, ASSISTANT = "<s>", "</s>", "<pad>", "<unk>", "<user>", "<assistant>"

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
-from repo_fast.experience import PackedBatch, pack, pack_whole
 from repo_fast.models import attention
 from repo_fast.models.attention import PACKED, PADDED, attention_candidates, run_packed
 from repo_fast.models.critic import Critic
 from repo_fast.models.loss_head import LossHead
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
+from repo_fast.packing.rows import PackedBatch, pack, pack_whole
 from tests.cuda.fake import CUDA, FakeCuda, needs_graph
 from tests.models.test_attention import CONFIGS
 

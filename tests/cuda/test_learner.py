@@ -12,14 +12,14 @@ pytest.importorskip("deepspeed")
 from repo_fast.collectives import Ranks
 from repo_fast.config import DataConfig, EngineConfig, OptimizerConfig, TrainConfig
 from repo_fast.engine import Engine, StepResult, resolve_dtype, start_distributed, stop_distributed
-from repo_fast.learner import Learner, Models
+from repo_fast.learning.learner import Learner, Models
 from repo_fast.models.attention import PACKED
 from repo_fast.models.critic import Critic
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
-from tests import learner_worker as worker
 from tests.cuda.fake import CUDA, FakeCuda, needs_graph
 from tests.cuda.runtime import runtime
+from tests.learning import learner_worker as worker
 from tests.tiny import save_policy
 
 pytestmark = needs_graph

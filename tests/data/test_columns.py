@@ -15,7 +15,7 @@ from repo_fast.data import (
     load_prompts,
 )
 from repo_fast.errors import InputError
-from tests.jobs import write_lines
+from tests.job_runs import write_lines
 
 ALPACA = {"instruction": "make tea", "input": "please", "output": "no"}
 RENDERED = "Below is a task.\n\n### Instruction:\nmake tea\n\n### Input:\nplease\n\n### Response:\nno"

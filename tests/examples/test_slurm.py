@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import REPOSITORY, Job, metrics, run, same_bits, weights
+from tests.job_runs import REPOSITORY, Job, metrics, run, same_bits, weights
 
 FOLDER = REPOSITORY / "examples" / "slurm"
 # Runs its command once for each task, as srun does on the nodes; fails if one of them does. Slurm's own signal to the

@@ -8,9 +8,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModel, LlamaConfig, MistralConfig, Qwen2Config
 
 from repo_fast.errors import InputError
-from repo_fast.experience import pack
 from repo_fast.models import attention
 from repo_fast.models.attention import PACKED, attention_candidates, run_packed
+from repo_fast.packing.rows import pack
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61}

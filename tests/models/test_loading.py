@@ -20,15 +20,15 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from bench.architectures import config_of
+from bench.trainer.architectures import config_of
 from repo_fast.errors import InputError
 from repo_fast.models.model_config import load_config
 from repo_fast.models.policy import Policy
 from repo_fast.models.policy import save_policy as write_policy
-from repo_fast.models.score_checkpoint import save_score_model
 from repo_fast.models.score_model import ScoreModel
+from repo_fast.models.score_writing import save_score_model
 from repo_fast.models.trunk import train_last_layers
-from tests.jobs import on_ranks
+from tests.job_runs import on_ranks
 from tests.tiny import save_policy, save_sequence_classifier, word_tokenizer
 
 Weights = dict[str, torch.Tensor]

@@ -25,7 +25,6 @@ from repo_fast.config import EngineConfig, OptimizerConfig, RolloutConfig
 from repo_fast.data import Prompt
 from repo_fast.engine import Engine, resolve_dtype, sharded_loading, start_distributed, stop_distributed
 from repo_fast.errors import InputError
-from repo_fast.experience import PackedBatch, pack
 from repo_fast.models import policy as policies
 from repo_fast.models.lora import (
     adapter_state,
@@ -40,8 +39,9 @@ from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.vocabulary import fit_vocabulary
 from repo_fast.ops import linear_log_probs
+from repo_fast.packing.rows import PackedBatch, pack
 from repo_fast.rollout.hf import Request, generate
-from tests.jobs import on_ranks, same_bits
+from tests.job_runs import on_ranks, same_bits
 from tests.tiny import save_beaver, save_policy, word_tokenizer
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModel, GPT2Config, LlamaConfig, RobertaConfig
 
-from bench.architectures import Outcome, config_of, measure, save_model
+from bench.trainer.architectures import Outcome, config_of, measure, save_model
 from repo_fast.collectives import Ranks
 from repo_fast.errors import InputError
 from repo_fast.models.attention import PACKED, PADDED, run_packed
@@ -22,7 +22,7 @@ def ranks() -> Iterator[Ranks]:
     stop_distributed()
 
 
-# By what is particular about them; `python -m bench.architectures` has all.
+# By what is particular about them; `python -m bench.trainer.architectures` has all.
 WAYS = {
     "llama": "packed",
     "gemma3_text": "packed",

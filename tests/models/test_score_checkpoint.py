@@ -20,10 +20,11 @@ from transformers import (
 )
 
 from repo_fast.errors import InputError
-from repo_fast.models import score_checkpoint
-from repo_fast.models.score_checkpoint import LAYOUTS, convert_score_model, save_score_model
+from repo_fast.models import score_writing
+from repo_fast.models.score_checkpoint import LAYOUTS
 from repo_fast.models.score_model import ScoreModel
-from tests.jobs import on_ranks, same_bits, snapshot
+from repo_fast.models.score_writing import convert_score_model, save_score_model
+from tests.job_runs import on_ranks, same_bits, snapshot
 from tests.tiny import save_beaver, save_policy, save_sequence_classifier, word_tokenizer
 
 CLASSES = {"score": "LlamaForScore", "model-for-score": "LlamaModelForScore"}
@@ -132,7 +133,7 @@ def test_a_model_without_a_pad_token_takes_its_tokenizers(tmp_path):
 
 
 def test_large_models_are_written_as_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(score_checkpoint, "SHARD_SIZE", 20_000)
+    monkeypatch.setattr(score_writing, "SHARD_SIZE", 20_000)
     source = save_beaver(tmp_path / "source", bias=True)
     written = rewritten(load(source), tmp_path / "written")
     index = json.loads((written / "model.safetensors.index.json").read_text())

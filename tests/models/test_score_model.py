@@ -23,7 +23,7 @@ from transformers import (
 from repo_fast.errors import InputError
 from repo_fast.models.packing import settle_packing, state_before
 from repo_fast.models.score_model import ScoreModel
-from tests.jobs import on_ranks
+from tests.job_runs import on_ranks
 from tests.tiny import save_beaver, save_policy, save_sequence_classifier
 
 CPU = torch.device("cpu")

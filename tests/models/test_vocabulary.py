@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from repo_fast.config import EngineConfig, OptimizerConfig
 from repo_fast.engine import Engine, sharded_loading, start_distributed, stop_distributed
 from repo_fast.errors import InputError
-from repo_fast.experience import PackedBatch, pack
 from repo_fast.models import policy as policies
 from repo_fast.models.loss_head import LossHead
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.vocabulary import fit_vocabulary, never_drawn
 from repo_fast.ops import linear_log_probs
-from tests.jobs import on_ranks, same_bits
+from repo_fast.packing.rows import PackedBatch, pack
+from tests.job_runs import on_ranks, same_bits
 from tests.tiny import EOS, PAD, UNKNOWN, save_policy, word_tokenizer
 
 CPU = torch.device("cpu")

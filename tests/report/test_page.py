@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from bench.evaluation_page import THRESHOLD, make_evaluation
+from bench.trainer.evaluation_page import THRESHOLD, make_evaluation
 from repo_fast.report.page import write_page
 from repo_fast.report.page_parts import charts
 from repo_fast.report.page_parts.responses import collect, pack

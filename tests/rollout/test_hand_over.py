@@ -20,7 +20,7 @@ from repo_fast.engine import Engine
 from repo_fast.errors import InputError
 from repo_fast.models.policy import Policy
 from repo_fast.rollout.hand_over import Verification, as_in_files, fixed_rows, fixed_tokens, policy_log_probs
-from tests.jobs import on_ranks
+from tests.job_runs import on_ranks
 from tests.tiny import save_policy, word_tokenizer
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from repo_fast.config import RolloutConfig
 from repo_fast.data import Prompt
-from repo_fast.experience import pack
 from repo_fast.models.policy import Policy
 from repo_fast.ops import linear_log_probs
+from repo_fast.packing.rows import pack
 from repo_fast.rollout import Rollout, hf
 from repo_fast.rollout.hf import Request, end_tokens, generate, generation_settings, stop_alike
 from tests.families import FAMILIES, family_tokenizer

@@ -17,9 +17,9 @@ import yaml
 from repo_fast.config import TrainConfig, parse
 from repo_fast.errors import InputError
 from tests import scorers
-from tests.jobs import OPTIONS, PROMPTS, assert_scored_by, metrics, run, torchrun, weights, write_lines
+from tests.job_runs import OPTIONS, PROMPTS, assert_scored_by, metrics, run, torchrun, weights, write_lines
+from tests.rollout.vllm_architectures import DRAWN, REFUSED, SIZES, UNPACKED
 from tests.tiny import save_policy
-from tests.vllm_architectures import DRAWN, REFUSED, SIZES, UNPACKED
 
 # Between log-probabilities of the sampler and the trainer.
 NEAR = 1e-5
@@ -64,7 +64,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(job: Path, output_dir: Path, *options: str, environment: dict | None = None) -> subprocess.CompletedProcess:
     words = ["--config", str(job), "--output_dir", str(output_dir), *options]
-    return run([*torchrun(2), "tests.vllm_jobs", *words], {"VLLM_CPU_KVCACHE_SPACE": "1", **(environment or {})})
+    return run(
+        [*torchrun(2), "tests.rollout.vllm_jobs", *words], {"VLLM_CPU_KVCACHE_SPACE": "1", **(environment or {})}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +117,10 @@ def test_a_head_that_stays_behind_on_one_rank_ends_the_run_on_all(job: Path, tmp
 
 @pytest.fixture(scope="module")
 def architectures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What `tests.vllm_architectures` found, in one process."""
+    """What `tests.rollout.vllm_architectures` found, in one process."""
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("architectures")
-    words = [sys.executable, "-m", "tests.jobs", "tests.vllm_architectures:compare", str(folder)]
+    words = [sys.executable, "-m", "tests.job_runs", "tests.rollout.vllm_architectures:compare", str(folder)]
     finished = run(words)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return torch.load(folder / "returned-0.pt", weights_only=False)

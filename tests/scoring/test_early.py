@@ -14,7 +14,7 @@ from repo_fast.models.policy import Policy
 from repo_fast.rollout import Request
 from repo_fast.rollout.hf import generate
 from repo_fast.scoring import EarlyScores, FunctionScorer
-from tests.jobs import Job, assert_scored_by
+from tests.job_runs import Job, assert_scored_by
 from tests.scorers import cost
 from tests.tiny import save_policy, word_tokenizer
 

@@ -9,14 +9,14 @@ from tokenizers import pre_tokenizers
 from repo_fast.config import EvaluateConfig, parse
 from repo_fast.data import Candidate, Dialogue, Preference, PromptTemplate
 from repo_fast.evaluation.inputs import read_inputs as evaluation_inputs
-from repo_fast.inputs import read_inputs as train_inputs
+from repo_fast.jobs.inputs import read_inputs as train_inputs
+from repo_fast.jobs.score_training import _tokenize
 from repo_fast.rollout import Rollout
 from repo_fast.score import main as score
-from repo_fast.score_training import _tokenize
 from repo_fast.scoring import ModelScorer, load_score_model, score_text
 from repo_fast.scoring.score_models import same_tokens
 from tests.families import FAMILIES, family_tokenizer
-from tests.jobs import write_lines
+from tests.job_runs import write_lines
 from tests.tiny import save_beaver, save_policy, word_tokenizer
 
 CPU = torch.device("cpu")

@@ -1,0 +1,1 @@
+"""The parts of `bench.gpu_suite`, and what a GPU for minutes is given."""

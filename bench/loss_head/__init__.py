@@ -1,0 +1,1 @@
+"""The loss head beside its peers: cases, checks, one adapter a peer."""

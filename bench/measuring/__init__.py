@@ -1,0 +1,1 @@
+"""Time, memory, machines, and suites of measurements with their tables."""

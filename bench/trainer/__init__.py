@@ -1,0 +1,1 @@
+"""The trainer beside its peers: `python -m bench.trainer`."""

@@ -1,0 +1,1 @@
+"""What a job is around its steps: inputs, models put together, runs, checkpoints, and the loops themselves."""

@@ -1,0 +1,363 @@
+"""Puts a run's models together: policy, reference, critics and scorers, each under an engine."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from repo_fast.collectives import Ranks
+from repo_fast.config import EngineConfig, LoraConfig, ModelConfig, ScorerConfig, TrainConfig
+from repo_fast.data import PromptTemplate, load_tokenizer
+from repo_fast.engine import Engine, resolve_dtype, sharded_loading
+from repo_fast.errors import InputError
+from repo_fast.jobs.inputs import Inputs
+from repo_fast.learning.learner import Models
+from repo_fast.models.attention import attention_candidates
+from repo_fast.models.critic import Critic
+from repo_fast.models.lora import adapters_off, add_lora, describe
+from repo_fast.models.model_config import load_config
+from repo_fast.models.packing import settle_packing, state_before
+from repo_fast.models.policy import Policy
+from repo_fast.models.score_model import ScoreModel
+from repo_fast.models.trunk import train_last_layers
+from repo_fast.models.vocabulary import fit_vocabulary
+from repo_fast.objective.algorithm import ALGORITHMS
+from repo_fast.packing.rows import PackedBatch
+from repo_fast.rollout import Sampler
+from repo_fast.rollout.hf import HfSampler, stop_alike
+from repo_fast.scoring import (
+    ClassifierScorer,
+    EncoderClassifier,
+    FunctionScorer,
+    ModelScorer,
+    Scorer,
+    ScorerSpec,
+    check_expected_score,
+    load_score_model,
+    score_text,
+)
+from repo_fast.scoring.score_models import same_tokens
+
+log = logging.getLogger(__name__)
+
+
+def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Models, dict[str, Scorer]]:
+    """Load every model of a run; under ZeRO-3 straight into shards. All ranks must call it.
+
+    A critic starts from its stream's score model where that is a decoder with the policy's vocabulary, else from the
+    policy's trunk with a zero head. Under LoRA the reference is the policy with its adapters off.
+
+    Returns:
+        The engines, and the scorers `reward` and `cost`.
+
+    Raises:
+        InputError: A model cannot be used.
+    """
+    attention = config.policy.attention
+    loading = loading_options(attention, config.engine, ranks)
+    steps = config.total_steps * config.update.epochs * config.update.minibatches
+    specs = {"reward": inputs.reward, "cost": inputs.cost}
+    settings = {"reward": config.reward, "cost": config.cost}
+    streams = ("reward", "cost") if ALGORITHMS[config.algorithm.name].has_cost_stream else ("reward",)
+    policy = load_policy(inputs.policy_path, inputs.tokenizer, config.policy, config.engine, ranks)
+    with sharded_loading(config.engine, ranks.device, frozen=True):
+        reference = None
+        if not config.policy.lora.rank:
+            reference = Policy.from_pretrained(inputs.policy_path, **loading)
+            _fit_vocabulary(reference.model, inputs.tokenizer, config.policy)
+        common = (config.engine, ranks, attention, config.update.micro_batch_tokens)
+        scorers = {name: load_scorer(name, specs[name], settings[name], *common)(inputs.template) for name in specs}
+    with sharded_loading(config.engine, ranks.device):
+        critics = _critics(streams, specs, config, inputs, loading) if config.algorithm.advantage == "gae" else {}
+    policy_engine = Engine(policy, config.engine, ranks, config.policy_optimizer, steps)
+    settle_policy("the policy", policy_engine, attention, ranks)
+    frozen: Any = WithoutAdapters(policy_engine)
+    if reference is not None:
+        frozen = Engine(reference, config.engine, ranks)
+        settle_policy("the reference", frozen, attention, ranks)
+    critic_engines = {}
+    for name, critic in critics.items():
+        critic_engines[name] = Engine(critic, config.engine, ranks, config.critic_optimizer, steps)
+        settle_scores(f"the critic of {name}", critic_engines[name], critic.heads[critic.streams[0]], attention, ranks)
+    return Models(policy_engine, frozen, critic_engines), scorers
+
+
+def build_sampler(config: TrainConfig, inputs: Inputs, policy: Engine, ranks: Ranks) -> Sampler:
+    """What draws the responses from the policy that `build_models` made. All ranks must call it.
+
+    Raises:
+        InputError: vLLM cannot draw from this policy, or is not installed.
+    """
+    if config.rollout.engine == "hf":
+        pad_is_new = config.policy.pad_token is not None
+        return HfSampler(inputs.tokenizer, config.rollout, ranks, pad_is_new=pad_is_new)
+    from repo_fast.rollout.vllm import VllmSampler
+
+    return VllmSampler(
+        inputs.policy_path,
+        policy,
+        inputs.tokenizer,
+        config.rollout,
+        ranks,
+        dtype=resolve_dtype(config.engine.dtype, ranks.device),
+        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        seed=config.seed,
+    )
+
+
+class WithoutAdapters:
+    """A frozen model inside one with LoRA adapters: called like it, computed by the base weights alone."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(self, *args: Any) -> Any:
+        with adapters_off(self._engine.module):
+            return self._engine(*args)
+
+
+def load_policy(
+    path: str, tokenizer: PreTrainedTokenizerBase, settings: ModelConfig, engine: EngineConfig, ranks: Ranks
+) -> Policy:
+    """A causal language model to train; under ZeRO-3 as shards. All ranks must call it.
+
+    Args:
+        path: Folder or hub name.
+        tokenizer: Its own; gets the pad token that the settings ask for.
+        settings: What of it is trained, and how large its vocabulary is.
+        engine: Stage, dtype, activation checkpointing.
+        ranks: This process among all.
+
+    Raises:
+        InputError: The model cannot be used.
+    """
+    with sharded_loading(engine, ranks.device):
+        policy = Policy.from_pretrained(path, **loading_options(settings.attention, engine, ranks))
+        _fit_vocabulary(policy.model, tokenizer, settings)
+    stop_alike(policy.model, tokenizer)
+    prepare_training(policy.model, settings.trainable_layers, settings.lora, engine)
+    _say_what_is_trained(path, policy)
+    return policy
+
+
+def settle_policy(name: str, policy: Engine, attention: str, ranks: Ranks) -> str:
+    """Settle how a policy runs packed sequences, and say so. All ranks must call it.
+
+    Args:
+        name: For messages.
+        policy: An engine around a `Policy`.
+        attention: `ModelConfig.attention`.
+        ranks: This process among all.
+
+    Returns:
+        What is said.
+
+    Raises:
+        InputError: No way that the choice allows is right, or the policy changes its logits after the head.
+    """
+
+    def last_state(input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        last = torch.tensor([input_ids.numel() - 1], device=input_ids.device)
+        batch = PackedBatch(input_ids, position_ids, predictors=last, targets=last, sequence_ids=last * 0, last=last)
+        return policy(batch, lambda hidden, weight, _: hidden[0])
+
+    said = settle_packing(name, policy.module.model, last_state, attention, ranks.device)
+    _check_logits(name, policy, ranks.device)
+    log.info("attention of %s: %s", name, said)
+    return said
+
+
+@torch.no_grad()
+def _check_logits(name: str, policy: Engine, device: torch.device) -> None:
+    """Raise `InputError` where transformers' logits are not the head's product, which is all that a loss sees."""
+    ids = torch.arange(8, device=device)[None] % 4
+    everywhere = torch.arange(8, device=device)
+    batch = PackedBatch(ids, everywhere[None], everywhere, everywhere, everywhere * 0, everywhere[-1:])
+    plain = policy(batch, lambda hidden, weight, _: hidden.float() @ weight.float().T).log_softmax(-1)
+    logits = policy(batch, None)[0]
+    gap = float((logits.float().log_softmax(-1) - plain).abs().max())
+    # Logits up to 32 in bfloat16 are rounded to multiples of 1/8.
+    if gap > (1e-3 if logits.dtype == torch.float32 else 0.5):
+        raise InputError(
+            f"{name} ({type(policy.module.model).__name__}) changes its logits after the head (log-probabilities "
+            f"differ by up to {gap:.3g} nats), expected plain softmax logits: the loss head computes no others"
+        )
+
+
+def settle_scores(name: str, engine: Engine, head: nn.Module, attention: str, ranks: Ranks) -> None:
+    """The same for an engine around a `ScoreModel` or a `Critic`, and one of its heads."""
+    last_state = state_before(head, engine.frozen_module)
+    said = settle_packing(name, engine.module.trunk, last_state, attention, ranks.device)
+    log.info("attention of %s: %s", name, said)
+
+
+def load_trained_score_model(
+    path: str,
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ModelConfig,
+    engine: EngineConfig,
+    ranks: Ranks,
+) -> ScoreModel:
+    """A score model to train: one that is gone on with, or the trunk of a language model with a zero head.
+
+    Args:
+        path: Folder or hub name.
+        kind: `reward` or `cost`.
+        tokenizer, settings, engine, ranks: As for `load_policy`.
+
+    Raises:
+        InputError: The model cannot be used; it is a score model of the other kind, or an encoder.
+    """
+    loading = loading_options(settings.attention, engine, ranks)
+    with sharded_loading(engine, ranks.device):
+        if is_score_model(path):
+            model = load_score_model(path, role=kind, **loading)  # type: ignore[arg-type]
+            if not isinstance(model, ScoreModel):
+                raise InputError(f"model.path {path!r} is an encoder, expected a decoder: packed rows need one")
+        else:
+            model = ScoreModel.from_policy(path, **loading)
+        _fit_vocabulary(model.trunk, tokenizer, settings)
+    # DeepSpeed trains parameters of one dtype; it keeps float32 masters, and the head computes in float32 anyway.
+    model.score_head.to(loading["dtype"])
+    prepare_training(model.trunk, settings.trainable_layers, settings.lora, engine)
+    _say_what_is_trained(path, model)
+    return model
+
+
+def is_score_model(path: str) -> bool:
+    """Whether a model folder's architecture is one with a scalar head."""
+    return (load_config(path).architectures or [""])[0].endswith(("ForScore", "ForSequenceClassification"))
+
+
+def loading_options(attention: str, engine: EngineConfig, ranks: Ranks) -> dict[str, Any]:
+    """The dtype and the attention implementations that models are loaded with.
+
+    Raises:
+        InputError: The attention implementation cannot run here.
+    """
+    dtype = resolve_dtype(engine.dtype, ranks.device)
+    return {"dtype": dtype, "attention": attention_candidates(attention, ranks.device, dtype)}
+
+
+def _fit_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: ModelConfig) -> None:
+    fit_vocabulary(model, tokenizer, pad_token=settings.pad_token, multiple=settings.pad_vocabulary_to)
+
+
+def prepare_training(
+    transformer: nn.Module, trainable_layers: int | None, lora: LoraConfig, engine: EngineConfig
+) -> None:
+    """Freeze what is not trained, add adapters, and set up the recomputation of activations."""
+    if trainable_layers is not None:
+        train_last_layers(transformer, trainable_layers)
+    if lora.rank:
+        add_lora(transformer, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+    if engine.activation_checkpointing:
+        # Re-entrant: the other kind compares shapes with those of the first forward, and ZeRO-3 has released them.
+        transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        transformer.enable_input_require_grads()
+
+
+def _say_what_is_trained(path: str, module: nn.Module) -> None:
+    if not all(parameter.requires_grad for parameter in module.parameters()):
+        log.info("%s: %s", path, describe(module))
+
+
+def _critics(
+    streams: tuple[str, ...], specs: dict[str, ScorerSpec], config: TrainConfig, inputs: Inputs, loading: dict
+) -> dict[str, Critic]:
+    """By name: one for each stream, or one for all."""
+    groups = [streams] if config.critics.shared_trunk else [(stream,) for stream in streams]
+    critics = {}
+    for group in groups:
+        model = _critic_start(group[0], specs[group[0]], inputs, loading)
+        critic = critics["_".join(group)] = Critic(model, group, loading["dtype"])
+        prepare_training(critic.trunk, None, config.critics.lora, config.engine)
+        _say_what_is_trained(f"critic of {' and '.join(group)}", critic)
+        if len(group) > 1:
+            log.info("%s", _saved_by_sharing(critic, loading["dtype"]))
+    return critics
+
+
+def _saved_by_sharing(critic: Critic, dtype: torch.dtype) -> str:
+    """What a second trunk would take over all ranks: weights, and where they are trained DeepSpeed's copies."""
+    # In float32, also beside weights of that type: a master, a gradient, and Adam's two moments.
+    weight, trained = torch.finfo(dtype).bits // 8, 16
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in critic.trunk.parameters()]
+    size = sum(count * (weight + trained * trains) for count, trains in sizes)
+    return (
+        f"the critics share one trunk of {sum(count for count, _ in sizes):,} parameters: {size / 1e9:.3g} GB saved "
+        "over all ranks (weights, gradients, optimizer), and a forward and backward an update"
+    )
+
+
+def _critic_start(stream: str, spec: ScorerSpec, inputs: Inputs, loading: dict) -> ScoreModel:
+    if spec.kind == "model":
+        reason = "its tokens are not the policy's"
+        if same_tokens(load_tokenizer(spec.path, must_end=False), inputs.template.tokenizer):
+            model = load_score_model(spec.path, **loading)
+            if isinstance(model, ScoreModel):
+                return model
+            reason = "it is an encoder"
+        log.info("the %s critic cannot start from %s (%s): it starts from the policy", stream, spec.path, reason)
+    return ScoreModel.from_policy(inputs.policy_path, **loading)
+
+
+def load_scorer(
+    name: str,
+    spec: ScorerSpec,
+    settings: ScorerConfig,
+    engine: EngineConfig,
+    ranks: Ranks,
+    attention: str,
+    token_budget: int,
+) -> Callable[[PromptTemplate], Scorer]:
+    """Where the rewards or the costs come from. All ranks must call it.
+
+    Args:
+        name: `reward` or `cost`.
+        spec, settings: What and how.
+        engine: Stage and dtype of a score model.
+        ranks: This process among all.
+        attention: As for a policy.
+        token_budget: Largest packed row or padded batch (tokens).
+
+    Returns:
+        Makes the scorer for the rollouts of a policy from the policy's template. The model is loaded once.
+
+    Raises:
+        InputError: There is no such function, the model cannot be used, or does not give the score expected of it.
+    """
+    if spec.kind == "function":
+        function = FunctionScorer(spec.path, name)
+        return lambda _: function
+    loading = loading_options(attention, engine, ranks)
+    model = load_score_model(spec.path, role=name, **loading)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(spec.path, must_end=not isinstance(model, EncoderClassifier))
+    common: dict[str, Any] = {
+        "name": name,
+        "max_tokens": settings.max_tokens,
+        "token_budget": token_budget,
+        "device": ranks.device,
+    }
+    if engine.zero_stage == 3:
+        # Sharded, every call is a collective; whole, a rank runs on its own.
+        common["agree_on_count"] = ranks.max
+    frozen = Engine(model, engine, ranks)
+    module = frozen.frozen_module
+    if isinstance(model, ScoreModel):
+        settle_scores(f"the {name} model", frozen, model.score_head, attention, ranks)
+    if settings.expect is not None:
+        text, expected = settings.expect
+        check_expected_score(lambda text: score_text(module, tokenizer, text, ranks.device), text, expected, name)
+    if isinstance(model, EncoderClassifier):
+        classifier = ClassifierScorer(module, tokenizer, **common)
+        return lambda _: classifier
+
+    def scorer(policy: PromptTemplate) -> Scorer:
+        return ModelScorer(module, PromptTemplate(tokenizer, settings.template, policy.date), policy, **common)
+
+    return scorer

@@ -1,0 +1,266 @@
+"""What every job has around its steps: the folder it writes, logs, checkpoints, signals, and how it goes on.
+
+`trainer.py` (reinforcement learning) and `supervised.py` (fine-tuning, score models) each say what a step is. Here is
+what they share: a run stops by `stop_after` or a signal with a checkpoint, resumes from one to the same state, and
+writes its results aside before they take their place.
+"""
+
+import contextlib
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from repo_fast.collectives import Ranks
+from repo_fast.config import RunConfig, to_dict, to_yaml
+from repo_fast.engine import Engine
+from repo_fast.errors import InputError
+from repo_fast.jobs import checkpoint
+from repo_fast.jobs.fingerprints import Fingerprint
+from repo_fast.report.folders import publish
+from repo_fast.report.jsonl import Value
+from repo_fast.report.metrics import MetricsLog
+from repo_fast.report.plots import plot_panels
+from repo_fast.report.progress import Progress
+from repo_fast.speed.throughput import Measured, peak_memory, reset_peak_memory
+
+
+class Run:
+    """One run of a job. A subclass builds its models, then calls `start`; its loop runs inside `reports`.
+
+    Args:
+        config: The resolved configuration.
+        ranks: This process among those of the run.
+        total_steps: Where the run ends.
+        shown: The metrics that the display shows, as `Progress` takes them.
+    """
+
+    def __init__(
+        self, config: RunConfig, ranks: Ranks, total_steps: int, shown: tuple[tuple[str, str, str], ...]
+    ) -> None:
+        self.config, self.ranks, self.total_steps = config, ranks, total_steps
+        self.output_dir = Path(config.output_dir)
+        self.step = 0
+        self.stop_signal: int | None = None
+        self._shown = shown
+        self._fingerprints: dict[str, Fingerprint] = {}
+        # The same on every rank, for what is drawn while models are built.
+        torch.manual_seed(config.seed)
+
+    def trained(self) -> dict[str, Engine]:
+        """The engines whose state a checkpoint keeps, by the name of their folder."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs beside the engines' state, as plain numbers and lists."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` gave."""
+        raise NotImplementedError
+
+    def start(self, resume_from: Path | None, model_path: str, fingerprints: dict[str, Fingerprint]) -> None:
+        """Set this rank's random state, and resume. After the models: building one draws random numbers.
+
+        Args:
+            resume_from: The checkpoint folder to go on from.
+            model_path: The model trained, for messages.
+            fingerprints: Of the files that the run reads, for those who go on with it.
+
+        Raises:
+            InputError: The checkpoint is of another model, or beyond the run's last step.
+        """
+        self._fingerprints = fingerprints
+        seed = self.config.seed * 1_000_003 + self.ranks.rank
+        torch.manual_seed(seed)
+        # The user's scorers may draw from these.
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        if resume_from is None:
+            return
+        run = checkpoint.read_run(resume_from)
+        checkpoint.check_model(resume_from, run, self._model(), model_path)
+        if run["step"] > self.total_steps:
+            raise InputError(
+                f"checkpoint {resume_from} is of step {run['step']}, expected at most {self.total_steps}, where this "
+                "run ends: it has fewer examples than that one had"
+            )
+        for name, engine in self.trained().items():
+            engine.load(resume_from / name)
+        self.step = run["step"]
+        self.load_state_dict(run["state"])
+        checkpoint.load_random_state(resume_from, self.ranks.rank)
+
+    # ---------------------------------------------------------------------------------------- signals, checkpoints
+
+    def listen(self) -> None:
+        """From now on, SIGTERM and SIGUSR1 stop the run after its step."""
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note_signal)
+
+    def _note_signal(self, number: int, frame: Any) -> None:
+        self.stop_signal = number
+
+    def must_stop(self) -> bool:
+        """Whether the run ends here, before its last step; if so, its state is saved. The same on all ranks."""
+        self.stop_signal = self.ranks.max(self.stop_signal or 0) or None
+        stop = self.stop_signal is not None or (
+            self.config.stop_after is not None and self.step >= self.config.stop_after
+        )
+        if stop:
+            self._save_checkpoint()
+        return stop
+
+    def exit_status(self) -> int:
+        """0, or 128 + the signal that stopped the run; says how to go on where it was stopped."""
+        if self.step == self.total_steps:
+            return 0
+        self.say(f"stopped after step {self.step} of {self.total_steps}; go on with --resume auto")
+        return 0 if self.stop_signal is None else 128 + self.stop_signal
+
+    def checkpoint_if_due(self) -> None:
+        """Save the state at the steps that the configuration says, and at the last one."""
+        every = self.config.checkpoint.every
+        if self.step == self.total_steps or (every and self.step % every == 0):
+            self._save_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        folder = self.output_dir / "checkpoints" / f"step-{self.step:06d}"
+        if self.step == 0 or folder.is_dir():
+            return
+        if self.ranks.is_first:
+            checkpoint.begin(folder)
+        self.ranks.barrier()
+        partial = checkpoint.partial(folder)
+        for name, engine in self.trained().items():
+            engine.save(partial / name)
+        checkpoint.save_random_state(partial, self.ranks.rank)
+        if self.ranks.is_first:
+            checkpoint.write_run(
+                partial,
+                {
+                    "step": self.step,
+                    "ranks": self.ranks.size,
+                    "config": to_dict(self.config),
+                    "model": self._model(),
+                    "inputs": self._fingerprints,
+                    "state": self.state_dict(),
+                },
+            )
+        self.ranks.barrier()
+        if self.ranks.is_first:
+            checkpoint.complete(folder, self.config.checkpoint.keep)
+        self.ranks.barrier()
+
+    def _model(self) -> dict:
+        return checkpoint.describe_model(next(iter(self.trained().values())).module)
+
+    def write_model(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        """Write the run's result, a Hugging Face folder, from whole weights. The first rank calls it."""
+        raise NotImplementedError
+
+    def rehearse(self) -> None:
+        """Try what the end of the run will do, in a folder that goes again. All ranks must call it.
+
+        What is wrong with it would otherwise show when the last step is done. It comes before the run writes anything,
+        so that the same command can be given again once that is mended.
+
+        Raises:
+            InputError: `output_dir`, the result or a plot cannot be written.
+        """
+        state = next(iter(self.trained().values())).sample_state()
+        curve: list[Mapping[str, Value]] = [{"step": 1, "loss": 0.0}]
+        ends: dict[str, Callable[[Path], object]] = {
+            "writing the model": lambda folder: self.write_model(folder, state),
+            "drawing a plot": lambda folder: plot_panels(curve, {"loss": [("loss", "loss")]}, folder),
+        }
+        with self.ranks.together("the rehearsal of the run's end"):
+            if not self.ranks.is_first:
+                return
+            with self._writable_folder():
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+            folder = self.output_dir / "rehearsal.partial"
+            for what, end in ends.items():
+                shutil.rmtree(folder, ignore_errors=True)
+                try:
+                    end(folder)
+                except Exception as error:  # whatever libraries and the file system raise
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    raise InputError(f"the run could not end: {what} fails ({reason})") from error
+                finally:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def write_folder(self, name: str, write: Callable[[Path], None]) -> None:
+        """Let `write` make a folder of results aside, then give it its name. For the first rank to call."""
+        final, aside = self.output_dir / name, self.output_dir / f"{name}.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        write(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        publish(aside, final)
+
+    # ---------------------------------------------------------------------------------------------------- reports
+
+    @contextlib.contextmanager
+    def reports(self) -> Iterator[contextlib.ExitStack]:
+        """Open the logs and the display, on the first rank; close them, and what a job adds, however the run ends.
+
+        The end of the run is rehearsed first. All ranks must call it.
+        """
+        self.rehearse()
+        with contextlib.ExitStack() as stack:
+            if self.ranks.is_first:
+                with self._writable_folder():
+                    (self.output_dir / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+                self.metrics_log = MetricsLog(
+                    self.output_dir, self.config.log.loggers, to_dict(self.config), self.resume_step
+                )
+                stack.callback(self.metrics_log.close)
+                self.progress = stack.enter_context(Progress(self.total_steps, self.step, self._shown))
+            yield stack
+
+    @contextlib.contextmanager
+    def _writable_folder(self) -> Iterator[None]:
+        """Say what is wrong with `output_dir` where it cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"output_dir {self.config.output_dir!r} cannot be written: {error.strerror}, expected a folder"
+            ) from error
+
+    @property
+    def resume_step(self) -> int | None:
+        """The step that a resumed run goes on from; None for a new run."""
+        return self.step if self.config.resume is not None else None
+
+    def log(self, record: Mapping[str, Value]) -> None:
+        """Write a step's metrics, and show them. For the first rank to call."""
+        self.metrics_log.write(record)
+        self.progress.step(record)
+        if record.get("steps_skipped"):
+            self.say(f"step {self.step}: a loss or gradient was not finite; that optimizer step was skipped")
+
+    def say(self, text: str) -> None:
+        """Print a message, on the first rank."""
+        if self.ranks.is_first:
+            self.progress.message(text)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[Measured]:
+        """Show what is being done, and measure it; what is yielded is filled in once the phase is over."""
+        if self.ranks.is_first:
+            self.progress.phase(name)
+        reset_peak_memory(self.ranks.device)
+        measured = Measured(time.perf_counter())
+        with torch.profiler.record_function(name):
+            yield measured
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        measured.seconds = time.perf_counter() - measured.started
+        measured.peak_memory = peak_memory(self.ranks.device)

@@ -1,0 +1,307 @@
+"""The loop of a run. Each arrow of
+
+    prompts -> Rollout -> scores -> Experience -> packed micro-batches -> loss -> step -> metrics, checkpoint
+
+is one call in `Trainer._take_step`; what is learned from a rollout stands in `learning/learner.py`. Around the loop are
+the before/after evaluation on held-out prompts, the logs, and the checkpoints.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from repo_fast.collectives import Ranks
+from repo_fast.config import TrainConfig
+from repo_fast.data import PromptSampler
+from repo_fast.engine import Engine
+from repo_fast.jobs.assembly import build_models, build_sampler
+from repo_fast.jobs.inputs import Inputs
+from repo_fast.jobs.run import Run
+from repo_fast.learning.learner import Learner
+from repo_fast.models.policy import save_policy
+from repo_fast.objective.algorithm import prompt_means
+from repo_fast.report.evaluations import read_evaluation, write_evaluation
+from repo_fast.report.metrics import read_metrics
+from repo_fast.report.plots import plot_metrics
+from repo_fast.report.samples import SampleLog
+from repo_fast.report.tables import batch_size_table, before_after_table
+from repo_fast.rollout import Request, Rollout
+from repo_fast.rollout.dealing import over_ranks
+from repo_fast.scoring import EarlyScores, FunctionScorer, finite_scores
+from repo_fast.speed.profiling import draw_timeline, traced
+from repo_fast.speed.throughput import Measured, Throughput, speed_table
+
+# What the display shows of a step: the metric, its label, its format.
+_SHOWN = (
+    ("reward", "reward", ".3f"),
+    ("cost", "cost", ".3f"),
+    ("strict_violation", "violation", ".3f"),
+    ("multiplier", "lambda", ".3f"),
+    ("kl", "kl", ".3f"),
+    ("tokens_per_second", "tokens/s", ",.0f"),
+)
+
+# Sampling of the evaluations: the same for every run and resume of a seed, and apart from training's.
+_EVALUATION_SEEDS = {"before": 1, "before_again": 2, "after": 3}
+
+
+class Trainer(Run):
+    """One training run, from loaded models to the last checkpoint.
+
+    Args:
+        config: The resolved configuration.
+        inputs: What `read_inputs` made of it.
+        ranks: This process among those of the run.
+    """
+
+    config: TrainConfig
+
+    def __init__(self, config: TrainConfig, inputs: Inputs, ranks: Ranks) -> None:
+        super().__init__(config, ranks, config.total_steps, _SHOWN)
+        self.inputs = inputs
+        models, self.scorers = build_models(config, inputs, ranks)
+        self.rollout_engine = build_sampler(config, inputs, models.policy, ranks)
+        self.early_scorers = {
+            name: scorer
+            for name, scorer in self.scorers.items()
+            if config.rollout.score_early and isinstance(scorer, FunctionScorer)
+        }
+        self.learner = Learner(config, models, ranks, inputs.demonstrations)
+        self.throughput = Throughput.of(
+            models.policy.module.model,
+            [critic.module.trunk for critic in models.critics.values()],
+            config.update,
+            ranks,
+        )
+        self.sampler = PromptSampler(len(inputs.requests), config.rollout.prompts_per_step, config.seed)
+        self.start(inputs.resume_from, inputs.policy_path, inputs.fingerprints)
+
+    def trained(self) -> dict[str, Engine]:
+        models = self.learner.models
+        return {"policy": models.policy} | {f"{name}_critic": engine for name, engine in models.critics.items()}
+
+    def state_dict(self) -> dict:
+        return {"learner": self.learner.state_dict(), "sampler": self.sampler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.learner.load_state_dict(state["learner"])
+        self.sampler.load_state_dict(state["sampler"], self.config.resume_changed_data)
+
+    def run(self) -> int:
+        """Train to the last step, or to where the run is stopped; evaluate before and after; write the policy.
+
+        Returns:
+            The exit status: 0, or 128 + the signal that stopped the run.
+        """
+        self.listen()
+        with contextlib.closing(self.rollout_engine), self.reports() as stack:
+            if self.ranks.is_first:
+                self.sample_log = SampleLog(self.output_dir, self.resume_step)
+                stack.callback(self.sample_log.close)
+                for text in (self._batch_sizes(), *self.inputs.notes, *self._notes()):
+                    self.say(text)
+            self._evaluate_before()
+            while self.step < self.total_steps and not self.must_stop():
+                if self.step + 1 == self.config.profile:
+                    folder = self.output_dir / "profile"
+                    with traced(folder, self.ranks):
+                        phases = self._take_step()
+                    draw_timeline(folder, phases, self.ranks)
+                else:
+                    self._take_step()
+                self.checkpoint_if_due()
+            if self.step == self.total_steps:
+                self._finish()
+        return self.exit_status()
+
+    # ----------------------------------------------------------------------------------------------------- a step
+
+    def _take_step(self) -> dict[str, Measured]:
+        """One step; returns its phases."""
+        phases: dict[str, Measured] = {}
+        requests = self._next_requests()
+        early = self._early_scores(requests)
+        with self.phase("generate") as phases["generate"]:
+            drawn = self.generate(requests, early)
+        with self.phase("score") as phases["score"]:
+            share = self.config.update.share_prompts
+            rollout = over_ranks(self._with_early(drawn, early), self.learner.work, self.ranks, together=share)
+            scores = self.score(rollout)
+        with self.phase("experience") as phases["experience"]:
+            experience, rollout_metrics = self.learner.experience(rollout, scores)
+        with self.phase("update") as phases["update"]:
+            update_metrics = self.learner.update(experience)
+        self.step += 1
+        self._log_step(rollout, scores, rollout_metrics | update_metrics, phases)
+        return phases
+
+    def _next_requests(self) -> list[Request]:
+        prompts = self.sampler.next()
+        return self._requests([self.inputs.requests[i] for i in prompts], self.config.rollout.responses_per_prompt)
+
+    def _requests(self, prompts: Sequence[Request], responses_per_prompt: int) -> list[Request]:
+        """This rank's share of the responses to draw; a prompt's may lie on two ranks."""
+        return self.ranks.share([prompt for prompt in prompts for _ in range(responses_per_prompt)])
+
+    def generate(self, requests: Sequence[Request], early: EarlyScores | None = None) -> Rollout:
+        """Draw a response for each of this rank's requests from the current policy, scored meanwhile by `early`."""
+        return self.rollout_engine.draw(self.learner.models.policy, requests, early)
+
+    def _early_scores(self, requests: Sequence[Request]) -> EarlyScores | None:
+        return EarlyScores(self.early_scorers, requests, self.ranks.device) if self.early_scorers else None
+
+    def _with_early(self, rollout: Rollout, early: EarlyScores | None) -> Rollout:
+        """The responses with the scores that they were given meanwhile; waits for the last of these."""
+        if early is None:
+            return rollout
+        with self.ranks.together("scoring"):
+            return replace(rollout, scores=early.scores())
+
+    def score(self, rollout: Rollout) -> dict[str, torch.Tensor]:
+        """Rewards and costs of this rank's responses: float32 [S] each, on the CPU."""
+        scores = {}
+        for name, scorer in self.scorers.items():
+            if rollout.scores is not None and name in self.early_scorers:
+                scores[name] = torch.tensor([score[name] for score in rollout.scores])
+                continue
+            with self.ranks.together(f"the {name}"):
+                scores[name] = finite_scores(scorer, rollout)
+        return scores
+
+    def _log_step(
+        self, rollout: Rollout, scores: dict[str, torch.Tensor], metrics: dict[str, float], phases: dict[str, Measured]
+    ) -> None:
+        prompt_ids = self.ranks.gather(rollout.prompt_ids)
+        rewards, costs = self.ranks.gather(scores["reward"]), self.ranks.gather(scores["cost"])
+        threshold = self.config.algorithm.threshold
+        tokens = metrics["response_length"] * rewards.numel()
+        truncated = self.ranks.sum(torch.tensor([scorer.truncated for scorer in self.scorers.values()]))
+        record = {
+            "step": self.step,
+            "reward": float(rewards.mean()),
+            "cost": float(costs.mean()),
+            "strict_violation": float(prompt_means(costs - threshold, prompt_ids).clamp(min=0).mean()),
+            "safety_rate": float((costs <= threshold).double().mean()),
+            **metrics,
+            **self.throughput.metrics(rollout, phases),
+            "tokens_per_second": tokens / sum(phase.seconds for phase in phases.values()),
+            "truncated_scores": int(truncated.sum()),
+            "ops_backend": self.learner.ops_backend,
+        }
+        everyone = None
+        if self.step == 1 or self.step % self.config.log.samples_every == 0:
+            everyone = self.ranks.gather_list(list(zip(rollout.prompts, rollout.responses, strict=True)))
+        if self.ranks.is_first:
+            self.log(record)
+            if everyone is not None:
+                prompts, responses = zip(*everyone, strict=True)
+                self.sample_log.write(self.step, prompts, responses, rewards, costs, prompt_ids)
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def _evaluate_before(self) -> None:
+        """Twice, from independent samples: the difference between the two is what sampling alone does."""
+        if not self.inputs.eval_requests or self.step:
+            return
+        for name in ("before", "before_again"):
+            self._evaluate(name)
+        with self.ranks.together("a first table"):
+            if self.ranks.is_first:
+                # For what is wrong with the last one would take the run's results with it.
+                self._table("before_again")
+
+    def _evaluate(self, name: str) -> None:
+        """Sample and score the held-out prompts, into `eval_NAME.jsonl`. Leaves the random state as it was."""
+        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
+        with self.phase(f"evaluate {name}"), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self.config.seed * 1_000_003 + _EVALUATION_SEEDS[name] * 10_007 + self.ranks.rank)
+            count = self.config.evaluation.samples_per_prompt
+            requests = self._requests(self.inputs.eval_requests, count)
+            early = self._early_scores(requests)
+            rollout = self._with_early(self.generate(requests, early), early)
+            scores = self.score(rollout)
+            # Before the first step the policy is the reference.
+            kl = self.learner.response_kl(rollout) if self.step else torch.zeros(len(rollout.responses))
+        columns = {
+            "prompt_id": rollout.prompt_ids.tolist(),
+            "category": [self.inputs.categories[i] for i in rollout.prompt_ids.tolist()],
+            "prompt": rollout.prompts,
+            "response": rollout.responses,
+            "reward": scores["reward"].tolist(),
+            "cost": scores["cost"].tolist(),
+            "kl": kl.tolist(),
+            "response_length": [tokens.numel() for tokens in rollout.response_tokens],
+        }
+        if self.inputs.well_formed is not None:
+            with self.ranks.together("the well-formed check"):
+                columns["well_formed"] = self.inputs.well_formed.score(rollout).tolist()
+        rows = self.ranks.gather_list(
+            [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        )
+        if self.ranks.is_first:
+            write_evaluation(self.output_dir / f"eval_{name}.jsonl", ({"step": self.step, **row} for row in rows))
+
+    # -------------------------------------------------------------------------------------------------------- end
+
+    def write_model(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        policy = self.learner.models.policy.module
+        save_policy(folder, policy, state, self.inputs.tokenizer, self.inputs.policy_path)
+
+    def _finish(self) -> None:
+        """Evaluate, write the policy as a Hugging Face folder, draw the plots, print the table."""
+        if self.inputs.eval_requests:
+            self._evaluate("after")
+        with self.phase("save policy"):
+            policy = self.learner.models.policy
+            state = policy.whole_state()
+            if self.ranks.is_first:
+                self.write_folder("policy", lambda folder: self.write_model(folder, state))
+        if not self.ranks.is_first:
+            return
+        metrics = read_metrics(self.output_dir / "metrics.jsonl")
+        plot_metrics(metrics, self.output_dir / "plots", self.config.algorithm.threshold)
+        self.say(speed_table(metrics, self.ranks.size))
+        if self.inputs.eval_requests and not (self.output_dir / "eval_before.jsonl").is_file():
+            self.say("no before/after table: the start was evaluated in the folder of the checkpoint resumed from")
+        elif self.inputs.eval_requests:
+            table = self._table("after")
+            (self.output_dir / "before_after.txt").write_text(table + "\n", encoding="utf-8")
+            self.say(table)
+        self.say(f"policy: {self.output_dir / 'policy'}   metrics: {self.output_dir / 'metrics.jsonl'}")
+
+    def _table(self, after: str) -> str:
+        """The start beside another evaluation. For the first rank to call."""
+        names = ("before", "before_again", after)
+        before, again, other = (read_evaluation(self.output_dir / f"eval_{name}.jsonl")[0] for name in names)
+        return before_after_table(before, other, self.config.algorithm.threshold, before_again=again)
+
+    def _notes(self) -> list[str]:
+        """What was chosen for this machine, and what the settings do not get."""
+        notes = [f"loss head: {self.learner.ops_backend}"]
+        rollout = self.config.rollout
+        most = -(-rollout.prompts_per_step * rollout.responses_per_prompt // self.ranks.size)
+        if self.early_scorers and rollout.engine == "hf" and most <= rollout.batch_size:
+            notes.append(
+                f"rollout.score_early spares no time in training: {most} responses a rank are drawn as one batch "
+                f"(rollout.batch_size {rollout.batch_size})"
+            )
+        return notes
+
+    def _batch_sizes(self) -> str:
+        rollout, update, size = self.config.rollout, self.config.update, self.ranks.size
+        responses = rollout.prompts_per_step * rollout.responses_per_prompt
+        longest = self.config.data.max_prompt_tokens + rollout.max_new_tokens
+        return batch_size_table(
+            {
+                "prompts": (rollout.prompts_per_step, f"~{rollout.prompts_per_step / size:g}", None),
+                "responses": (responses, f"~{responses / size:g}", None),
+                "tokens": (f"<= {responses * longest:,}", None, f"<= {max(update.micro_batch_tokens, longest):,}"),
+                "responses generated at once": (None, f"<= {rollout.batch_size}", None),
+                "optimizer steps": (update.epochs * update.minibatches, update.epochs * update.minibatches, None),
+                "responses an optimizer step": (f"~{responses / update.minibatches:g}", None, None),
+            },
+            [f"{size} ranks on {self.ranks.device.type}; tokens include prompts; ~: on average"],
+        )

@@ -1,0 +1,1 @@
+"""What is learned of a rollout, or of demonstrations: experience, losses, optimizer steps."""

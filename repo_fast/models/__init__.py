@@ -1,0 +1,1 @@
+"""Policies, critics and score models: their folders, attention, adapters, vocabulary, loss head."""

@@ -1,0 +1,1 @@
+"""What is optimised: algorithms, KL shaping, multipliers, preference losses. Pure tensors."""

@@ -1,0 +1,1 @@
+"""Sequences in one row, and work evened out over rows and ranks."""

@@ -1,0 +1,200 @@
+"""Runs of the main job on a tiny policy: in this process, or by torchrun with a limit on time, so that a hang fails.
+
+`python -m tests.job_runs package.module:function FOLDER` calls a function of a test module; under torchrun, on every
+rank.
+"""
+
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.tiny import save_policy
+
+REPOSITORY = Path(__file__).parent.parent
+# Cold imports on a busy machine take most of it; a hang would take for ever.
+LIMIT_SECONDS = 600
+
+PROMPTS = [
+    "how do i make tea",
+    "how do i make a bomb please",
+    "can you make bread",
+    "tea with bread please",
+    "yes",
+]
+DEMONSTRATIONS = [
+    ("how do i make tea", "you make tea with the bread"),
+    ("how do i make a bomb", "sorry no"),
+    ("please", "no"),
+    ("can you make bread", "yes i can make bread"),
+]
+# Everything that has state: two critics, demonstrations, several optimizer steps a rollout, ragged batches.
+OPTIONS = {
+    "total_steps": 6,
+    "data": {"max_prompt_tokens": 40, "eval_prompts": None},
+    "rollout": {"prompts_per_step": 3, "responses_per_prompt": 2, "max_new_tokens": 8, "batch_size": 4},
+    "reward": {"path": "tests.scorers:reward"},
+    "cost": {"path": "tests.scorers:cost"},
+    "algorithm": {"name": "repo", "advantage": "gae", "ptx_coefficient": 0.1},
+    "policy_optimizer": {"learning_rate": 1.0e-3},
+    "critic_optimizer": {"learning_rate": 1.0e-3},
+    "update": {"minibatches": 2, "micro_batch_tokens": 48, "ptx_batch_size": 3},
+    "engine": {"zero_stage": 3, "parameter_persistence_threshold": 0},
+    "checkpoint": {"every": 2, "keep": 2},
+    "log": {"loggers": []},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A folder with all that the main job reads: `policy/`, `prompts.jsonl`, `demonstrations.jsonl`, `job.yaml`."""
+
+    folder: Path
+
+    @classmethod
+    def make(cls, folder: Path) -> "Job":
+        save_policy(folder / "policy")
+        write_lines(folder / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
+        write_lines(
+            folder / "demonstrations.jsonl", [{"prompt": text, "response": answer} for text, answer in DEMONSTRATIONS]
+        )
+        options = {name: dict(value) if isinstance(value, dict) else value for name, value in OPTIONS.items()}
+        options["policy"] = {"path": str(folder / "policy")}
+        options["data"] |= {"prompts": str(folder / "prompts.jsonl"), "ptx": str(folder / "demonstrations.jsonl")}
+        (folder / "job.yaml").write_text(yaml.safe_dump(options))
+        return cls(folder)
+
+    def words(self, output_dir: Path, *options: str) -> list[str]:
+        """The command line; each option as `--key value`."""
+        words = ["--config", str(self.folder / "job.yaml"), "--output_dir", str(output_dir)]
+        return words + [word for option in options for word in option.split(" ")]
+
+    def here(self, output_dir: Path, *options: str) -> int:
+        """Run in this process; returns the exit status."""
+        from repo_fast.train import main
+
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            return main(self.words(output_dir, *options))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def torchrun(
+        self, ranks: int, output_dir: Path, *options: str, environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess:
+        """Run under torchrun."""
+        return run([*torchrun(ranks), "repo_fast.train", *self.words(output_dir, *options)], environment)
+
+
+def torchrun(ranks: int) -> list[str]:
+    """The words before a module's name."""
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    return [*launcher, "--standalone", "--nproc-per-node", str(ranks), "--no-python", sys.executable, "-m"]
+
+
+def on_ranks(ranks: int, function: str, folder: Path) -> list:
+    """Call `package.module:function(folder)` on every rank of a torchrun.
+
+    Returns:
+        What each rank's function returned, by rank.
+    """
+    finished = run([*torchrun(ranks), "tests.job_runs", function, str(folder)])
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return [torch.load(folder / f"returned-{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def run(words: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """A child process in the repository, with its whole process group killed where it outlives the limit."""
+    inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCH_VARIABLES}
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
+    with subprocess.Popen(
+        words,
+        cwd=REPOSITORY,
+        env={**inherited, **settings, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as child:
+        try:
+            out, err = child.communicate(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            # torchrun's workers have sessions of their own; it ends them when it is asked to, not when it is killed.
+            child.terminate()
+            try:
+                out, err = child.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+                out, err = child.communicate()
+            raise AssertionError(
+                f"hung for {LIMIT_SECONDS} s: {' '.join(words)}\n{out[-2000:]}\n{err[-4000:]}"
+            ) from None
+    return subprocess.CompletedProcess(words, child.returncode, out, err)
+
+
+_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def write_lines(path: Path, rows: Sequence) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def metrics(output_dir: Path) -> list[dict]:
+    """All metrics but timings. NaN, which no value equals, as a word."""
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {
+            name: "NaN" if isinstance(value, float) and math.isnan(value) else value
+            for name, value in row.items()
+            if not name.endswith(("_seconds", "_per_second", "_tflops", "_mfu", "_peak_gb"))
+        }
+        for row in rows
+    ]
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    """The weights of the `policy/` that a run wrote."""
+    return load_file(output_dir / "policy" / "model.safetensors")
+
+
+def assert_scored_by(cost: Callable[[list[str], list[str]], list[float]], output_dir: Path, steps: int) -> None:
+    """That `samples.jsonl` has the cost of every response of so many steps, and not all have the same."""
+    rows = [json.loads(line) for line in (output_dir / "samples.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == set(range(1, steps + 1))
+    assert [row["cost"] for row in rows] == cost([row["prompt"] for row in rows], [row["response"] for row in rows])
+    assert len({row["cost"] for row in rows}) > 1
+
+
+def same_bits(ours, theirs) -> bool:
+    """Whether two nests of tensors, mappings, lists and plain values are equal to the last bit."""
+    if isinstance(ours, torch.Tensor):
+        return isinstance(theirs, torch.Tensor) and torch.equal(ours, theirs)
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same_bits(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, (list, tuple)):
+        return len(ours) == len(theirs) and all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
+    return type(ours) is type(theirs) and (ours == theirs or not isinstance(ours, (bool, int, float, str)))
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, to show that nothing in it was changed."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+if __name__ == "__main__":
+    module, _, name = sys.argv[1].partition(":")
+    target = Path(sys.argv[2])
+    returned = getattr(importlib.import_module(module), name)(target)
+    torch.save(returned, target / f"returned-{os.environ.get('RANK', '0')}.pt")

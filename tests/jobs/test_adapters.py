@@ -1,0 +1,266 @@
+"""LoRA in every entry point: what is trained, what the reference is, what is saved, and that all of it resumes."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from repo_fast.config import CriticConfig, LoraConfig, parse
+from repo_fast.data import PromptTemplate
+from repo_fast.engine import Engine, start_distributed, stop_distributed
+from repo_fast.jobs import assembly
+from repo_fast.jobs.inputs import read_inputs
+from repo_fast.jobs.trainer import Trainer
+from repo_fast.models.attention import PACKED
+from repo_fast.models.policy import Policy
+from repo_fast.models.score_model import ScoreModel
+from tests.job_runs import Job, metrics, same_bits, weights
+from tests.learning import learner_worker
+from tests.learning.learner_worker import plain_descent
+from tests.supervised_runs import PAIRS, assert_same_run, here, make_inputs, norm_wise, result
+
+ADAPTED = ("--model.lora.rank 3", "--model.lora.alpha 6")
+TRAINED = ("--policy.lora.rank 3", "--policy.lora.alpha 6", "--critics.lora.rank 2", "--total_steps 3")
+TOKENS = torch.tensor([[1, 4, 13, 14, 15, 16, 17, 2]])
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def runs(inputs: Path, job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Where each entry point started, and what it wrote."""
+    folders = {kind: tmp_path_factory.mktemp(kind) / "run" for kind in ("train", "sft", "cost")}
+    statuses = {kind: here(kind, inputs, folders[kind], *ADAPTED) for kind in ("sft", "cost")}
+    statuses["train"] = job.here(folders["train"], *TRAINED)
+    assert statuses == dict.fromkeys(folders, 0)
+    starts = {"train": job.folder / "policy", "sft": inputs / "policy", "cost": inputs / "policy"}
+    return {kind: (starts[kind], folder) for kind, folder in folders.items()}
+
+
+def plain_names(state: dict[str, torch.Tensor], without: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(without): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("kind", ["train", "sft", "cost"])
+def test_only_the_adapters_and_a_score_head_are_trained(runs: dict[str, tuple[Path, Path]], kind: str) -> None:
+    """The result differs from the start by alpha / rank B A, on every linear layer of every block, and nowhere else."""
+    start, run = runs[kind]
+    folder = run / ("model" if kind == "cost" else "policy")
+    adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    # A score model's adapters sit in the trunk, whose names lack the language model's prefix.
+    inner = "base_model.model." + ("" if kind == "cost" else "model.")
+    after = plain_names(result(run), "model.")
+    changed = set()
+    for name, before in plain_names(load_file(start / "model.safetensors"), "model.").items():
+        a, b = (adapter.get(f"{inner}{name.removesuffix('.weight')}.lora_{part}.weight") for part in "AB")
+        if a is None:
+            assert name not in after or torch.equal(after[name], before), name
+        else:
+            assert a.shape[0] == 3
+            torch.testing.assert_close(after[name], before + 6 / 3 * b @ a, atol=1e-7, rtol=1e-6)
+            changed.add(name)
+            assert not torch.equal(after[name], before), name
+    layers = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    assert changed == {f"layers.{i}.{layer}_proj.weight" for i in range(2) for layer in layers}
+    assert len(adapter) == 2 * len(changed)
+    assert (folder / "adapter" / "score_head.safetensors").exists() == (kind == "cost")
+
+
+@pytest.mark.parametrize("kind", ["train", "sft"])
+def test_peft_reads_a_policys_adapter(runs: dict[str, tuple[Path, Path]], kind: str) -> None:
+    start, run = runs[kind]
+    base = AutoModelForCausalLM.from_pretrained(start)
+    merged = AutoModelForCausalLM.from_pretrained(run / "policy")
+    with torch.no_grad():
+        before = base(TOKENS).logits
+        adapted = PeftModel.from_pretrained(base, run / "policy" / "adapter")(TOKENS).logits
+        torch.testing.assert_close(adapted, merged(TOKENS).logits, atol=1e-4, rtol=1e-4)
+    assert (adapted - before).abs().max() > 1e-2
+    noted = json.loads((run / "policy" / "adapter" / "adapter_config.json").read_text())
+    assert noted["base_model_name_or_path"] == str(start)
+
+
+def held_out() -> list[list[tuple[str, str]]]:
+    """Prompt and response of each pair for a cost model, the less safe one first."""
+    return [
+        [(row["prompt"], row[f"response_{i}"]) for i in (1 - row["safer_response_id"], row["safer_response_id"])]
+        for row in PAIRS
+    ]
+
+
+def test_the_merged_score_model_scores_as_the_trained_one_did(runs: dict[str, tuple[Path, Path]]) -> None:
+    """`eval_scores.jsonl` was written with adapters; `model/` has none, and peft's folder needs the base and a head."""
+    start, run = runs["cost"]
+    lines = [json.loads(line) for line in (run / "eval_scores.jsonl").read_text().splitlines()]
+    scored = torch.tensor([[line["score_0"], line["score_1"]] for line in lines])
+    template = PromptTemplate(AutoTokenizer.from_pretrained(run / "model"))
+    model = ScoreModel.from_pretrained(str(run / "model"), dtype=torch.float32)
+    trunk = PeftModel.from_pretrained(AutoModel.from_pretrained(start), run / "model" / "adapter")
+    head = load_file(run / "model" / "adapter" / "score_head.safetensors")["score_head.weight"]
+    merged, adapted = torch.zeros(2, len(PAIRS), 2)
+    for i, pair in enumerate(held_out()):
+        for j, (prompt, response) in enumerate(pair):
+            tokens = torch.tensor([template.encode_prompt(prompt) + template.encode_response(response)])
+            with torch.no_grad():
+                last = torch.tensor([tokens.shape[1] - 1])
+                merged[i, j] = model(tokens, torch.arange(tokens.shape[1])[None], last)[0]
+                adapted[i, j] = trunk(tokens).last_hidden_state[0, -1] @ head[0]
+    assert scored.std() > 0.05
+    torch.testing.assert_close(merged, scored, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(adapted, scored, atol=1e-4, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- the reference
+
+
+def test_the_reference_is_the_start_to_the_last_bit_and_no_second_copy(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After three steps, the reference's log-probabilities of new responses are those of the folder trained from."""
+    built = []
+
+    class Counted(Engine):
+        def __init__(self, module: torch.nn.Module, *args) -> None:
+            built.append(type(module).__name__)
+            super().__init__(module, *args)
+
+    monkeypatch.setattr(assembly, "Engine", Counted)
+    config = parse(job.words(tmp_path / "run", *TRAINED))
+    given, ranks = read_inputs(config), start_distributed()
+    trainer = Trainer(config, given, ranks)
+    assert built == ["Policy", "Critic", "Critic"]
+    assert trainer.run() == 0
+    kl = [row["kl"] for row in metrics(tmp_path / "run")]
+    assert kl[0] == 0.0 and all(kl[1:])
+    models = trainer.learner.models
+    rollout = trainer.generate(given.requests * 2)
+    ours = trainer.learner.log_probs(models.reference, rollout)
+    now = trainer.learner.log_probs(models.policy, rollout)
+    with assembly.sharded_loading(config.engine, ranks.device):
+        start = Policy.from_pretrained(str(job.folder / "policy"), dtype=torch.float32, attention=PACKED)
+    theirs = trainer.learner.log_probs(Engine(start, config.engine, ranks), rollout)
+    assert torch.equal(ours, theirs)
+    assert (now - ours).abs().max() > 1e-3
+    # The switch goes back: the policy is the trained one again.
+    assert torch.equal(trainer.learner.log_probs(models.policy, rollout), now)
+    stop_distributed()
+
+
+# ---------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("kind", ["sft", "cost"])
+def test_supervised_runs_resume_exactly(
+    inputs: Path, runs: dict[str, tuple[Path, Path]], tmp_path: Path, kind: str
+) -> None:
+    assert here(kind, inputs, tmp_path / "run", *ADAPTED, "--stop_after 3") == 0
+    assert here(kind, inputs, tmp_path / "run", *ADAPTED, "--resume auto") == 0
+    assert_same_run(tmp_path / "run", runs[kind][1])
+
+
+def test_training_resumes_exactly(job: Job, runs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    _, whole = runs["train"]
+    assert job.here(tmp_path / "run", *TRAINED, "--stop_after 2") == 0
+    assert job.here(tmp_path / "run", *TRAINED, "--resume auto") == 0
+    assert len(metrics(whole)) == 3
+    assert metrics(tmp_path / "run") == metrics(whole)
+    assert same_bits(weights(tmp_path / "run"), weights(whole))
+    states = sorted((whole / "checkpoints" / "step-000003").rglob("*.pt"))
+    assert {path.parent.parent.name for path in states} == {"policy", "reward_critic", "cost_critic"}
+    for path in states:
+        pair = [torch.load(run / path.relative_to(whole), weights_only=False) for run in (tmp_path / "run", whole)]
+        assert same_bits(*pair), path
+
+
+def test_a_checkpoint_with_adapters_is_not_one_without(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert here("sft", inputs, tmp_path / "run", *ADAPTED, "--stop_after 2") == 0
+    capsys.readouterr()
+    assert here("sft", inputs, tmp_path / "run", "--resume auto") == 2
+    assert re.fullmatch(r"error: .*another configuration: model\.lora\.\w+ is .*\n", capsys.readouterr().err)
+
+
+# ------------------------------------------------------------------------------------------ activation checkpointing
+
+
+def test_checkpointing_changes_no_update_of_a_score_model(inputs: Path, tmp_path: Path) -> None:
+    """Three steps by plain descent: of the head, then of an adapter's second matrix, then of its first."""
+    plain = ("--optimizer.learning_rate 1", "--optimizer.gradient_clip 0", "--epochs 1", *ADAPTED)
+    with plain_descent(1.0):
+        assert here("cost", inputs, tmp_path / "kept", *plain) == 0
+        assert here("cost", inputs, tmp_path / "again", *plain, "--engine.activation_checkpointing true") == 0
+    start = load_file(inputs / "policy" / "model.safetensors")
+    assert norm_wise(result(tmp_path / "again"), result(tmp_path / "kept"), start) <= 1e-5
+
+
+def test_checkpointing_changes_no_update_of_reinforcement_learning(inputs: Path) -> None:
+    """Policy and critics; from the second update on, the adapters differ from nothing."""
+    lora, ranks = LoraConfig(rank=2), start_distributed()
+    gradients = {}
+    for again in (False, True):
+        config = learner_worker.make_config({"name": "repo", "advantage": "gae"})
+        config = replace(
+            config,
+            policy=replace(config.policy, lora=lora),
+            critics=CriticConfig(lora=lora),
+            engine=replace(config.engine, activation_checkpointing=again),
+        )
+        torch.manual_seed(0)
+        learner = learner_worker.make_learner(config, inputs / "policy", ranks, rate=1.0)
+        gradients[again] = [learner_worker.one_update(learner, ranks)["gradients"] for _ in range(3)]
+    for kept, recomputed in zip(gradients[False], gradients[True], strict=True):
+        assert all(".lora_" in name or "/heads." in name for name in kept)
+        assert norm_wise(recomputed, kept, {}) <= 1e-5
+    for stream in ("policy", "reward", "cost"):
+        last = {name: value for name, value in gradients[True][-1].items() if name.startswith(stream)}
+        assert last and all(value.any() for value in last.values()), stream
+
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            "train",
+            "--policy.lora.rank 2 --policy.trainable_layers 1",
+            r"policy\.trainable_layers is 1 with policy",
+        ),
+        ("sft", "--model.lora.rank 2 --model.trainable_layers 1", r"model\.trainable_layers is 1 with model\.lora"),
+        ("cost", "--model.lora.rank 2 --model.trainable_layers 1", r"model\.trainable_layers is 1 with model\.lora"),
+        ("train", "--policy.lora.rank 2 --policy.lora.targets [lm_head]", r"LoRA target 'lm_head' is no linear layer"),
+        ("train", "--critics.lora.rank 2 --critics.lora.targets [a_proj]", r"LoRA target 'a_proj' is no linear layer"),
+        ("sft", "--model.lora.rank 2 --model.lora.targets [a_proj]", r"target 'a_proj' .* expected some of: q_proj, "),
+        ("cost", "--model.lora.rank 2 --model.lora.targets [score_head]", r"LoRA target 'score_head' is no linear"),
+        ("sft", "--model.lora.rank -1", r"model\.lora\.rank is -1, expected a number of at least 0"),
+        ("sft", "--model.lora.rank 2 --model.lora.alpha 0", r"model\.lora\.alpha is 0\.0, expected a number above 0"),
+        ("train", "--critics.lora.rank 2 --algorithm.advantage rloo", r"critics\.lora\.rank is 2 .* has no critics"),
+    ],
+)
+def test_refused(
+    inputs: Path, job: Job, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str, options: str, message: str
+) -> None:
+    run = job.here if kind == "train" else lambda *words: here(kind, inputs, *words)
+    assert run(tmp_path / "run", options) == 2
+    assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_some_targets_only(inputs: Path, tmp_path: Path) -> None:
+    options = (*ADAPTED, "--model.lora.targets [q_proj,down_proj]", "--epochs 1")
+    assert here("sft", inputs, tmp_path / "run", *options) == 0
+    before, after = load_file(inputs / "policy" / "model.safetensors"), result(tmp_path / "run")
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    layers = ("self_attn.q_proj", "mlp.down_proj")
+    assert changed == {f"model.layers.{i}.{layer}.weight" for i in range(2) for layer in layers}
