@@ -5,9 +5,11 @@
 // three matrix products of 530 in bfloat16 and 1300 in float32.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <type_traits>
 
@@ -86,7 +88,9 @@ SoftmaxRow softmax_row(const LinearRows& linear, const Chunk<Element>& chunk, st
     const RowFunctions<Element>& functions = row_functions<Element>();
     const RowSums sums = (want_entropy ? functions.weighted_sums : functions.sums)(
         row, linear.V, target, target_logit, linear.inverse_temperature);
-    const double t = (target_logit - sums.maximum) * linear.inverse_temperature;
+    // Finite, so that what has the probability 0 adds 0 to the entropy.
+    const double t = std::max((target_logit - sums.maximum) * linear.inverse_temperature,
+                              std::numeric_limits<float>::lowest());
     const double target_exp = std::exp(t);
     // The maximum's 1 is either target_exp or within the others: this is never below log 1.
     const double log_total = std::log1p(sums.others + (target_exp - 1.0));

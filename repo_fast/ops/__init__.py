@@ -1,6 +1,6 @@
 """The public ops of RePO training: token log-probabilities and entropies, per-prompt violations, generalized
-advantages, and the rectified clipped policy loss, also fused with the LM head so that the [T, V] logits never exist
-in memory.
+advantages, and the rectified clipped policy loss, also fused with the LM head so that of the [T, V] logits no more than
+a chunk of rows exists in memory.
 
 Usable on their own, in any trainer: this package needs PyTorch and nothing else of repo_fast. In all of them T is the
 number of tokens (any packing, any order), D the hidden size, V the vocabulary, S the number of responses; losses and
@@ -85,7 +85,7 @@ def linear_log_probs(
     logits_budget: int = 0,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities of the targets under log softmax(hidden @ weight.T / temperature), without holding the logits.
+    """Log-probabilities of the targets under log softmax(hidden @ weight.T / temperature), a chunk of logits at a time.
 
     One matrix product in the forward. Its backward learns only then what gradient comes in, and computes the logits
     again: four products in all, or three where they were kept (`logits_budget`). A row gives the same bits here and in
@@ -364,7 +364,7 @@ def fused_rectified_policy_loss(
     The gradients to `hidden` and `weight` are formed in the forward, in the same pass over the logits, of which only
     a chunk of rows exists at a time; only those that are asked for (`requires_grad`, grad mode) are computed. The
     backward scales them in place by the incoming gradient and releases them: a second backward through the same loss
-    raises `RuntimeError`.
+    raises `RuntimeError`, as does a second derivative.
 
     Args:
         hidden: [T, D] float32, bfloat16 or float16.

@@ -23,6 +23,8 @@ from repo_fast.ops.violations import given_or_computed, prompt_violations
 # take 54 ms instead of the 107 ms of one whole chunk (256 x 32001, one Zen 4 core). A GPU is filled by more.
 CPU_BLOCK_ELEMENTS = 1 << 19
 GPU_BLOCK_ELEMENTS = 1 << 26
+# Beside the largest logit a number whose exponential is 0, and so is the product of the two.
+_NOTHING = -1e12
 
 Slopes = tuple[Tensor, Tensor | None]  # d loss / d log-probability and, where it has one, d loss / d entropy, per row
 
@@ -53,7 +55,9 @@ def _softmax_statistics(z: Tensor, target: Tensor, scratch: Tensor, want_entropy
     total = others_total + target_exp
     entropy = None
     if want_entropy:
-        entropy = log_total - (torch.mul(others, z).sum(1) + target_exp * target_z) / total
+        # Logits that overflow to -infinity have the probability 0, and add 0.
+        z.clamp_(min=_NOTHING)
+        entropy = log_total - (torch.mul(others, z).sum(1) + target_exp * target_z.clamp(min=_NOTHING)) / total
     return _Softmax(z, others, others_total, total, log_total, target_z - log_total, entropy)
 
 
@@ -63,7 +67,7 @@ def _logit_gradient(row: _Softmax, target: Tensor, a: Tensor, b: Tensor | None) 
     if b is None or row.entropy is None:
         gradient = row.others.mul_((-a / row.total).unsqueeze(1))
     else:
-        at_target = at_target - b * row.log_probs.exp() * (row.log_probs + row.entropy)
+        at_target = at_target - b * row.log_probs.exp() * (row.log_probs.clamp(min=_NOTHING) + row.entropy)
         constant = (a + b * (row.entropy - row.log_total)) / row.total
         factors = row.shifted.mul_((-b / row.total).unsqueeze(1)).sub_(constant.unsqueeze(1))
         gradient = row.others.mul_(factors)

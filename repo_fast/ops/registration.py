@@ -154,6 +154,27 @@ def _differentiate_linear_log_probs(
 linear_log_probs.register_autograd(_differentiate_linear_log_probs, setup_context=_save_linear_log_probs)
 
 
+class _DifferentiatedOnce(torch.autograd.Function):
+    """A gradient that was formed in the forward, on its way into a graph of its own: it has no derivative there, and
+    would silently pass for a constant.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, op: str, _: Tensor) -> Tensor:
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *up: Tensor) -> tuple[None, None, None]:
+        raise RuntimeError(f"{ctx.op}: there is no second derivative of this op, expected one without create_graph")
+
+
+def _differentiated_once(op: str, gradient: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():  # without create_graph
+        return gradient
+    return _DifferentiatedOnce.apply(gradient, op, gradient.new_zeros(()).requires_grad_())
+
+
 # -> loss, clip_fraction, approx_kl, unsafe_fraction, d loss / d log_probs [T].
 rectified_policy_loss = _policy_loss("rectified_policy_loss", RectifiedArguments, 5)
 
@@ -173,7 +194,9 @@ def _save_rectified(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _differentiate_rectified(ctx: Any, grad_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     (gradient,) = ctx.saved_tensors
     others = (None,) * (len(ctx.needs_input_grad) - 1)
-    return None if grad_loss is None else gradient * grad_loss, *others
+    if grad_loss is None:
+        return None, *others
+    return _differentiated_once("rectified_policy_loss", gradient * grad_loss), *others
 
 
 rectified_policy_loss.register_autograd(_differentiate_rectified, setup_context=_save_rectified)
@@ -245,10 +268,11 @@ class _FusedRectifiedPolicyLoss(torch.autograd.Function):
             if not ctx.needed[i]:
                 continue
             if type(buffer) is Tensor:
-                _scale_in_place(buffer, grad_loss, ctx.backend)
-                gradients[i] = buffer.to(ctx.dtype)
+                _scale_in_place(buffer, grad_loss.detach(), ctx.backend)
+                gradient = buffer.to(ctx.dtype)
             else:  # a tracer's tensor: compilers want no mutation, and reuse the memory by themselves
-                gradients[i] = (buffer.float() * grad_loss).to(ctx.dtype)
+                gradient = (buffer.float() * grad_loss).to(ctx.dtype)
+            gradients[i] = _differentiated_once("fused_rectified_policy_loss", gradient)
         return tuple(gradients)
 
 

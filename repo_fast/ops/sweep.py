@@ -1,5 +1,5 @@
 """The loop over rows that the linear ops run, whatever their backend: the products are PyTorch's, and what happens to a
-chunk of logits between them is the backend's *row pass*. The [T, V] logits never exist:
+chunk of logits between them is the backend's *row pass*. Of the [T, V] logits no more than one chunk exists:
 
     rows with a target are compacted, then taken a chunk at a time:
         logits = h·Wᵀ                        one product into one reused buffer [chunk, V]
@@ -14,9 +14,11 @@ same bits in each of them, in calls with the same rows: the libraries' products 
 Chunks on a GPU. Of several, dW is a float32 sum that each one after the first reads and writes, 8·V·D bytes, and that
 is cast at the end, 6·V·D: at V = 32001, D = 4096 and 3 TB/s 0.35 and 0.26 ms beside 16.1 ms of products. A single chunk
 has neither; its product is rounded once, as it is stored. It holds N rows of logits, 2·N·V bytes, where several hold R
-and the sum, 2·R·V + 4·V·D: up to N = R + 2·D rows it takes no more memory. No product can take the cast or the incoming
-gradient's factor upon itself: cuBLAS wants the sum in the dtype of the result, and PyTorch wants factors on the host,
-which would wait for the gradient. A factor of 1 costs nothing (`scale_in_place.py`).
+and the sum, 2·R·V + 4·V·D: up to N = R + 2·D rows, 16384 at that size, it takes no more scratch memory. In all it takes
+up to 2·V·D more, since its dW stands beside the logits, and the cast one only behind them. Where no dW is wanted no sum
+would have taken what N rows of logits do: they are split as if, so that a row's bits are the same. No product can take
+the cast or the incoming gradient's factor upon itself: cuBLAS wants the sum in the dtype of the result, and PyTorch
+wants factors on the host, which would wait for the gradient. A factor of 1 costs nothing (`scale_in_place.py`).
 
 Odd vocabularies on a GPU. A V that is no multiple of 16 bytes, as 32001 is, keeps libraries from their fast products,
 however the rows are aligned: on an H200, 16384 rows took 43.2, 31.4 and 8.4 ms, where 5.4 each is possible. So the rows
@@ -101,7 +103,7 @@ def chunk_rows(device: torch.device, dtype: torch.dtype, N: int, V: int, D: int)
         return max(1, min(N, max(CPU_MIN_ROWS, min(CPU_CHUNK_ROWS, CPU_CHUNK_ELEMENTS // V))))
     rows = min(GPU_CHUNK_ROWS, max(1, GPU_CHUNK_ELEMENTS // V))
     rows -= rows % 256 if rows > 256 else 0
-    # One chunk needs no sum: its logits may take as much memory as that would.
+    # One chunk needs no sum: its logits may take as much scratch memory as that would.
     sum_bytes = 0 if dtype == torch.float32 else 4 if torch.version.hip is None else 2
     limit = min(rows + sum_bytes * D // dtype.itemsize, MAX_CHUNK_ELEMENTS // row_pitch(V, dtype))
     return max(1, N if N <= limit else min(N, rows))
@@ -200,7 +202,7 @@ def sweep(
             if keep is not None and stop <= keep.shape[0]:
                 z = dz = keep[start:stop]
                 filled = stop
-            # The device has waited for the host, which knows N only now: the large product comes first.
+            # The device has waited for the host, which knows N only now: of the products the large one comes first.
             for part, w in _slabs(weight):
                 torch.mm(h, w.t(), out=_columns(z, columns)[:, part])
         row_pass(z, h, start, stop, dz)
@@ -219,11 +221,11 @@ def sweep(
 
 
 class _ProductSum:
-    """total = the sum over chunks of dzᵀ·h [V, D], to 16 bits at least.
+    """total = the sum over chunks of dzᵀ·h, of the given shape.
 
-    One product needs no sum. CUDA adds to float32 within the product. On CPUs and ROCm bfloat16 products come rounded:
-    they are made a slab of V at a time, which stays in a CPU's cache, and added to a pair of bfloat16 numbers, total
-    and low.
+    One product needs no sum, and is rounded once. Sums have 16 bits at least: CUDA adds to float32 within the product.
+    On CPUs and ROCm bfloat16 products come rounded: they are made a slab of V at a time, which stays in a CPU's cache,
+    and added to a pair of bfloat16 numbers, total and low.
     """
 
     def __init__(

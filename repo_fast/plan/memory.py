@@ -147,10 +147,15 @@ def _update(model: Network, engine: EngineConfig, ranks: int, tokens: int, width
     backward = tokens * (kept + model.other_activations)
     if model.vocabulary:
         # A chunk of logits, and the gradients of hidden states and head, formed in the forward; over several chunks the
-        # head's is summed in float32.
+        # head's is summed in float32, and cast when the logits are gone.
         rows = _chunk(model, tokens, width, device)
-        head = (_FLOAT32 if rows < tokens else width) * model.vocabulary * model.width
-        backward += rows * model.vocabulary * width + tokens * model.width * width + head
+        logits, weight = rows * model.vocabulary * width, model.vocabulary * model.width
+        if rows == tokens:
+            head = logits + width * weight
+        else:
+            cast = width * weight if device.type == "cuda" and width < _FLOAT32 else 0
+            head = _FLOAT32 * weight + max(logits, cast)
+        backward += tokens * model.width * width + head
     held, reducing = _gradients(model, engine, ranks, width, device)
     # Stage 3 takes the optimizer's step a part of at most so many parameters at a time, with a float32 gradient.
     step = _FLOAT32 * min(model.trained / ranks, _LIVE_PARAMETERS)

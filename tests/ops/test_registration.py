@@ -127,6 +127,21 @@ def test_second_backward_raises() -> None:
     assert torch.equal(case.hidden.grad, first)
 
 
+def test_second_derivatives_raise() -> None:
+    """They would be 0 in silence: the gradients are formed in the forward."""
+    case = make_case().copy()
+    log_probs = case.old_log_probs.clone().requires_grad_()
+    rectified = rectified_policy_loss(log_probs, None, *case.arguments()[4:8], multiplier=1.0).loss
+    fused = fused_rectified_policy_loss(*case.arguments(), multiplier=1.0).loss
+    own = linear_log_probs(case.hidden, case.weight, case.targets).sum()
+    for loss, leaf in ((rectified, log_probs), (2 * fused, case.hidden), (own, case.weight)):
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative|no autograd formula"):
+            gradient.square().sum().backward()
+        # Not used, it does no harm.
+        assert gradient.isfinite().all()
+
+
 def test_only_the_loss_carries_a_gradient() -> None:
     case = make_case().copy()
     result = fused_rectified_policy_loss(*case.arguments(), multiplier=1.0)
@@ -275,7 +290,7 @@ def test_offsets_within_a_chunk_fit_32_bits(V: int, device: str) -> None:
 
 
 @pytest.mark.parametrize(("V", "tall", "alone"), [(32001, 8192, 16384), (131072, 4096, 12288), (1 << 20, 512, 2047)])
-def test_rows_are_one_chunk_where_that_takes_no_more_memory_than_a_sum(V: int, tall: int, alone: int) -> None:
+def test_rows_are_one_chunk_where_that_takes_no_more_scratch_than_a_sum(V: int, tall: int, alone: int) -> None:
     rows = partial(sweep.chunk_rows, torch.device("cuda"), torch.bfloat16, V=V, D=4096)
     assert rows(N=alone) == alone and rows(N=alone + 1) == tall
     assert 2 * alone * V <= 2 * tall * V + 4 * V * 4096

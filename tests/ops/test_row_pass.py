@@ -66,6 +66,27 @@ def test_an_infinite_logit_or_none_at_all_makes_nan(wrong: float, dtype: torch.d
         assert all(output.isnan().all() for output in outputs)
 
 
+@pytest.mark.parametrize("target", [0, 5])
+@pytest.mark.parametrize("temperature", [0.25, 1.0])
+def test_a_logit_as_low_as_there_are_has_no_part_in_the_row(temperature: float, target: int, backend: str) -> None:
+    """Such as a bias of the lowest number makes: over temperature, or in units of log 2, it is -infinity."""
+    hidden, weight = torch.ones(1, 1).requires_grad_(), torch.zeros(8, 1)
+    weight[5] = -3e38
+    log_probs, entropy = linear_log_probs(
+        hidden, weight.requires_grad_(), torch.tensor([target]), temperature=temperature, return_entropy=True
+    )
+    assert entropy.item() == pytest.approx(torch.tensor(7.0).log().item(), rel=1e-6)
+    assert target == 5 or log_probs.item() == pytest.approx(-entropy.item(), rel=1e-6)
+    entropy.sum().backward()
+    torch.testing.assert_close(weight.grad, torch.zeros(8, 1), atol=1e-6, rtol=0)
+
+
+def test_no_hidden_dimensions_make_uniform_rows(backend: str) -> None:
+    for dtype in DTYPES:
+        log_probs = linear_log_probs(torch.ones(3, 0, dtype=dtype), torch.ones(1031, 0, dtype=dtype), torch.arange(3))
+        assert log_probs.tolist() == pytest.approx([-torch.tensor(1031.0).log().item()] * 3, rel=1e-6)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e10])
 @pytest.mark.parametrize("V", [31, 500, 1100, 33000])
 def test_a_forward_leaves_the_logits_for_a_backward(V: int, size: float) -> None:
