@@ -20,7 +20,10 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from bench.trainer.architectures import config_of
+from bench.trainer.architectures import config_of, save_model
+from repo_fast.collectives import Ranks
+from repo_fast.config import EngineConfig, OptimizerConfig
+from repo_fast.engine import Engine, sharded_loading, start_distributed, stop_distributed
 from repo_fast.errors import InputError
 from repo_fast.models.model_config import load_config
 from repo_fast.models.policy import Policy
@@ -32,6 +35,12 @@ from tests.job_runs import on_ranks
 from tests.tiny import save_policy, save_sequence_classifier, word_tokenizer
 
 Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    yield start_distributed()
+    stop_distributed()
 
 
 def changed(folder: Path, change: Callable[[Weights], Weights] = dict, **settings) -> Path:
@@ -115,6 +124,23 @@ def test_weights_that_do_not_fit_are_an_error_under_zero3(tmp_path: Path) -> Non
         for name, (_, _, message) in UNLOADABLE.items():
             with pytest.raises(InputError, match=message):
                 raise InputError(said[name])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gptj", "xglm", "recurrent_gemma", "vaultgemma"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_buffers_are_the_same_in_shards(dtype: str, architecture: str, ranks: Ranks, tmp_path: Path) -> None:
+    """DeepSpeed makes all of a constructor in the dtype of the weights: rotary frequencies were rounded to bfloat16."""
+    save_model(config_of(architecture), tmp_path)
+    config = EngineConfig(zero_stage=3, dtype=dtype)
+    options = {"dtype": getattr(torch, dtype), "attention": "eager"}
+    whole = Policy.from_pretrained(str(tmp_path), **options)
+    with sharded_loading(config, ranks.device):
+        policy = Policy.from_pretrained(str(tmp_path), **options)
+    Engine(policy, config, ranks, OptimizerConfig())
+    sharded = dict(policy.named_buffers())
+    assert sharded.keys() == dict(whole.named_buffers()).keys() and sharded
+    for name, buffer in whole.named_buffers():
+        assert sharded[name].dtype == buffer.dtype and torch.equal(sharded[name], buffer), name
 
 
 def test_what_is_of_other_uses_is_no_error(tmp_path: Path) -> None:
