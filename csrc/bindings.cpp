@@ -113,13 +113,13 @@ struct BoundRows {
     py::ssize_t T;
 
     BoundRows(const py::buffer& targets, const OptionalBuffer& rows, const OptionalBuffer& weight, std::int64_t V,
-              double temperature, int threads) {
+              double temperature, std::optional<double> softcap, int threads) {
         T = -1;
         linear = {};
         linear.targets = buffers.vector<std::int64_t>(targets, "targets", T);
         linear.tokens = valid_tokens(buffers, rows, T, linear.N);
         linear.V = V;
-        linear.inverse_temperature = static_cast<float>(1.0 / temperature);
+        linear.scale = {static_cast<float>(1.0 / temperature), static_cast<float>(softcap.value_or(0.0))};
         linear.threads = threads;
         for (std::int64_t i = 0; i < linear.N; ++i) {
             const std::int64_t target = linear.targets[linear.tokens ? linear.tokens[i] : i];
@@ -301,9 +301,10 @@ void bind_linear_log_probs(py::module_& module) {
         "What the chunks of a linear op share: targets int64 [T]; rows int64 [N], the tokens that have one, "
         "None for all; weight bfloat16 [V, D] if the logits are bfloat16, None if they are float32.\n"
         "A chunk is logits [R, V] of valid rows start to start + R, and hidden bfloat16 [R, D] if they are.")
-        .def(py::init<const py::buffer&, const OptionalBuffer&, const OptionalBuffer&, std::int64_t, double, int>(),
+        .def(py::init<const py::buffer&, const OptionalBuffer&, const OptionalBuffer&, std::int64_t, double,
+                      std::optional<double>, int>(),
              py::arg("targets"), py::arg("rows"), py::arg("weight"), py::arg("V"), py::arg("temperature"),
-             py::arg("threads"))
+             py::arg("softcap"), py::arg("threads"))
         .def("log_probs", log_probs, py::arg("log_probs"), py::arg("entropy"), py::arg("logits"), py::arg("hidden"),
              py::arg("start"),
              "Writes log_probs and, unless None, entropy, float32 [T], at the tokens of a chunk, whose logits it leaves.")

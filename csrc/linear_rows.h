@@ -28,7 +28,7 @@ struct LinearRows {
     std::int64_t N;
     std::int64_t V;
     std::int64_t D;
-    float inverse_temperature;
+    LogitScale scale;
     int threads;
 };
 
@@ -49,7 +49,8 @@ struct Chunk {
 // Statistics of a row's softmax, in double: they are few.
 struct SoftmaxRow {
     float maximum;
-    double others;  // sum of exp(t_j), j != target; t and `maximum` as in RowSums
+    float target_steepness;
+    double others;  // sum of exp(t_j), j != target; t, `maximum` and `target_steepness` as in RowSums
     double total;   // with the target
     double log_total;
     double log_prob;  // of the target, never positive
@@ -64,11 +65,12 @@ struct Slopes {
 };
 
 template <typename Element>
-const RowFunctions<Element>& row_functions() {
+const RowFunctions<Element>& row_functions(bool capped) {
+    const RowKernels& kernels = row_kernels();
     if constexpr (std::is_same_v<Element, float>) {
-        return row_kernels().float32;
+        return capped ? kernels.capped_float32 : kernels.float32;
     } else {
-        return row_kernels().bfloat16;
+        return capped ? kernels.capped_bfloat16 : kernels.bfloat16;
     }
 }
 
@@ -85,35 +87,37 @@ SoftmaxRow softmax_row(const LinearRows& linear, const Chunk<Element>& chunk, st
         target_logit = row_kernels().dot(chunk.hidden + i * chunk.hidden_stride,
                                          linear.weight + target * linear.weight_stride, linear.D);
     }
-    const RowFunctions<Element>& functions = row_functions<Element>();
+    const RowFunctions<Element>& functions = row_functions<Element>(linear.scale.cap != 0.0f);
     const RowSums sums = (want_entropy ? functions.weighted_sums : functions.sums)(
-        row, linear.V, target, target_logit, linear.inverse_temperature);
+        row, linear.V, target, target_logit, linear.scale);
     // Finite, so that what has the probability 0 adds 0 to the entropy.
-    const double t = std::max((target_logit - sums.maximum) * linear.inverse_temperature,
+    const double t = std::max((sums.target - sums.maximum) * linear.scale.inverse_temperature,
                               std::numeric_limits<float>::lowest());
     const double target_exp = std::exp(t);
     // The maximum's 1 is either target_exp or within the others: this is never below log 1.
     const double log_total = std::log1p(sums.others + (target_exp - 1.0));
     const double total = sums.others + target_exp;
     const double entropy = want_entropy ? log_total - (sums.weighted + target_exp * t) / total : 0.0;
-    return {sums.maximum, sums.others, total, log_total, t - log_total, entropy};
+    return {sums.maximum, sums.target_steepness, sums.others, total, log_total, t - log_total, entropy};
 }
 
-// Overwrites the row by d loss / d logit_j = (a [j = target] - p_j (a + b (log p_j + H))) / temperature.
+// Overwrites the row by d loss / d logit_j = (a [j = target] - p_j (a + b (log p_j + H))) / temperature, times
+// 1 - tanh^2(logit_j / cap) with a cap.
 template <typename Element>
 void overwrite_by_gradient(const LinearRows& linear, const Chunk<Element>& chunk, std::int64_t i, std::int64_t target,
                            const SoftmaxRow& row, const Slopes& slopes) {
-    const double a = slopes.log_prob * linear.inverse_temperature;
-    const double b = slopes.entropy * linear.inverse_temperature;
+    const double a = slopes.log_prob * linear.scale.inverse_temperature;
+    const double b = slopes.entropy * linear.scale.inverse_temperature;
     double at_target = a * row.others / row.total;
     double constant = -a / row.total;
     if (b != 0.0) {
         at_target -= b * std::exp(row.log_prob) * (row.log_prob + row.entropy);
         constant -= b * (row.entropy - row.log_total) / row.total;
     }
-    const RowFunctions<Element>& functions = row_functions<Element>();
+    at_target *= row.target_steepness;
+    const RowFunctions<Element>& functions = row_functions<Element>(linear.scale.cap != 0.0f);
     (b == 0.0 ? functions.gradient : functions.linear_gradient)(
-        chunk.logits + i * chunk.stride, linear.V, target, row.maximum, linear.inverse_temperature,
+        chunk.logits + i * chunk.stride, linear.V, target, row.maximum, linear.scale,
         static_cast<float>(constant), static_cast<float>(-b / row.total), static_cast<float>(at_target));
 }
 

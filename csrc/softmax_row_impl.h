@@ -63,6 +63,11 @@ constexpr std::int64_t block = 64 * lanes;
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
+// What stands for no logit in a row, at the target and beyond the end. tanh would make a logit of -infinity: with a cap
+// it is the lowest finite bfloat16, which no product comes to but by overflow.
+template <bool capped>
+constexpr float absent = capped ? -3.3895313892515355e38f : -infinity;
+
 template <typename To, typename From>
 inline To bits(From from) {
     static_assert(sizeof(To) == sizeof(From), "a cast of bits keeps their number");
@@ -118,36 +123,36 @@ inline float sum_of_lanes(Floats x) {
     return total;
 }
 
-// A vector of `count` < lanes elements, then minus infinities: reads and writes nothing beyond the row.
-template <typename Element>
+// A vector of `count` < lanes elements, then what stands for none: reads and writes nothing beyond the row.
+template <bool capped, typename Element>
 struct Tail {
     Element elements[lanes];
 
     Tail(const Element* row, std::int64_t count) {
-        store(elements, broadcast(-infinity));
+        store(elements, broadcast(absent<capped>));
         std::memcpy(elements, row, count * sizeof(Element));
     }
 };
 
-template <typename Element, typename Function>
+template <bool capped, typename Element, typename Function>
 inline void for_each_vector(const Element* row, std::int64_t size, Function&& function) {
     std::int64_t j = 0;
     for (; j + lanes <= size; j += lanes) {
         function(load(row + j));
     }
     if (j < size) {
-        function(load(Tail<Element>(row + j, size - j).elements));
+        function(load(Tail<capped, Element>(row + j, size - j).elements));
     }
 }
 
-template <typename Element, typename Function>
+template <bool capped, typename Element, typename Function>
 inline void transform(Element* row, std::int64_t size, Function&& function) {
     std::int64_t j = 0;
     for (; j + lanes <= size; j += lanes) {
         store(row + j, function(load(row + j)));
     }
     if (j < size) {
-        Tail<Element> tail(row + j, size - j);
+        Tail<capped, Element> tail(row + j, size - j);
         store(tail.elements, function(load(tail.elements)));
         std::memcpy(row + j, tail.elements, (size - j) * sizeof(Element));
     }
@@ -180,21 +185,56 @@ inline Floats exp_from_shifted(Floats t) {
     return t == lowest ? Floats{} : e;
 }
 
-template <bool with_weighted, typename Element>
-RowSums sums(Element* row, std::int64_t V, std::int64_t target, float target_logit, float inverse_temperature) {
-    set(row + target, -infinity);
+struct Logits {
+    Floats values;
+    Floats steepness;  // of the values in the row's elements
+};
+
+// Logits from a row's elements: cap * tanh(z / cap) and 1 - tanh^2(z / cap), or z and 1.
+template <bool capped>
+inline Logits logits_of(Floats z, const LogitScale& scale) {
+    if constexpr (!capped) {
+        return {z, broadcast(1.0f)};
+    } else {
+        const Floats y = z * (1.0f / scale.cap);
+        const Words sign = bits<Words>(y) & 0x80000000u;
+        const Floats twice = bits<Floats>(bits<Words>(y) ^ sign) * -2.0f;
+        const Floats e = exp_from_shifted(broadcast(lowest) > twice ? broadcast(lowest) : twice);
+        const Floats share = 1.0f / (1.0f + e);
+        // y + y^3 times a polynomial with the least maximal relative error, 1.5e-8, where 1 - e would lose digits.
+        const Floats q = y * y;
+        Floats p = q * 0.01724147f - 0.053045484f;
+        p = p * q + 0.13325879f;
+        p = p * q - 0.33333144f;
+        const Floats outer = bits<Floats>(bits<Words>((1.0f - e) * share) | sign);
+        const Floats tanh = twice > broadcast(-1.0f) ? p * (q * y) + y : outer;
+        // Not 1 - tanh^2, whose digits are lost near the cap.
+        return {z == broadcast(absent<true>) ? broadcast(-infinity) : tanh * scale.cap, 4.0f * e * share * share};
+    }
+}
+
+template <bool with_weighted, bool capped, typename Element>
+RowSums sums(Element* row, std::int64_t V, std::int64_t target, float target_logit, const LogitScale& scale) {
+    set(row + target, absent<capped>);
     Floats largest = broadcast(target_logit);
-    for_each_vector(row, V, [&](Floats z) { largest = z > largest ? z : largest; });
-    RowSums result{lane(largest, 0), 0.0, 0.0};
+    for_each_vector<capped>(row, V, [&](Floats z) { largest = z > largest ? z : largest; });
+    float highest = lane(largest, 0);
     for (std::int64_t i = 1; i < lanes; ++i) {
         const float other = lane(largest, i);
-        result.maximum = other > result.maximum ? other : result.maximum;
+        highest = other > highest ? other : highest;
     }
+    if constexpr (capped) {
+        // Where all are -infinity, what stands for no logit is the largest; beside it, any number is as low.
+        highest = highest > 0.99f * absent<true> || highest != highest ? highest : 0.99f * absent<true>;
+    }
+    const Logits at_target = logits_of<capped>(broadcast(target_logit), scale);
+    RowSums result{lane(logits_of<capped>(broadcast(highest), scale).values, 0), 0.0, 0.0, lane(at_target.values, 0),
+                   lane(at_target.steepness, 0)};
     for (std::int64_t first = 0; first < V; first += block) {
         Floats others{};
         Floats weighted{};
-        for_each_vector(row + first, V - first < block ? V - first : block, [&](Floats z) {
-            const Floats t = shift(z, result.maximum, inverse_temperature);
+        for_each_vector<capped>(row + first, V - first < block ? V - first : block, [&](Floats z) {
+            const Floats t = shift(logits_of<capped>(z, scale).values, result.maximum, scale.inverse_temperature);
             const Floats e = exp_from_shifted(t);
             others += e;
             if constexpr (with_weighted) {
@@ -209,16 +249,22 @@ RowSums sums(Element* row, std::int64_t V, std::int64_t target, float target_log
     return result;
 }
 
-template <bool with_linear, typename Element>
-void gradient(Element* row, std::int64_t V, std::int64_t target, float maximum, float inverse_temperature,
-              float constant, float linear, float at_target) {
-    transform(row, V, [=](Floats z) {
-        const Floats t = shift(z, maximum, inverse_temperature);
+template <bool with_linear, bool capped, typename Element>
+void gradient(Element* row, std::int64_t V, std::int64_t target, float maximum, const LogitScale& scale, float constant,
+              float linear, float at_target) {
+    transform<capped>(row, V, [=](Floats z) {
+        const Logits logits = logits_of<capped>(z, scale);
+        const Floats t = shift(logits.values, maximum, scale.inverse_temperature);
+        Floats result = exp_from_shifted(t);
         if constexpr (with_linear) {
-            return exp_from_shifted(t) * (t * linear + constant);
+            result *= t * linear + constant;
         } else {
-            return exp_from_shifted(t) * constant;
+            result *= constant;
         }
+        if constexpr (capped) {
+            result *= logits.steepness;
+        }
+        return result;
     });
     set(row + target, at_target);
 }
@@ -236,13 +282,20 @@ float dot(const Bfloat16* left, const Bfloat16* right, std::int64_t D) {
     return result;
 }
 
-template <typename Element>
-constexpr RowFunctions<Element> row_functions{&sums<false, Element>, &sums<true, Element>, &gradient<false, Element>,
-                                              &gradient<true, Element>};
+template <bool capped, typename Element>
+constexpr RowFunctions<Element> row_functions{&sums<false, capped, Element>, &sums<true, capped, Element>,
+                                              &gradient<false, capped, Element>, &gradient<true, capped, Element>};
 
 }  // namespace
 
-const RowKernels REPO_FAST_KERNELS = {REPO_FAST_NAME, row_functions<float>, row_functions<Bfloat16>, &dot};
+const RowKernels REPO_FAST_KERNELS = {
+    REPO_FAST_NAME,
+    row_functions<false, float>,
+    row_functions<false, Bfloat16>,
+    row_functions<true, float>,
+    row_functions<true, Bfloat16>,
+    &dot,
+};
 
 }  // namespace repo_fast
 

@@ -28,7 +28,7 @@ from .rectified_policy_loss import token_factor, token_terms
 @triton.jit(do_not_specialize=["start", "T", "S"])
 def _policy_kernel(
     logits, pitch, hidden, hidden_stride_t, hidden_stride_d, weight, weight_stride_v, weight_stride_d, targets, rows,
-    start, V, D, scale,
+    start, V, D, scale, cap,
     old_log_probs, reward_advantages, cost_advantages, sequence_ids, violations, counts, multiplier, denominator,
     ref_log_probs, importance_weights, log_probs, entropies, terms,
     T, S, clip_low, clip_high, kl_coefficient, entropy_coefficient,
@@ -41,7 +41,7 @@ def _policy_kernel(
         rows, start, V, D, EXACT, D_TILE,
     )  # fmt: skip
     log_prob, entropy, rate, maximum, inverse, offset, rest = row_statistics(
-        row, pitch, V, target, own, scale, entropies is not None, GRADIENT, TILE, THREADS, VECTOR, PAD
+        row, pitch, V, target, own, scale, cap, entropies is not None, GRADIENT, TILE, THREADS, VECTOR, PAD
     )
     log_prob = tl.where(sound, log_prob, float("nan"))
     tl.store(log_probs + token, log_prob)
@@ -77,7 +77,7 @@ def _policy_kernel(
 
     if GRADIENT:
         write_gradient(
-            row, pitch, target, scale, log_prob, entropy, rate, maximum, inverse, offset, rest,
+            row, pitch, target, own, scale, cap, log_prob, entropy, rate, maximum, inverse, offset, rest,
             slope * factor, -entropy_coefficient * factor, ENTROPY, TILE,
         )  # fmt: skip
 
@@ -90,6 +90,7 @@ def policy_rows(
     rows: torch.Tensor | None,
     start: int,
     temperature: float,
+    softcap: float | None,
     old_log_probs: torch.Tensor | None,
     reward_advantages: torch.Tensor,
     cost_advantages: torch.Tensor,
@@ -115,7 +116,7 @@ def policy_rows(
     """Takes a chunk of logits through the loss; if `gradient`, overwrites them by the loss's gradient.
 
     Args:
-        logits, hidden, weight, targets, rows, start, temperature: As `linear_log_probs.row_arguments`.
+        logits, hidden, weight, targets, rows, start, temperature, softcap: As `linear_log_probs.row_arguments`.
         old_log_probs (None: on-policy), reward_advantages, cost_advantages, sequence_ids, violations, counts,
             multiplier, denominator, ref_log_probs, importance_weights: Of all T tokens, as
             `rectified_policy_loss.loss_of_tokens`.
@@ -124,7 +125,7 @@ def policy_rows(
         terms: Written, [3, T] float32: each token's share of the reduced loss, whether it was clipped, (ρ − 1) − log ρ.
         clip, kl_coefficient, entropy_coefficient, rectify, mixed, reduction: As in the formulas.
     """
-    arguments, settings = row_arguments(logits, hidden, weight, targets, rows, start, temperature)
+    arguments, settings = row_arguments(logits, hidden, weight, targets, rows, start, temperature, softcap)
     _policy_kernel[(logits.shape[0],)](
         *arguments, old_log_probs, reward_advantages, cost_advantages, sequence_ids, violations, counts, multiplier,
         denominator, ref_log_probs, importance_weights, log_probs, entropies, terms,

@@ -27,7 +27,16 @@ from repo_fast.ops import (
     rectified_policy_loss,
     reference,
 )
-from tests.ops.cases import Case, error, loss_scale, make_case, relative_error, row_bound, with_token_options
+from tests.ops.cases import (
+    Case,
+    error,
+    head_options,
+    loss_scale,
+    make_case,
+    relative_error,
+    row_bound,
+    with_token_options,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULTS: dict[str, Any] = {"multiplier": 0.7}
@@ -43,7 +52,10 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"multiplier": 0.4, "ref_log_probs": True, "kl_coefficient": 0.3, "entropy_coefficient": 0.2, "temperature": 0.7},
     {"multiplier": 3.0, "reduction": "token_mean", "denominator": 123.0, "importance_weights": True},
     {"multiplier": 1.0, "on_policy": True, "reduction": "sum", "scope": "response"},
+    {"multiplier": 0.4, "logit_scale": 0.5, "softcap": 2.0, "entropy_coefficient": 0.2, "temperature": 0.7},
 )
+COLD = {"temperature": 1e-9}
+CAPPED = {"temperature": 0.8, "logit_scale": 0.5, "softcap": 3.0}
 FEW_ROWS = 64
 LEAVES = ("hidden", "weight")
 
@@ -118,7 +130,7 @@ def fused_errors(
     truth, true_gradients = run(reference.fused_rectified_policy_loss, case.wide(), options, incoming)
     plain, plain_gradients = run(reference.fused_rectified_policy_loss, case, options, incoming)
     scale = loss_scale(case, options)
-    errors = _row_errors(case, ours[1:3], truth[1:3], plain[1:3], options.get("temperature", 1.0))
+    errors = _row_errors(case, ours[1:3], truth[1:3], plain[1:3], head_options(options))
     errors["violations"] = largest((ours[3] - truth[3]).abs()), 1e-6 * (1 + largest(truth[3].abs()))
     allowed = 1e-5 * scale
     if case.hidden.dtype != torch.float32:
@@ -131,20 +143,25 @@ def fused_errors(
 
 def log_probs_errors(
     case: Case,
-    temperature: float,
+    head: dict[str, Any],
     device: torch.device,
     *,
     wants: tuple[str, ...] = LEAVES,
     prepare: Callable[[Case], Case] = lambda case: case,
     around: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Errors:
-    """Values and gradients of `linear_log_probs`, of both outputs at once. Arguments as in `fused_errors`."""
+    """Values and gradients of `linear_log_probs`, of both outputs at once.
+
+    Args:
+        case, device, wants, prepare, around: As in `fused_errors`.
+        head: `temperature`, `logit_scale` and `softcap`, where they are not 1, 1 and None.
+    """
     case = on(case, device)
     up = torch.randn(2, case.targets.numel(), generator=torch.Generator().manual_seed(0)).to(device)
 
     def compute(inputs: Case, function: Callable[..., tuple[Tensor, Tensor]], wants: tuple[str, ...] = LEAVES) -> Any:
         leaves = {name: getattr(inputs, name).detach().requires_grad_(name in wants) for name in LEAVES}
-        outputs = function(*leaves.values(), inputs.targets, temperature=temperature)
+        outputs = function(*leaves.values(), inputs.targets, **head)
         torch.autograd.backward(outputs, tuple(up.to(outputs[0].dtype)))
         return [x.detach() for x in outputs], {name: leaf.grad for name, leaf in leaves.items()}
 
@@ -152,15 +169,15 @@ def log_probs_errors(
         ours, gradients = compute(prepare(case), partial(linear_log_probs, return_entropy=True), wants)
     truth, true_gradients = compute(case.wide(), reference.linear_log_probs)
     plain, plain_gradients = compute(case, reference.linear_log_probs)
-    return _row_errors(case, ours, truth, plain, temperature) | _gradient_errors(
+    return _row_errors(case, ours, truth, plain, head) | _gradient_errors(
         gradients, true_gradients, plain_gradients, wants
     )
 
 
-def _row_errors(case: Case, ours: Any, truths: Any, plain: Any, temperature: float) -> Errors:
+def _row_errors(case: Case, ours: Any, truths: Any, plain: Any, head: dict[str, Any]) -> Errors:
     """Of log-probabilities and entropies [T]: row by row in float32, against plain PyTorch's in the other dtypes."""
     errors: Errors = {"log-probs above 0": (count(ours[0] > 0), 0.0)}
-    bound = row_bound(case, temperature)
+    bound = row_bound(case, **head)
     floors = {"log-probs": 0.0, "entropy": 1e-5}
     for (name, floor), value, truth, ordinary in zip(floors.items(), ours, truths, plain, strict=True):
         if case.hidden.dtype == torch.float32:
@@ -280,10 +297,11 @@ def exactness(tiny: bool, device: torch.device) -> Checks:
         case = partial(make_case, T=67, D=72, V=V, dtype=dtype, logits=logits)
         name = f"{kind}, {logits} logits, V {V}"
         yield f"fused, {name}", lambda case=case: fused_errors(case(), DEFAULTS, device)
-        yield f"log-probs, {name}", lambda case=case: log_probs_errors(case(), 0.8, device)
+        yield f"log-probs, {name}", lambda case=case: log_probs_errors(case(), {"temperature": 0.8}, device)
+        yield f"log-probs, {name}, capped", lambda case=case: log_probs_errors(case(), CAPPED, device)
         if logits == "peaked" and kind != "float16":  # which cannot hold the gradients
-            # Temperature makes logits beyond 1e9 of them, which the row passes in Triton take in another way.
-            yield f"log-probs, {name}, temperature 1e-9", lambda case=case: log_probs_errors(case(), 1e-9, device)
+            # That makes logits beyond 1e9, which the row passes in Triton take in another way.
+            yield f"log-probs, {name}, temperature 1e-9", lambda case=case: log_probs_errors(case(), COLD, device)
 
 
 def _on_torch(dtype: torch.dtype, device: torch.device) -> Errors:
@@ -336,7 +354,7 @@ def ways(tiny: bool, device: torch.device) -> Checks:
             return lambda: fused_errors(make(), OPTIONS[1], device, **options)
 
         def log_probs(make: Callable[[], Case], **options: Any) -> Callable[[], Errors]:
-            return lambda: log_probs_errors(make(), 0.8, device, **options)
+            return lambda: log_probs_errors(make(), {"temperature": 0.8}, device, **options)
 
         # 1024: a scaled loss, in float16 a usual one.
         for incoming in (3.7, 1024.0):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.correctness import DEFAULTS, DTYPES, FEW_ROWS, Checks, Errors, count, on
+from bench.gpu.correctness import CAPPED, DEFAULTS, DTYPES, FEW_ROWS, Checks, Errors, count, on
 from bench.loss_head.chunks import chunks_of
 from repo_fast.ops import (
     fused_rectified_policy_loss,
@@ -54,12 +54,12 @@ def any_chunk_size(case: Case, device: torch.device) -> Errors:
     return {"loss": (max(losses) - min(losses), 1e-6 * loss_scale(case, DEFAULTS))}
 
 
-def ratio_is_one(case: Case, device: torch.device, temperature: float = 1.0) -> Errors:
+def ratio_is_one(case: Case, device: torch.device, **head: Any) -> Errors:
     """On-policy, `linear_log_probs` and the fused op give the same bits, with the clip range (0, 0)."""
     case = on(case, device)
     with torch.no_grad():
-        old = linear_log_probs(case.hidden, case.weight, case.targets, temperature=temperature)
-    options = DEFAULTS | {"clip": (0.0, 0.0), "temperature": temperature}
+        old = linear_log_probs(case.hidden, case.weight, case.targets, **head)
+    options = DEFAULTS | head | {"clip": (0.0, 0.0)}
     result, *_ = run_fused(replace(case, old_log_probs=old), options)
     return {
         "log-probs that differ": (bits_that_differ((old,), (result.log_probs,)), 0.0),
@@ -228,8 +228,9 @@ def promises(tiny: bool, device: torch.device) -> Checks:
             for check in (same_bits_twice, ratio_is_one, uninitialised_memory):
                 name = f"{check.__name__.replace('_', ' ')}, {kind}, {logits} logits"
                 yield name, lambda case=case, check=check: check(case(), device)
-            name = f"ratio is one, {kind}, {logits} logits, temperature 0.7"
-            yield name, lambda case=case: ratio_is_one(case(), device, temperature=0.7)
+            name = f"ratio is one, {kind}, {logits} logits"
+            yield f"{name}, temperature 0.7", lambda case=case: ratio_is_one(case(), device, temperature=0.7)
+            yield f"{name}, capped", lambda case=case: ratio_is_one(case(), device, **CAPPED)
         first = partial(make_case, T=67, D=72, V=V, dtype=dtype, ignored=0.0)
         yield f"no number, {kind}", lambda case=first: no_number(case(), device)
     yield "any chunk size", lambda: any_chunk_size(make_case(T=307, D=72, V=V), device)

@@ -32,6 +32,7 @@ from repo_fast.ops.validation import (
     check_tensor,
     check_vector,
     check_vectors,
+    logit_settings,
     scalar,
 )
 from repo_fast.ops.violations import gather_responses
@@ -81,11 +82,15 @@ def linear_log_probs(
     targets: Tensor,
     *,
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     return_entropy: bool = False,
     logits_budget: int = 0,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probabilities of the targets under log softmax(hidden @ weight.T / temperature), a chunk of logits at a time.
+    """Log-probabilities of the targets under log softmax(z / temperature), a chunk of the logits z at a time.
+
+    z = hidden @ weight.T, times `logit_scale`, and then, with a `softcap`, softcap·tanh(z / softcap).
 
     One matrix product in the forward. Its backward learns only then what gradient comes in, and computes the logits
     again: four products in all, or three where they were kept (`logits_budget`). A row gives the same bits here and in
@@ -95,7 +100,9 @@ def linear_log_probs(
         hidden: [T, D] float32, bfloat16 or float16.
         weight: [V, D], the LM head, in the dtype of `hidden`.
         targets: [T] int64 in [0, V), or -100: ignored, at no cost, with log-probability 0, entropy 0 and no gradient.
-        temperature: > 0; divides the logits.
+        temperature: > 0; divides the logits, last of all.
+        logit_scale: > 0; multiplies the products (Cohere's; Granite's is the inverse of its `logits_scaling`).
+        softcap: > 0, at most 2**24 temperatures; bounds the logits, as Gemma 2 does. None: no bound.
         return_entropy: Whether to return the entropies as well.
         logits_budget: Bytes of logits that the forward may keep until its graph is freed, so that the backward need not
             compute them again; no bit changes. They are V·4 bytes a row, V·2 where the product is made in bfloat16 (and
@@ -114,14 +121,14 @@ def linear_log_probs(
     """
     op = "linear_log_probs"
     check_linear(op, hidden, weight, targets)
-    check_number(op, "temperature", temperature, 0.0, open_low=True)
+    settings = logit_settings(op, temperature, logit_scale, softcap)
     check_flag(op, "return_entropy", return_entropy)
     check_bytes(op, "logits_budget", logits_budget)
     chosen = resolve(op, backend, hidden.device)
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         logits_budget = 0
     log_probs, entropy, _ = registration.linear_log_probs(
-        hidden, weight, targets, float(temperature), return_entropy, logits_budget, chosen
+        hidden, weight, targets, *settings, return_entropy, logits_budget, chosen
     )
     return (log_probs, entropy) if return_entropy else log_probs
 
@@ -349,6 +356,8 @@ def fused_rectified_policy_loss(
     surrogate: str = "separate",
     clip: tuple[float, float] = (0.2, 0.2),
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     ref_log_probs: Tensor | None = None,
     kl_coefficient: float = 0.0,
     entropy_coefficient: float = 0.0,
@@ -382,7 +391,9 @@ def fused_rectified_policy_loss(
         rectify: Whether safe responses are weighted (1, 0), as in `rectified_policy_loss`.
         surrogate: "separate" (RePO's) or "mixed" (Safe RLHF's), as in `rectified_policy_loss`.
         clip: (ε_low, ε_high), each >= 0.
-        temperature: > 0; divides the logits.
+        temperature: > 0; divides the logits, as in `linear_log_probs`.
+        logit_scale: As in `linear_log_probs`.
+        softcap: As in `linear_log_probs`.
         ref_log_probs: [T] float32, log π_ref; needed if `kl_coefficient` > 0.
         kl_coefficient: >= 0; adds kl_coefficient·(exp(d) − d − 1), d = log π_ref − log π_θ, to ℓ_t.
         entropy_coefficient: >= 0; subtracts entropy_coefficient·entropy_t from ℓ_t.
@@ -430,7 +441,7 @@ def fused_rectified_policy_loss(
         check_vectors(op, violations.shape[0], "S", device, violations=violations)
         costs = prompt_ids = None
     _check_objective(op, rectify, surrogate, clip, ref_log_probs, kl_coefficient, reduction)
-    check_number(op, "temperature", temperature, 0.0, open_low=True)
+    settings = logit_settings(op, temperature, logit_scale, softcap)
     check_number(op, "entropy_coefficient", entropy_coefficient, 0.0)
     check_flag(op, "entropy", entropy)
     if entropy_coefficient > 0 and not entropy:
@@ -453,7 +464,7 @@ def fused_rectified_policy_loss(
         surrogate,
         float(clip[0]),
         float(clip[1]),
-        float(temperature),
+        *settings,
         ref_log_probs,
         float(kl_coefficient),
         float(entropy_coefficient),

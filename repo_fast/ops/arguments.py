@@ -1,5 +1,6 @@
 """What the registered policy losses hand to a backend. Fields are in the order of the ops' schemas, which are made of
-these classes; their meanings are those of the public functions' arguments.
+these classes; their meanings are those of the public functions' arguments, but that `temperature` and `softcap` are of
+the bare products, over `logit_scale`.
 """
 
 from typing import NamedTuple
@@ -48,6 +49,7 @@ class FusedArguments(NamedTuple):
     clip_low: float
     clip_high: float
     temperature: float
+    softcap: float | None
     ref_log_probs: Tensor | None
     kl_coefficient: float
     entropy_coefficient: float

@@ -6,6 +6,8 @@ at a time, small enough to stay in a processor's cache through all of the passes
 The derivative of a loss in log p and entropy H of a row, a and b, is all that the row's gradient needs:
 
     dz_j = a·[j = target] − p_j·(a + b·(log p_j + H))
+
+over the temperature, and times 1 − tanh²(z_j / softcap) where there is a cap.
 """
 
 from collections.abc import Callable
@@ -41,6 +43,15 @@ class _Softmax(NamedTuple):
     log_total: Tensor  # [R]
     log_probs: Tensor  # [R], of the target
     entropy: Tensor | None  # [R]
+
+
+def _cap(z: Tensor, softcap: float, scale: float, want_steepness: bool) -> Tensor | None:
+    """z = scale·softcap·tanh(z / softcap), in place; returns d/dz of softcap·tanh(z / softcap), if it is wanted."""
+    z.mul_(1.0 / softcap)
+    # 1 − tanh² would lose its digits near the cap.
+    steepness = z.cosh().reciprocal_().square_() if want_steepness else None
+    z.tanh_().mul_(scale * softcap)
+    return steepness
 
 
 def _softmax_statistics(z: Tensor, target: Tensor, scratch: Tensor, want_entropy: bool) -> _Softmax:
@@ -87,12 +98,14 @@ class _Rows:
         weight: Tensor,
         targets: Tensor,
         temperature: float,
+        softcap: float | None,
         want_entropy: bool,
         slopes: Callable[[int, int, Tensor, Tensor | None], Slopes] | None = None,
         keep: bool = False,
     ) -> None:
         V = weight.shape[0]
-        self.weight, self.scale, self.slopes, self.keep = weight, 1.0 / temperature, slopes, keep
+        self.weight, self.slopes, self.keep = weight, slopes, keep
+        self.scale, self.softcap = 1.0 / temperature, softcap
         self.block = max(1, (CPU_BLOCK_ELEMENTS if targets.is_cpu else GPU_BLOCK_ELEMENTS) // V)
         # On the CPU targets have been checked. Elsewhere NaN marks the rows whose target is out of range.
         self.poison = None
@@ -108,8 +121,9 @@ class _Rows:
         exact = None
         block = min(self.block, stop - start)
         scratch = torch.empty(block, logits.shape[1], dtype=torch.float32, device=logits.device)
-        # Works in the memory of the logits where they are float32 and nobody wants them afterwards.
-        kept = self.keep or out is not logits
+        # Works in the memory of the logits where they are float32 and nobody wants them afterwards. With a cap, bits
+        # would depend on their layout: PyTorch's tanh is another one at the end of what it can take in vectors.
+        kept = self.keep or out is not logits or self.softcap is not None
         wide = torch.empty_like(scratch) if kept or logits.dtype != torch.float32 else None
         if logits.dtype != torch.float32:
             own_rows = self.weight.index_select(0, self.targets[start:stop])
@@ -121,7 +135,10 @@ class _Rows:
             target = self.targets[first:last].unsqueeze(1)
             if exact is not None:
                 z.scatter_(1, target, exact[own].unsqueeze(1))
-            if self.scale != 1.0:
+            steepness = None
+            if self.softcap is not None:
+                steepness = _cap(z, self.softcap, self.scale, want_steepness=self.slopes is not None)
+            elif self.scale != 1.0:
                 z.mul_(self.scale)
             row = _softmax_statistics(z, target, scratch[: last - first], self.entropy is not None)
             if self.poison is not None:
@@ -131,7 +148,8 @@ class _Rows:
                 self.entropy[first:last] = row.entropy
             if self.slopes is not None:
                 a, b = self.slopes(first, last, row.log_probs, row.entropy)
-                out[own] = _logit_gradient(row, target, a * self.scale, None if b is None else b * self.scale)
+                gradient = _logit_gradient(row, target, a * self.scale, None if b is None else b * self.scale)
+                out[own] = gradient if steepness is None else gradient.mul_(steepness)
 
 
 def _expand(compact: Tensor, rows: Tensor | None, T: int) -> Tensor:
@@ -144,11 +162,17 @@ def _expand_entropy(row_pass: _Rows, rows: Tensor | None, T: int) -> Tensor:
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool, logits_budget: int
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    return_entropy: bool,
+    logits_budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implements the registered op: (log_probs [T], entropy [T] or empty, kept logits), one product."""
     rows = find_rows("linear_log_probs", targets, weight.shape[0])
-    row_pass = _Rows(weight, select(targets, rows), temperature, return_entropy, keep=logits_budget > 0)
+    row_pass = _Rows(weight, select(targets, rows), temperature, softcap, return_entropy, keep=logits_budget > 0)
     keep = logits_to_keep(hidden, weight, logits_budget)
     sweep(hidden, weight, rows, row_pass, keep=keep)
     T = targets.numel()
@@ -163,6 +187,7 @@ def linear_log_probs_backward(
     targets: Tensor,
     kept: Tensor,
     temperature: float,
+    softcap: float | None,
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -174,7 +199,7 @@ def linear_log_probs_backward(
     def slopes(start: int, stop: int, log_probs: Tensor, entropy: Tensor | None) -> Slopes:
         return a[start:stop], None if b is None else b[start:stop]
 
-    row_pass = _Rows(weight, select(targets, rows), temperature, b is not None, slopes)
+    row_pass = _Rows(weight, select(targets, rows), temperature, softcap, b is not None, slopes)
     grad_hidden, grad_weight = sweep(hidden, weight, rows, row_pass, need_hidden, need_weight, kept=kept)
     return grad_hidden.to(hidden.dtype), grad_weight.to(hidden.dtype)
 
@@ -193,7 +218,8 @@ def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor
         return token_loss(log_probs, part, a).slope * part.factors, b
 
     chosen = select(a.targets, rows)
-    row_pass = _Rows(a.weight, chosen, a.temperature, a.entropy, slopes if a.need_hidden or a.need_weight else None)
+    wanted = slopes if a.need_hidden or a.need_weight else None
+    row_pass = _Rows(a.weight, chosen, a.temperature, a.softcap, a.entropy, wanted)
     grad_hidden, grad_weight = sweep(a.hidden, a.weight, rows, row_pass, a.need_hidden, a.need_weight)
     terms = token_loss(row_pass.log_probs, tokens, a)
     per_token = terms.loss

@@ -45,7 +45,9 @@ def _add_product(high: Tensor, low: Tensor, product: Tensor) -> None:
 _sweep = partial(sweep, add_product=_add_product)
 
 
-def _linear_rows(weight: Tensor, targets: Tensor, rows: Tensor | None, temperature: float) -> Any:
+def _linear_rows(
+    weight: Tensor, targets: Tensor, rows: Tensor | None, temperature: float, softcap: float | None
+) -> Any:
     narrow = product_dtype(weight) == torch.bfloat16
     return _C.LinearRows(
         _vector(targets),
@@ -53,6 +55,7 @@ def _linear_rows(weight: Tensor, targets: Tensor, rows: Tensor | None, temperatu
         _matrix(weight) if narrow else None,
         weight.shape[0],
         temperature,
+        softcap,
         torch.get_num_threads(),
     )
 
@@ -72,13 +75,19 @@ def _row_pass(function: Any, *arguments: Any) -> RowPass:
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool, logits_budget: int
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    return_entropy: bool,
+    logits_budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implements the registered op: (log_probs [T], entropy [T] or empty, kept logits), one product."""
     rows = find_rows("linear_log_probs", targets, weight.shape[0])
     log_probs = torch.zeros(targets.shape, dtype=torch.float32)
     entropy = torch.zeros_like(log_probs) if return_entropy else None
-    linear = _linear_rows(weight, targets, rows, temperature)
+    linear = _linear_rows(weight, targets, rows, temperature, softcap)
     keep = logits_to_keep(hidden, weight, logits_budget)
     _sweep(hidden, weight, rows, _row_pass(linear.log_probs, _array(log_probs), _vector(entropy)), keep=keep)
     return log_probs, log_probs.new_empty(0) if entropy is None else entropy, keep
@@ -92,12 +101,13 @@ def linear_log_probs_backward(
     targets: Tensor,
     kept: Tensor,
     temperature: float,
+    softcap: float | None,
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """Implements the registered op: (grad_hidden [T, D] or empty, grad_weight [V, D] or empty)."""
     rows = find_rows("linear_log_probs", targets, weight.shape[0])
-    linear = _linear_rows(weight, targets, rows, temperature)
+    linear = _linear_rows(weight, targets, rows, temperature, softcap)
     row_pass = _row_pass(linear.backward, _vector(grad_log_probs), _vector(grad_entropy))
     grad_hidden, grad_weight = _sweep(hidden, weight, rows, row_pass, need_hidden, need_weight, kept=kept)
     return grad_hidden.to(hidden.dtype), grad_weight.to(hidden.dtype)
@@ -147,7 +157,7 @@ def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor
     log_probs = torch.zeros(a.targets.shape, dtype=torch.float32)
     entropy = torch.zeros_like(log_probs) if a.entropy else None
     fused = _C.FusedPolicyLoss(
-        _linear_rows(a.weight, a.targets, rows, a.temperature),
+        _linear_rows(a.weight, a.targets, rows, a.temperature, a.softcap),
         _policy_tokens(op, rows, a, violations),
         a.entropy_coefficient,
         a.need_hidden or a.need_weight,

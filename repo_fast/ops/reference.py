@@ -11,15 +11,26 @@ from repo_fast.ops.validation import IGNORED
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(log_probs [T], entropy [T]) of softmax(hidden @ weight.T / temperature); 0 where the target is -100.
+    """(log_probs [T], entropy [T]) of softmax(z / temperature); 0 where the target is -100.
 
-    The product is in the dtype of `hidden`; the softmax is float32 or wider.
+    z = logit_scale · hidden @ weight.T, or, with a cap, softcap · tanh(that / softcap).
+
+    The product is in the dtype of `hidden`; what follows is float32 or wider.
     """
     valid = targets != IGNORED
     logits = hidden[valid] @ weight.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logit_scale * logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits / temperature
     distribution = logits.log_softmax(dim=1)
     log_probs = distribution.new_zeros(targets.shape)
     entropy = distribution.new_zeros(targets.shape)
@@ -131,12 +142,15 @@ def fused_rectified_policy_loss(
     scope: str = "prompt",
     threshold: float = 0.0,
     temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     entropy_coefficient: float = 0.0,
     violations: Tensor | None = None,
     **options: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, log_probs, entropy, violations): the other functions one after the other."""
-    log_probs, entropy = linear_log_probs(hidden, weight, targets, temperature=temperature)
+    head = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+    log_probs, entropy = linear_log_probs(hidden, weight, targets, **head)  # type: ignore[arg-type]
     if violations is None:
         assert costs is not None and prompt_ids is not None
         violations = prompt_violations(costs, prompt_ids, scope=scope, threshold=threshold)

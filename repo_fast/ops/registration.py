@@ -2,6 +2,7 @@
 
 These take and return plain tensors, none an alias of an input; the public functions in `__init__.py` check arguments,
 name the outputs, and pick the backend, which travels as the last argument. An output that was not asked for is empty.
+`temperature` and `softcap` are those of the bare products: the public functions' are divided by their `logit_scale`.
 Functions decorated with `_dispatched` have no body: their signature is the op's schema, and what runs is the backend's
 implementation of the op.
 """
@@ -89,6 +90,7 @@ def linear_log_probs(
     weight: Tensor,
     targets: Tensor,
     temperature: float,
+    softcap: float | None,
     return_entropy: bool,
     logits_budget: int,
     backend: str,
@@ -97,7 +99,7 @@ def linear_log_probs(
 
 
 @linear_log_probs.register_fake
-def _(hidden, weight, targets, temperature, return_entropy, logits_budget, backend):
+def _(hidden, weight, targets, temperature, softcap, return_entropy, logits_budget, backend):
     log_probs = hidden.new_empty(targets.shape, dtype=torch.float32)
     entropy = torch.empty_like(log_probs) if return_entropy else log_probs.new_empty(0)
     return log_probs, entropy, logits_to_keep(hidden, weight, logits_budget)
@@ -112,6 +114,7 @@ def linear_log_probs_backward(
     targets: Tensor,
     kept: Tensor,
     temperature: float,
+    softcap: float | None,
     need_hidden: bool,
     need_weight: bool,
     backend: str,
@@ -120,7 +123,8 @@ def linear_log_probs_backward(
 
 
 @linear_log_probs_backward.register_fake
-def _(grad_log_probs, grad_entropy, hidden, weight, targets, kept, temperature, need_hidden, need_weight, backend):
+def _(grad_log_probs, grad_entropy, hidden, weight, targets, kept, temperature, softcap, *options):
+    need_hidden, need_weight, _ = options
     return (
         hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(0),
         weight.new_empty(weight.shape) if need_weight else weight.new_empty(0),
@@ -128,7 +132,7 @@ def _(grad_log_probs, grad_entropy, hidden, weight, targets, kept, temperature, 
 
 
 def _save_linear_log_probs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    hidden, weight, targets, ctx.temperature, return_entropy, _, ctx.backend = inputs
+    hidden, weight, targets, ctx.temperature, ctx.softcap, return_entropy, _, ctx.backend = inputs
     _, entropy, kept = output
     ctx.save_for_backward(hidden, weight, targets, kept)
     ctx.set_materialize_grads(False)
@@ -142,13 +146,13 @@ def _differentiate_linear_log_probs(
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     if grad_log_probs is None:
         if grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 8
         grad_log_probs = torch.zeros_like(grad_entropy)
     grad_hidden, grad_weight = linear_log_probs_backward(
-        grad_log_probs, grad_entropy, *tensors, ctx.temperature, need_hidden, need_weight, ctx.backend
+        grad_log_probs, grad_entropy, *tensors, ctx.temperature, ctx.softcap, need_hidden, need_weight, ctx.backend
     )
     gradients = grad_hidden if need_hidden else None, grad_weight if need_weight else None
-    return *gradients, None, None, None, None, None
+    return *gradients, *(None,) * 6
 
 
 linear_log_probs.register_autograd(_differentiate_linear_log_probs, setup_context=_save_linear_log_probs)
@@ -208,16 +212,18 @@ fused_rectified_policy_loss_and_gradients = _policy_loss("fused_rectified_policy
 
 
 @fused_rectified_policy_loss_and_gradients.register_fake
-def _(hidden, weight, targets, *others):
-    costs, entropy, violations, need_hidden, need_weight = others[4], others[17], others[20], others[22], others[23]
-    responses = costs if violations is None else violations
+def _(*inputs):
+    *arguments, _ = inputs
+    a = FusedArguments(*arguments)
+    responses = a.costs if a.violations is None else a.violations
+    assert responses is not None
 
     def gradient(operand, needed):
         return operand.new_empty(operand.shape if needed else 0, dtype=gradient_dtype(operand.dtype))
 
-    shapes = (), targets.shape, targets.shape if entropy else 0, responses.shape, (), (), ()
-    results = (hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return (*results, gradient(hidden, need_hidden), gradient(weight, need_weight))
+    shapes = (), a.targets.shape, a.targets.shape if a.entropy else 0, responses.shape, (), (), ()
+    results = (a.hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return (*results, gradient(a.hidden, a.need_hidden), gradient(a.weight, a.need_weight))
 
 
 def _scale_in_place(buffer: Tensor, scale: Tensor, backend: str) -> None:

@@ -104,7 +104,13 @@ def _statistics(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def linear_log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, return_entropy: bool, logits_budget: int
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    return_entropy: bool,
+    logits_budget: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Implements the registered op: (log_probs [T], entropy [T] or empty, kept logits), one product."""
     targets = targets.contiguous()
@@ -113,7 +119,7 @@ def linear_log_probs(
     rows = find_rows("linear_log_probs", targets, weight.shape[0])
 
     def row_pass(logits: Tensor, h: Tensor, start: int, stop: int, out: Tensor) -> None:
-        log_prob_rows(logits, h, weight, targets, rows, start, temperature, log_probs, entropy)
+        log_prob_rows(logits, h, weight, targets, rows, start, temperature, softcap, log_probs, entropy)
 
     keep = logits_to_keep(hidden, weight, logits_budget)
     with _device_of(hidden):
@@ -129,6 +135,7 @@ def linear_log_probs_backward(
     targets: Tensor,
     kept: Tensor,
     temperature: float,
+    softcap: float | None,
     need_hidden: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -140,7 +147,7 @@ def linear_log_probs_backward(
     def row_pass(logits: Tensor, h: Tensor, start: int, stop: int, out: Tensor) -> None:
         if out is not logits:
             out.copy_(logits)
-        gradient_rows(out, h, weight, targets, rows, start, temperature, *slopes)
+        gradient_rows(out, h, weight, targets, rows, start, temperature, softcap, *slopes)
 
     with _device_of(hidden):
         grad_hidden, grad_weight = sweep(hidden, weight, rows, row_pass, need_hidden, need_weight, kept=kept)
@@ -165,7 +172,7 @@ def fused_rectified_policy_loss_and_gradients(a: FusedArguments) -> tuple[Tensor
             check_range(op, "sequence_ids of the valid tokens", select(ids, rows), 0, S, "S")
 
         def row_pass(logits: Tensor, h: Tensor, start: int, stop: int, out: Tensor) -> None:
-            chunk = [logits, h, a.weight, targets, rows, start, a.temperature]
+            chunk = [logits, h, a.weight, targets, rows, start, a.temperature, a.softcap]
             everything: list[Any] = [*chunk, *tokens, log_probs, entropy, terms]
             policy_rows(*everything, **options)
 

@@ -87,6 +87,31 @@ def check_number(op: str, name: str, value: object, low: float, high: float = ma
         raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
 
 
+# Logits further apart than so many temperatures are not told apart to 1 by float32.
+MAX_CAP = 2.0**24
+# What the products are divided by, within float32.
+SMALLEST, LARGEST = 1e-38, 1e38
+
+
+def logit_settings(op: str, temperature: object, logit_scale: object, softcap: object) -> tuple[float, float | None]:
+    """Checks what becomes of the products h·Wᵀ; returns (temperature, softcap) of these, both over `logit_scale`."""
+    check_number(op, "temperature", temperature, 0.0, open_low=True)
+    check_number(op, "logit_scale", logit_scale, 0.0, open_low=True)
+    assert isinstance(temperature, int | float) and isinstance(logit_scale, int | float)
+    settings: tuple[float, float | None] = (temperature / logit_scale, None)
+    if softcap is not None:
+        check_number(op, "softcap", softcap, 0.0, open_low=True)
+        assert isinstance(softcap, int | float)
+        if softcap > MAX_CAP * temperature:
+            raise ValueError(f"{op}: softcap must be at most 2**24 times temperature={temperature!r}, got {softcap!r}")
+        settings = (settings[0], softcap / logit_scale)
+    for name, own, scaled in zip(("temperature", "softcap"), (temperature, softcap), settings, strict=True):
+        if scaled is not None and not SMALLEST <= scaled <= LARGEST:
+            over = "" if logit_scale == 1 else f" over logit_scale={logit_scale!r}"
+            raise ValueError(f"{op}: {name}{over} must be {SMALLEST} to {LARGEST}, got {own!r}")
+    return settings
+
+
 def check_bytes(op: str, name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: {name} must be a whole number of bytes, got {value!r}")

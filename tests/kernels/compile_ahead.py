@@ -101,7 +101,16 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     for dtype, V in SHAPES:
         name = f"{str(dtype).removeprefix('torch.')} V={V}"
         logits = torch.zeros(T, row_pitch(V, dtype), dtype=dtype)[:, :V]
-        chunk = logits, torch.zeros(T, D, dtype=dtype), torch.zeros(1, D, dtype=dtype).expand(V, D), ids, ids, 0, 1.0
+        chunk = (
+            logits,
+            torch.zeros(T, D, dtype=dtype),
+            torch.zeros(1, D, dtype=dtype).expand(V, D),
+            ids,
+            ids,
+            0,
+            1.0,
+            None,
+        )
         for entropies in (None, floats):
             case = name if entropies is None else f"{name}, entropy"
             yield case, lambda chunk=chunk, entropies=entropies: log_prob_rows(*chunk, floats, entropies)
@@ -116,9 +125,16 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
             *chunk, *needed, number, floats, floats, floats, floats, floats.expand(3, T), **full,
             entropy_coefficient=0.1, gradient=True,
         )  # fmt: skip
+        capped = *chunk[:-1], 30.0
+        yield f"{name}, softcap", lambda chunk=capped: log_prob_rows(*chunk, floats, floats)
+        yield f"{name}, softcap", lambda chunk=capped: gradient_rows(*chunk, floats, floats)
+        yield f"{name}, softcap", lambda chunk=capped: policy_rows(
+            *chunk, *needed, number, floats, floats, floats, floats, floats.expand(3, T), **full,
+            entropy_coefficient=0.1, gradient=True,
+        )  # fmt: skip
     # A batch of one token, whose sizes are all 1: Triton makes constants of such arguments.
     one, first = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
-    row = torch.zeros(1, 512), torch.zeros(1, D), torch.zeros(500, D), first, None, 0, 0.7
+    row = torch.zeros(1, 512), torch.zeros(1, D), torch.zeros(500, D), first, None, 0, 0.7, None
     single = one, one, one, first, one, torch.zeros(3, dtype=torch.int32), number
     summed = plain | {"reduction": "sum"}
     yield "one token", lambda: log_prob_rows(*row, one, one)

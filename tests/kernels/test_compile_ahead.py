@@ -53,12 +53,17 @@ def test_two_rows_of_an_alpaca_sized_vocabulary_share_a_multiprocessor(table: li
 def test_row_passes_are_bound_by_memory_and_not_by_instructions(table: list[Usage]) -> None:
     """Of an H100's cycles, 4096 rows of 32001 bfloat16 logits take 175 µs to move, and 1 instruction a logit 4.6 µs."""
     cases = tuple(f"{str(dtype).removeprefix('torch.')} V={V}" for dtype, V in ROWS)
-    rows = [row for row in table if row.case.startswith(cases)]
+    rows = [row for row in table if row.case.startswith(cases) and "softcap" not in row.case]
     assert len(rows) == len(SHARED_LIMITS) * len(ROWS) * 7
     for row in rows:
         assert row.loops.barriers == 0 and row.loops.narrow == 0, row
         assert row.loops.statistics <= (9 if "entropy" in row.case or "options" in row.case else 7), row
         assert row.loops.gradient <= 7.5, row
+    capped = [row for row in table if "softcap" in row.case]
+    assert len(capped) == len(SHARED_LIMITS) * (len(ROWS) + 1) * 3
+    for row in capped:
+        assert row.loops.barriers == 0 and row.loops.narrow == 0, row
+        assert row.loops.statistics <= 30 and row.loops.gradient <= 34, row
     alpaca = [row for row in rows if row.case.startswith("bfloat16 V=32001") and row.capability == 90]
     assert all(row.loops.gradient <= 7 and row.loops.whole <= 30 for row in alpaca)
 

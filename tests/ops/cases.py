@@ -65,8 +65,9 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     logits: str = "flat",
     ignored: float = 0.3,
+    **head: Any,
 ) -> Case:
-    """Random inputs with prompts interleaved.
+    """Random inputs with prompts interleaved. `head`: temperature and so on, of which the old log-probabilities are.
 
     `logits`: "flat", of order 1; "peaked", where one token has nearly all of the probability, often the target; "low",
     all near −40, where a vocabulary padded with zeros would win every row.
@@ -84,7 +85,7 @@ def make_case(
         hidden[:, 0] = -20.0
     targets[torch.rand(T, generator=g) < ignored] = -100
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    log_probs, _ = reference.linear_log_probs(hidden.double(), weight.double(), targets)
+    log_probs, _ = reference.linear_log_probs(hidden.double(), weight.double(), targets, **head)
     shift = LOG_RATIOS[torch.randint(0, 4, (T,), generator=g)]
     return Case(
         hidden=hidden,
@@ -117,9 +118,15 @@ def error(value: Tensor, truth: Tensor) -> float:
     return (value.double() - truth).norm().item()
 
 
-def row_bound(case: Case, temperature: float = 1.0) -> Tensor:
+def head_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of `linear_log_probs`: what becomes of the products."""
+    return {name: options[name] for name in ("temperature", "logit_scale", "softcap") if name in options}
+
+
+def row_bound(case: Case, temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
     """The contract's bound on a float32 log-probability's error: 1e-5·max(1, max_j |z_j|), [T]."""
-    logits = case.hidden.double() @ case.weight.double().T / temperature
+    logits = logit_scale * (case.hidden.double() @ case.weight.double().T)
+    logits = (logits if softcap is None else softcap * (logits / softcap).tanh()) / temperature
     return 1e-5 * logits.abs().amax(1).clamp(min=1) if logits.numel() else logits.new_zeros(logits.shape[0])
 
 
@@ -173,7 +180,7 @@ def assert_fused_is_exact(case: Case, options: dict[str, Any]) -> None:
     torch.testing.assert_close(result.violations.double(), violations.double(), atol=1e-6, rtol=1e-6)
     scale = loss_scale(case, options)
     if case.hidden.dtype == torch.float32:
-        bound = row_bound(case, options.get("temperature", 1.0))
+        bound = row_bound(case, **head_options(options))
         assert ((result.log_probs - log_probs).abs() <= bound).all()
         assert ((result.entropy - entropy).abs() <= bound).all()
         assert abs(result.loss.item() - loss.item()) <= 1e-5 * scale
@@ -193,8 +200,15 @@ def assert_fused_is_exact(case: Case, options: dict[str, Any]) -> None:
         assert relative_error(value, truth) <= max(floor, 2 * relative_error(ordinary, truth))
 
 
-def assert_log_probs_are_exact(case: Case, temperature: float, seed: int = 0) -> None:
-    """Values and gradients of `linear_log_probs` against float64, within the tolerances of the contract."""
+def assert_log_probs_are_exact(case: Case, temperature: float, seed: int = 0, **head: Any) -> None:
+    """Values and gradients of `linear_log_probs` against float64, within the tolerances of the contract.
+
+    Args:
+        case, temperature: What it is given.
+        seed: Of the incoming gradients.
+        head: `logit_scale` and `softcap`.
+    """
+    head = {"temperature": temperature, **head}
     g = torch.Generator().manual_seed(seed)
     T = case.targets.numel()
     up = torch.randn(2, T, generator=g)
@@ -206,14 +220,14 @@ def assert_log_probs_are_exact(case: Case, temperature: float, seed: int = 0) ->
         return log_probs.detach(), entropy.detach(), inputs.hidden.grad, inputs.weight.grad
 
     def naive(*arguments: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.linear_log_probs(*arguments, temperature=temperature)
+        return reference.linear_log_probs(*arguments, **head)
 
-    ours = gradients(case, lambda *x: linear_log_probs(*x, temperature=temperature, return_entropy=True))
+    ours = gradients(case, lambda *x: linear_log_probs(*x, **head, return_entropy=True))
     truth = gradients(case.wide(), naive)
     plain = gradients(case, naive)
     assert (ours[0] <= 0).all()
     if case.hidden.dtype == torch.float32:
-        bound = row_bound(case, temperature)
+        bound = row_bound(case, **head)
         assert ((ours[0] - truth[0]).abs() <= bound).all()
         assert ((ours[1] - truth[1]).abs() <= bound).all()
         floor = 1e-5

@@ -54,13 +54,18 @@ class Rows:
             self.exact.scatter_(1, targets.unsqueeze(1), self.hidden.double())
 
     def run(
-        self, a: Tensor, b: Tensor | None, temperature: float = 1.0, threads: int = 1
+        self,
+        a: Tensor,
+        b: Tensor | None,
+        temperature: float = 1.0,
+        threads: int = 1,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """log_probs [R], entropy [R] (without b: 0, not asked for), and the logits' gradient [R, V], given a and b."""
         R, V = self.logits.shape
         weight = None if self.weight is None else array(self.weight)
         hidden = None if self.hidden is None else array(self.hidden)
-        linear = _C.LinearRows(self.targets.numpy(), None, weight, V, temperature, threads)
+        linear = _C.LinearRows(self.targets.numpy(), None, weight, V, temperature, softcap, threads)
         before = self.logits.clone()
         log_probs, entropy = torch.zeros(R), torch.zeros(R)
         entropy_out, b_in = (None, None) if b is None else (entropy.numpy(), b.numpy())
@@ -74,10 +79,13 @@ class Rows:
         self.logits.copy_(before)
         return log_probs, entropy, gradient
 
-    def naive(self, a: Tensor, b: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def naive(
+        self, a: Tensor, b: Tensor, temperature: float, dtype: torch.dtype, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The same by autograd, computed in `dtype` with the exact logits of the targets."""
         z = self.exact.to(dtype, copy=True).requires_grad_()
-        distribution = (z / temperature).log_softmax(1)
+        logits = z if softcap is None else softcap * (z / softcap).tanh()
+        distribution = (logits / temperature).log_softmax(1)
         log_probs = distribution.gather(1, self.targets.unsqueeze(1)).squeeze(1)
         entropy = -(distribution.exp() * distribution).sum(1)
         ((log_probs * a).sum() + (entropy * b).sum()).backward()
@@ -98,16 +106,17 @@ def make_rows(R: int, V: int, dtype: torch.dtype, kind: str = "flat", seed: int 
     return Rows(logits, targets, logits.gather(1, targets.unsqueeze(1)).squeeze(1).float() * 1.02)
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0, 3.0])
 @pytest.mark.parametrize("kind", LOGITS)
 @pytest.mark.parametrize("V", [1, 2, 15, 16, 17, 31, 1000, 32001])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_row_pass_is_exact(instruction_set: str, dtype: torch.dtype, V: int, kind: str) -> None:
+def test_row_pass_is_exact(instruction_set: str, dtype: torch.dtype, V: int, kind: str, softcap: float | None) -> None:
     R, temperature = 9, 0.7
     rows = make_rows(R, V, dtype, kind)
     a, b = torch.randn(2, R)
-    log_probs, entropy, gradient = rows.run(a, b, temperature)
-    truth = rows.naive(a, b, temperature, torch.float64)
-    plain = rows.naive(a, b, temperature, torch.float32)
+    log_probs, entropy, gradient = rows.run(a, b, temperature, softcap=softcap)
+    truth = rows.naive(a, b, temperature, torch.float64, softcap)
+    plain = rows.naive(a, b, temperature, torch.float32, softcap)
     bound = 1e-5 * (rows.exact.abs().amax(1) / temperature).clamp(min=1)
     assert (log_probs <= 0).all()
     assert ((log_probs - truth[0]).abs() <= bound).all()
@@ -270,6 +279,7 @@ LINEAR = {
     "weight": np.zeros((V, D), np.uint16),
     "V": V,
     "temperature": 1.0,
+    "softcap": None,
     "threads": 1,
 }
 CHUNK = {

@@ -202,7 +202,7 @@ def test_nothing_is_kept_where_no_gradient_is_recorded() -> None:
     class Budgets(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.repo_fast.linear_log_probs.default:
-                budgets.append(args[5])
+                budgets.append(args[6])
             return func(*args, **(kwargs or {}))
 
     case = make_case()
@@ -219,7 +219,7 @@ def test_kept_memory_is_the_same_every_time(backend: str) -> None:
     case = make_case(T=40, ignored=0.5)
     torch.use_deterministic_algorithms(True)  # new memory is full of NaN
     try:
-        *_, kept = torch.ops.repo_fast.linear_log_probs(*case.arguments()[:3], 1.0, False, 1 << 20, backend)
+        *_, kept = torch.ops.repo_fast.linear_log_probs(*case.arguments()[:3], 1.0, None, False, 1 << 20, backend)
     finally:
         torch.use_deterministic_algorithms(False)
     rows = case.targets != -100

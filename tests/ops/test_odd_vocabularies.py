@@ -51,8 +51,10 @@ def test_a_gpu_is_given_products_that_it_has_fast_kernels_for(dtype: torch.dtype
     case, ones = make_case(T=T, D=D, V=V, dtype=dtype, ignored=0.0), torch.ones(T)
     inputs = case.hidden, case.weight, case.targets
     with Products() as products:
-        *_, kept = implementation("linear_log_probs", backend)(*inputs, 1.0, True, 0)
-        gradients = implementation("linear_log_probs_backward", backend)(ones, ones, *inputs, kept, 1.0, True, True)
+        *_, kept = implementation("linear_log_probs", backend)(*inputs, 1.0, None, True, 0)
+        gradients = implementation("linear_log_probs_backward", backend)(
+            ones, ones, *inputs, kept, 1.0, None, True, True
+        )
     assert len(products.seen) >= 4
     for product, shape in products.seen:
         assert all(side * product.itemsize % sweep.VECTOR_BYTES == 0 for side in shape)

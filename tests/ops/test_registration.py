@@ -29,13 +29,15 @@ OPS = torch.ops.repo_fast
 MULTIPLIER = torch.tensor(0.5)
 
 
-def fused_inputs(case: Case, given_violations: bool, backend: str, entropy: bool = True) -> tuple[Any, ...]:
+def fused_inputs(
+    case: Case, given_violations: bool, backend: str, entropy: bool = True, softcap: float | None = None
+) -> tuple[Any, ...]:
     return (
         case.hidden, case.weight, case.targets, case.old_log_probs, case.reward_advantages, case.cost_advantages,
         case.sequence_ids, None if given_violations else case.costs, None if given_violations else case.prompt_ids,
-        MULTIPLIER, "prompt", 0.0, True, "separate", 0.2, 0.2, 1.0, case.ref_log_probs, 0.1, 0.1 if entropy else 0.0,
-        entropy, "sequence_mean", torch.tensor(3.0), case.costs if given_violations else None, case.importance_weights,
-        backend,
+        MULTIPLIER, "prompt", 0.0, True, "separate", 0.2, 0.2, 1.0, softcap, case.ref_log_probs, 0.1,
+        0.1 if entropy else 0.0, entropy, "sequence_mean", torch.tensor(3.0), case.costs if given_violations else None,
+        case.importance_weights, backend,
     )  # fmt: skip
 
 
@@ -43,14 +45,15 @@ def fused_inputs(case: Case, given_violations: bool, backend: str, entropy: bool
 def test_opcheck_linear_ops(dtype: torch.dtype, backend: str) -> None:
     case = make_case(dtype=dtype).copy()
     for entropy in (False, True):
-        for budget in (0, 1 << 20):
+        for budget, softcap in ((0, None), (1 << 20, 2.0)):
             torch.library.opcheck(
-                OPS.linear_log_probs.default, (case.hidden, case.weight, case.targets, 0.9, entropy, budget, backend)
+                OPS.linear_log_probs.default,
+                (case.hidden, case.weight, case.targets, 0.9, softcap, entropy, budget, backend),
             )
     for entropy in (False, True):
         torch.library.opcheck(OPS.fused_rectified_policy_loss.default, fused_inputs(case, False, backend, entropy))
     plain = make_case(dtype=dtype)
-    torch.library.opcheck(OPS.fused_rectified_policy_loss.default, fused_inputs(plain, True, backend))
+    torch.library.opcheck(OPS.fused_rectified_policy_loss.default, fused_inputs(plain, True, backend, softcap=2.0))
     for need_hidden, need_weight in ((True, True), (False, True)):
         torch.library.opcheck(
             OPS.fused_rectified_policy_loss_and_gradients.default,
@@ -58,8 +61,10 @@ def test_opcheck_linear_ops(dtype: torch.dtype, backend: str) -> None:
         )
     up, inputs = torch.randn(37), (plain.hidden, plain.weight, plain.targets)
     for budget in (0, 1 << 20):
-        kept = OPS.linear_log_probs(*inputs, 0.9, True, budget, backend)[2]
-        torch.library.opcheck(OPS.linear_log_probs_backward.default, (up, up, *inputs, kept, 0.9, True, False, backend))
+        kept = OPS.linear_log_probs(*inputs, 0.9, 2.0, True, budget, backend)[2]
+        torch.library.opcheck(
+            OPS.linear_log_probs_backward.default, (up, up, *inputs, kept, 0.9, 2.0, True, False, backend)
+        )
 
 
 def test_opcheck_others(backend: str) -> None:
@@ -91,7 +96,8 @@ def everything(hidden: torch.Tensor, weight: torch.Tensor, case: Case, multiplie
     fused = fused_rectified_policy_loss(2 * hidden, weight, *case.arguments()[2:], multiplier=multiplier)
     plain = fused_rectified_policy_loss(hidden, weight, *case.arguments()[2:], multiplier=multiplier, entropy=False)
     assert plain.entropy is None
-    kept = linear_log_probs(hidden, weight, case.targets, logits_budget=1 << 20).sum()
+    head = {"logit_scale": 2.0 * float(multiplier), "softcap": 3.0} if isinstance(multiplier, float) else {}
+    kept = linear_log_probs(hidden, weight, case.targets, logits_budget=1 << 20, **head).sum()
     return loss + 3 * fused.loss + plain.loss + entropy.sum() + 2 * kept, fused.log_probs
 
 
@@ -209,18 +215,18 @@ def test_only_the_products_that_are_needed(dtype: torch.dtype, backend: str) -> 
         assert watch_fused(case, backend, bool(need_hidden), bool(need_weight)).products == products
     up, inputs = torch.ones(37), (case.hidden, case.weight, case.targets)
     with Watch() as watch:
-        *_, nothing = implementation("linear_log_probs", backend)(*inputs, 1.0, True, 0)
+        *_, nothing = implementation("linear_log_probs", backend)(*inputs, 1.0, None, True, 0)
     assert watch.products == 1 and nothing.numel() == 0
-    *_, kept = implementation("linear_log_probs", backend)(*inputs, 1.0, True, 1 << 20)
+    *_, kept = implementation("linear_log_probs", backend)(*inputs, 1.0, None, True, 1 << 20)
     for need_hidden, need_weight, products in ((1, 0, 2), (0, 1, 2), (1, 1, 3)):
         with Watch() as watch:
             implementation("linear_log_probs_backward", backend)(
-                up, up, *inputs, nothing, 1.0, bool(need_hidden), bool(need_weight)
+                up, up, *inputs, nothing, 1.0, None, bool(need_hidden), bool(need_weight)
             )
         assert watch.products == products
         with Watch() as watch:
             implementation("linear_log_probs_backward", backend)(
-                up, up, *inputs, kept, 1.0, bool(need_hidden), bool(need_weight)
+                up, up, *inputs, kept, 1.0, None, bool(need_hidden), bool(need_weight)
             )
         assert watch.products == products - 1
 
@@ -262,7 +268,7 @@ def test_rows_that_are_ignored_cost_no_product(backend: str) -> None:
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     with Rows():
-        implementation("linear_log_probs", backend)(case.hidden, case.weight, case.targets, 1.0, False, 0)
+        implementation("linear_log_probs", backend)(case.hidden, case.weight, case.targets, 1.0, None, False, 0)
     assert rows == [int((case.targets != -100).sum())]
 
 

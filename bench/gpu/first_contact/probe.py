@@ -191,7 +191,7 @@ def row_passes(hidden: Tensor, weight: Tensor, buffer: Tensor, facts: dict[str, 
     g = torch.Generator(device).manual_seed(1)
     targets = torch.randint(V, (R,), generator=g, device=device)
     log_probs, entropies, *up = torch.randn(4, R, generator=g, device=device) / R
-    chunk = logits, hidden, weight, targets, None, 0, 1.0
+    chunk = logits, hidden, weight, targets, None, 0, 1.0, None
     passes = {
         "log-probs": (1, partial(log_prob_rows, *chunk, log_probs, None)),
         "log-probs and entropies": (1, partial(log_prob_rows, *chunk, log_probs, entropies)),

@@ -2,7 +2,7 @@
 
 from bench.loss_head.peers.cce import CCE
 from bench.loss_head.peers.liger import LIGER, LIGER_CE, LIGER_SCALED
-from bench.loss_head.peers.ours import OURS, OURS_TORCH
+from bench.loss_head.peers.ours import OURS, OURS_CAPPED, OURS_TORCH
 from bench.loss_head.peers.peer import Peer
 from bench.loss_head.peers.plain import COMPILE, PLAIN
 from bench.loss_head.peers.products import PRODUCTS
@@ -17,6 +17,7 @@ PEERS = {
     for peer in (
         PRODUCTS,
         OURS,
+        OURS_CAPPED,
         OURS_TORCH,
         PLAIN,
         COMPILE,

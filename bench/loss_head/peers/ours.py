@@ -1,6 +1,7 @@
 """The ops of this repository."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -9,11 +10,11 @@ from bench.loss_head.peers.peer import Peer, autograd_tasks
 from repo_fast.ops import fused_rectified_policy_loss, linear_log_probs
 
 
-def _log_probs(case: Case, backend: str) -> Callable[[], Tensor]:
-    return lambda: linear_log_probs(case.hidden, case.weight, case.targets, backend=backend)
+def _log_probs(case: Case, options: dict[str, Any]) -> Callable[[], Tensor]:
+    return lambda: linear_log_probs(case.hidden, case.weight, case.targets, **options)
 
 
-def _policy_loss(case: Case, backend: str) -> Callable[[], Tensor]:
+def _policy_loss(case: Case, options: dict[str, Any]) -> Callable[[], Tensor]:
     def compute() -> Tensor:
         return fused_rectified_policy_loss(
             case.hidden,
@@ -28,17 +29,19 @@ def _policy_loss(case: Case, backend: str) -> Callable[[], Tensor]:
             multiplier=MULTIPLIER,
             clip=(CLIP, CLIP),
             reduction="token_mean",
-            backend=backend,
+            **options,
         ).loss
 
     return compute
 
 
-def _peer(name: str, backend: str, notes: str) -> Peer:
+def _peer(name: str, notes: str, **options: Any) -> Peer:
     return Peer(
-        name, notes, autograd_tasks(lambda case: _log_probs(case, backend), lambda case: _policy_loss(case, backend))
+        name, notes, autograd_tasks(lambda case: _log_probs(case, options), lambda case: _policy_loss(case, options))
     )
 
 
-OURS = _peer("repo_fast", "auto", 'backend="auto"')
-OURS_TORCH = _peer("repo_fast torch", "torch", 'backend="torch", chunked PyTorch')
+OURS = _peer("repo_fast", 'backend="auto"', backend="auto")
+# So far off that the results are the same: what a cap costs, whatever it is.
+OURS_CAPPED = _peer("repo_fast softcap", 'backend="auto", softcap=1e6, which changes no result', softcap=1e6)
+OURS_TORCH = _peer("repo_fast torch", 'backend="torch", chunked PyTorch', backend="torch")
