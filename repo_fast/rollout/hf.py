@@ -11,7 +11,7 @@ compilation, was measured no faster than one that grows.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,9 +33,14 @@ from repo_fast.errors import InputError, first_line
 from repo_fast.models.model_config import load_config
 from repo_fast.models.vocabulary import never_drawn
 from repo_fast.rollout import Finished, Request, Rollout
+from repo_fast.rollout.hand_over import TOLERANCE
 
 if TYPE_CHECKING:
     from repo_fast.engine import Engine
+
+
+# Set on a model that was found to generate from what it is trained to give.
+_CHECKED = "generation_checked"
 
 
 class HfSampler:
@@ -210,6 +215,8 @@ def generate(
     model.generation_config = settings
     model.eval()
     try:
+        if requests:
+            check_generation(model, pad, device, config.batch_size)
         for start in range(0, len(order), config.batch_size):
             indices = order[start : start + config.batch_size]
             drawn, recorded, stopped = _generate_batch(
@@ -236,6 +243,56 @@ def generate(
         dialogues=[request.prompt.asked for request in requests],
         computed_positions=computed_positions,
     )
+
+
+@torch.no_grad()
+def check_generation(model: nn.Module, pad: int, device: torch.device, batch_size: int) -> None:
+    """Make sure, once for a model, that it gives its tokens the same probabilities as it generates, in a batch behind
+    padding and with a cache, as alone and without, which is how it is trained. Draws nothing at random.
+
+    Args:
+        model: In evaluation mode, with whole parameters.
+        pad: The token that stands before shorter prompts.
+        device: Where it is.
+        batch_size: How many responses are drawn at once; 1 needs no padding.
+
+    Raises:
+        InputError: They differ by more than rounding does. Some recurrent states take padding in, or those of others.
+    """
+    if getattr(model, _CHECKED, False):
+        return
+    input_ids = torch.tensor([[pad, pad, pad, 1, 0], [0, 1, 2, 3, 1]], device=device)
+    if batch_size == 1:
+        input_ids[0, :3] = 2
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[0, :3] = batch_size == 1
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=3, pad_token_id=pad, output_logits=True, return_dict_in_generate=True
+    )
+    gaps = []
+    for batch in ([0], [1]) if batch_size == 1 else ([0, 1],):
+        rows = model.generate(
+            input_ids=input_ids[batch], attention_mask=attention_mask[batch], generation_config=settings
+        )
+        starts = (attention_mask[batch] == 0).sum(1).tolist()
+        gaps += [gap for row, start in enumerate(starts) for gap in _gaps_to_alone(model, rows, row, start)]
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    tolerance, gap = TOLERANCE.get(dtype, max(TOLERANCE.values())), sum(gaps) / len(gaps)
+    if gap > tolerance:  # of a NaN, which no token can be drawn from, the draw itself complains
+        how, instead = ("alone", "another architecture") if batch_size == 1 else ("in a batch", "a batch size of 1")
+        raise InputError(
+            f"the policy ({type(model).__name__}) generates {how} from other probabilities than it is trained to give: "
+            f"they differ by {gap:.3g} nats on average, expected at most {tolerance:g}; choose {instead}"
+        )
+    setattr(model, _CHECKED, True)
+
+
+def _gaps_to_alone(model: nn.Module, rows: Any, row: int, start: int) -> list[float]:
+    """Of each token that was generated in a row, which begins at `start`: between its two log-probabilities (nats)."""
+    sequence, together = rows.sequences[row, start:], [logits[row] for logits in rows.logits]
+    alone = model(input_ids=sequence[None], use_cache=False).logits[0, -len(together) - 1 : -1]
+    pairs = zip(sequence[-len(together) :], together, alone, strict=True)
+    return [abs(float(a.float().log_softmax(-1)[t] - b.float().log_softmax(-1)[t])) for t, a, b in pairs]
 
 
 def _generate_batch(model, tokenizer, prompts: list[torch.Tensor], config: SamplingConfig, device, pad: int):

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from bench.trainer.architectures import config_of, save_model
 from repo_fast.config import RolloutConfig
 from repo_fast.data import Prompt
+from repo_fast.errors import InputError
 from repo_fast.models.policy import Policy
 from repo_fast.ops import linear_log_probs
 from repo_fast.packing.rows import pack
 from repo_fast.rollout import Rollout, hf
-from repo_fast.rollout.hf import Request, end_tokens, generate, generation_settings, stop_alike
+from repo_fast.rollout.hf import Request, check_generation, end_tokens, generate, generation_settings, stop_alike
 from tests.families import FAMILIES, family_tokenizer
 from tests.tiny import EOS, save_policy, word_tokenizer
 
@@ -58,7 +60,7 @@ def trainer_log_probs(policy: Policy, rollout: Rollout, temperature: float) -> l
     """As the trainer computes them: packed, without padding, at the head."""
     batch = pack(rollout.prompt_tokens, rollout.response_tokens, CPU)
     with torch.no_grad():
-        packed = policy(batch, lambda h, w, b: linear_log_probs(h, w, b.targets, temperature=temperature))
+        packed = policy(batch, lambda h, p, b: linear_log_probs(h, p.weight, b.targets, temperature=temperature))
     return list(packed.split([tokens.numel() for tokens in rollout.response_tokens]))
 
 
@@ -263,3 +265,25 @@ def test_a_folder_without_generation_settings_has_its_configurations(folder: Pat
     model = Policy.from_pretrained(str(tmp_path / "policy"), dtype=torch.float32, attention="sdpa").model
     settings = generation_settings(str(tmp_path / "policy"))
     assert settings.eos_token_id == model.generation_config.eos_token_id == [2, 5]
+
+
+@pytest.mark.parametrize("architecture", ["recurrent_gemma", "rwkv"])
+def test_a_model_that_generates_otherwise_in_a_batch_is_refused(architecture: str, tmp_path: Path) -> None:
+    """Its tokens would be drawn from another distribution than the one that is trained; one by one they are not."""
+    save_model(config_of(architecture), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    with pytest.raises(InputError, match="generates in a batch from other probabilities .*; choose a batch size of 1"):
+        check_generation(model, 0, CPU, batch_size=8)
+    check_generation(model, 0, CPU, batch_size=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mamba", "bloom"])
+def test_what_generates_as_it_is_trained_is_found_once(architecture: str, batch_size: int, tmp_path: Path) -> None:
+    save_model(config_of(architecture), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    state = torch.get_rng_state()
+    check_generation(model, 0, CPU, batch_size)
+    assert torch.equal(torch.get_rng_state(), state)
+    model.generate = None  # not looked at again
+    check_generation(model, 0, CPU, batch_size)
