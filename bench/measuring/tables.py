@@ -1,4 +1,4 @@
-"""Tables as the GPU suite prints them, and targets."""
+"""Tables in Markdown, and targets."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from repo_fast.data import Prompt
-from repo_fast.evaluation.judge import Answer, Comparison, Judge
+from repo_fast.evaluation.judge import ComparingJudge, Comparison
+from repo_fast.judging.judge import Answer
 from repo_fast.report.comparison import Judgments
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ SECONDS_BETWEEN_MESSAGES = 20.0
 
 
 def judge_policies(
-    judge: Judge,
+    judge: ComparingJudge,
     rows: Rows,
     reference: str,
     prompts: Mapping[int, Prompt],
@@ -37,7 +38,7 @@ def judge_policies(
         report says of the judge.
 
     Raises:
-        InputError: The judge cannot be asked; see `Judge`.
+        InputError: The judge cannot be asked; see `Judge.rate`.
     """
     config = judge.config
     judged = {

@@ -22,16 +22,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from repo_fast.errors import InputError, first_line
 from repo_fast.models.model_config import load_config, set_aside
 from repo_fast.models.weight_files import Checkpoint, find_file
-
-if TYPE_CHECKING:
-    pass
 
 _log = logging.getLogger(__name__)
 

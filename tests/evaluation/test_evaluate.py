@@ -14,8 +14,8 @@ from repo_fast.evaluation import evaluator
 from repo_fast.evaluation.cache import locked, scorer_fingerprint
 from repo_fast.report.measures import Evaluation, prompt_measures
 from repo_fast.scoring import FunctionScorer, ScorerSpec
-from tests.evaluation.judge_server import JudgeServer, Response
 from tests.job_runs import PROMPTS, REPOSITORY, Job, run, snapshot, torchrun, write_lines
+from tests.judging.judge_server import JudgeServer, Response
 from tests.tiny import save_beaver, save_policy
 
 # Deterministic ones: those of `tests.scorers` draw random numbers.

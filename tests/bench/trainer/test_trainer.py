@@ -9,14 +9,11 @@ import torch
 
 pytest.importorskip("trl", reason="the benchmark measures beside TRL")
 
-from bench import (
-    rollout_phase,
-    training_phase,  # noqa: E402
-)
+from bench import rollout_phase, training_phase  # noqa: E402
 from bench.job_folder import make_policy, make_tokenizer  # noqa: E402
 from bench.step_phase import summarize  # noqa: E402
-from bench.trainer import __main__ as trainer
-from bench.trainer import on_paper
+from bench.trainer import __main__ as trainer  # noqa: E402
+from bench.trainer import on_paper  # noqa: E402
 from bench.training_phase import BASELINE, GEOMETRIES, IN_PARTS, OURS  # noqa: E402
 from repo_fast.speed.throughput import PHASES  # noqa: E402
 

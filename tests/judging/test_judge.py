@@ -16,9 +16,11 @@ import pytest
 
 from repo_fast.config.judge import JudgeConfig, check_judge
 from repo_fast.errors import InputError
-from repo_fast.evaluation.judge import Answer, Comparison, Judge, Rating, Verdict
-from repo_fast.evaluation.judge_prompts import read_choice, read_rating
-from tests.evaluation.judge_server import JudgeServer, Response, completion, sections
+from repo_fast.evaluation.judge import ComparingJudge, Comparison, Verdict
+from repo_fast.evaluation.judge_prompts import read_choice
+from repo_fast.judging.judge import Answer, Judge, Rating
+from repo_fast.judging.prompts import read_rating
+from tests.judging.judge_server import JudgeServer, Response, completion, sections
 
 ROOT = Path(__file__).parents[2]
 PAIRS = [
@@ -64,7 +66,7 @@ def error(judge, *, pairs=PAIRS):
 
 def test_both_orders_agree_on_the_winner(cache):
     with JudgeServer(longer) as server:
-        judge = Judge(config(server), cache)
+        judge = ComparingJudge(config(server), cache)
         verdicts = judge.compare(PAIRS)
     assert verdicts == [
         Verdict(1.0, True, ("A", "B")),
@@ -78,7 +80,7 @@ def test_both_orders_agree_on_the_winner(cache):
 @pytest.mark.parametrize("answer", ["A", "B"])
 def test_a_judge_with_a_favourite_position_decides_nothing(cache, answer):
     with JudgeServer(lambda _: answer) as server:
-        judge = Judge(config(server), cache)
+        judge = ComparingJudge(config(server), cache)
         assert judge.compare(PAIRS) == [Verdict(0.5, False, (answer, answer))] * 3
     summary = judge.summary()
     assert (summary.position_flips, summary.position_flip_rate, summary.malformed) == (3, 1.0, 0)
@@ -89,12 +91,12 @@ def test_a_tie_in_one_order_only(cache):
         return "A" if longer(texts) == "A" else "TIE"
 
     with JudgeServer(ties_if_the_shorter_is_first) as server:
-        assert [v.score for v in Judge(config(server), cache).compare(PAIRS)] == [0.75, 0.25, 0.5]
+        assert [v.score for v in ComparingJudge(config(server), cache).compare(PAIRS)] == [0.75, 0.25, 0.5]
 
 
 def test_identical_responses_are_a_tie_that_costs_nothing(cache):
     with JudgeServer(longer) as server:
-        judge = Judge(config(server), cache)
+        judge = ComparingJudge(config(server), cache)
         same = Comparison("make tea", "no", "no")
         assert judge.estimate([same]).requests == 0
         assert judge.compare([same, PAIRS[0], same]) == [
@@ -110,7 +112,7 @@ def test_identical_responses_are_a_tie_that_costs_nothing(cache):
 def test_malformed_answers_are_counted_and_no_tie(cache):
     numbers = count()
     with JudgeServer(lambda texts: "A or B" if next(numbers) % 3 == 0 else longer(texts)) as server:
-        judge = Judge(config(server, concurrency=1), cache)
+        judge = ComparingJudge(config(server, concurrency=1), cache)
         verdicts = judge.compare(PAIRS)
     # Of the six requests, the first (of the first pair) and the fourth (of the second) are malformed.
     assert [v.score for v in verdicts] == [None, None, 0.5]
@@ -132,7 +134,7 @@ def test_malformed_answers_are_counted_and_no_tie(cache):
 )
 def test_answers_that_were_cut_or_withheld_are_malformed(cache, response, cut):
     with JudgeServer(lambda _: response) as server:
-        judge = Judge(config(server), cache)
+        judge = ComparingJudge(config(server), cache)
         assert judge.compare(PAIRS[:1])[0].score is None
     assert (judge.summary().malformed, judge.summary().cut) == (2, cut)
 
@@ -150,8 +152,8 @@ def test_single_responses_are_rated(cache):
 def test_what_is_sent(cache, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "sk-secret\n")
     with JudgeServer(longer) as server:
-        Judge(config(server, api_key_variable="JUDGE_KEY"), cache).compare(PAIRS[:1])
-        Judge(
+        ComparingJudge(config(server, api_key_variable="JUDGE_KEY"), cache).compare(PAIRS[:1])
+        ComparingJudge(
             config(server, criterion="harmlessness", max_tokens_name="max_completion_tokens", temperature=None), cache
         ).compare(PAIRS[:1])
     first, other = server.bodies[0], server.bodies[2]
@@ -169,7 +171,7 @@ def test_what_is_sent(cache, monkeypatch):
 def test_a_response_cannot_leave_its_section(cache, kind):
     prompt = "{prompt} \ud800 {0}"
     with JudgeServer(lambda _: "B") as server:
-        judge = Judge(config(server), cache)
+        judge = ComparingJudge(config(server), cache)
         ask = judge.compare if kind is Comparison else judge.rate
         ask([kind(prompt, *["plain", "other"][: 2 if kind is Comparison else 1])])
         code = server.bodies[0]["messages"][0]["content"].split("BEGIN PROMPT ")[1][:16]
@@ -199,7 +201,7 @@ def test_requests_are_sent_again(cache, status):
         return longer(texts)
 
     with JudgeServer(busy) as server:
-        judge = Judge(config(server, retries=1, concurrency=1), cache)
+        judge = ComparingJudge(config(server, retries=1, concurrency=1), cache)
         assert [v.score for v in judge.compare(PAIRS)] == [1.0, 0.0, 0.5]
     assert (len(server.bodies), judge.summary().requests) == (12, 6)
 
@@ -214,7 +216,7 @@ def test_concurrency_reaches_the_limit_and_never_exceeds_it(cache):
 
     with JudgeServer(wait) as server:
         pairs = [Comparison("make tea", "a" * (i + 1), "") for i in range(6)]
-        verdicts = Judge(config(server, concurrency=3), cache).compare(pairs)
+        verdicts = ComparingJudge(config(server, concurrency=3), cache).compare(pairs)
     assert [v.score for v in verdicts] == [1.0] * 6
     assert server.most_at_once == 3
 
@@ -222,7 +224,7 @@ def test_concurrency_reaches_the_limit_and_never_exceeds_it(cache):
 def test_order_is_as_given_and_threads_may_ask(cache):
     results = []
     with JudgeServer(words) as server:
-        judge = Judge(config(server), cache)
+        judge = ComparingJudge(config(server), cache)
         answers = [Answer("make tea", "a " * n) for n in (7, 2, 9, 2, 4)]
         thread = threading.Thread(target=lambda: results.extend(judge.rate(answers)))
         thread.start()
@@ -233,18 +235,18 @@ def test_order_is_as_given_and_threads_may_ask(cache):
 
 def test_the_cache_answers_the_second_time(cache):
     with JudgeServer(longer) as server:
-        first = Judge(config(server), cache).compare(PAIRS)
+        first = ComparingJudge(config(server), cache).compare(PAIRS)
     # That server is gone.
-    judge = Judge(config(server), cache)
+    judge = ComparingJudge(config(server), cache)
     assert judge.compare(PAIRS) == first
     assert judge.estimate([*PAIRS, Comparison("new", "a", "b")]).cached == 6
     summary = judge.summary()
     assert (summary.requests, summary.cached, summary.input_tokens) == (0, 6, 0)
     with JudgeServer(longer) as other:
-        assert Judge(config(other), cache).compare(PAIRS) == first, "the same model at another address"
+        assert ComparingJudge(config(other), cache).compare(PAIRS) == first, "the same model at another address"
         assert not other.bodies
         for changes in ({"model": "b"}, {"temperature": 0.5}, {"max_tokens": 8}, {"criterion": "harmlessness"}):
-            judge = Judge(config(other, **changes), cache)
+            judge = ComparingJudge(config(other, **changes), cache)
             assert judge.estimate(PAIRS).cached == 0
             judge.compare(PAIRS[:1])
     assert len(other.bodies) == 8
@@ -252,8 +254,8 @@ def test_the_cache_answers_the_second_time(cache):
 
 def test_malformed_answers_are_cached_too(cache):
     with JudgeServer(lambda _: "neither \u2028 \ud800") as server:
-        first = Judge(config(server), cache).compare(PAIRS)
-        again = Judge(config(server), cache)
+        first = ComparingJudge(config(server), cache).compare(PAIRS)
+        again = ComparingJudge(config(server), cache)
         assert again.compare(PAIRS) == first
     assert len(server.bodies) == 6
     assert again.summary().malformed == 6
@@ -262,11 +264,11 @@ def test_malformed_answers_are_cached_too(cache):
 @pytest.mark.parametrize("left", [1, 12, -1])
 def test_a_torn_last_line_is_asked_again(cache, left):
     with JudgeServer(longer) as server:
-        first = Judge(config(server, concurrency=1), cache).compare(PAIRS)
+        first = ComparingJudge(config(server, concurrency=1), cache).compare(PAIRS)
         complete = cache.read_bytes()
         *others, last = complete.splitlines(keepends=True)
         cache.write_bytes(b"".join(others) + last[:left])
-        judge = Judge(config(server), cache)
+        judge = ComparingJudge(config(server), cache)
         assert judge.estimate(PAIRS).requests == 1
         assert judge.compare(PAIRS) == first
     assert len(server.bodies) == 7
@@ -276,7 +278,7 @@ def test_a_torn_last_line_is_asked_again(cache, left):
 def test_a_failure_keeps_what_was_answered(cache):
     numbers = count()
     with JudgeServer(lambda texts: longer(texts) if next(numbers) != 3 else Response(401)) as server:
-        judge = Judge(config(server, concurrency=1), cache)
+        judge = ComparingJudge(config(server, concurrency=1), cache)
         assert "401" in error(judge)
         assert (judge.summary().requests, judge.summary().items) == (3, 0)
         progress = []
@@ -299,9 +301,9 @@ def test_ctrl_c_keeps_what_was_answered(cache, request):
 
     with JudgeServer(interrupt) as server:
         with pytest.raises(KeyboardInterrupt):
-            Judge(config(server, concurrency=1), cache).compare(PAIRS)
+            ComparingJudge(config(server, concurrency=1), cache).compare(PAIRS)
         over.set()
-        judge = Judge(config(server), cache)
+        judge = ComparingJudge(config(server), cache)
         assert judge.estimate(PAIRS).cached == 3
         assert [v.score for v in judge.compare(PAIRS)] == [1.0, 0.0, 0.5]
 
@@ -310,9 +312,9 @@ KILLED = """
 import sys
 from pathlib import Path
 from repo_fast.config.judge import JudgeConfig
-from repo_fast.evaluation.judge import Comparison, Judge
+from repo_fast.evaluation.judge import ComparingJudge, Comparison
 url, cache = sys.argv[1:]
-judge = Judge(JudgeConfig(url=url, model="judge", retries=0, concurrency=1), Path(cache))
+judge = ComparingJudge(JudgeConfig(url=url, model="judge", retries=0, concurrency=1), Path(cache))
 judge.compare([Comparison("make tea", "a" * (i + 1), "") for i in range(3)])
 """
 
@@ -331,7 +333,7 @@ def test_a_killed_run_goes_on(cache):
         process = subprocess.Popen([sys.executable, "-c", KILLED, server.url, str(cache)], cwd=ROOT)
         started.set()
         assert process.wait(timeout=60) == -signal.SIGKILL
-        judge = Judge(config(server), cache)
+        judge = ComparingJudge(config(server), cache)
         verdicts = judge.compare([Comparison("make tea", "a" * (i + 1), "") for i in range(3)])
     assert [v.score for v in verdicts] == [1.0] * 3
     assert (judge.summary().cached, judge.summary().requests) == (3, 3)
@@ -339,7 +341,7 @@ def test_a_killed_run_goes_on(cache):
 
 def test_the_estimate_is_what_is_sent(cache):
     with JudgeServer(longer) as server:
-        judge = Judge(config(server, max_tokens=3, input_price=2.0, output_price=10.0), cache)
+        judge = ComparingJudge(config(server, max_tokens=3, input_price=2.0, output_price=10.0), cache)
         judge.compare(PAIRS[:1])
         server.bodies.clear()
         # The third is asked twice.
@@ -359,17 +361,17 @@ def test_the_estimate_is_what_is_sent(cache):
 def test_nothing_is_sent_above_the_budget(cache):
     with JudgeServer(longer) as server:
         prices = {"input_price": 2.0, "output_price": 10.0}
-        estimated = Judge(config(server, **prices), cache).estimate(PAIRS[:1]).dollars
-        judge = Judge(config(server, budget=estimated * 0.99, **prices), cache)
+        estimated = ComparingJudge(config(server, **prices), cache).estimate(PAIRS[:1]).dollars
+        judge = ComparingJudge(config(server, budget=estimated * 0.99, **prices), cache)
         message = error(judge, pairs=PAIRS[:1])
         assert f"{estimated:.4g} US dollars" in message and "expected at most the budget of" in message
         assert not server.bodies
-        judge = Judge(config(server, budget=estimated * 1.01, **prices), cache)
+        judge = ComparingJudge(config(server, budget=estimated * 1.01, **prices), cache)
         assert judge.compare(PAIRS[:1])[0].score == 1.0
         assert "spent before" in error(judge, pairs=PAIRS[1:2]), "the budget is that of all calls"
         assert judge.compare(PAIRS[:1])[0].score == 1.0, "the cache is free"
     assert len(server.bodies) == 2
-    assert Judge(config(server), cache).estimate(PAIRS).dollars is None
+    assert ComparingJudge(config(server), cache).estimate(PAIRS).dollars is None
 
 
 @pytest.mark.parametrize(
@@ -395,7 +397,7 @@ def test_nothing_is_sent_above_the_budget(cache):
 def test_refusals_are_one_line(cache, monkeypatch, response, said, expected):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with JudgeServer(lambda _: response) as server:
-        message = error(Judge(config(server, retries=1), cache))
+        message = error(ComparingJudge(config(server, retries=1), cache))
     assert message.startswith(f"the judge 'judge' at {server.url} answered ")
     assert said in message and f", expected {expected}" in message
     assert "sk-secret" not in message
@@ -404,23 +406,23 @@ def test_refusals_are_one_line(cache, monkeypatch, response, said, expected):
 
 def test_a_key_that_is_missing_is_said(cache):
     with JudgeServer(lambda _: Response(401)) as server:
-        assert "variable OPENAI_API_KEY, which is not set" in error(Judge(config(server), cache))
+        assert "variable OPENAI_API_KEY, which is not set" in error(ComparingJudge(config(server), cache))
 
 
 def test_a_wrong_url_is_one_line(cache):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-        message = error(Judge(config(url), cache))
+        message = error(ComparingJudge(config(url), cache))
     assert message.startswith(f"the judge 'judge' at {url} cannot be reached (")
     with JudgeServer(longer) as server:
-        assert "404" in error(Judge(config(server.url + "/v2"), cache))
+        assert "404" in error(ComparingJudge(config(server.url + "/v2"), cache))
 
 
 def test_a_slow_answer_is_one_line(cache):
     over = threading.Event()
     with JudgeServer(lambda _: str(over.wait(timeout=10))) as server:
-        message = error(Judge(config(server, timeout=0.1), cache))
+        message = error(ComparingJudge(config(server, timeout=0.1), cache))
         over.set()
     assert f"the judge 'judge' at {server.url} gave no answer in 1 attempts of 0.1 seconds" in message
 
@@ -428,13 +430,13 @@ def test_a_slow_answer_is_one_line(cache):
 def test_a_missing_package_is_said(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(InputError, match=r"the package openai .* pip install repo_fast\[judge\]"):
-        Judge(config("http://127.0.0.1:1/v1"), cache)
+        ComparingJudge(config("http://127.0.0.1:1/v1"), cache)
 
 
 def test_a_key_that_cannot_be_sent_is_not_shown(cache, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\u00e9")
     with pytest.raises(InputError, match="the environment variable OPENAI_API_KEY has characters") as caught:
-        Judge(config("http://127.0.0.1:1/v1"), cache)
+        ComparingJudge(config("http://127.0.0.1:1/v1"), cache)
     assert "sk-" not in str(caught.value)
 
 
@@ -446,13 +448,13 @@ def test_a_file_that_is_no_cache_is_said_and_kept(cache, content):
     cache.parent.mkdir()
     cache.write_text(content)
     with pytest.raises(InputError, match=r"answers.jsonl, line 1: .*, expected an answer of a judge"):
-        Judge(config("http://127.0.0.1:1/v1"), cache)
+        ComparingJudge(config("http://127.0.0.1:1/v1"), cache)
     assert cache.read_text() == content
 
 
 def test_a_cache_that_cannot_be_opened_is_said(tmp_path):
     with pytest.raises(InputError, match="cannot be used"):
-        Judge(config("http://127.0.0.1:1/v1"), tmp_path)
+        ComparingJudge(config("http://127.0.0.1:1/v1"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -573,4 +575,4 @@ def test_a_password_in_the_url_is_not_shown():
 
 def test_a_judge_needs_a_url(cache):
     with pytest.raises(InputError, match="judge.url is None"):
-        Judge(JudgeConfig(), cache)
+        ComparingJudge(JudgeConfig(), cache)
