@@ -14,6 +14,7 @@ from transformers.integrations.deepspeed import deepspeed_config
 from repo_fast.config import EngineConfig, OptimizerConfig, RolloutConfig
 from repo_fast.data import Prompt
 from repo_fast.engine import Engine, learning_rate_factor, sharded_loading, start_distributed, stop_distributed
+from repo_fast.models.loss_head import Projection
 from repo_fast.models.policy import Policy
 from repo_fast.ops import linear_log_probs
 from repo_fast.packing.rows import PackedBatch, pack
@@ -51,8 +52,8 @@ def batch(rank: int) -> PackedBatch:
     return pack([torch.tensor(p) for p in prompts], [torch.tensor(r) for r in responses], CPU)
 
 
-def negative_log_likelihood(hidden: torch.Tensor, weight: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-    return -linear_log_probs(hidden, weight, packed.targets).sum() / TOKENS
+def negative_log_likelihood(hidden: torch.Tensor, projection: Projection, packed: PackedBatch) -> torch.Tensor:
+    return -linear_log_probs(hidden, projection.weight, packed.targets).sum() / TOKENS
 
 
 class OnTwoRanks:

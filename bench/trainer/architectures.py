@@ -7,6 +7,7 @@ log-probabilities of three packed sequences compared with those that transformer
     python -m bench.trainer.architectures gpt2 bloom     # some
 """
 
+import re
 import sys
 import tempfile
 import warnings
@@ -15,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from bench.measuring.tables import render
 from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig, OptimizerConfig
 from repo_fast.engine import Engine, start_distributed, stop_distributed
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, first_line
 from repo_fast.jobs.assembly import settle_policy
 from repo_fast.models.attention import PADDED, attention_candidates
 from repo_fast.models.policy import Policy
 from repo_fast.packing.rows import pack
+from repo_fast.rollout.hf import check_generation
 
 _COMMON = {
     "vocab_size": 61,
@@ -57,6 +59,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": _HEADS,
     "gemma": _HEADS,
     "gemma2": _HEADS | {"sliding_window": 5},
+    "vaultgemma": _HEADS | {"sliding_window": 5},
     "gemma3_text": _HEADS | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
     "phi": {},
     "phi3": {},
@@ -67,6 +70,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 8.0},
     "cohere": {"logit_scale": 0.0625},
     "cohere2": {"logit_scale": 1.0},
+    "hyperclovax": {"logits_scaling": 0.25},
+    "nanochat": _HEADS | {"final_logit_softcapping": 15.0},
     "stablelm": {},
     "starcoder2": {},
     "gpt_neox": {},
@@ -98,7 +103,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _EXPERTS | _HEADS,
     "gpt_oss": _EXPERTS | _HEADS | {"sliding_window": 5},
     "olmoe": _EXPERTS,
-    "granitemoe": _EXPERTS,
+    "granitemoe": _EXPERTS | {"logits_scaling": 8.0},
     "phimoe": _EXPERTS,
     "mamba": {"state_size": 8},
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1},
@@ -107,8 +112,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "jamba": _EXPERTS
     | {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_d_state": 8},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 8},
-    "falcon_h1": _HEADS | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8},
-    "qwen3_next": _EXPERTS | _HEADS | _LINEAR_ATTENTION | {"shared_expert_intermediate_size": 32},
+    "falcon_h1": _HEADS | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_state": 8, "lm_head_multiplier": 0.5},
+    "qwen3_next": _EXPERTS
+    | _HEADS
+    | _LINEAR_ATTENTION
+    | {"shared_expert_intermediate_size": 32, "layer_types": ["linear_attention", "full_attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
 _LENGTHS = (5, 9, 7)
@@ -122,11 +130,13 @@ class Outcome:
         way: `packed`, `padded`, the attention under a mask, or `refused`.
         reason: Why it is not the fastest.
         gap: Largest difference of a log-probability to transformers alone (nats); None where it is refused.
+        drawing: Why transformers' `generate` cannot draw from it as it is trained; empty where it can.
     """
 
     way: str
     reason: str
     gap: float | None
+    drawing: str = ""
 
 
 def config_of(architecture: str) -> PretrainedConfig:
@@ -157,13 +167,22 @@ def measure(folder: Path, ranks: Ranks, attention: str = "auto") -> Outcome:
     torch.manual_seed(1)
     sequences = [torch.randint(3, _COMMON["vocab_size"], (length,)) for length in _LENGTHS]
     row = pack([tokens[:1] for tokens in sequences], [tokens[1:] for tokens in sequences], device)
-    plain = AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
+    # Eager attention leaves nothing out that layers ask of it.
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval().to(device)
     with torch.no_grad():
         expected = [plain(tokens[None].to(device), use_cache=False).logits[0, :-1] for tokens in sequences]
-        ours = engine(row, lambda hidden, weight, _: (hidden @ weight.T).log_softmax(-1))
+        ours = engine(row, lambda hidden, projection, _: projection.logits(hidden).log_softmax(-1))
     gap = (ours - torch.cat(expected).log_softmax(-1)).abs().max()
     way, _, reason = said.partition("; ")
-    return Outcome(PADDED if way.startswith(PADDED) else way, reason, float(gap))
+    return Outcome(PADDED if way.startswith(PADDED) else way, reason, float(gap), _fault_in_drawing(plain, device))
+
+
+def _fault_in_drawing(model: PreTrainedModel, device: torch.device) -> str:
+    try:
+        check_generation(model, 0, device, batch_size=2)
+    except Exception as error:  # whatever `generate` raises
+        return re.sub(r"; choose .*", "", first_line(error))
+    return ""
 
 
 def main(names: list[str]) -> None:
@@ -179,9 +198,10 @@ def main(names: list[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             save_model(config_of(name), Path(folder))
             outcome = measure(Path(folder), ranks)
-        rows.append([name, outcome.way, "" if outcome.gap is None else f"{outcome.gap:.0e}", outcome.reason])
+        gap = "" if outcome.gap is None else f"{outcome.gap:.0e}"
+        rows.append([name, outcome.way, gap, outcome.reason, outcome.drawing])
     stop_distributed()
-    print(render(["architecture", "run", "largest difference nats", "why not packed"], rows))
+    print(render(["architecture", "run", "largest difference nats", "why not packed", "why not drawn from"], rows))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ _NEUTRAL = {
 # Settings by which a model changes its logits after the head, which the op would leave out.
 _NEUTRAL_LOGITS = {
     "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+    "output_logit_soft_cap": None,
     "logit_scale": 1,
     "logits_scaling": 1,
     "lm_head_multiplier": 1,

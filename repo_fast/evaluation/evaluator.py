@@ -25,15 +25,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoModel
 
 from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig, EvaluateConfig, to_dict, to_yaml
 from repo_fast.data import Prompt, PromptTemplate, load_tokenizer
 from repo_fast.evaluation.cache import UnitFile, fingerprint, key_of, locked, scorer_fingerprint
 from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
-from repo_fast.evaluation.judge import Judge
+from repo_fast.evaluation.judge import ComparingJudge
 from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, Rows, judge_policies
 from repo_fast.jobs.assembly import load_scorer, loading_options
+from repo_fast.models.model_config import load_config
+from repo_fast.models.on_paper import first_attention
 from repo_fast.models.policy import Policy
 from repo_fast.models.vocabulary import never_drawn
 from repo_fast.report.comparison import Judgments, compare
@@ -103,12 +106,11 @@ class Evaluator:
         self.cache_dir = self.output_dir / "cache" if config.cache_dir is None else Path(config.cache_dir)
         self._engine = EngineConfig(dtype=config.dtype, zero_stage=1)
         self._loading = loading_options(config.attention, self._engine, ranks)
-        # What any number that a model gives depends on.
-        self._computing = {
-            "device": ranks.device.type,
-            "dtype": str(self._loading["dtype"]),
-            "attention": self._loading["attention"][0],
-        }
+
+    def _computing(self, path: str) -> dict[str, str]:
+        """What any number that a model gives depends on."""
+        attention, _ = first_attention(AutoModel, path, load_config(path), self._loading["attention"])
+        return {"device": self.ranks.device.type, "dtype": str(self._loading["dtype"]), "attention": attention}
 
     def run(self) -> int:
         """Draw and score what is not in the cache yet, and write the report.
@@ -136,11 +138,11 @@ class Evaluator:
                 self._report(samples, judge)
         return 0
 
-    def _start_judge(self) -> Judge | None:
+    def _start_judge(self) -> ComparingJudge | None:
         """The judge, asked once: what is wrong with it would otherwise show hours later."""
         if self.config.judge.url is None:
             return None
-        judge = Judge(self.config.judge, self.cache_dir / "judge.jsonl")
+        judge = ComparingJudge(self.config.judge, self.cache_dir / "judge.jsonl")
         judge.probe()
         return judge
 
@@ -157,7 +159,7 @@ class Evaluator:
             "seed": self.config.seed,
             "random numbers": "one a token",
             **self._dated(policy.template),
-            **self._computing,
+            **self._computing(policy.path),
         }
         folder = self.cache_dir / key_of(about)
         with self.ranks.together("making the cache"):
@@ -227,7 +229,7 @@ class Evaluator:
         settings = getattr(self.config, name)
         about: dict[str, Any] = {"scorer": scorer_fingerprint(spec)}
         if spec.kind == "model":
-            about |= {"template": settings.template, "max_tokens": settings.max_tokens, **self._computing}
+            about |= {"template": settings.template, "max_tokens": settings.max_tokens, **self._computing(spec.path)}
             template = PromptTemplate(load_tokenizer(spec.path, must_end=False), settings.template, self.config.date)
             if template.name == "chat":
                 about |= {"reads": "finished dialogues", **self._dated(template)}
@@ -265,7 +267,7 @@ class Evaluator:
 
     # ----------------------------------------------------------------------------------------------------- report
 
-    def _report(self, samples: dict[str, Samples], judge: Judge | None) -> None:
+    def _report(self, samples: dict[str, Samples], judge: ComparingJudge | None) -> None:
         reference, count = self.inputs.reference, self.config.samples_per_prompt
         rows = {name: [row for row in drawn.rows if row["sample"] < count] for name, drawn in samples.items()}
         second = [row for row in samples[reference].rows if row["sample"] >= count]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from repo_fast.engine import Engine
-from repo_fast.models.loss_head import summed_cross_entropy
+from repo_fast.models.loss_head import Projection, summed_cross_entropy
 from repo_fast.packing.rows import PackedBatch, idle_batch, pack_dialogues, with_last
 
 # A dialogue, int64 on the CPU: in turn the tokens that are given and those of the response to imitate. So a prompt and
@@ -52,7 +52,7 @@ def imitation_loss(policy: Engine, rows: Sequence[Sequence[Shown]], device: torc
 
 
 def _summed_loss(policy: Engine, row: Sequence[Shown], device: torch.device, backend: str) -> torch.Tensor:
-    def at_head(hidden: torch.Tensor, weight: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-        return summed_cross_entropy(hidden, weight, packed.targets, backend=backend)
+    def at_head(hidden: torch.Tensor, projection: Projection, packed: PackedBatch) -> torch.Tensor:
+        return summed_cross_entropy(hidden, projection, packed.targets, backend=backend)
 
     return policy(pack_dialogues(row, device) if row else idle_batch(device), at_head)

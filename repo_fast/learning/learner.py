@@ -24,6 +24,7 @@ from repo_fast.learning.experience import Experience, MicroBatch
 from repo_fast.learning.imitation import Shown, imitation_backward, learned_tokens
 from repo_fast.learning.skipped_steps import SkippedSteps
 from repo_fast.models.attention import PACKED, PADDED
+from repo_fast.models.loss_head import Projection
 from repo_fast.objective import algorithm as alg
 from repo_fast.ops import (
     PolicyLoss,
@@ -273,13 +274,14 @@ class Learner:
             float32 [T], packed, on the CPU.
         """
 
-        def at_head(hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        def at_head(hidden: torch.Tensor, projection: Projection, batch: PackedBatch) -> torch.Tensor:
             return linear_log_probs(
                 hidden,
-                weight,
+                projection.weight,
                 batch.targets,
                 temperature=self.config.rollout.temperature,
                 backend=self.ops_backend,
+                **projection.options,
             )
 
         return self._over_rollout(rollout, lambda batch: engine(batch, at_head))
@@ -416,10 +418,10 @@ class Learner:
     def _policy_loss(self, batch: MicroBatch, denominator: float) -> Callable[..., PolicyLoss]:
         settings = self.config.algorithm
 
-        def at_head(hidden: torch.Tensor, weight: torch.Tensor, packed: PackedBatch) -> PolicyLoss:
+        def at_head(hidden: torch.Tensor, projection: Projection, packed: PackedBatch) -> PolicyLoss:
             return fused_rectified_policy_loss(
                 hidden,
-                weight,
+                projection.weight,
                 packed.targets,
                 None if self.on_policy else batch.old_log_probs,
                 batch.reward_advantages,
@@ -438,6 +440,7 @@ class Learner:
                 reduction=settings.reduction,
                 denominator=denominator,
                 backend=self.ops_backend,
+                **projection.options,
             )
 
         return at_head

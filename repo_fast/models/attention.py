@@ -40,8 +40,25 @@ MASKED = ("sdpa", "eager")
 
 # transformers hands a mask of four dimensions on as it is, rather than to build one of the whole row.
 _NO_MASK_SIZE = (1, 1, 1, 1)
-# What some architectures' layers ask of attention beyond scaling and a window.
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+# What some architectures' layers ask of attention beyond scaling and a window. transformers' SDPA takes the first two
+# without a word, and leaves them out.
+_IGNORED_BY_SDPA = ("softcap", "s_aux")
+_UNSUPPORTED = (*_IGNORED_BY_SDPA, "position_bias")
+
+
+class IgnoredBySdpa(InputError):
+    """A layer asks of attention what transformers' SDPA would silently leave out.
+
+    Attributes:
+        asked: What.
+    """
+
+    def __init__(self, layer: str, asked: str) -> None:
+        super().__init__(
+            f"{layer} needs {asked}, which packed attention and SDPA lack, expected attention 'eager' for this "
+            "architecture"
+        )
+        self.asked = asked
 
 
 def attention_candidates(choice: str, device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
@@ -72,6 +89,13 @@ def attention_candidates(choice: str, device: torch.device, dtype: torch.dtype) 
     if choice == "auto":
         return ("flash_attention_2",) * flash + (PACKED,) * packed + MASKED
     return {"packed": (PACKED,), PADDED: MASKED}.get(choice, (choice,))
+
+
+def flash_attention_takes(option: str) -> bool:
+    """Whether the flash-attn package has an option; without it transformers leaves out what a layer asks."""
+    from flash_attn import flash_attn_varlen_func
+
+    return option in inspect.signature(flash_attn_varlen_func).parameters
 
 
 @functools.cache
@@ -183,9 +207,12 @@ def packed_attention(
         InputError: The architecture asks for what is not supported.
     """
     if asked := [name for name in _UNSUPPORTED if kwargs.get(name) is not None]:
+        layer = type(module).__name__
+        if asked[0] in _IGNORED_BY_SDPA:
+            raise IgnoredBySdpa(layer, asked[0])
         raise InputError(
-            f"{type(module).__name__} needs {asked[0]}, which packed attention lacks, expected attention 'sdpa' or "
-            "'eager' for this architecture"
+            f"{layer} needs {asked[0]}, which packed attention lacks, expected attention 'sdpa' or 'eager' for this "
+            "architecture"
         )
     if cu_seq_lens_q is None or max_length_q is None:
         if attention_mask is not None and attention_mask.shape == _NO_MASK_SIZE and query.shape[2] > 1:

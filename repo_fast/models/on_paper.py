@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import _get_model_class
 
 from repo_fast.errors import InputError, first_line
-from repo_fast.models.attention import PACKED, run_packed
+from repo_fast.models.attention import PACKED, IgnoredBySdpa, flash_attention_takes, run_packed
 from repo_fast.models.model_config import load_config
 
 # Distances that are tables although there is no module of positions, by model type: the setting of their length.
@@ -85,10 +85,24 @@ def built(kind: type, config: PretrainedConfig, attention: str = "eager") -> Pre
 
 @torch.no_grad()
 def _try_on_paper(kind: type, config: PretrainedConfig, attention: str) -> None:
-    """Build a model; for `PACKED`, run it too, to see whether its layers take part."""
+    """Build a model, and run it too, to see whether its layers take part in `PACKED`, and what they ask that SDPA or
+    FlashAttention would leave out.
+    """
     model = built(kind, config, attention)
-    if attention != PACKED:
-        return
+    if attention == PACKED:
+        _run_packed_on_paper(model)
+    elif attention != "eager":
+        try:
+            _run_packed_on_paper(built(kind, config, PACKED))
+        except IgnoredBySdpa as error:
+            if attention == "flash_attention_2" and flash_attention_takes(error.asked):
+                return
+            raise
+        except Exception:  # what else keeps layers from being packed says nothing of others
+            return
+
+
+def _run_packed_on_paper(model: PreTrainedModel) -> None:
     if not model._can_set_attn_implementation():
         raise ValueError(f"{type(model).__name__} has an attention of its own")
     trunk = model.base_model

@@ -13,34 +13,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from repo_fast.errors import InputError
 from repo_fast.models.attention import run_packed
 from repo_fast.models.lora import merged_state, save_adapter
-from repo_fast.models.loss_head import LossHead
+from repo_fast.models.loss_head import LossHead, Projection, logit_settings
 from repo_fast.models.model_config import load_config, restored, set_aside
 from repo_fast.models.trunk import disable_dropout, load_transformer
 from repo_fast.packing.rows import PackedBatch
 
 _log = logging.getLogger(__name__)
 
-# Settings by which a model changes its logits after the head. The loss head would leave them out.
-_LOGIT_SETTINGS = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1,
-    "logits_scaling": 1,
-    "logits_soft_cap": None,
-    "lm_head_multiplier": 1,
-    "output_multiplier": 1,
-}
-
 
 class Policy(nn.Module):
     """A causal language model under training, or its frozen reference.
 
     Args:
-        model: A `...ForCausalLM` with a linear head without bias and nothing after it.
+        model: A `...ForCausalLM` with a linear head, and after it nothing but a scale and a cap.
         aside: What was taken out of its configuration (`model_config.set_aside`), and is written back with it.
     """
 
@@ -58,28 +48,27 @@ class Policy(nn.Module):
             attention: Name of a transformers attention implementation, or several: the first that can run.
 
         Raises:
-            InputError: The folder cannot be read, lacks weights, is not a causal language model, or changes its logits
-                after the head.
+            InputError: The folder cannot be read, lacks weights, is not a causal language model with a linear head, or
+                has settings of its logits that cannot be.
         """
         config = load_config(path)
-        _check_logits(path, config)
         model = load_transformer(
             AutoModelForCausalLM, path, "a causal language model", config=config, dtype=dtype, attention=attention
         )
         head = check_head(path, model)
         head.__class__ = LossHead
+        head.settings = logit_settings(path, config, type(model))
         disable_dropout(model)
         _make_valid(path, model.generation_config)
         return cls(model, set_aside(path))
 
-    def forward(self, batch: PackedBatch, loss: Callable[[torch.Tensor, torch.Tensor, PackedBatch], Any] | None) -> Any:
+    def forward(self, batch: PackedBatch, loss: Callable[[torch.Tensor, Projection, PackedBatch], Any] | None) -> Any:
         """Run a packed batch and let the head compute.
 
         Args:
             batch: The packed sequences.
-            loss: Called inside the head as `loss(hidden, weight, batch)`, with hidden [T, D] the states that predict
-                each of the batch's response tokens, and weight [V, D]. None: what transformers makes of a batch of one
-                sequence.
+            loss: Called inside the head as `loss(hidden, projection, batch)`, with hidden [T, D] the states that
+                predict each of the batch's response tokens. None: what transformers makes of a batch of one sequence.
 
         Returns:
             What `loss` returns; without it logits [1, N, V].
@@ -88,29 +77,19 @@ class Policy(nn.Module):
             return self.model(input_ids=batch.input_ids, use_cache=False).logits
         hidden = run_packed(self.model.base_model, batch.input_ids, batch.position_ids, batch.bounds)
         hidden = hidden[0, batch.predictors]
-        return self.model.get_output_embeddings()(hidden, lambda h, w: loss(h, w, batch))
-
-
-def _check_logits(path: str, config: PretrainedConfig) -> None:
-    for name, neutral in _LOGIT_SETTINGS.items():
-        value = getattr(config, name, neutral)
-        if value is not None and value != neutral:
-            raise InputError(
-                f"{path!r} has {name} = {value}, expected {neutral}: the loss head computes plain softmax logits"
-            )
+        return self.model.get_output_embeddings()(hidden, lambda h, projection: loss(h, projection, batch))
 
 
 def check_head(path: str, model: nn.Module) -> nn.Module:
-    """The head of a causal language model; `InputError` where its logits are not the product of hidden states and head.
+    """The head of a causal language model; `InputError` where it is not a linear layer.
 
     Args:
         path: Folder or hub name, for the message.
         model: May be on paper.
     """
-    _check_logits(path, model.config)
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        raise InputError(f"{path!r} has the head {head}, expected a linear layer without bias")
+    if type(head) is not nn.Linear:
+        raise InputError(f"{path!r} has the head {head}, expected a linear layer")
     return head
 
 

@@ -1,7 +1,7 @@
 """A vocabulary that grows: by a pad token the tokenizer lacks, and up to a multiple that kernels like.
 
 New rows of embedding and head are the mean of the old ones: a token that has never been seen is then, to the model, an
-average one. (A new logit is the mean of the others, so its probability is at most 1 / V.)
+average one. (A new logit is the mean of the others, so its probability is at most 1 / V, unless logits are capped.)
 
 transformers' `resize_token_embeddings` is not used: it draws its rows around the mean from every rank's own random
 state, puts a plain linear layer in place of the `LossHead`, and takes shards for weights without rows once loading is
@@ -83,6 +83,8 @@ def _append_rows(model: nn.Module, rows: int) -> None:
     embedding.num_embeddings = rows
     if head is not None:
         head.weight = embedding.weight if tied else _with_mean_rows(head.weight, rows)
+        if head.bias is not None:
+            head.bias = _with_mean_rows(head.bias, rows)
         head.out_features = rows
     for module in (model, model.base_model):
         # A number that some architectures keep beside the configuration's.
@@ -94,5 +96,5 @@ def _append_rows(model: nn.Module, rows: int) -> None:
 def _with_mean_rows(weight: nn.Parameter, rows: int) -> nn.Parameter:
     with whole_parameters([weight]):
         mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
-        longer = torch.cat([weight, mean.expand(rows - weight.shape[0], -1)])
+        longer = torch.cat([weight, mean.expand(rows - weight.shape[0], *weight.shape[1:])])
     return nn.Parameter(longer, requires_grad=weight.requires_grad)

@@ -103,7 +103,13 @@ def _gathered(model: Network, engine: EngineConfig, ranks: int, width: int) -> f
 
 def _forward(model: Network, tokens: int, width: int, device: torch.device) -> float:
     """Without a backward: a layer's activations, and a chunk of logits."""
-    return tokens * model.layer_activations + _chunk(model, tokens, width, device) * model.vocabulary * width
+    logits = _chunk(model, tokens, width, device) * model.vocabulary * width
+    return tokens * model.layer_activations + logits + _head_copy(model, width)
+
+
+def _head_copy(model: Network, width: int) -> int:
+    """The head's weight beside its bias, as the loss takes the two."""
+    return width * model.vocabulary * model.width if model.head_bias else 0
 
 
 def _chunk(model: Network, tokens: int, width: int, device: torch.device) -> int:
@@ -155,7 +161,7 @@ def _update(model: Network, engine: EngineConfig, ranks: int, tokens: int, width
         else:
             cast = width * weight if device.type == "cuda" and width < _FLOAT32 else 0
             head = _FLOAT32 * weight + max(logits, cast)
-        backward += tokens * model.width * width + head
+        backward += tokens * model.width * width + head + _head_copy(model, width)
     held, reducing = _gradients(model, engine, ranks, width, device)
     # Stage 3 takes the optimizer's step a part of at most so many parameters at a time, with a float32 gradient.
     step = _FLOAT32 * min(model.trained / ranks, _LIVE_PARAMETERS)

@@ -37,6 +37,7 @@ class Network:
         parameters, trained: How many, and how many of them have a gradient.
         largest: Parameters of its largest module, which ZeRO-3 gathers at once.
         width, vocabulary: Of the hidden states, and of the head; 0 without one over tokens.
+        head_bias: Whether that has a bias.
         cache_elements: Keys and values of a token in all layers.
         layers: How many keep activations for a backward: those from the first trained one on.
         layer_activations, other_activations: Bytes that a token's forward keeps for the backward, in a layer and in all
@@ -51,6 +52,7 @@ class Network:
     largest: int
     width: int
     vocabulary: int
+    head_bias: bool
     cache_elements: int
     layers: int
     layer_activations: float
@@ -123,12 +125,11 @@ def network(
         candidates: The attentions that it may have, by transformers' names.
 
     Raises:
-        InputError: It cannot be built with any of these; or with a head, whose logits are not the head's product.
+        InputError: It cannot be built with any of these; or with a head that is no linear layer.
     """
     kind = AutoModelForCausalLM if head else AutoModel
     model = built(kind, config).to(dtype)
-    if head:
-        check_head(config.name_or_path, model)
+    biased = head and check_head(config.name_or_path, model).bias is not None
     if frozen:
         model.requires_grad_(False)
     else:
@@ -147,6 +148,7 @@ def network(
         largest=max(sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()),
         width=text.hidden_size,
         vocabulary=text.vocab_size if head else 0,
+        head_bias=biased,
         cache_elements=2 * text.num_hidden_layers * heads * size,
         layers=0 if frozen else last or text.num_hidden_layers,
         layer_activations=(two - one) / _PROBED_TOKENS,

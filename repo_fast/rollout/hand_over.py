@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from repo_fast.collectives import Ranks
 from repo_fast.errors import InputError
+from repo_fast.models.loss_head import Projection
 from repo_fast.ops import linear_log_probs
 from repo_fast.packing.rows import PackedBatch, pack
 
@@ -160,8 +161,8 @@ def fixed_rows(tokens: Sequence[int], start: int | None, longest: int) -> list[t
 def policy_log_probs(policy: "Engine", rows: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """The policy's own, at temperature 1, as `Verification` takes them of an engine. All ranks must call it."""
 
-    def at_head(hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        return linear_log_probs(hidden, weight, batch.targets)
+    def at_head(hidden: torch.Tensor, projection: Projection, batch: PackedBatch) -> torch.Tensor:
+        return linear_log_probs(hidden, projection.weight, batch.targets, **projection.options)
 
     parts = [policy(pack([row[:1]], [row[1:]], device), at_head) for row in rows]
     return torch.cat(parts).float().cpu()

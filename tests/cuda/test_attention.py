@@ -115,7 +115,7 @@ def test_every_model_hands_the_bounds_on() -> None:
     critic = fake.on_cuda(Critic(valued, ("reward", "cost"), torch.bfloat16))
     row, whole = fake.on_cuda(row), fake.on_cuda(whole)
     with fake, torch.no_grad():
-        assert policy(row, lambda hidden, weight, batch: hidden).shape == (8, 32)
+        assert policy(row, lambda hidden, projection, batch: hidden).shape == (8, 32)
         assert critic(row.input_ids, row.position_ids, row.predictors, row.bounds).shape == (2, 8)
         assert score(*whole).shape == (2,)
     assert fake.waits == []

@@ -35,6 +35,7 @@ from repo_fast.models.lora import (
     merged_state,
     save_adapter,
 )
+from repo_fast.models.loss_head import Projection
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.vocabulary import fit_vocabulary
@@ -71,14 +72,14 @@ def packed(pairs: list[tuple[list[int], list[int]]]) -> PackedBatch:
     return pack([torch.tensor(p) for p in prompts], [torch.tensor(r) for r in responses], CPU)
 
 
-def negative_log_likelihood(hidden: torch.Tensor, weight: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    return -linear_log_probs(hidden, weight, batch.targets).sum() / TOKENS
+def negative_log_likelihood(hidden: torch.Tensor, projection: Projection, batch: PackedBatch) -> torch.Tensor:
+    return -linear_log_probs(hidden, projection.weight, batch.targets).sum() / TOKENS
 
 
 @torch.no_grad()
 def logits(policy: Engine | nn.Module) -> torch.Tensor:
     """Of the tokens that predict the response of `READ`."""
-    return policy(packed([READ]), lambda hidden, weight, _: hidden @ weight.T)
+    return policy(packed([READ]), lambda hidden, projection, _: projection.logits(hidden))
 
 
 class OnARank:

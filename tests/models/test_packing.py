@@ -11,6 +11,7 @@ from bench.trainer.architectures import Outcome, config_of, measure, save_model
 from repo_fast.collectives import Ranks
 from repo_fast.errors import InputError
 from repo_fast.models.attention import PACKED, PADDED, run_packed
+from repo_fast.models.loss_head import LogitSettings
 from repo_fast.models.on_paper import built, check_positions, first_attention, position_limit
 
 
@@ -28,6 +29,14 @@ WAYS = {
     "gemma3_text": "packed",
     "opt": "packed",
     "qwen3_moe": "packed",
+    # Scaled logits, by division and by multiplication, and a bias on the head.
+    "granite": "packed",
+    "cohere": "packed",
+    "hyperclovax": "packed",
+    "phi": "packed",
+    # Capped logits, and those of attention.
+    "gemma2": "eager",
+    "recurrent_gemma": PADDED,
     # They do not hand on what packed attention needs.
     "stablelm": "sdpa",
     # An attention of its own, and local ones.
@@ -73,10 +82,8 @@ def test_padded_rows_can_be_asked_for(architecture: str, ranks: Ranks, tmp_path:
         ("gpt_oss", "sdpa", "the architecture has no such attention"),
         ("stablelm", "packed", "StableLmAttention does not take part in packed attention"),
         ("phimoe", "auto", "draws random numbers in training"),
-        ("recurrent_gemma", "auto", "has logits_soft_cap = 30.0, expected None"),
-        ("gemma2", "auto", "has final_logit_softcapping = 30.0, expected None"),
-        ("granite", "auto", "has logits_scaling = 8.0, expected 1"),
-        ("phi", "auto", "expected a linear layer without bias"),
+        ("gemma2", "packed", "Gemma2Attention needs softcap, which packed attention and SDPA lack"),
+        ("gemma2", "sdpa", "Gemma2Attention needs softcap, which packed attention and SDPA lack"),
     ],
 )
 def test_what_cannot_be_is_one_line(
@@ -93,10 +100,27 @@ def test_logits_that_are_changed_after_the_head_are_found_by_trying(
     ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the setting is called: a list of names will always lack one."""
-    monkeypatch.setattr("repo_fast.models.policy._LOGIT_SETTINGS", {})
+    monkeypatch.setattr("repo_fast.models.policy.logit_settings", lambda *_: LogitSettings())
     for architecture in ("granite", "recurrent_gemma", "cohere"):
         save_model(config_of(architecture), tmp_path / architecture)
         assert "changes its logits after the head" in measure(tmp_path / architecture, ranks).reason
+
+
+@pytest.mark.parametrize(("options", "chosen"), [(("q", "softcap"), "flash_attention_2"), (("q",), "eager")])
+def test_a_flash_attention_without_caps_is_passed_over(
+    options: tuple[str, ...], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers hands it what it takes, and leaves the rest out."""
+    from repo_fast.models import on_paper
+
+    monkeypatch.setattr(on_paper, "flash_attention_takes", lambda option: option in options)
+    plain = on_paper.built
+    monkeypatch.setattr(
+        on_paper, "built", lambda kind, config, name: plain(kind, config, "eager" if "flash" in name else name)
+    )
+    monkeypatch.setattr(on_paper, "_tried", {})
+    candidates = ("flash_attention_2", PACKED, "sdpa", "eager")
+    assert first_attention(AutoModel, "folder", config_of("gemma2"), candidates)[0] == chosen
 
 
 def test_padded_rows_have_the_gradients_of_packed_ones() -> None:

@@ -14,7 +14,7 @@ from repo_fast.config import EngineConfig, OptimizerConfig
 from repo_fast.engine import Engine, sharded_loading, start_distributed, stop_distributed
 from repo_fast.errors import InputError
 from repo_fast.models import policy as policies
-from repo_fast.models.loss_head import LossHead
+from repo_fast.models.loss_head import LossHead, Projection
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.vocabulary import fit_vocabulary, never_drawn
@@ -40,8 +40,8 @@ def batch(rank: int, ranks: int) -> PackedBatch:
     return pack([torch.tensor(p) for p in prompts], [torch.tensor(r) for r in responses], CPU)
 
 
-def negative_log_likelihood(hidden: torch.Tensor, weight: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-    return -linear_log_probs(hidden, weight, packed.targets).sum()
+def negative_log_likelihood(hidden: torch.Tensor, projection: Projection, packed: PackedBatch) -> torch.Tensor:
+    return -linear_log_probs(hidden, projection.weight, packed.targets).sum()
 
 
 def fit(model: nn.Module, tokenizer, multiple: int = 16, pad_token: str | None = NEW) -> bool:

@@ -37,7 +37,7 @@ def test_a_sequence_cannot_see_its_neighbours(policy):
     responses = [torch.randint(3, 24, (n,)) for n in (7, 1, 4)]
 
     def hidden(batch):
-        return policy(batch, lambda states, weight, _: states @ weight.T)
+        return policy(batch, lambda states, projection, _: states @ projection.weight.T)
 
     together = hidden(pack(prompts, responses, CPU))
     alone = torch.cat([hidden(pack([p], [r], CPU)) for p, r in zip(prompts, responses, strict=True)])
@@ -50,5 +50,5 @@ def test_a_sequence_cannot_see_its_neighbours(policy):
 def test_the_head_sees_only_the_states_that_predict_a_response_token(policy):
     packed = pack([torch.tensor([5, 6, 7])], [torch.tensor([8, 9])], CPU)
     full = policy.model(input_ids=packed.input_ids).logits[0]
-    ours = policy(packed, lambda states, weight, batch: states @ weight.T)
+    ours = policy(packed, lambda states, projection, batch: states @ projection.weight.T)
     torch.testing.assert_close(ours, full[2:4], atol=1e-12, rtol=0)

@@ -71,7 +71,7 @@ def make_policy(dtype: torch.dtype) -> Policy:
 def backward(policy: Engine | Policy) -> torch.Tensor:
     tokens = torch.randint(1500, (40,))
     batch = pack([tokens[:9], tokens[9:15]], [tokens[15:20], tokens[20:]], CPU)
-    return policy(batch, lambda hidden, weight, row: summed_cross_entropy(hidden, weight, row.targets))
+    return policy(batch, lambda hidden, projection, row: summed_cross_entropy(hidden, projection, row.targets))
 
 
 def make_critic(dtype: torch.dtype) -> Critic:
@@ -153,7 +153,7 @@ def test_activations_on_paper_are_those_of_a_forward(dtype: torch.dtype) -> None
     tokens = torch.randint(1500, (400,))
     batch = pack([tokens[:150], tokens[150:300]], [tokens[300:350], tokens[350:]], CPU)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        policy(batch, lambda hidden, weight, row: hidden.sum())
+        policy(batch, lambda hidden, projection, row: hidden.sum())
     measured = sum(storage.nbytes() for storage in kept.values())
     planned = network("policy", LLAMA, dtype, head=True)
     total = 400 * (planned.layers * planned.layer_activations + planned.other_activations)

@@ -53,6 +53,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3": ("Qwen3ForCausalLM", {}),
     "Gemma3": ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 32, "sliding_window": 16}),
     "Olmo2": ("Olmo2ForCausalLM", {}),
+    # What they make of logits vLLM does by itself: caps, a factor, its inverse, a bias.
+    "Gemma2": (
+        "Gemma2ForCausalLM",
+        {"query_pre_attn_scalar": 32, "sliding_window": 16, "final_logit_softcapping": 2.0},
+    ),
+    "Cohere": ("CohereForCausalLM", {"logit_scale": 0.5}),
+    "Granite": ("GraniteForCausalLM", {"logits_scaling": 2.0}),
+    "Phi": ("PhiForCausalLM", {}),
 }
 _BOTH = [
     f"{name}, {head}"
@@ -60,7 +68,8 @@ _BOTH = [
     for head in ("tied", "untied")
 ]
 # Of the last two, the configuration says tied; their files have a head too, the same or another.
-DRAWN = [*_BOTH, "Glm4Moe, untied", "Llama, tied and repeated", "Llama, tied and another"]
+_CHANGED = ["Gemma2, tied", "Cohere, tied", "Granite, untied", "Phi, untied"]
+DRAWN = [*_BOTH, *_CHANGED, "Glm4Moe, untied", "Llama, tied and repeated", "Llama, tied and another"]
 # Experts that vLLM loads past what packs them; a class of transformers' that vLLM changes.
 REFUSED = {
     "GptOss, untied": r"^vLLM does not compute what the policy '.*' does: log-probabilities of 128 tokens differ by \d",
@@ -122,7 +131,7 @@ def plain_log_probs(policy: Engine, rollout: Rollout) -> torch.Tensor:
 
 def update(policy: Engine, rollout: Rollout) -> None:
     batch = pack(rollout.prompt_tokens[:1], rollout.response_tokens[:1], torch.device("cpu"))
-    loss = policy(batch, lambda hidden, weight, batch: summed_cross_entropy(hidden, weight, batch.targets))
+    loss = policy(batch, lambda hidden, projection, batch: summed_cross_entropy(hidden, projection, batch.targets))
     policy.backward(loss, last=True)
     assert policy.step().applied
 
