@@ -113,7 +113,7 @@ def test_gradients_are_formed_without_a_graph(fake: FakeCuda, dtype: torch.dtype
         slopes = case.old_log_probs
         operands = (case.hidden, case.weight, case.targets)
         kept = logits_to_keep(case.hidden, case.weight, 0)
-        OPS.linear_log_probs_backward(slopes, slopes, *operands, kept, 0.7, True, True, backend)
+        OPS.linear_log_probs_backward(slopes, slopes, *operands, kept, 0.7, None, True, True, backend)
         OPS.fused_rectified_policy_loss_and_gradients(*inputs, True, True, backend)
     assert fake.waits == ["nonzero"] * 2
 

@@ -79,7 +79,7 @@ def negative_log_likelihood(hidden: torch.Tensor, projection: Projection, batch:
 @torch.no_grad()
 def logits(policy: Engine | nn.Module) -> torch.Tensor:
     """Of the tokens that predict the response of `READ`."""
-    return policy(packed([READ]), lambda hidden, projection, _: projection.logits(hidden))
+    return policy(packed([READ]), lambda hidden, projection, _: hidden @ projection.weight.T)
 
 
 class OnARank:

@@ -12,7 +12,7 @@ from repo_fast.data import Prompt
 from repo_fast.errors import InputError
 from repo_fast.models.policy import Policy
 from repo_fast.rollout import Request
-from repo_fast.rollout.hf import generate
+from repo_fast.rollout.hf import check_generation, generate
 from repo_fast.scoring import EarlyScores, FunctionScorer
 from tests.job_runs import Job, assert_scored_by
 from tests.scorers import cost
@@ -106,6 +106,7 @@ def test_each_batch_is_announced_before_the_next_is_drawn(tmp_path: Path, monkey
         events.append(places)
         texts.update(zip(places, responses, strict=True))
 
+    check_generation(policy.model, 0, CPU, batch_size=2)  # once for a model; draws nothing
     monkeypatch.setattr(type(policy.model), "generate", watched)
     asked = [Request(Prompt(i, "x"), torch.arange(4, 4 + length)) for i, length in enumerate((3, 1, 2, 5, 4))]
     config = SamplingConfig(max_new_tokens=6, batch_size=2)
