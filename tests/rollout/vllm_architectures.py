@@ -53,14 +53,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3": ("Qwen3ForCausalLM", {}),
     "Gemma3": ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 32, "sliding_window": 16}),
     "Olmo2": ("Olmo2ForCausalLM", {}),
-    # What they make of logits vLLM does by itself: a factor, its inverse, caps, a bias.
-    "Gemma2": (
-        "Gemma2ForCausalLM",
-        {"query_pre_attn_scalar": 32, "sliding_window": 16, "final_logit_softcapping": 2.0},
-    ),
-    "Cohere": ("CohereForCausalLM", {"logit_scale": 0.5}),
-    "Granite": ("GraniteForCausalLM", {"logits_scaling": 2.0}),
-    "Phi": ("PhiForCausalLM", {}),
 }
 _BOTH = [
     f"{name}, {head}"
@@ -68,15 +60,11 @@ _BOTH = [
     for head in ("tied", "untied")
 ]
 # Of the last two, the configuration says tied; their files have a head too, the same or another.
-_CHANGED = ["Cohere, tied", "Granite, untied"]
-DRAWN = [*_BOTH, *_CHANGED, "Glm4Moe, untied", "Llama, tied and repeated", "Llama, tied and another"]
-# Experts that vLLM loads past what packs them; classes of transformers' that vLLM changes; a loader that knows no head
-# beside the embedding.
+DRAWN = [*_BOTH, "Glm4Moe, untied", "Llama, tied and repeated", "Llama, tied and another"]
+# Experts that vLLM loads past what packs them; a class of transformers' that vLLM changes.
 REFUSED = {
     "GptOss, untied": r"^vLLM does not compute what the policy '.*' does: log-probabilities of 128 tokens differ by \d",
     "Olmo2, untied": r"^vLLM has no model of its own for the Olmo2ForCausalLM '.*'; choose --rollout.engine hf$",
-    "Phi, untied": r"^vLLM has no model of its own for the PhiForCausalLM '.*'; choose --rollout.engine hf$",
-    "Gemma2, tied": r"^vLLM cannot run '.*' \(ValueError: There is no module or parameter named 'lm_head'",
 }
 UNPACKED = ["Qwen3Moe, untied"]
 PROMPTS = [torch.tensor([1, 4, 20, 13, 15]), torch.tensor([1, 4, 22]), torch.tensor([1, 9, 17, 25, 16, 14, 21])]
