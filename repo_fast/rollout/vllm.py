@@ -80,6 +80,7 @@ class VllmSampler:
 
         self._tokenizer, self._config, self._ranks = tokenizer, config, ranks
         self._sleeps = config.vllm.sleep and ranks.device.type == "cuda"
+        self._left_out: str | None = None
         self._parameters = vllm.SamplingParams
         self._ends = end_tokens(generation_settings(path), tokenizer)
         vocabulary = load_config(path).vocab_size
@@ -135,6 +136,9 @@ class VllmSampler:
             raise InputError(
                 f"vLLM has no model of its own for the {type(policy.module.model).__name__} {path!r}; {_INSTEAD}"
             )
+        if _is_tied(policy.module.model) and not all(self._engine.collective_rpc(_has_head)):
+            # Its files do not have the head either, and its loader takes a name that it does not know for an error.
+            self._left_out = _head_weight(policy.module)
         try:
             self._wake(policy)
         except InputError:
@@ -174,7 +178,8 @@ class VllmSampler:
     def _hand_over(self, policy: "Engine") -> None:
         """Copy the policy's weights into the engine's."""
         weights = policy.weights_one_by_one()
-        named = as_in_files(policy.module.model, ((name.removeprefix("model."), weight) for name, weight in weights))
+        handed = ((name.removeprefix("model."), weight) for name, weight in weights if name != self._left_out)
+        named = as_in_files(policy.module.model, handed)
         with self._ranks.together("handing the weights to vLLM"):
             try:
                 self._engine.collective_rpc(_load, args=(named,))
@@ -275,6 +280,19 @@ def _cannot_run(path: str, error: Exception) -> InputError:
 def _is_tied(model: Any) -> bool:
     """Whether a transformers model's head is its embedding."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def _head_weight(policy: Any) -> str:
+    """Name of the head's weight among the parameters of a policy."""
+    head = policy.model.get_output_embeddings()
+    return next(f"{name}.weight" for name, module in policy.named_modules() if module is head)
+
+
+def _has_head(worker: Any) -> bool:
+    """Whether the model of vLLM's worker has a head beside its embedding, tied or not."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    return any(isinstance(module, ParallelLMHead) for module in worker.get_model().modules())
 
 
 def _load(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:

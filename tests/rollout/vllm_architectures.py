@@ -53,19 +53,27 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3": ("Qwen3ForCausalLM", {}),
     "Gemma3": ("Gemma3ForCausalLM", {"query_pre_attn_scalar": 32, "sliding_window": 16}),
     "Olmo2": ("Olmo2ForCausalLM", {}),
+    # What they make of logits vLLM does by itself: caps, a factor, its inverse, a bias.
+    "Gemma2": (
+        "Gemma2ForCausalLM",
+        {"query_pre_attn_scalar": 32, "sliding_window": 16, "final_logit_softcapping": 2.0},
+    ),
+    "Cohere": ("CohereForCausalLM", {"logit_scale": 0.25}),
+    "Granite": ("GraniteForCausalLM", {"logits_scaling": 4.0}),
+    "Phi": ("PhiForCausalLM", {}),
 }
 _BOTH = [
     f"{name}, {head}"
     for name in ("Llama", "Qwen2", "Qwen3", "Gemma3", "Qwen3Moe", "Mixtral")
     for head in ("tied", "untied")
 ]
+_CHANGED = ["Gemma2, tied", "Cohere, tied", "Granite, tied", "Granite, untied"]
 # Of the last two, the configuration says tied; their files have a head too, the same or another.
-DRAWN = [*_BOTH, "Glm4Moe, untied", "Llama, tied and repeated", "Llama, tied and another"]
-# Experts that vLLM loads past what packs them; a class of transformers' that vLLM changes.
-REFUSED = {
-    "GptOss, untied": r"^vLLM does not compute what the policy '.*' does: log-probabilities of 128 tokens differ by \d",
-    "Olmo2, untied": r"^vLLM has no model of its own for the Olmo2ForCausalLM '.*'; choose --rollout.engine hf$",
-}
+DRAWN = [*_BOTH, *_CHANGED, "Glm4Moe, untied", "Llama, tied and repeated", "Llama, tied and another"]
+_OFF = r"^vLLM does not compute what the policy '.*' does: log-probabilities of 128 tokens differ by \d"
+_NONE = r"^vLLM has no model of its own for the .*ForCausalLM '.*'; choose --rollout.engine hf$"
+# Experts that vLLM loads past what packs them; a head that it never loads; classes of transformers' that it changes.
+REFUSED = {"GptOss, untied": _OFF, "Cohere, untied": _OFF, "Olmo2, untied": _NONE, "Phi, untied": _NONE}
 UNPACKED = ["Qwen3Moe, untied"]
 PROMPTS = [torch.tensor([1, 4, 20, 13, 15]), torch.tensor([1, 4, 22]), torch.tensor([1, 9, 17, 25, 16, 14, 21])]
 
