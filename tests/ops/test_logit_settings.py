@@ -22,10 +22,9 @@ HEADS = [COHERE, GEMMA2, BEYOND]
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("logits", ["flat", "peaked", "low"])
-@pytest.mark.parametrize("V", [2, 31])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_exact(dtype: torch.dtype, V: int, logits: str, head: dict[str, Any], chunks: str) -> None:
-    assert_both_are_exact(head, V=V, dtype=dtype, logits=logits)
+def test_exact(dtype: torch.dtype, logits: str, head: dict[str, Any], chunks: str) -> None:
+    assert_both_are_exact(head, dtype=dtype, logits=logits)
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
@@ -41,7 +40,7 @@ def assert_both_are_exact(head: dict[str, Any], **kind: Any) -> None:
     assert_fused_is_exact(case, {"multiplier": 0.4, "entropy_coefficient": 0.1, **head})
 
 
-@settings(derandomize=True, deadline=None, max_examples=30)
+@settings(derandomize=True, deadline=None, max_examples=20)
 @given(
     T=st.integers(0, 60),
     D=st.integers(1, 40),
