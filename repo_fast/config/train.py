@@ -101,6 +101,9 @@ class AlgorithmConfig:
     """Clip reward and cost streams separately (RePO) or their weighted sum (Safe RLHF). Null: the algorithm's own."""
     advantage: Literal["gae", "rloo", "grpo"] = "gae"
     """Advantages: `gae` with critics, or critic-free `rloo` and `grpo` (K >= 2)."""
+    advantage_scale: Literal["joint", "separate", "none"] | None = None
+    """`grpo`: what a prompt's advantages are divided by. `joint`: the standard deviation of the weighted sum of the
+    streams; `separate`: each stream by that of its scores, the KL penalty by nothing; `none`: nothing. Null: joint."""
     threshold: float = 0.0
     """d: a cost above it is unsafe (units of the cost)."""
     margin: float = 0.0
@@ -115,10 +118,16 @@ class AlgorithmConfig:
     """`ppo_lag`, `hc_lag`: costs, over all ranks, that the average constraint is estimated from (responses)."""
     confidence_z: float = 1.645
     """`hc_lag`: standard errors added to the mean cost."""
+    confidence: Literal["z", "t"] = "z"
+    """`hc_lag`: `confidence_z` standard errors, or as many as Student's t has for the same level with a window of n
+    costs, whose spread is an estimate too."""
     shaping_weight: float = 1.0
     """`reward_shaping`: w of R - w C."""
     kl_coefficient: float = 0.01
     """beta of the KL penalty inside rewards and costs. Each stream carries the full beta, with opposite sign."""
+    reward_cap: float | None = None
+    """Training takes min(reward, this): pressure on the reward ends where it is reached (units of the reward).
+    Evaluations take the reward as it is. Null: no cap."""
     score_clamp: float = 50.0
     """Token rewards and costs (critic-free: the scores) are clamped to +- this."""
     gamma: float = 1.0
@@ -288,6 +297,21 @@ class TrainConfig(RunConfig):
             raise InputError(
                 f"rollout.responses_per_prompt is {rollout.responses_per_prompt} with algorithm.advantage "
                 f"{algorithm.advantage!r}, expected at least 2: the other responses of a prompt are the baseline"
+            )
+        if algorithm.advantage_scale is not None and algorithm.advantage != "grpo":
+            raise InputError(
+                f"algorithm.advantage_scale is {algorithm.advantage_scale!r} with algorithm.advantage "
+                f"{algorithm.advantage!r}, which divides by nothing; leave it null or take algorithm.advantage grpo"
+            )
+        if algorithm.advantage_scale == "separate" and algorithm.whiten:
+            raise InputError(
+                "algorithm.whiten is true with algorithm.advantage_scale 'separate', expected false: whitening divides "
+                "all streams by one scale"
+            )
+        if algorithm.confidence != "z" and row.constraint != "upper":
+            raise InputError(
+                f"algorithm.confidence is {algorithm.confidence!r} with algorithm.name {algorithm.name!r}, which takes "
+                "no confidence bound; leave it z or take algorithm.name hc_lag"
             )
         if (algorithm.ptx_coefficient > 0) != (self.data.ptx is not None):
             raise InputError(

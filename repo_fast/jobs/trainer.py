@@ -281,7 +281,13 @@ class Trainer(Run):
     def _notes(self) -> list[str]:
         """What was chosen for this machine, and what the settings do not get."""
         notes = [f"loss head: {self.learner.ops_backend}"]
-        rollout = self.config.rollout
+        rollout, algorithm = self.config.rollout, self.config.algorithm
+        if algorithm.name == "hc_lag":
+            by = {"z": "of the normal distribution", "t": "of Student's t"}[algorithm.confidence]
+            notes.append(
+                f"constraint: upper bound of the mean of the last {algorithm.cost_window} costs, by the quantile {by} "
+                f"at the level of z = {algorithm.confidence_z:g}"
+            )
         most = -(-rollout.prompts_per_step * rollout.responses_per_prompt // self.ranks.size)
         if self.early_scorers and rollout.engine == "hf" and most <= rollout.batch_size:
             notes.append(

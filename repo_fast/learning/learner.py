@@ -9,6 +9,7 @@ Responses are dealt over the ranks without regard to prompts. What an algorithm 
 of the whole batch, is one number a response, gathered from all ranks.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from repo_fast.learning.skipped_steps import SkippedSteps
 from repo_fast.models.attention import PACKED, PADDED
 from repo_fast.models.loss_head import Projection
 from repo_fast.objective import algorithm as alg
+from repo_fast.objective.constraints import capped_rewards, wholly_capped
 from repo_fast.ops import (
     PolicyLoss,
     fused_rectified_policy_loss,
@@ -38,6 +40,8 @@ from repo_fast.packing.balance import micro_batches, share_out, split_by_tokens
 from repo_fast.packing.rows import PackedBatch, idle_batch, in_step, pack, with_last
 from repo_fast.rollout import Rollout
 from repo_fast.speed.flops import Shape, forward_work
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Learner:
             threshold=settings.threshold - settings.margin,
             window=settings.cost_window,
             confidence_z=settings.confidence_z,
+            student=settings.confidence == "t",
         )
         self.ptx_sampler = None
         if demonstrations:
@@ -98,6 +103,7 @@ class Learner:
             raise InputError(
                 f"update.share_prompts is true with attention {implementation!r}, expected policy.attention 'packed'"
             )
+        self._warned = False
         self.skipped = SkippedSteps(config.update.max_skipped_steps, "update.max_skipped_steps")
 
     def work(self, prompt: int, response: int = 0) -> float:
@@ -140,7 +146,7 @@ class Learner:
         kl = old_log_probs - ref_log_probs
         kl_sums = kl.new_zeros(lengths.numel()).index_add_(0, sequence_ids, kl)
 
-        reward, cost = scores["reward"], scores["cost"]
+        reward, cost = capped_rewards(scores["reward"], settings.reward_cap), scores["cost"]
         if self.row.shaped:
             reward = reward - settings.shaping_weight * cost
         scope = settings.scope or self.row.scope
@@ -182,6 +188,8 @@ class Learner:
             capped = (weights_of_tokens > settings.importance_cap).sum()
             sums = ranks.sum(torch.stack([capped, torch.tensor(sampled.numel())]))
             correction["importance_capped_share"] = float(sums[0] / sums[1])
+        if settings.reward_cap is not None:
+            correction["capped_prompts"] = self._capped_prompts(ranks.gather(scores["reward"]), prompt_ids)
         return experience, self._rollout_metrics(rollout, kl_sums) | self._gap(sampled, old_log_probs) | correction | {
             "multiplier": self.multiplier.value,
             "constraint": constraint,
@@ -223,18 +231,43 @@ class Learner:
         weights: tuple[torch.Tensor, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
         """Advantages of this rank's responses by stream, from those of all ranks; `prompt_ids` is of all ranks."""
-        settings, ranks = self.config.algorithm, self.ranks
-        sums = [
-            alg.penalised_scores(score, kl_sums, kl_coefficient=beta, clamp=settings.score_clamp)
-            for score, beta in streams.values()
-        ]
-        everyone = alg.critic_free_advantages(
-            settings.advantage, *(ranks.gather(part) for part in sums), prompt_ids, *(ranks.gather(w) for w in weights)
-        )
+        settings, ranks, scale = self.config.algorithm, self.ranks, self.config.algorithm.advantage_scale
+        if scale == "separate":
+            clamped = [score.clamp(-settings.score_clamp, settings.score_clamp) for score, _ in streams.values()]
+            reward, cost, kl = (ranks.gather(part) for part in (*clamped, kl_sums))
+            everyone = alg.separately_scaled_advantages(
+                reward, cost, kl, prompt_ids, torch.ones_like(cost).bool(), kl_coefficient=settings.kl_coefficient
+            )
+        else:
+            sums = [
+                alg.penalised_scores(score, kl_sums, kl_coefficient=beta, clamp=settings.score_clamp)
+                for score, beta in streams.values()
+            ]
+            everyone = alg.critic_free_advantages(
+                settings.advantage,
+                *(ranks.gather(part) for part in sums),
+                prompt_ids,
+                *(ranks.gather(w) for w in weights),
+                scaled=scale != "none",
+            )
         counts = ranks.gather(torch.tensor([kl_sums.numel()])).tolist()
         start = sum(counts[: ranks.rank])
         mine = slice(start, start + kl_sums.numel())
         return {stream: part[mine] for stream, part in zip(streams, everyone, strict=True)}
+
+    def _capped_prompts(self, rewards: torch.Tensor, prompt_ids: torch.Tensor) -> float:
+        """The share of prompts whose rewards all reach the cap, from those of all ranks."""
+        settings = self.config.algorithm
+        share = wholly_capped(rewards, prompt_ids, settings.reward_cap)
+        joint = settings.advantage == "grpo" and settings.advantage_scale in (None, "joint")
+        if share > 0 and joint and not self._warned and self.ranks.is_first:
+            self._warned = True
+            _log.warning(
+                "all rewards of some prompts reach algorithm.reward_cap %g: the joint scale of grpo blows what is "
+                "left, KL penalties, up to unit size; algorithm.advantage_scale separate or none does not",
+                settings.reward_cap,
+            )
+        return share
 
     def _whitened(
         self, advantages: dict[str, torch.Tensor], weights: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor

@@ -5,16 +5,21 @@ Source: Peng et al., "Enhancing Safety in Reinforcement Learning with Human Feed
 rectified weights, is `repo_fast.ops.rectified_policy_loss`. Here are, in the order of an update: the table of
 algorithms, the KL shaping of both streams, the critic-free advantages, whitening, the multiplier, the critic loss.
 
-Everything is a pure function of tensors, but for `Multiplier`, whose state is a few numbers. Functions that need a
-prompt's or the batch's other responses take the *global* batch: the caller gathers one number a response, which is
-cheap, rather than have each function know about ranks.
+Everything is a pure function of tensors, but for `Violation` and `Multiplier`, whose state is a few numbers. Functions
+that need a prompt's or the batch's other responses take the *global* batch: the caller gathers one number a response,
+which is cheap, rather than have each function know about ranks.
+
+A policy may have K constraints (`constraints.py`), each with a cost stream of its own: what takes costs of shape [S]
+takes [K, S] too. A violation of -inf says that a constraint does not apply to a response.
 """
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import scipy.stats
 import torch
 
 
@@ -92,26 +97,33 @@ def penalised_scores(
     return scores.clamp(-clamp, clamp) - kl_coefficient * kl_sums
 
 
-def stream_weights(violations: torch.Tensor, multiplier: float, *, rectify: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights w_r, w_c of the two streams (step 5). A NaN violation makes them NaN.
+def stream_weights(
+    violations: torch.Tensor, multiplier: float | Sequence[float], *, rectify: bool | Sequence[bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights w_r, w_c of the streams (step 5). A NaN violation makes all weights of its response NaN.
+
+    With lambda_k of the constraints k that are active for a response, Z = 1 + their sum: w_r = 1 / Z and w_k = lambda_k
+    / Z, and 0 for the others. Active are those that apply, and rectified ones only where they are violated.
 
     Args:
-        violations: float32 [S].
-        multiplier: lambda >= 0.
-        rectify: Whether responses without violation get (1, 0).
+        violations: float32 [S], or [K, S] of K constraints. -inf: does not apply.
+        multiplier: lambda >= 0, or K of them.
+        rectify: Whether responses without violation are free of the constraint, or K of such.
 
     Returns:
-        (w_r, w_c), float32 [S] each.
+        w_r, float32 [S], and w_c in the shape of `violations`.
     """
-    reward_weight, cost_weight = 1 / (1 + multiplier), multiplier / (1 + multiplier)
-    if not rectify:
-        return torch.full_like(violations, reward_weight), torch.full_like(violations, cost_weight)
-    # Not `where(v > 0)` alone: NaN > 0 is false, and an unscored response would pass for a safe one.
-    unknown = violations * 0
-    unsafe = violations > 0
-    return (
-        torch.where(unsafe, reward_weight, 1.0) + unknown,
-        torch.where(unsafe, cost_weight, 0.0) + unknown,
+    streams = violations.reshape(-1, violations.shape[-1])
+    # In float64, so that a weight is rounded once.
+    multipliers = torch.as_tensor(multiplier, dtype=torch.float64).reshape(-1, 1)
+    rectified = torch.as_tensor(rectify).reshape(-1, 1)
+    applies = streams != -torch.inf
+    active = multipliers * (applies & (~rectified | (streams > 0)))
+    total = 1 + active.sum(0)
+    # NaN > 0 is false, and an unscored response would pass for a safe one.
+    unknown = torch.where(applies, streams * 0, 0.0).sum(0)
+    return (1 / total).to(violations.dtype) + unknown, ((active / total).to(violations.dtype) + unknown).view_as(
+        violations
     )
 
 
@@ -132,48 +144,109 @@ def critic_free_advantages(
     prompt_ids: torch.Tensor,
     reward_weights: torch.Tensor,
     cost_weights: torch.Tensor,
+    *,
+    scaled: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages of whole responses from the other responses of their prompt (step 4).
 
     `rloo`: A_i = S_i - mean over j != i of S_j (Ahmadian et al. 2024, arXiv 2402.14740). `grpo`: centred by the prompt
-    mean, both streams divided by one scale, the standard deviation (ddof 1) within the prompt of w_r S^r - w_c S^c, and
-    0 where it is 0: a scale for each stream would change what lambda means (Shao et al. 2024, arXiv 2402.03300, has one
-    stream).
+    mean, all streams divided by one scale, the standard deviation (ddof 1) within the prompt of w_r S^r - sum_k w_k
+    S^k, and 0 where it is 0: a scale for each stream would change what lambda means (Shao et al. 2024, arXiv
+    2402.03300, has one stream). The other scales are `separately_scaled_advantages` and, with `scaled` False, none.
 
     Args:
         kind: `rloo` or `grpo`.
-        reward_scores, cost_scores: float32 [S], the global batch, with KL penalty.
+        reward_scores: float32 [S], the global batch, with KL penalty.
+        cost_scores: float32 [S] or [K, S], likewise; 0 for prompts that a constraint does not apply to.
         prompt_ids: int64 [S]. Every prompt has at least two responses.
-        reward_weights, cost_weights: float32 [S], from `stream_weights`; used by `grpo`.
+        reward_weights, cost_weights: From `stream_weights`; used by `grpo`.
+        scaled: `grpo` only: whether to divide.
 
     Returns:
-        (reward advantages, cost advantages), float32 [S] each.
+        (reward advantages, cost advantages), in the shapes of the scores.
 
     Raises:
         ValueError: A prompt has a single response.
     """
-    group, sizes = _prompt_groups(prompt_ids)
-    if sizes.numel() and int(sizes.min()) < 2:
-        raise ValueError(f"{kind} advantages need at least 2 responses for each prompt, one prompt has 1")
-    size = sizes[group].to(reward_scores.dtype)
-
-    def centred(scores: torch.Tensor) -> torch.Tensor:
-        return scores - _group_sums(scores, group, sizes.numel())[group] / size
-
+    groups = _Groups(kind, prompt_ids)
     if kind == "rloo":
         # S_i - mean of the others = (S_i - mean of all) K / (K - 1).
-        return centred(reward_scores) * size / (size - 1), centred(cost_scores) * size / (size - 1)
-    mixed = centred(reward_weights * reward_scores - cost_weights * cost_scores)
-    scale = (_group_sums(mixed.square(), group, sizes.numel())[group] / (size - 1)).sqrt()
-    # A prompt whose responses all score alike has a scale of rounding errors, not of 0: dividing would blow them up.
-    rounding = torch.finfo(scale.dtype).eps * (reward_scores.abs() + cost_scores.abs())
-    negligible = scale <= _group_max(rounding, group, sizes.numel())[group]
-    inverse = torch.where(negligible, 0.0, 1 / scale)
-    return centred(reward_scores) * inverse, centred(cost_scores) * inverse
+        size = groups.size
+        return groups.centred(reward_scores) * size / (size - 1), groups.centred(cost_scores) * size / (size - 1)
+    if not scaled:
+        return groups.centred(reward_scores), groups.centred(cost_scores)
+    streams = cost_scores.reshape(-1, reward_scores.numel())
+    mixed = reward_weights * reward_scores - (cost_weights.view_as(streams) * streams).sum(0)
+    inverse = groups.inverse_scale(mixed, reward_scores.abs() + streams.abs().sum(0))
+    return groups.centred(reward_scores) * inverse, groups.centred(cost_scores) * inverse
 
 
-def _group_max(values: torch.Tensor, group: torch.Tensor, groups: int) -> torch.Tensor:
-    return values.new_zeros(groups).scatter_reduce_(0, group, values, "amax")
+def separately_scaled_advantages(
+    reward_scores: torch.Tensor,
+    cost_scores: torch.Tensor,
+    kl_sums: torch.Tensor,
+    prompt_ids: torch.Tensor,
+    applies: torch.Tensor,
+    *,
+    kl_coefficient: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`grpo` with a scale of its own for each stream, its scores' standard deviation (ddof 1) within the prompt:
+
+        A_r = centred(R) / sigma_r - beta centred(KL)        A_k = centred(C_k) / sigma_k + beta centred(KL)
+
+    A score whose sigma is below rounding adds 0. The KL is not divided: a binary cost that is equal in all responses
+    would leave it at unit size. Source: Constrained GRPO, arXiv 2602.05863, Theorem 4.1, and GDPO, arXiv 2601.05242,
+    argue for scales of their own.
+
+    Args:
+        reward_scores: float32 [S], the global batch, clamped, without KL penalty.
+        cost_scores: float32 [S] or [K, S], likewise.
+        kl_sums: float32 [S], sum over the response of log pi_old - log pi_ref (nats).
+        prompt_ids: int64 [S]. Every prompt has at least two responses.
+        applies: bool, in the shape of `cost_scores`: where its constraint applies. The advantages are 0 elsewhere.
+        kl_coefficient: beta.
+
+    Returns:
+        (reward advantages, cost advantages), in the shapes of the scores.
+
+    Raises:
+        ValueError: A prompt has a single response.
+    """
+    groups = _Groups("grpo", prompt_ids)
+    penalty = kl_coefficient * groups.centred(kl_sums)
+
+    def standardised(scores: torch.Tensor) -> torch.Tensor:
+        return groups.centred(scores) * groups.inverse_scale(scores, scores.abs())
+
+    costs = cost_scores.reshape(-1, reward_scores.numel())
+    cost_advantages = torch.stack([standardised(stream) for stream in costs]).view_as(cost_scores) + penalty
+    return standardised(reward_scores) - penalty, torch.where(applies, cost_advantages, 0.0)
+
+
+class _Groups:
+    """The responses of each prompt, at least two, whatever the ids: int64 [S]."""
+
+    def __init__(self, kind: str, prompt_ids: torch.Tensor) -> None:
+        self._index, sizes = _prompt_groups(prompt_ids)
+        self._count = sizes.numel()
+        if self._count and int(sizes.min()) < 2:
+            raise ValueError(f"{kind} advantages need at least 2 responses for each prompt, one prompt has 1")
+        self.size = sizes[self._index].to(torch.float32)  # whole numbers
+
+    def centred(self, scores: torch.Tensor) -> torch.Tensor:
+        """[..., S], less the prompt's mean."""
+        sums = scores.new_zeros(*scores.shape[:-1], self._count).index_add_(-1, self._index, scores)
+        return scores - sums[..., self._index] / self.size
+
+    def inverse_scale(self, scores: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+        """1 over the prompt's standard deviation (ddof 1) of `scores`, or 0 for what rounding of `magnitude` makes."""
+        squares = self.centred(scores).square()
+        scale = (_group_sums(squares, self._index, self._count)[self._index] / (self.size - 1)).sqrt()
+        # A prompt whose responses all score alike has a scale of rounding errors, which dividing would blow up.
+        rounding = magnitude.new_zeros(self._count).scatter_reduce_(
+            0, self._index, torch.finfo(scale.dtype).eps * magnitude, "amax"
+        )
+        return torch.where(scale <= rounding[self._index], 0.0, 1 / scale)
 
 
 def whitening(
@@ -198,22 +271,82 @@ def prompt_means(values: torch.Tensor, prompt_ids: torch.Tensor) -> torch.Tensor
     return _group_sums(values, group, sizes.numel()) / sizes
 
 
+class Violation:
+    """J, by how much a rollout batch violates a constraint (step 9). From raw costs (no KL term) of all ranks.
+
+    `rectified`: the mean over prompts of the mean over their responses of {v_i}+, never negative. `mean`: the mean over
+    a window of the last costs, minus d. `upper`: that mean plus z s / sqrt(n), s with ddof 1 and 0 for a single cost.
+
+    Args:
+        kind: As `Algorithm.constraint`.
+        threshold: d - m, subtracted from the mean cost. The violations passed to `update` have it subtracted already.
+        window: How many of the last costs are averaged over, n.
+        confidence_z: z.
+        student: `upper`: instead of z the quantile of the same level of Student's t with n - 1 degrees of freedom,
+            since s is estimated: 6.31 for 1.645 where n is 2, 1.83 at 10, 1.66 at 128.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["rectified", "mean", "upper"],
+        *,
+        threshold: float = 0.0,
+        window: int = 128,
+        confidence_z: float = 1.645,
+        student: bool = False,
+    ) -> None:
+        self.kind, self.threshold, self.confidence_z, self.student = kind, threshold, confidence_z, student
+        self.costs: deque[float] = deque(maxlen=window)
+
+    def update(self, costs: torch.Tensor, violations: torch.Tensor, prompt_ids: torch.Tensor) -> float | None:
+        """Take in one rollout batch.
+
+        Args:
+            costs: float32 [S], the raw costs of all ranks' responses, in the order of the global batch.
+            violations: float32 [S], v_i of the same responses; -inf where the constraint does not apply.
+            prompt_ids: int64 [S].
+
+        Returns:
+            J; None, and nothing is moved, where the constraint applies to no response.
+        """
+        applies = violations != -torch.inf
+        if not applies.any():
+            return None
+        if self.kind == "rectified":
+            return float(prompt_means(violations[applies].double().clamp(min=0), prompt_ids[applies]).mean())
+        self.costs.extend(costs[applies].tolist())
+        window = torch.tensor(list(self.costs), dtype=torch.float64)
+        violation = float(window.mean()) - self.threshold
+        if self.kind == "upper" and window.numel() > 1:
+            violation += self._quantile(window.numel()) * float(window.std()) / math.sqrt(window.numel())
+        return violation
+
+    def state_dict(self) -> list[float]:
+        """The window, which a resumed run needs."""
+        return list(self.costs)
+
+    def load_state_dict(self, costs: Sequence[float]) -> None:
+        self.costs.clear()
+        self.costs.extend(costs)
+
+    def _quantile(self, n: int) -> float:
+        if not self.student:
+            return self.confidence_z
+        return float(scipy.stats.t.isf(scipy.stats.norm.sf(self.confidence_z), n - 1))
+
+
 class Multiplier:
     """lambda of the Lagrangian, updated once a rollout batch, before its policy steps, in log space (step 9).
 
-    log lambda <- min(log lambda + eta lambda J, log lambda_max), where J comes from raw costs (no KL term) of all
-    ranks. `rectified`: the mean over prompts of the mean over their responses of {v_i}+, never negative, so that lambda
-    only rises. `mean`: the mean over a window of the last costs, minus d. `upper`: that mean plus z s / sqrt(n), s with
-    ddof 1 and 0 for a single cost. None: lambda is 0 and stays there.
+    log lambda <- min(log lambda + eta lambda J, log lambda_max). J of a rectified constraint is never negative, so that
+    lambda only rises.
 
     Args:
-        constraint: As in `Algorithm`.
+        constraint: `Violation`'s kind. None: lambda is 0 and stays there.
         init: lambda at the start, > 0.
         learning_rate: eta.
         maximum: lambda_max.
-        threshold: d - m, subtracted from the mean cost. The violations passed to `update` have it subtracted already.
-        window: How many of the last costs are averaged over.
-        confidence_z: z.
+        measured: Arguments of `Violation`.
     """
 
     def __init__(
@@ -223,55 +356,36 @@ class Multiplier:
         init: float = 1.0,
         learning_rate: float = 0.1,
         maximum: float = 5.0,
-        threshold: float = 0.0,
-        window: int = 128,
-        confidence_z: float = 1.645,
+        **measured: Any,
     ) -> None:
-        self.constraint = constraint
         self.learning_rate = learning_rate
         self.maximum = maximum
-        self.threshold = threshold
-        self.confidence_z = confidence_z
         self.log_value = math.log(init)
-        self.costs: deque[float] = deque(maxlen=window)
+        self.violation = None if constraint is None else Violation(constraint, **measured)
 
     @property
     def value(self) -> float:
         """lambda."""
-        return 0.0 if self.constraint is None else math.exp(self.log_value)
+        return 0.0 if self.violation is None else math.exp(self.log_value)
 
-    def update(self, costs: torch.Tensor, violations: torch.Tensor, prompt_ids: torch.Tensor) -> float:
-        """Take in one rollout batch.
-
-        Args:
-            costs: float32 [S], the raw costs of all ranks' responses, in the order of the global batch.
-            violations: float32 [S], v_i of the same responses.
-            prompt_ids: int64 [S].
-
-        Returns:
-            J, the violation of the constraint that lambda was moved by (0.0 without a constraint).
-        """
-        if self.constraint is None:
+    def update(self, costs: torch.Tensor, violations: torch.Tensor, prompt_ids: torch.Tensor) -> float | None:
+        """Take in one rollout batch, as `Violation.update` does; returns its J, and 0.0 without a constraint."""
+        if self.violation is None:
             return 0.0
-        if self.constraint == "rectified":
-            violation = float(prompt_means(violations.double().clamp(min=0), prompt_ids).mean())
-        else:
-            self.costs.extend(costs.tolist())
-            window = torch.tensor(list(self.costs), dtype=torch.float64)
-            violation = float(window.mean()) - self.threshold
-            if self.constraint == "upper" and window.numel() > 1:
-                violation += self.confidence_z * float(window.std()) / math.sqrt(window.numel())
-        step = self.learning_rate * self.value * violation
-        self.log_value = min(self.log_value + step, math.log(self.maximum))
+        violation = self.violation.update(costs, violations, prompt_ids)
+        if violation is not None:
+            step = self.learning_rate * self.value * violation
+            self.log_value = min(self.log_value + step, math.log(self.maximum))
         return violation
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """The state that a resumed run needs, as plain numbers."""
-        return {"log_value": self.log_value, "costs": list(self.costs)}
+        return {"log_value": self.log_value, "costs": [] if self.violation is None else self.violation.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.log_value = float(state["log_value"])
-        self.costs = deque(state["costs"], maxlen=self.costs.maxlen)
+        if self.violation is not None:
+            self.violation.load_state_dict(state["costs"])
 
 
 def reduce_tokens(

@@ -369,6 +369,16 @@ def test_words_that_are_no_options_are_refused():
             "engine.offload_frozen is true with policy.lora.rank 4 and scoring functions",
         ),
         ("--algorithm.importance_cap 0", "algorithm.importance_cap is 0"),
+        ("--algorithm.advantage_scale joint", "algorithm.advantage_scale is 'joint' with algorithm.advantage 'gae'"),
+        (
+            "--algorithm.advantage rloo --algorithm.advantage_scale none",
+            "algorithm.advantage_scale is 'none' with algorithm.advantage 'rloo'",
+        ),
+        (
+            "--algorithm.advantage grpo --algorithm.advantage_scale separate --algorithm.whiten true",
+            "algorithm.whiten is true with algorithm.advantage_scale 'separate', expected false",
+        ),
+        ("--algorithm.confidence t", "algorithm.confidence is 't' with algorithm.name 'repo'"),
         (
             "--update.old_log_probs sampler --update.epochs 2",
             "update.epochs is 2, expected 1 with update.old_log_probs",

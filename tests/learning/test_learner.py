@@ -248,6 +248,50 @@ def test_log_probs_of_tokens_that_another_distribution_drew_show_as_a_gap(policy
     assert metrics["sampler_gap"] == pytest.approx(-float(true.mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", ["joint", "separate", "none"])
+def test_grpo_s_scales_and_a_capped_reward_equal_naive_ones(policy_folder, ranks, scale):
+    settings = {"advantage": "grpo", "advantage_scale": scale, "reward_cap": 0.3, "score_clamp": 1.5}
+    config = worker.make_config(settings)
+    learner = worker.make_learner(config, policy_folder, ranks)
+    rollout, scores, _ = worker.make_rollout(ranks)
+    kl = torch.randn(sum(len(r) for r in rollout.response_tokens)) * 0.3
+    old = learner.log_probs(learner.models.policy, rollout)
+    learner.log_probs = lambda engine, _: old - kl * (engine is learner.models.reference)
+    experience, metrics = learner.experience(rollout, scores)
+
+    lengths, ids = [len(response) for response in rollout.response_tokens], rollout.prompt_ids.tolist()
+    sums = torch.stack([part.sum() for part in kl.double().split(lengths)])
+    reward, cost = scores["reward"].double().clamp(max=0.3).clamp(min=-1.5), scores["cost"].double().clamp(-1.5, 1.5)
+    beta, multiplier = config.algorithm.kl_coefficient, learner.multiplier.value
+    expected = torch.zeros(2, len(ids), dtype=torch.float64)
+    for prompt in set(ids):
+        own = [i for i, one in enumerate(ids) if one == prompt]
+        unsafe = scores["cost"][own].mean() > 0
+        w_r, w_c = (1 / (1 + multiplier), multiplier / (1 + multiplier)) if unsafe else (1.0, 0.0)
+        r, c, k = reward[own] - beta * sums[own], cost[own] + beta * sums[own], beta * (sums[own] - sums[own].mean())
+        if scale == "separate":
+            r, c = (reward[own] / reward[own].std()) - k, (cost[own] / cost[own].std()) + k
+        shared = (w_r * r - w_c * c).std() if scale == "joint" else 1.0
+        expected[0, own], expected[1, own] = (r - r.mean()) / shared, (c - c.mean()) / shared
+    starts = experience.cu_seqlens[:-1].long()
+    found = torch.stack([experience.reward_advantages[starts], experience.cost_advantages[starts]])
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    full = [
+        prompt for prompt in set(ids) if all(scores["reward"][i] >= 0.3 for i, one in enumerate(ids) if one == prompt)
+    ]
+    assert metrics["capped_prompts"] == pytest.approx(len(full) / len(set(ids)))
+
+
+def test_prompts_wholly_above_the_cap_are_said_once(policy_folder, ranks, caplog):
+    config = worker.make_config({"advantage": "grpo", "reward_cap": -9.0})
+    learner = worker.make_learner(config, policy_folder, ranks)
+    rollout, scores, _ = worker.make_rollout(ranks)
+    for _ in range(2):
+        assert learner.experience(rollout, scores)[1]["capped_prompts"] == 1
+    said = [record.getMessage() for record in caplog.records if "reward_cap" in record.getMessage()]
+    assert len(said) == 1 and "advantage_scale separate or none" in said[0]
+
+
 def norm_wise(actual, expected):
     difference = sum((actual[key].double() - expected[key].double()).square().sum() for key in expected)
     scale = sum(expected[key].double().square().sum() for key in expected)

@@ -1,0 +1,319 @@
+"""Several constraints on one policy: whom each is about, what drives its multiplier, and where multipliers start.
+
+A constraint k has a cost C_k, a threshold d_k and a multiplier lambda_k of its own. What they have in common with a
+single one, the weights of the streams and their advantages, is in `algorithm.py`.
+
+Sources: the penalty of a fixed multiplier, CS-RLHF, arXiv 2510.03520; PID control of multipliers, Stooke et al. 2020,
+arXiv 2007.03964; multipliers from the reference's samples, MoCAN, arXiv 2405.19544; capped rewards, Moskovitz et al.
+2023, arXiv 2310.04373.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.optimize
+import scipy.special
+import torch
+
+from repo_fast.errors import InputError
+from repo_fast.objective.algorithm import Violation, prompt_means
+
+# Of `dual` ascent in log space, which could not leave 0.
+SMALLEST_MULTIPLIER = 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------ applicability
+
+
+def applicable(
+    name: str,
+    applies_to: Mapping[str, Sequence[Any]],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    missing: bool | None = None,
+) -> torch.Tensor:
+    """Which prompts a constraint counts for: those that have one of the values in each of the fields.
+
+    Args:
+        name: Of the constraint, for messages.
+        applies_to: By field of a prompt's row, the values that it counts for. Empty: all prompts.
+        rows: The fields of each prompt. One that is a list has each of its values, one that is a mapping, as
+            PKU-SafeRLHF's categories are, those keys whose value is true.
+        missing: Whether it counts for prompts that lack a field, or have null there. None: that is an error.
+
+    Returns:
+        bool [P].
+
+    Raises:
+        InputError: A prompt lacks a field and `missing` is None; no prompt has one of the values; or the constraint
+            counts for none.
+    """
+    found = torch.ones(len(rows), dtype=torch.bool)
+    for field, values in applies_to.items():
+        known: set[Any] = set()
+        for i, row in enumerate(rows):
+            if row.get(field) is not None:
+                own = _values(name, field, row[field])
+                known |= own
+                found[i] &= not own.isdisjoint(values)
+            elif missing is not None:
+                found[i] &= missing
+            else:
+                raise InputError(
+                    f"constraint {name!r} applies to prompts by {field!r}, which prompt {i} of {len(rows)} lacks; "
+                    "expected it for all, or applies_to_missing: true or false"
+                )
+        for value in values:
+            if value not in known:
+                raise InputError(
+                    f"constraint {name!r} applies to {field} {value!r}, which no prompt has" + _nearest(value, known)
+                )
+    if not found.any():
+        raise InputError(f"constraint {name!r} applies to none of the {len(rows)} prompts, expected at least one")
+    return found
+
+
+def _values(name: str, field: str, value: Any) -> set[Any]:
+    """What a prompt has in a field."""
+    try:
+        if isinstance(value, Mapping):
+            return {key for key, is_so in value.items() if is_so}
+        return set(value) if isinstance(value, list | tuple) else {value}
+    except TypeError:
+        raise InputError(
+            f"constraint {name!r} applies to prompts by {field!r}, which is {value!r}, expected a value or several"
+        ) from None
+
+
+def _nearest(value: Any, known: set[Any]) -> str:
+    """What was probably meant by a value, or all that there is."""
+    near = difflib.get_close_matches(str(value), [str(one) for one in known], n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    some = sorted(map(str, known))
+    return f"; expected one of {', '.join(map(repr, some[:10]))}{', ...' if len(some) > 10 else ''}"
+
+
+# -------------------------------------------------------------------------------------------------------- controllers
+
+
+class Controller(Protocol):
+    """What sets the multiplier of a constraint: `algorithm.Multiplier`, by dual ascent, or one of those below."""
+
+    @property
+    def value(self) -> float:
+        """lambda_k."""
+
+    def update(self, costs: torch.Tensor, violations: torch.Tensor, prompt_ids: torch.Tensor) -> float | None:
+        """Take in one rollout batch, as `algorithm.Violation.update` does; returns its J."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class FixedMultiplier:
+    """lambda stays where it is: the exact penalty, which needs no ascent once it is large enough (CS-RLHF).
+
+    Args:
+        init: lambda >= 0.
+        violation: Of the constraint, which is measured all the same.
+    """
+
+    def __init__(self, init: float, violation: Violation) -> None:
+        self.value, self.violation = init, violation
+
+    def update(self, costs: torch.Tensor, violations: torch.Tensor, prompt_ids: torch.Tensor) -> float | None:
+        return self.violation.update(costs, violations, prompt_ids)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "costs": self.violation.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = float(state["value"])
+        self.violation.load_state_dict(state["costs"])
+
+
+class PidMultiplier:
+    """lambda by a PID controller of J, after Stooke et al. 2020, with a tolerance:
+
+        e = J - tolerance, I <- I + e, Jbar <- a Jbar + (1 - a) J, D = {Jbar - Jbar before}+
+        lambda = clip(kp e + ki I + kd D, 0, maximum)
+
+    I stands still while lambda is at a bound and e pushes further, and begins at init / ki, so that lambda begins at
+    init. Under a rectified J, which is never negative, I falls only where the tolerance is above 0.
+
+    Args:
+        init: lambda at the start, >= 0.
+        maximum: lambda_max.
+        violation: Measures J.
+        kp, ki, kd: Gains of the error, its sum and the rise of the smoothed J; ki > 0.
+        tolerance: The J that is aimed at.
+        smoothing: a, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        init: float,
+        maximum: float,
+        violation: Violation,
+        *,
+        kp: float,
+        ki: float,
+        kd: float,
+        tolerance: float = 0.0,
+        smoothing: float = 0.0,
+    ) -> None:
+        self.maximum, self.violation = maximum, violation
+        self.kp, self.ki, self.kd, self.tolerance, self.smoothing = kp, ki, kd, tolerance, smoothing
+        self.value = init
+        self._integral = init / ki
+        self._smoothed: float | None = None
+
+    def update(self, costs: torch.Tensor, violations: torch.Tensor, prompt_ids: torch.Tensor) -> float | None:
+        violation = self.violation.update(costs, violations, prompt_ids)
+        if violation is None:
+            return None
+        error = violation - self.tolerance
+        if not (self.value >= self.maximum and error > 0 or self.value <= 0 and error < 0):
+            self._integral += error
+        before = violation if self._smoothed is None else self._smoothed
+        self._smoothed = self.smoothing * before + (1 - self.smoothing) * violation
+        # A NaN cost must not pass for none: max(x, NaN) is x.
+        rise = self._smoothed - before
+        rise = 0.0 if rise < 0 else rise
+        wanted = self.kp * error + self.ki * self._integral + self.kd * rise
+        self.value = wanted if math.isnan(wanted) else min(max(wanted, 0.0), self.maximum)
+        return violation
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "value": self.value,
+            "integral": self._integral,
+            "smoothed": self._smoothed,
+            "costs": self.violation.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value, self._integral = float(state["value"]), float(state["integral"])
+        self._smoothed = None if state["smoothed"] is None else float(state["smoothed"])
+        self.violation.load_state_dict(state["costs"])
+
+
+# ----------------------------------------------------------------------------------------------------- the dual start
+
+
+@dataclass(frozen=True)
+class DualStart:
+    """Multipliers that a reference's samples ask for.
+
+    Attributes:
+        multipliers: lambda* of each constraint.
+        infeasible: Whether lambda* is at its maximum: no weighting of these samples meets the constraint.
+        gap: Value of the tilted samples (mean reward less beta' KL) minus the dual's, for the last beta'. 0 where each
+            constraint is met, and met exactly where its lambda is not 0.
+        effective_samples: Of a prompt, 1 / sum of squares of the tilted probabilities, mean over prompts. Below 2 the
+            answer is one sample's.
+        converged: Whether beta' and lambda* agreed within 1e-4 at the end.
+    """
+
+    multipliers: list[float]
+    infeasible: list[bool]
+    gap: float
+    effective_samples: float
+    converged: bool
+
+
+def dual_start(
+    rewards: torch.Tensor,
+    costs: torch.Tensor,
+    applies: torch.Tensor,
+    thresholds: Sequence[float],
+    maxima: Sequence[float],
+    *,
+    kl_coefficient: float,
+) -> DualStart:
+    """Multipliers at which the reference, tilted to the best policy of the regularised problem, meets the constraints.
+
+    Minimises over 0 <= lambda <= lambda_max, after MoCAN (arXiv 2405.19544),
+
+        D(lambda) = E_x[sum_k lambda_k d_k + beta'_x log mean_j exp((R_j - sum_k lambda_k C_kj) / beta'_x)],
+
+    k over the constraints that apply to x. The trainer's weights sum to 1, so that the full beta of the loss stands
+    beside a reward of weight 1 / (1 + sum of lambda): beta'_x = beta (1 + sum_k lambda_k), which is held fixed in each
+    convex problem and iterated until lambda moves by less than 1e-4. A start, not an answer: costs count on average
+    here, also of rectified constraints.
+
+    Args:
+        rewards: [P, J], of J samples of the reference for each of P prompts.
+        costs: [K, P, J], of the same; what does not apply is not looked at.
+        applies: bool [K, P].
+        thresholds: d_k - m_k.
+        maxima: lambda_max of each constraint.
+        kl_coefficient: beta, > 0.
+
+    Raises:
+        ValueError: A score that applies is not finite, or beta is 0.
+    """
+    R, C = rewards.double().numpy(), costs.double().numpy()
+    counts = applies.numpy().astype(float)
+    C = np.where(counts[:, :, None] > 0, C, 0.0)
+    if not (np.isfinite(R).all() and np.isfinite(C).all()):
+        raise ValueError("dual_start: rewards and the costs that apply must be finite")
+    if not kl_coefficient > 0:
+        raise ValueError(f"dual_start: kl_coefficient must be above 0, got {kl_coefficient}")
+    d, bounds = np.asarray(thresholds, float), [(0.0, float(most)) for most in maxima]
+
+    def tilted(multipliers: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """log of the normalisation over the samples' mean, [P], and the probabilities of the tilted samples, [P, J]."""
+        exponents = (R - np.tensordot(multipliers, C, 1)) / beta[:, None]
+        return scipy.special.logsumexp(exponents, 1) - math.log(R.shape[1]), scipy.special.softmax(exponents, 1)
+
+    def dual(multipliers: np.ndarray, beta: np.ndarray) -> tuple[float, np.ndarray]:
+        log_mean, probabilities = tilted(multipliers, beta)
+        value = (multipliers @ (d[:, None] * counts) + beta * log_mean).mean()
+        slack = counts * (d[:, None] - (C * probabilities).sum(2))
+        return float(value), slack.mean(1)
+
+    multipliers, converged = np.minimum(1.0, maxima).astype(float), False
+    for _ in range(100):
+        beta = kl_coefficient * (1 + multipliers @ counts)
+        best = scipy.optimize.minimize(
+            dual, multipliers, (beta,), "L-BFGS-B", jac=True, bounds=bounds, options={"ftol": 1e-15, "gtol": 1e-9}
+        ).x
+        moved, multipliers = float(np.abs(best - multipliers).max(initial=0.0)), best
+        if moved < 1e-4:
+            converged = True
+            break
+    _, probabilities = tilted(multipliers, beta)
+    logs = np.log(probabilities * R.shape[1], where=probabilities > 0, out=np.zeros_like(probabilities))
+    primal = float(((probabilities * R).sum(1) - beta * (probabilities * logs).sum(1)).mean())
+    return DualStart(
+        multipliers=[float(value) for value in multipliers],
+        infeasible=[bool(value >= most) for value, most in zip(multipliers, maxima, strict=True)],
+        gap=primal - dual(multipliers, beta)[0],
+        effective_samples=float((1 / np.square(probabilities).sum(1)).mean()),
+        converged=converged,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the reward cap
+
+
+def capped_rewards(rewards: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """min(R, cap): where the usefulness that was asked for is reached, pressure ends. A NaN stays one.
+
+    Args:
+        rewards: float32 [S].
+        cap: None: the rewards as they are.
+    """
+    return rewards if cap is None else rewards.clamp(max=cap)
+
+
+def wholly_capped(rewards: torch.Tensor, prompt_ids: torch.Tensor, cap: float) -> float:
+    """The share of prompts all of whose responses reach the cap: of their reward nothing is left but its KL penalty."""
+    return float((prompt_means((rewards >= cap).double(), prompt_ids) == 1).double().mean())
