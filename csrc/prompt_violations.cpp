@@ -10,10 +10,12 @@ struct Mean {
     std::int64_t count = 0;
 
     void add(float cost) {
-        sum += cost;
-        ++count;
+        if (cost != does_not_apply) {
+            sum += cost;
+            ++count;
+        }
     }
-    float value() const { return static_cast<float>(sum / static_cast<double>(count)); }
+    float value() const { return count ? static_cast<float>(sum / static_cast<double>(count)) : does_not_apply; }
 };
 
 }  // namespace

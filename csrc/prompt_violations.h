@@ -2,13 +2,18 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace repo_fast {
+
+// The cost of a response that the constraint does not apply to, and its violation.
+constexpr float does_not_apply = -std::numeric_limits<float>::infinity();
 
 enum class Scope { prompt, response, batch };
 
 // costs, prompt_ids and violations are [S]. Costs are added in the order given, in double: all ranks that hold the same
-// responses in the same order get the same bits. A NaN cost makes its mean NaN, and no other.
+// responses in the same order get the same bits. A NaN cost makes its mean NaN, and no other; one of -infinity does not
+// apply and does not count, and without any other the mean is -infinity.
 void prompt_violations(const float* costs, const std::int64_t* prompt_ids, std::int64_t S, Scope scope, float threshold,
                        float* violations);
 

@@ -5,6 +5,8 @@
 #include <limits>
 #include <stdexcept>
 
+#include "prompt_violations.h"
+
 namespace repo_fast {
 namespace {
 
@@ -37,7 +39,7 @@ std::vector<Sequence> weigh_sequences(const std::string& op, const PolicyTokens&
         Sequence& sequence = sequences[s];
         if (std::isnan(violations[s])) {  // not known to be safe
             sequence.reward_weight = sequence.cost_weight = std::numeric_limits<float>::quiet_NaN();
-        } else if (objective.rectify && !(violations[s] > 0)) {
+        } else if (!(violations[s] > (objective.rectify ? 0.0f : does_not_apply))) {
             sequence.reward_weight = 1.0f;
             sequence.cost_weight = 0.0f;
         } else {
@@ -64,7 +66,8 @@ double unsafe_fraction(const float* violations, std::int64_t S) {
     for (std::int64_t s = 0; s < S; ++s) {
         unsafe += std::isnan(violations[s]) ? std::numeric_limits<double>::quiet_NaN() : violations[s] > 0;
     }
-    return unsafe / static_cast<double>(std::max<std::int64_t>(S, 1));
+    const auto applicable = S - std::count(violations, violations + S, does_not_apply);
+    return unsafe / static_cast<double>(std::max<std::int64_t>(applicable, 1));
 }
 
 TokenLoss token_loss(const PolicyTokens& tokens, std::int64_t t, float log_prob) {

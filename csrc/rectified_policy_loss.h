@@ -72,7 +72,8 @@ struct LossTotals {
 std::vector<Sequence> weigh_sequences(const std::string& op, const PolicyTokens& tokens, const float* violations,
                                       std::int64_t S);
 
-// Share of the responses with a violation > 0: 0 for none at all, NaN if one is not known.
+// Share of the responses with a violation > 0 among those that are not -infinity, to which the constraint applies: 0 for
+// none at all, NaN if one is not known.
 double unsafe_fraction(const float* violations, std::int64_t S);
 
 TokenLoss token_loss(const PolicyTokens& tokens, std::int64_t t, float log_prob);

@@ -2,7 +2,8 @@
 
 A block of responses compares its prompt ids with all S of them, a tile at a time, and adds the costs that match: S²
 comparisons, 17 M for 4096 responses, in one launch and with the sums in the same order every time. A NaN cost reaches
-the responses of its own prompt only, because other costs are selected, not multiplied.
+the responses of its own prompt only, because other costs are selected, not multiplied. A cost of −inf does not apply,
+and is not selected; where none is, the mean is −inf.
 
 Tried and rejected, on paper: a sort and segmented sums (five launches), atomics (not the same bits every time).
 """
@@ -27,12 +28,13 @@ def _violations_kernel(
         others = start + tl.arange(0, TILE)
         ids = tl.load(prompt_ids + others, mask=others < S, other=0)
         cost = tl.load(costs + others, mask=others < S, other=0.0)
-        match = (others < S)[None, :] & (mine < S)[:, None]
+        match = ((others < S) & (cost != float("-inf")))[None, :] & (mine < S)[:, None]
         if not WHOLE_BATCH:
             match = match & (my_ids[:, None] == ids[None, :])
         sums += tl.where(match, cost[None, :], 0.0)
         counts += match.to(tl.float32)
-    means = tl.sum(sums, axis=1) / tl.maximum(tl.sum(counts, axis=1), 1.0)
+    count = tl.sum(counts, axis=1)
+    means = tl.where(count > 0.0, tl.sum(sums, axis=1) / tl.maximum(count, 1.0), float("-inf"))
     tl.store(violations + mine, means - threshold, mask=mine < S)
 
 

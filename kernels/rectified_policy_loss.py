@@ -50,13 +50,14 @@ def token_terms(
 ):  # fmt: skip
     """(ℓ_t, dℓ_t/dlog π_θ, whether clipping bit, (ρ − 1) − log ρ) of one token or a block of tokens.
 
-    A violation of NaN makes the loss NaN; a stream of weight 0 is multiplied, so NaN in it shows.
+    A violation of −inf is of a constraint that does not apply, one of NaN makes the loss NaN; a stream of weight 0 is
+    multiplied, so NaN in it shows.
     """
     reward_weight = 1.0 / (1.0 + multiplier)
     cost_weight = multiplier / (1.0 + multiplier)
-    if RECTIFY:
-        reward_weight = tl.where(violation > 0.0, reward_weight, 1.0)
-        cost_weight = tl.where(violation > 0.0, cost_weight, 0.0)
+    active = violation > (0.0 if RECTIFY else float("-inf"))
+    reward_weight = tl.where(active, reward_weight, 1.0)
+    cost_weight = tl.where(active, cost_weight, 0.0)
     unknown = violation != violation
     reward_weight = tl.where(unknown, violation, reward_weight)
     cost_weight = tl.where(unknown, violation, cost_weight)
@@ -103,6 +104,83 @@ def token_factor(counts, sequence, known, denominator, S, REDUCTION: tl.constexp
             return 1.0 / (count * tl.maximum(tl.load(counts + S), 1).to(tl.float32))
         else:
             return 1.0 / (count * tl.load(denominator))
+
+
+@triton.jit
+def _active(violations, sequence, known, multiplier, rectified):
+    """(λ of a constraint for the sequences where it is active, else 0; their violations)."""
+    violation = tl.load(violations + sequence, mask=known, other=float("nan"))
+    floor = tl.where(rectified & 1 == 1, 0.0, float("-inf"))
+    return tl.where(violation > floor, tl.load(multiplier), 0.0), violation
+
+
+@triton.jit(do_not_specialize=["T", "S", "K", "rectified"])
+def _streams_kernel(
+    reward_advantages, cost_advantages, sequence_ids, violations, multiplier, rises, falls, T, S, K, rectified,
+    MIXED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    sequence = tl.load(sequence_ids + t, mask=t < T, other=-1)
+    known = (sequence >= 0) & (sequence < S)
+    total = tl.full([BLOCK], 1.0, tl.float32)
+    for k in range(K):
+        active, violation = _active(violations + k * S, sequence, known, multiplier + k, rectified >> k)
+        total += tl.where(violation != violation, violation, active)
+    weight = 1.0 / total
+    advantage = tl.load(reward_advantages + t, mask=t < T, other=0.0)
+    fall = tl.zeros([BLOCK], tl.float32)
+    if MIXED:
+        rise = weight * advantage
+    else:  # unlike maxima, these keep NaN
+        rise = weight * tl.where(advantage < 0.0, 0.0, advantage)
+        fall += weight * tl.where(advantage > 0.0, 0.0, -advantage)
+    costs = cost_advantages + t
+    for k in range(K):
+        active, violation = _active(violations + k * S, sequence, known, multiplier + k, rectified >> k)
+        weight = active / total
+        advantage = tl.load(costs, mask=t < T, other=0.0)
+        if MIXED:
+            rise -= weight * advantage
+        else:
+            rise += weight * tl.where(advantage > 0.0, 0.0, -advantage)
+            fall += weight * tl.where(advantage < 0.0, 0.0, advantage)
+        costs += T
+    tl.store(rises + t, 2.0 * rise, mask=t < T)
+    tl.store(falls + t, 2.0 * fall, mask=t < T)
+
+
+def combine_streams(
+    reward_advantages: torch.Tensor,
+    cost_advantages: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    violations: torch.Tensor,
+    multiplier: torch.Tensor,
+    *,
+    rectified: int,
+    mixed: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two streams that K + 1 are (`repo_fast/ops/loss.py` says why), in one launch and two looks at the violations.
+
+    Args:
+        reward_advantages: [T] float32, contiguous.
+        cost_advantages: [K, T] float32, contiguous.
+        sequence_ids: [T] int64, contiguous. Where they are out of range the results are NaN.
+        violations: [K, S] float32, contiguous; −inf: does not apply.
+        multiplier: [K] float32, contiguous.
+        rectified: Bit k says whether constraint k is.
+        mixed: Whether the first is the weighted sum of all, and the second 0.
+
+    Returns:
+        (advantages that are positive, advantages that are negative with their sign turned), [T] each, twice.
+    """
+    (K, T), S = cost_advantages.shape, violations.shape[1]
+    rises, falls = torch.empty_like(reward_advantages), torch.empty_like(reward_advantages)
+    if T > 0:
+        _streams_kernel[(triton.cdiv(T, BLOCK),)](
+            reward_advantages, cost_advantages, sequence_ids, violations, multiplier, rises, falls, T, S, K, rectified,
+            MIXED=mixed, BLOCK=BLOCK,
+        )  # fmt: skip
+    return rises, falls
 
 
 @triton.jit(do_not_specialize=["T", "S"])

@@ -35,6 +35,7 @@ from tests.ops.cases import (
     make_case,
     relative_error,
     row_bound,
+    with_streams,
     with_token_options,
 )
 
@@ -131,7 +132,9 @@ def fused_errors(
     plain, plain_gradients = run(reference.fused_rectified_policy_loss, case, options, incoming)
     scale = loss_scale(case, options)
     errors = _row_errors(case, ours[1:3], truth[1:3], plain[1:3], head_options(options))
-    errors["violations"] = largest((ours[3] - truth[3]).abs()), 1e-6 * (1 + largest(truth[3].abs()))
+    # Not of those that do not apply, -infinity in both.
+    gaps = (ours[3] - truth[3]).masked_fill(ours[3] == truth[3], 0.0)
+    errors["violations"] = largest(gaps.abs()), 1e-6 * (1 + largest(truth[3][truth[3].isfinite()].abs()))
     allowed = 1e-5 * scale
     if case.hidden.dtype != torch.float32:
         # A single number's error can be 0 by luck. So: twice what plain PyTorch's errors in log p and H can do to it.
@@ -287,6 +290,14 @@ def exactness(tiny: bool, device: torch.device) -> Checks:
             name = ", ".join(f"{key} {value}" for key, value in options.items())
             yield f"fused, {kind}, {name}", lambda case=case, o=options: fused_errors(case(), o, device)
         yield f"fused, {kind}, torch backend", partial(_on_torch, dtype, device)
+    for surrogate, K in (("separate", 2), ("mixed", 3), ("separate", 8)):
+        streams = {
+            "multiplier": torch.linspace(0.3, 2.5, K),
+            "surrogate": surrogate,
+            "scope": "response",
+        }
+        several = partial(with_streams, make_case(T=301, D=129, V=1031, S=17), K)
+        yield f"fused, {K} constraints, {surrogate}", lambda case=several, o=streams: fused_errors(case(), o, device)
     yield "rectified", lambda: rectified_errors(make_case(T=5003, V=31, S=301), OPTIONS[2], device)
     for S, scope in ((1, "prompt"), (997, "prompt"), (997, "batch"), (997, "response")):
         yield f"violations, {S} responses, {scope}", partial(violations_errors, S, scope, device)

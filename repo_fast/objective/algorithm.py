@@ -113,7 +113,7 @@ def stream_weights(
     Returns:
         w_r, float32 [S], and w_c in the shape of `violations`.
     """
-    streams = violations.reshape(-1, violations.shape[-1])
+    streams = torch.atleast_2d(violations)
     # In float64, so that a weight is rounded once.
     multipliers = torch.as_tensor(multiplier, dtype=torch.float64).reshape(-1, 1)
     rectified = torch.as_tensor(rectify).reshape(-1, 1)
@@ -175,8 +175,8 @@ def critic_free_advantages(
         return groups.centred(reward_scores) * size / (size - 1), groups.centred(cost_scores) * size / (size - 1)
     if not scaled:
         return groups.centred(reward_scores), groups.centred(cost_scores)
-    streams = cost_scores.reshape(-1, reward_scores.numel())
-    mixed = reward_weights * reward_scores - (cost_weights.view_as(streams) * streams).sum(0)
+    streams = torch.atleast_2d(cost_scores)
+    mixed = reward_weights * reward_scores - (torch.atleast_2d(cost_weights) * streams).sum(0)
     inverse = groups.inverse_scale(mixed, reward_scores.abs() + streams.abs().sum(0))
     return groups.centred(reward_scores) * inverse, groups.centred(cost_scores) * inverse
 
@@ -218,7 +218,7 @@ def separately_scaled_advantages(
     def standardised(scores: torch.Tensor) -> torch.Tensor:
         return groups.centred(scores) * groups.inverse_scale(scores, scores.abs())
 
-    costs = cost_scores.reshape(-1, reward_scores.numel())
+    costs = torch.atleast_2d(cost_scores)
     cost_advantages = torch.stack([standardised(stream) for stream in costs]).view_as(cost_scores) + penalty
     return standardised(reward_scores) - penalty, torch.where(applies, cost_advantages, 0.0)
 

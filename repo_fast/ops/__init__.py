@@ -13,6 +13,7 @@ log-probabilities are in nats. Same inputs give the same bits. The algorithm is 
     out.loss.backward()
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from repo_fast.ops import registration
 from repo_fast.ops.dispatch import available_backends, resolve
+from repo_fast.ops.loss import unsafe_fraction
+from repo_fast.ops.streams import as_one, check_count, check_rectify, for_each, stream_count
 from repo_fast.ops.validation import (
     check_bytes,
     check_choice,
@@ -60,11 +63,12 @@ class PolicyLoss(NamedTuple):
         log_probs: [T], log π_θ of each target in nats; 0 where the target is ignored.
         entropy: [T], of the distribution that `log_probs` is of, in nats; 0 where the target is ignored.
             None from `rectified_policy_loss`, and where it was not asked for.
-        violations: [S], how far each response's (mean) cost is above the threshold; not rectified.
+        violations: [S] or [K, S], how far each response's (mean) cost is above the threshold; not rectified.
         clip_fraction: Scalar, the share of valid tokens where, in a stream of non-zero weight, the clipped branch is
             strictly the smaller one.
         approx_kl: Scalar in nats, the k3 estimate of KL(π_old‖π_θ): mean over valid tokens of (ρ − 1) − log ρ.
-        unsafe_fraction: Scalar, the share of responses with a violation > 0.
+        unsafe_fraction: Scalar, or [K] of K constraints: the share of the responses with a violation > 0, of those that
+            the constraint applies to.
     """
 
     loss: Tensor
@@ -137,43 +141,64 @@ def prompt_violations(
     costs: Tensor,
     prompt_ids: Tensor,
     *,
-    scope: str = "prompt",
-    threshold: float = 0.0,
+    scope: str | Sequence[str] = "prompt",
+    threshold: float | Sequence[float] = 0.0,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """How far each response is from its constraint: v_i of RePO (arXiv 2410.19933), not rectified; > 0 is unsafe.
 
     Args:
-        costs: [S] float32, the cost C(x, y) of each response. NaN stays NaN: it must not pass for safe.
+        costs: [S] float32, the cost C(x, y) of each response, or [K, S], of K constraints. NaN stays NaN: it must not
+            pass for safe. −inf says that the constraint does not apply: such costs do not count in means.
         prompt_ids: [S] int64, any ids in any order. Responses with the same id answer the same prompt.
         scope: What is compared with the threshold: "response", its own cost; "prompt", the mean cost over the
-            responses of the same prompt; "batch", the mean cost over all responses.
-        threshold: d, in units of cost.
+            responses of the same prompt; "batch", the mean cost over all responses. One for all constraints, or K.
+        threshold: d, in units of cost. One for all constraints, or K.
         group: A process group. The means are then over the responses of all its ranks, which may differ in S, even be
             0; every rank must call. Not under `torch.compile`.
         backend: "auto", or one of `available_backends("prompt_violations")`.
 
     Returns:
-        violations [S] float32, without gradient.
+        violations [S] or [K, S] float32, without gradient; −inf where the mean is of no cost that applies.
 
     Raises:
         TypeError: An argument of the wrong type or dtype.
         ValueError: An argument of the wrong shape, device or value, or a backend that cannot run here.
     """
     op = "prompt_violations"
-    check_tensor(op, "costs", costs, (torch.float32,), ("S",))
-    check_vector(op, "prompt_ids", prompt_ids, costs.shape[0], "S", costs.device, torch.int64)
-    check_choice(op, "scope", scope, _SCOPES)
-    check_number(op, "threshold", threshold, -torch.inf)
+    several = isinstance(costs, Tensor) and costs.dim() == 2
+    check_tensor(op, "costs", costs, (torch.float32,), ("K", "S") if several else ("S",))
+    K = check_count(op, "costs", costs.shape[0]) if several else None
+    scopes, thresholds = _check_scopes(op, prompt_ids, costs, scope, threshold, K)
     chosen = resolve(op, backend, costs.device)
-    costs = costs.detach()
-    if group is None:
-        return registration.prompt_violations(costs, prompt_ids, scope, float(threshold), chosen)
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{op}: group must be a torch.distributed process group, got {type(group).__name__}")
-    all_costs, all_ids, own = gather_responses(costs, prompt_ids, group)
-    return registration.prompt_violations(all_costs, all_ids, scope, float(threshold), chosen)[own].clone()
+    streams, own = torch.atleast_2d(costs.detach()), slice(None)
+    if group is not None:
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"{op}: group must be a torch.distributed process group, got {type(group).__name__}")
+        streams, prompt_ids, own = gather_responses(streams, prompt_ids, group)
+    violations = [
+        registration.prompt_violations(stream, prompt_ids, one, d, chosen)[own]
+        for stream, one, d in zip(streams.unbind(), scopes, thresholds, strict=True)
+    ]
+    if K is not None:
+        return torch.stack(violations)
+    return violations[0] if group is None else violations[0].clone()
+
+
+def _check_scopes(
+    op: str,
+    prompt_ids: object,
+    costs: Tensor,
+    scope: str | Sequence[str],
+    threshold: float | Sequence[float],
+    K: int | None,
+) -> tuple[list[str], list[float]]:
+    """The checks of what `prompt_violations` takes beside costs; scopes and thresholds, one a stream."""
+    check_vector(op, "prompt_ids", prompt_ids, costs.shape[-1], "S", costs.device, torch.int64)
+    scopes = for_each(op, "scope", scope, K, lambda op, name, one: check_choice(op, name, one, _SCOPES))
+    thresholds = for_each(op, "threshold", threshold, K, lambda op, name, d: check_number(op, name, d, -torch.inf))
+    return scopes, [float(d) for d in thresholds]
 
 
 def generalized_advantages(
@@ -224,7 +249,6 @@ def generalized_advantages(
 
 def _check_objective(
     op: str,
-    rectify: bool,
     surrogate: str,
     clip: tuple[float, float],
     ref_log_probs: Tensor | None,
@@ -232,7 +256,6 @@ def _check_objective(
     reduction: str,
 ) -> None:
     """The checks that both policy losses share."""
-    check_flag(op, "rectify", rectify)
     check_choice(op, "surrogate", surrogate, _SURROGATES)
     check_clip(op, clip)
     check_number(op, "kl_coefficient", kl_coefficient, 0.0)
@@ -250,7 +273,7 @@ def rectified_policy_loss(
     violations: Tensor,
     *,
     multiplier: float | Tensor,
-    rectify: bool = True,
+    rectify: bool | Sequence[bool] = True,
     surrogate: str = "separate",
     clip: tuple[float, float] = (0.2, 0.2),
     ref_log_probs: Tensor | None = None,
@@ -267,16 +290,21 @@ def rectified_policy_loss(
     weights are those of its sequence: (1/(1+λ), λ/(1+λ)) where v > 0, or everywhere if not `rectify`; else (1, 0).
     With zero cost advantages and λ = 0 it is PPO's and GRPO's loss. log ρ is clamped to ±20, with no gradient beyond.
 
+    With K constraints, Z = 1 + the sum of λ_k over those that are active for the sequence: w_r = 1/Z and w_k = λ_k/Z, 0
+    for the others, and the terms of the costs are summed over k. Active is a constraint that applies to the sequence
+    and, if rectified, has v > 0.
+
     Args:
         log_probs: [T] float32, log π_θ in nats. The only argument that gradients flow to.
         old_log_probs: [T] float32, log π_old; None means on-policy: ρ = 1, with the gradient of log π_θ.
         reward_advantages: [T] float32, A_r.
-        cost_advantages: [T] float32, A_c.
+        cost_advantages: [T] float32, A_c, or [K, T], of K constraints.
         sequence_ids: [T] int64 in [0, S), the response of each token; -1 = a token to leave out, whose values are not
             looked at.
-        violations: [S] float32, as from `prompt_violations`. A NaN violation makes the loss NaN.
-        multiplier: λ >= 0, a number or a 0-d tensor, which is never read back to the host.
-        rectify: Whether safe responses are weighted (1, 0).
+        violations: [S] float32, as from `prompt_violations`, or [K, S]. A NaN violation makes the loss NaN; −inf: the
+            constraint does not apply to the response.
+        multiplier: λ >= 0, a number or a 0-d tensor, or a tensor [K]; tensors are never read back to the host.
+        rectify: Whether safe responses are weighted (1, 0); one for all constraints, or K.
         surrogate: "separate" or "mixed".
         clip: (ε_low, ε_high), each >= 0.
         ref_log_probs: [T] float32, log π_ref; needed if `kl_coefficient` > 0.
@@ -307,24 +335,25 @@ def rectified_policy_loss(
         device,
         old_log_probs=old_log_probs,
         reward_advantages=reward_advantages,
-        cost_advantages=cost_advantages,
         ref_log_probs=ref_log_probs,
         importance_weights=importance_weights,
     )
     check_vector(op, "sequence_ids", sequence_ids, T, "T", device, torch.int64)
-    check_tensor(op, "violations", violations, (torch.float32,), ("S",))
-    check_vectors(op, violations.shape[0], "S", device, violations=violations)
-    _check_objective(op, rectify, surrogate, clip, ref_log_probs, kl_coefficient, reduction)
+    K = stream_count(op, T, device, cost_advantages, "violations", violations)
+    flags = check_rectify(op, rectify, K)
+    _check_objective(op, surrogate, clip, ref_log_probs, kl_coefficient, reduction)
     chosen = resolve(op, backend, device)
+    streams = reward_advantages, cost_advantages, sequence_ids, violations, multiplier
+    one = as_one(op, K, *streams, flags, surrogate, chosen)
     loss, clip_fraction, approx_kl, unsafe, _ = registration.rectified_policy_loss(
         log_probs,
         old_log_probs,
-        reward_advantages,
-        cost_advantages,
+        one.reward_advantages,
+        one.cost_advantages,
         sequence_ids,
-        violations,
-        scalar(op, "multiplier", multiplier, device, 0.0),
-        rectify,
+        one.violations,
+        one.multiplier,
+        one.rectify,
         surrogate,
         float(clip[0]),
         float(clip[1]),
@@ -335,6 +364,8 @@ def rectified_policy_loss(
         importance_weights,
         chosen,
     )
+    if K is not None:
+        unsafe = unsafe_fraction(violations.detach())
     return PolicyLoss(loss, log_probs.detach(), None, violations.detach(), clip_fraction, approx_kl, unsafe)
 
 
@@ -350,9 +381,9 @@ def fused_rectified_policy_loss(
     prompt_ids: Tensor | None,
     *,
     multiplier: float | Tensor,
-    scope: str = "prompt",
-    threshold: float = 0.0,
-    rectify: bool = True,
+    scope: str | Sequence[str] = "prompt",
+    threshold: float | Sequence[float] = 0.0,
+    rectify: bool | Sequence[bool] = True,
     surrogate: str = "separate",
     clip: tuple[float, float] = (0.2, 0.2),
     temperature: float = 1.0,
@@ -381,14 +412,14 @@ def fused_rectified_policy_loss(
         targets: [T] int64 in [0, V), or -100: a token to leave out, at no cost, whose other values are not looked at.
         old_log_probs: [T] float32, log π_old in nats; None means on-policy: ρ = 1, with the gradient of log π_θ.
         reward_advantages: [T] float32, A_r.
-        cost_advantages: [T] float32, A_c.
+        cost_advantages: [T] float32, A_c, or [K, T], of K constraints.
         sequence_ids: [T] int64 in [0, S), the response of each token.
-        costs: [S] float32, as in `prompt_violations`; not used (may be None) if `violations` is given.
+        costs: [S] or [K, S] float32, as in `prompt_violations`; not used (may be None) if `violations` is given.
         prompt_ids: [S] int64, as in `prompt_violations`; not used (may be None) if `violations` is given.
-        multiplier: λ >= 0, a number or a 0-d tensor, which is never read back to the host.
+        multiplier: λ >= 0, a number or a 0-d tensor, or a tensor [K]; tensors are never read back to the host.
         scope: As in `prompt_violations`.
         threshold: As in `prompt_violations`.
-        rectify: Whether safe responses are weighted (1, 0), as in `rectified_policy_loss`.
+        rectify: Whether safe responses are weighted (1, 0), as in `rectified_policy_loss`; one for all, or K.
         surrogate: "separate" (RePO's) or "mixed" (Safe RLHF's), as in `rectified_policy_loss`.
         clip: (ε_low, ε_high), each >= 0.
         temperature: > 0; divides the logits, as in `linear_log_probs`.
@@ -401,8 +432,8 @@ def fused_rectified_policy_loss(
             bit of the rest; it must be True if `entropy_coefficient` > 0.
         reduction: "sequence_mean", "token_mean" or "sum", as in `rectified_policy_loss`.
         denominator: As in `rectified_policy_loss`.
-        violations: [S] float32. Given, it overrides `costs`, `prompt_ids`, `scope` and `threshold`: where a prompt's
-            responses lie in several calls or on several ranks, from `prompt_violations`.
+        violations: [S] or [K, S] float32. Given, it overrides `costs`, `prompt_ids`, `scope` and `threshold`: where a
+            prompt's responses lie in several calls or on several ranks, from `prompt_violations`.
         importance_weights: [T] float32, a factor on ℓ_t, for samples that another policy drew.
         backend: "auto", or one of `available_backends("fused_rectified_policy_loss")`.
 
@@ -424,43 +455,46 @@ def fused_rectified_policy_loss(
         device,
         old_log_probs=old_log_probs,
         reward_advantages=reward_advantages,
-        cost_advantages=cost_advantages,
         ref_log_probs=ref_log_probs,
         importance_weights=importance_weights,
     )
     check_vector(op, "sequence_ids", sequence_ids, T, "T", device, torch.int64)
+    scopes, thresholds = ["prompt"], [0.0]
     if violations is None:
-        check_tensor(op, "costs", costs, (torch.float32,), ("S",))
+        K = stream_count(op, T, device, cost_advantages, "costs", costs)
         assert costs is not None
-        check_vectors(op, costs.shape[0], "S", device, costs=costs)
-        check_vector(op, "prompt_ids", prompt_ids, costs.shape[0], "S", device, torch.int64)
-        check_choice(op, "scope", scope, _SCOPES)
-        check_number(op, "threshold", threshold, -torch.inf)
+        scopes, thresholds = _check_scopes(op, prompt_ids, costs, scope, threshold, K)
     else:
-        check_tensor(op, "violations", violations, (torch.float32,), ("S",))
-        check_vectors(op, violations.shape[0], "S", device, violations=violations)
+        K = stream_count(op, T, device, cost_advantages, "violations", violations)
         costs = prompt_ids = None
-    _check_objective(op, rectify, surrogate, clip, ref_log_probs, kl_coefficient, reduction)
+    flags = check_rectify(op, rectify, K)
+    _check_objective(op, surrogate, clip, ref_log_probs, kl_coefficient, reduction)
     settings = logit_settings(op, temperature, logit_scale, softcap)
     check_number(op, "entropy_coefficient", entropy_coefficient, 0.0)
     check_flag(op, "entropy", entropy)
     if entropy_coefficient > 0 and not entropy:
         raise ValueError(f"{op}: entropy must be True with entropy_coefficient={entropy_coefficient}, got False")
     chosen = resolve(op, backend, device)
+    if K is not None and violations is None:
+        assert costs is not None and prompt_ids is not None
+        violations = prompt_violations(costs, prompt_ids, scope=scopes, threshold=thresholds, backend=chosen)
+        costs = prompt_ids = None
+    streams = reward_advantages, cost_advantages, sequence_ids, violations, multiplier
+    one = as_one(op, K, *streams, flags, surrogate, chosen)
     results = registration.fused_rectified_policy_loss(
         hidden,
         weight,
         targets,
         old_log_probs,
-        reward_advantages,
-        cost_advantages,
+        one.reward_advantages,
+        one.cost_advantages,
         sequence_ids,
         costs,
         prompt_ids,
-        scalar(op, "multiplier", multiplier, device, 0.0),
-        scope,
-        float(threshold),
-        rectify,
+        one.multiplier,
+        scopes[0],
+        thresholds[0],
+        one.rectify,
         surrogate,
         float(clip[0]),
         float(clip[1]),
@@ -471,9 +505,13 @@ def fused_rectified_policy_loss(
         entropy,
         reduction,
         None if denominator is None else scalar(op, "denominator", denominator, device, 0.0, open_low=True),
-        violations,
+        one.violations,
         importance_weights,
         chosen,
     )
     result = PolicyLoss(*results)
+    if K is not None:
+        assert violations is not None
+        own = violations.detach().clone()
+        result = result._replace(violations=own, unsafe_fraction=unsafe_fraction(own))
     return result if entropy else result._replace(entropy=None)

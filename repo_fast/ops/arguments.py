@@ -3,9 +3,22 @@ these classes; their meanings are those of the public functions' arguments, but 
 the bare products, over `logit_scale`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+class StreamsArguments(NamedTuple):
+    """Of `rectified_policy_loss_streams`: [T] or [K, T] of tokens, [K, S] of responses, K of the rest."""
+
+    reward_advantages: Tensor
+    cost_advantages: Tensor
+    sequence_ids: Tensor
+    violations: Tensor
+    multiplier: Tensor
+    rectify: Sequence[bool]
+    mixed: bool
 
 
 class RectifiedArguments(NamedTuple):

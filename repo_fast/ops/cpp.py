@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from repo_fast.ops.arguments import FusedArguments, PolicyArguments, RectifiedArguments
+from repo_fast.ops.loss import rectified_policy_loss_streams as rectified_policy_loss_streams
 from repo_fast.ops.loss import valid_rows
 from repo_fast.ops.sweep import RowPass, find_rows, gradient_dtype, logits_to_keep, product_dtype, sweep
 from repo_fast.ops.validation import check_cu_seqlens

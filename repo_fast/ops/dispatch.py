@@ -29,7 +29,7 @@ _TORCH_MODULES = {
     "rectified_policy_loss": "repo_fast.ops.loss",
 }
 _MODULES = {"triton": "repo_fast.ops.triton", "cpp": "repo_fast.ops.cpp"}
-_SUFFIXES = ("_backward", "_and_gradients")
+_SUFFIXES = ("_backward", "_and_gradients", "_streams")
 
 _AUTO_ORDER = {"cpu": ("cpp", "torch"), "cuda": ("triton", "torch")}  # ROCm devices are also called "cuda"
 

@@ -9,14 +9,20 @@ With ρ = exp(clamp(log π_θ − log π_old, ±20)), s(A) = min(ρA, clip(ρ)·
     + kl_coefficient·(exp(d) − d − 1), d = log π_ref − log π_θ
 
 The derivative is zero where log ρ is beyond ±20. Weights that are zero are multiplied, never skipped: 0·NaN shows up.
+
+K cost streams are two. s(A) is A·min(ρ, 1+ε_high) for A ≥ 0 and A·max(ρ, 1−ε_low) for A ≤ 0, so that streams of one
+sign add up before anything is known of ρ. With P the sum of those of w_r·A_r and −w_k·A_k that are positive, and N of
+the others with their sign turned, ℓ = −[s(P) + s(−N)], which is the loss of one reward and one cost stream of equal
+weights. `rectified_policy_loss_streams` forms them, and nothing else knows of K.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from repo_fast.ops.arguments import PolicyArguments, RectifiedArguments
+from repo_fast.ops.arguments import PolicyArguments, RectifiedArguments, StreamsArguments
 from repo_fast.ops.validation import check_range
 
 LOG_RATIO_BOUND = 20.0  # keeps exp() far from float32's overflow
@@ -69,16 +75,37 @@ def select(values: Tensor, rows: Tensor | None) -> Tensor:
     return values if rows is None else values.index_select(0, rows)
 
 
-def stream_weights(violations: Tensor, multiplier: Tensor, rectify: bool) -> tuple[Tensor, Tensor]:
-    """(w_r, w_c) of each sequence, [S]: step 5 of the algorithm. A NaN violation is not safe: it makes both NaN."""
-    reward = (1 / (1 + multiplier)).expand_as(violations)
-    cost = (multiplier / (1 + multiplier)).expand_as(violations)
-    if rectify:
-        unsafe = violations > 0
-        reward = torch.where(unsafe, reward, 1.0)
-        cost = torch.where(unsafe, cost, 0.0)
-    unknown = violations.isnan()
-    return reward.masked_fill(unknown, torch.nan), cost.masked_fill(unknown, torch.nan)
+def stream_weights(violations: Tensor, multiplier: Tensor, rectify: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """w_r [S] and w_k [K, S] of each sequence, from violations [K, S] and multipliers [K]: step 5 of the algorithm.
+
+    A constraint is active where it applies (−inf: it does not) and, if rectified, is violated. A NaN violation is not
+    safe: it makes all weights NaN.
+    """
+    active = torch.stack(
+        [
+            torch.where(violation > (0.0 if rectified else -torch.inf), own, 0.0)
+            for violation, own, rectified in zip(violations.unbind(), multiplier.unbind(), rectify, strict=True)
+        ]
+    )
+    total = 1 + active.sum(0)
+    unknown = violations.isnan().any(0)
+    return (1 / total).masked_fill(unknown, torch.nan), (active / total).masked_fill(unknown, torch.nan)
+
+
+def rectified_policy_loss_streams(a: StreamsArguments) -> tuple[Tensor, Tensor]:
+    """Implements the registered op: the two advantages [T] that stand for A_r [T] and A_k [K, T], twice, since each is
+    then weighted by a half. With the mixed surrogate the first is the weighted sum, and the second 0.
+    """
+    S, ids = a.violations.shape[1], a.sequence_ids
+    index = torch.where((ids >= 0) & (ids < S), ids, S)
+    reward_weights, cost_weights = stream_weights(a.violations, a.multiplier, a.rectify)
+    weights = torch.cat([reward_weights.unsqueeze(0), cost_weights])
+    # One more entry, NaN, is where ids that are out of range point to.
+    weights = torch.cat([weights, weights.new_full((len(weights), 1), torch.nan)], 1).index_select(1, index)
+    advantages = torch.cat([a.reward_advantages.unsqueeze(0), -a.cost_advantages])
+    if a.mixed:
+        return 2 * (weights * advantages).sum(0), torch.zeros_like(a.reward_advantages)
+    return 2 * (weights * advantages.clamp(min=0)).sum(0), 2 * (weights * (-advantages).clamp(min=0)).sum(0)
 
 
 def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
@@ -113,7 +140,7 @@ def gather_tokens(op: str, rows: Tensor | None, a: PolicyArguments, violations: 
     check_range(op, "sequence_ids of the valid tokens", ids, 0, S, "S")
     # One more entry, NaN, is where ids that are out of range point to.
     index = torch.where((ids >= 0) & (ids < S), ids, S)
-    reward_weights, cost_weights = stream_weights(violations, a.multiplier, a.rectify)
+    reward_weights, cost_weights = stream_weights(violations.unsqueeze(0), a.multiplier.unsqueeze(0), [a.rectify])
     nan = violations.new_full((1,), torch.nan)
     factors = token_factors(index, S, a.reduction, a.denominator, a.reward_advantages)
     if a.importance_weights is not None:
@@ -123,7 +150,7 @@ def gather_tokens(op: str, rows: Tensor | None, a: PolicyArguments, violations: 
         select(a.reward_advantages, rows),
         select(a.cost_advantages, rows),
         torch.cat([reward_weights, nan])[index],
-        torch.cat([cost_weights, nan])[index],
+        torch.cat([cost_weights[0], nan])[index],
         select(a.ref_log_probs, rows) if a.ref_log_probs is not None and a.kl_coefficient > 0 else None,
         factors,
     )
@@ -171,9 +198,12 @@ def token_loss(log_probs: Tensor, tokens: Tokens, a: PolicyArguments) -> TokenLo
 
 
 def unsafe_fraction(violations: Tensor) -> Tensor:
-    """Share of the responses with v > 0, a scalar; 0 for none, NaN if a violation is (it is not known to be safe)."""
+    """Share of the responses with v > 0 among those that a constraint applies to (not −inf): [] of [S], [K] of [K, S].
+
+    0 for none, NaN if a violation is (it is not known to be safe).
+    """
     unsafe = (violations > 0).to(violations.dtype).masked_fill(violations.isnan(), torch.nan)
-    return unsafe.sum() / max(violations.numel(), 1)
+    return unsafe.sum(-1) / (violations != -torch.inf).sum(-1).clamp(min=1)
 
 
 def rectified_policy_loss(a: RectifiedArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -4,6 +4,8 @@ Every function computes in the dtype of its inputs, so the same code in float64 
 and results are those of the public functions in `repo_fast.ops`; nothing is checked. Not for training.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,14 +41,31 @@ def linear_log_probs(
     return log_probs, entropy
 
 
-def prompt_violations(costs: Tensor, prompt_ids: Tensor, *, scope: str = "prompt", threshold: float = 0.0) -> Tensor:
-    """v_i = C̄_i − d, where C̄_i is the response's own cost, its prompt's mean cost, or the mean cost of the batch."""
-    if scope == "response":
-        return costs - threshold
-    if scope == "batch":
-        return costs.mean().expand_as(costs) - threshold
-    means = [costs[prompt_ids == prompt].mean() for prompt in prompt_ids]
-    return torch.stack(means) - threshold if means else torch.zeros_like(costs)
+def prompt_violations(
+    costs: Tensor,
+    prompt_ids: Tensor,
+    *,
+    scope: str | Sequence[str] = "prompt",
+    threshold: float | Sequence[float] = 0.0,
+) -> Tensor:
+    """v_i = C̄_i − d, where C̄_i is the response's own cost, its prompt's mean cost, or the mean cost of the batch.
+
+    Costs of −inf do not count in means; of costs [K, S], scope and threshold are one or K.
+    """
+    streams = torch.atleast_2d(costs)
+    scopes = [scope] * len(streams) if isinstance(scope, str) else scope
+    thresholds = torch.as_tensor(threshold, dtype=costs.dtype, device=costs.device).expand(len(streams))
+
+    def mean(values: Tensor) -> Tensor:
+        counted = values[values != -torch.inf]
+        return counted.mean() if counted.numel() else values.new_tensor(-torch.inf)
+
+    means = streams.clone()
+    for row, stream, one in zip(means, streams, scopes, strict=True):
+        for i in range(len(row)):
+            same = {"response": slice(i, i + 1), "prompt": prompt_ids == prompt_ids[i], "batch": slice(None)}[one]
+            row[i] = mean(stream[same])
+    return (means - thresholds[:, None]).view_as(costs)
 
 
 def generalized_advantages(
@@ -73,7 +92,7 @@ def rectified_policy_loss(
     violations: Tensor,
     *,
     multiplier: float | Tensor,
-    rectify: bool = True,
+    rectify: bool | Sequence[bool] = True,
     surrogate: str = "separate",
     clip: tuple[float, float] = (0.2, 0.2),
     ref_log_probs: Tensor | None = None,
@@ -84,23 +103,28 @@ def rectified_policy_loss(
     entropy: Tensor | None = None,
     entropy_coefficient: float = 0.0,
 ) -> Tensor:
-    """The loss alone, a scalar: steps 5 and 6 of a RePO update. With `entropy` [T] it has the fused op's bonus too."""
+    """The loss alone, a scalar: steps 5 and 6 of a RePO update. With `entropy` [T] it has the fused op's bonus too.
+
+    Cost advantages may be [K, T] with violations [K, S]; the multiplier and `rectify` are then one or K.
+    """
     valid = sequence_ids >= 0
     if not valid.any():
         return 0 * log_probs[valid].sum()
     sequence = sequence_ids[valid]
     log_prob = log_probs[valid]
     old = log_prob.detach() if old_log_probs is None else old_log_probs[valid]
-    reward_advantage, cost_advantage = reward_advantages[valid], cost_advantages[valid]
+    costs, violations = torch.atleast_2d(cost_advantages), torch.atleast_2d(violations)
+    reward_advantage, cost_advantage = reward_advantages[valid], costs[:, valid]
+    K = len(costs)
 
-    multiplier = torch.as_tensor(multiplier, dtype=log_probs.dtype, device=log_probs.device)
-    w_r = (1 / (1 + multiplier)).expand_as(violations)
-    w_c = (multiplier / (1 + multiplier)).expand_as(violations)
-    if rectify:
-        w_r = torch.where(violations > 0, w_r, 1.0)
-        w_c = torch.where(violations > 0, w_c, 0.0)
-    w_r = torch.where(violations.isnan(), violations, w_r)[sequence]
-    w_c = torch.where(violations.isnan(), violations, w_c)[sequence]
+    multiplier = torch.as_tensor(multiplier, dtype=log_probs.dtype, device=log_probs.device).expand(K)
+    rectified = torch.as_tensor(rectify, device=log_probs.device).expand(K)
+    active = (violations != -torch.inf) & ((violations > 0) | ~rectified[:, None])
+    active_multiplier = torch.where(active, multiplier[:, None], 0.0)
+    total = 1 + active_multiplier.sum(0)
+    unknown = violations.isnan().any(0)
+    w_r = torch.where(unknown, torch.nan, 1 / total)[sequence]
+    w_c = torch.where(unknown, torch.nan, active_multiplier / total)[:, sequence]
 
     ratio = (log_prob - old).clamp(-20, 20).exp()
 
@@ -108,9 +132,9 @@ def rectified_policy_loss(
         return torch.minimum(ratio * advantage, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage)
 
     if surrogate == "separate":
-        loss = -(w_r * clipped(reward_advantage) + w_c * clipped(-cost_advantage))
+        loss = -(w_r * clipped(reward_advantage) + (w_c * clipped(-cost_advantage)).sum(0))
     else:
-        loss = -clipped(w_r * reward_advantage - w_c * cost_advantage)
+        loss = -clipped(w_r * reward_advantage - (w_c * cost_advantage).sum(0))
     if kl_coefficient > 0 and ref_log_probs is not None:
         d = ref_log_probs[valid] - log_prob
         loss = loss + kl_coefficient * (d.exp() - d - 1)
@@ -139,8 +163,8 @@ def fused_rectified_policy_loss(
     prompt_ids: Tensor | None,
     *,
     multiplier: float | Tensor,
-    scope: str = "prompt",
-    threshold: float = 0.0,
+    scope: str | Sequence[str] = "prompt",
+    threshold: float | Sequence[float] = 0.0,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,

@@ -17,14 +17,15 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from repo_fast.ops.arguments import FusedArguments, PolicyArguments, RectifiedArguments
+from repo_fast.ops.arguments import FusedArguments, RectifiedArguments, StreamsArguments
 from repo_fast.ops.dispatch import implementation
 from repo_fast.ops.sweep import gradient_dtype, logits_to_keep
 
 
 def _tags(name: str) -> list[torch.Tag]:
     """An op that reads the count of valid rows back, on one backend at least, cannot be part of a CUDA graph."""
-    return [] if name in ("prompt_violations", "generalized_advantages") else [torch.Tag.cudagraph_unsafe]
+    safe = ("prompt_violations", "generalized_advantages", "rectified_policy_loss_streams")
+    return [] if name in safe else [torch.Tag.cudagraph_unsafe]
 
 
 def _dispatched(function: Callable[..., Any]) -> Any:
@@ -39,7 +40,7 @@ def _dispatched(function: Callable[..., Any]) -> Any:
     return torch.library.custom_op(f"repo_fast::{name}", run, mutates_args=(), tags=_tags(name))
 
 
-def _policy_loss(name: str, arguments: Callable[..., PolicyArguments], outputs: int) -> Any:
+def _policy_loss(name: str, arguments: Callable[..., Any], outputs: int) -> Any:
     """Registers an op that takes the fields of `arguments` and returns tensors; implementations take them as one."""
 
     def run(*args: Any) -> tuple[Tensor, ...]:
@@ -177,6 +178,16 @@ def _differentiated_once(op: str, gradient: Tensor) -> Tensor:
     if not torch.is_grad_enabled():  # without create_graph
         return gradient
     return _DifferentiatedOnce.apply(gradient, op, gradient.new_zeros(()).requires_grad_())
+
+
+# -> reward_advantages, cost_advantages [T] that stand for K streams, at weights of a half.
+rectified_policy_loss_streams = _policy_loss("rectified_policy_loss_streams", StreamsArguments, 2)
+
+
+@rectified_policy_loss_streams.register_fake
+def _(reward_advantages, *others):
+    T = reward_advantages.shape
+    return reward_advantages.new_empty(T), reward_advantages.new_empty(T)
 
 
 # -> loss, clip_fraction, approx_kl, unsafe_fraction, d loss / d log_probs [T].

@@ -14,9 +14,9 @@ from repo_fast.kernels.fused_rectified_policy_loss import policy_rows
 from repo_fast.kernels.generalized_advantages import scan_advantages
 from repo_fast.kernels.linear_log_probs import gradient_rows, log_prob_rows
 from repo_fast.kernels.prompt_violations import mean_violations
-from repo_fast.kernels.rectified_policy_loss import count_tokens, loss_of_tokens
+from repo_fast.kernels.rectified_policy_loss import combine_streams, count_tokens, loss_of_tokens
 from repo_fast.kernels.scale_in_place import scale_in_place
-from repo_fast.ops.arguments import FusedArguments, PolicyArguments, RectifiedArguments
+from repo_fast.ops.arguments import FusedArguments, PolicyArguments, RectifiedArguments, StreamsArguments
 from repo_fast.ops.loss import select, unsafe_fraction
 from repo_fast.ops.sweep import find_rows, gradient_dtype, logits_to_keep, sweep
 from repo_fast.ops.validation import check_cu_seqlens, check_range
@@ -46,6 +46,14 @@ def generalized_advantages(
     with _device_of(rewards):
         advantages, returns = scan_advantages(*streams, cu_seqlens.contiguous(), gamma, lam)
     return advantages.view(rewards.shape), returns.view(rewards.shape)
+
+
+def rectified_policy_loss_streams(a: StreamsArguments) -> tuple[Tensor, Tensor]:
+    """Implements the registered op: one launch."""
+    tensors = (a.reward_advantages, a.cost_advantages, a.sequence_ids, a.violations, a.multiplier)
+    rectified = sum(flag << k for k, flag in enumerate(a.rectify))
+    with _device_of(a.reward_advantages):
+        return combine_streams(*(tensor.contiguous() for tensor in tensors), rectified=rectified, mixed=a.mixed)
 
 
 def rectified_policy_loss(a: RectifiedArguments) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -18,7 +18,10 @@ from repo_fast.ops.loss import sum_by_index
 
 
 def prompt_means(costs: Tensor, prompt_ids: Tensor) -> Tensor:
-    """The mean of `costs` [S] over the responses with the same id, at each response. Never waits for the device."""
+    """The mean of `costs` [S] over the responses with the same id, at each response. Never waits for the device.
+
+    A cost of −inf does not apply, and does not count; without any other the mean is −inf.
+    """
     S = costs.numel()
     if S == 0:
         return torch.zeros_like(costs)
@@ -26,9 +29,19 @@ def prompt_means(costs: Tensor, prompt_ids: Tensor) -> Tensor:
     first = torch.ones_like(ids, dtype=torch.bool)
     torch.ne(ids[1:], ids[:-1], out=first[1:])
     prompt = first.cumsum(0) - 1
-    values = costs[order]
-    means = sum_by_index(values, prompt, S) / sum_by_index(torch.ones_like(values), prompt, S)
+    values, applies = _applicable(costs[order])
+    means = _mean(sum_by_index(values, prompt, S), sum_by_index(applies, prompt, S))
     return torch.empty_like(means).scatter_(0, order, means[prompt])
+
+
+def _applicable(costs: Tensor) -> tuple[Tensor, Tensor]:
+    """Costs with 0 for what does not apply, and 1 for what does, 0 for what does not."""
+    exempt = costs == -torch.inf
+    return costs.masked_fill(exempt, 0.0), (~exempt).to(costs.dtype)
+
+
+def _mean(sums: Tensor, counts: Tensor) -> Tensor:
+    return (sums / counts).masked_fill(counts == 0, -torch.inf)
 
 
 def prompt_violations(costs: Tensor, prompt_ids: Tensor, scope: str, threshold: float) -> Tensor:
@@ -38,7 +51,8 @@ def prompt_violations(costs: Tensor, prompt_ids: Tensor, scope: str, threshold: 
     elif scope == "prompt":
         means = prompt_means(costs, prompt_ids)
     else:
-        means = (costs.sum() / max(costs.numel(), 1)).expand_as(costs)
+        values, applies = _applicable(costs)
+        means = _mean(values.sum(), applies.sum()).expand_as(costs)
     return means - threshold
 
 
@@ -52,18 +66,21 @@ def given_or_computed(a: FusedArguments, compute: Callable[[Tensor, Tensor, str,
 
 
 def gather_responses(costs: Tensor, prompt_ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, slice]:
-    """All ranks' costs and prompt ids in rank order, and where this rank's are. Ranks may differ in S, even be 0."""
-    world = dist.get_world_size(group)
+    """All ranks' costs [K, S] and prompt ids [S] in rank order, and where this rank's are.
+
+    Ranks may differ in S, even be 0.
+    """
+    world, (K, S) = dist.get_world_size(group), costs.shape
     sizes = [costs.new_zeros(1, dtype=torch.int64) for _ in range(world)]
-    dist.all_gather(sizes, costs.new_full((1,), costs.numel(), dtype=torch.int64), group=group)
+    dist.all_gather(sizes, costs.new_full((1,), S, dtype=torch.int64), group=group)
     counts = cast(list[int], torch.cat(sizes).tolist())
-    # The collectives want equal shapes, and one call is cheaper than two: costs travel as the bits of an integer.
-    payload = costs.new_zeros(max(counts), 2, dtype=torch.int64)
-    payload[: costs.numel(), 0] = prompt_ids
-    payload[: costs.numel(), 1] = costs.contiguous().view(torch.int32).to(torch.int64)
+    # The collectives want equal shapes, and one call is cheaper than two: costs travel as the bits of integers.
+    payload = costs.new_zeros(max(counts), 1 + K, dtype=torch.int64)
+    payload[:S, 0] = prompt_ids
+    payload[:S, 1:] = costs.T.contiguous().view(torch.int32).to(torch.int64)
     parts = [torch.empty_like(payload) for _ in range(world)]
     dist.all_gather(parts, payload, group=group)
     everything = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
     start = sum(counts[: dist.get_rank(group)])
-    all_costs = everything[:, 1].to(torch.int32).view(torch.float32)
-    return all_costs, everything[:, 0].contiguous(), slice(start, start + costs.numel())
+    all_costs = everything[:, 1:].to(torch.int32).view(torch.float32).T.contiguous()
+    return all_costs, everything[:, 0].contiguous(), slice(start, start + S)

@@ -103,6 +103,24 @@ def test_the_fused_op_waits_once(fake: FakeCuda, dtype: torch.dtype, size: str, 
         assert fake.launches.count("_policy_kernel") >= 1 and fake.launches.count("_count_kernel") == 1
 
 
+@needs_graph
+@pytest.mark.parametrize("size", SIZES)
+def test_several_constraints_cost_a_launch_and_no_wait(fake: FakeCuda, size: str, backend: str) -> None:
+    case = case_on(fake, size)
+    with fake.fake:
+        T = case.targets.numel()
+        case = replace(case, costs=case.costs.new_empty(3, 5), cost_advantages=case.costs.new_empty(3, T))
+    multiplier = fake.on_cuda(torch.ones(3))
+    with fake:
+        fused_rectified_policy_loss(
+            *case.arguments(), multiplier=multiplier, rectify=[True, False, True], backend=backend
+        ).loss.backward()
+    assert fake.waits == ["nonzero"]
+    check_gradients(case)
+    if backend == "triton":
+        assert fake.launches.count("_violations_kernel") == 3 and fake.launches.count("_streams_kernel") == 1
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_are_formed_without_a_graph(fake: FakeCuda, dtype: torch.dtype, size: str, backend: str) -> None:

@@ -30,7 +30,7 @@ from repo_fast.kernels.fused_rectified_policy_loss import policy_rows
 from repo_fast.kernels.generalized_advantages import scan_advantages
 from repo_fast.kernels.linear_log_probs import gradient_rows, log_prob_rows
 from repo_fast.kernels.prompt_violations import mean_violations
-from repo_fast.kernels.rectified_policy_loss import count_tokens, loss_of_tokens
+from repo_fast.kernels.rectified_policy_loss import combine_streams, count_tokens, loss_of_tokens
 from repo_fast.kernels.scale_in_place import scale_in_place
 from repo_fast.ops.sweep import row_pitch
 
@@ -165,6 +165,11 @@ def launches() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "sequence ids", lambda: count_tokens(ids, None, S)
     yield "", lambda: loss_of_tokens(floats, *needed, None, None, None, **plain)
     yield "all options", lambda: loss_of_tokens(floats, *needed, number, floats, floats, **full)
+    for K in (2, 4, 8):
+        for mixed in (False, True):
+            case = f"{K} constraints, {'mixed' if mixed else 'separate'}"
+            streams = floats, floats.expand(K, T), ids, violations.expand(K, S), torch.zeros(K)
+            yield case, lambda streams=streams, mixed=mixed: combine_streams(*streams, rectified=1, mixed=mixed)
     for whole_batch in (False, True):
         case = "batch" if whole_batch else "prompt"
         yield case, lambda whole_batch=whole_batch: mean_violations(violations, ids[:S], 0.0, whole_batch=whole_batch)

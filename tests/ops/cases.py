@@ -102,6 +102,15 @@ def make_case(
     )
 
 
+def with_streams(case: Case, K: int, seed: int = 0, exempt: bool = True) -> Case:
+    """The case with K cost streams, which do not apply to some responses where `exempt`."""
+    g = torch.Generator().manual_seed(seed)
+    costs = torch.randn(K, case.costs.numel(), generator=g)
+    if exempt:
+        costs[torch.rand(costs.shape, generator=g) < 0.25] = -torch.inf
+    return replace(case, costs=costs, cost_advantages=torch.randn(K, case.targets.numel(), generator=g))
+
+
 def with_token_options(case: Case, options: dict[str, Any]) -> dict[str, Any]:
     """`options`, where True for a [T] tensor stands for the case's own."""
     own = {name: getattr(case, name) for name in ("ref_log_probs", "importance_weights") if options.get(name) is True}

@@ -2,7 +2,7 @@
 
 from bench.loss_head.peers.cce import CCE
 from bench.loss_head.peers.liger import LIGER, LIGER_CE, LIGER_SCALED
-from bench.loss_head.peers.ours import OURS, OURS_CAPPED, OURS_TORCH
+from bench.loss_head.peers.ours import OURS, OURS_CAPPED, OURS_CONSTRAINED, OURS_TORCH
 from bench.loss_head.peers.peer import Peer
 from bench.loss_head.peers.plain import COMPILE, PLAIN
 from bench.loss_head.peers.products import PRODUCTS
@@ -18,6 +18,7 @@ PEERS = {
         PRODUCTS,
         OURS,
         OURS_CAPPED,
+        OURS_CONSTRAINED,
         OURS_TORCH,
         PLAIN,
         COMPILE,
