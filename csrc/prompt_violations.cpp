@@ -1,5 +1,6 @@
 #include "prompt_violations.h"
 
+#include <cmath>
 #include <unordered_map>
 
 namespace repo_fast {
@@ -31,7 +32,8 @@ void prompt_violations(const float* costs, const std::int64_t* prompt_ids, std::
         }
     }
     for (std::int64_t s = 0; s < S; ++s) {
-        violations[s] = (scope == Scope::response ? costs[s] : means[key(s)].value()) - threshold;
+        const float mean = scope == Scope::response ? costs[s] : means[key(s)].value();
+        violations[s] = costs[s] == does_not_apply && !std::isnan(mean) ? does_not_apply : mean - threshold;
     }
 }
 

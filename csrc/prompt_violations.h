@@ -13,7 +13,7 @@ enum class Scope { prompt, response, batch };
 
 // costs, prompt_ids and violations are [S]. Costs are added in the order given, in double: all ranks that hold the same
 // responses in the same order get the same bits. A NaN cost makes its mean NaN, and no other; one of -infinity does not
-// apply and does not count, and without any other the mean is -infinity.
+// apply and does not count, and its own violation is -infinity, unless the mean is NaN.
 void prompt_violations(const float* costs, const std::int64_t* prompt_ids, std::int64_t S, Scope scope, float threshold,
                        float* violations);
 

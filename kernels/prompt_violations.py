@@ -3,7 +3,7 @@
 A block of responses compares its prompt ids with all S of them, a tile at a time, and adds the costs that match: S²
 comparisons, 17 M for 4096 responses, in one launch and with the sums in the same order every time. A NaN cost reaches
 the responses of its own prompt only, because other costs are selected, not multiplied. A cost of −inf does not apply,
-and is not selected; where none is, the mean is −inf.
+and is not selected; its own response has a violation of −inf, unless the mean of the others is NaN.
 
 Tried and rejected, on paper: a sort and segmented sums (five launches), atomics (not the same bits every time).
 """
@@ -35,6 +35,8 @@ def _violations_kernel(
         counts += match.to(tl.float32)
     count = tl.sum(counts, axis=1)
     means = tl.where(count > 0.0, tl.sum(sums, axis=1) / tl.maximum(count, 1.0), float("-inf"))
+    exempt = tl.load(costs + mine, mask=mine < S, other=0.0) == float("-inf")
+    means = tl.where(exempt & (means == means), float("-inf"), means)
     tl.store(violations + mine, means - threshold, mask=mine < S)
 
 

@@ -150,7 +150,8 @@ def prompt_violations(
 
     Args:
         costs: [S] float32, the cost C(x, y) of each response, or [K, S], of K constraints. NaN stays NaN: it must not
-            pass for safe. −inf says that the constraint does not apply: such costs do not count in means.
+            pass for safe. −inf says that the constraint does not apply to the response: it does not count in means, and
+            has a violation of −inf, unless the mean is NaN.
         prompt_ids: [S] int64, any ids in any order. Responses with the same id answer the same prompt.
         scope: What is compared with the threshold: "response", its own cost; "prompt", the mean cost over the
             responses of the same prompt; "batch", the mean cost over all responses. One for all constraints, or K.
@@ -160,7 +161,7 @@ def prompt_violations(
         backend: "auto", or one of `available_backends("prompt_violations")`.
 
     Returns:
-        violations [S] or [K, S] float32, without gradient; −inf where the mean is of no cost that applies.
+        violations [S] or [K, S] float32, without gradient.
 
     Raises:
         TypeError: An argument of the wrong type or dtype.

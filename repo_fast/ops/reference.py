@@ -50,7 +50,8 @@ def prompt_violations(
 ) -> Tensor:
     """v_i = C̄_i − d, where C̄_i is the response's own cost, its prompt's mean cost, or the mean cost of the batch.
 
-    Costs of −inf do not count in means; of costs [K, S], scope and threshold are one or K.
+    Costs of −inf do not count in means, and have violations of −inf where the mean is not NaN. Of costs [K, S], scope
+    and threshold are one or K.
     """
     streams = torch.atleast_2d(costs)
     scopes = [scope] * len(streams) if isinstance(scope, str) else scope
@@ -65,6 +66,7 @@ def prompt_violations(
         for i in range(len(row)):
             same = {"response": slice(i, i + 1), "prompt": prompt_ids == prompt_ids[i], "batch": slice(None)}[one]
             row[i] = mean(stream[same])
+    means[(streams == -torch.inf) & ~means.isnan()] = -torch.inf
     return (means - thresholds[:, None]).view_as(costs)
 
 

@@ -20,7 +20,7 @@ from repo_fast.ops.loss import sum_by_index
 def prompt_means(costs: Tensor, prompt_ids: Tensor) -> Tensor:
     """The mean of `costs` [S] over the responses with the same id, at each response. Never waits for the device.
 
-    A cost of −inf does not apply, and does not count; without any other the mean is −inf.
+    A cost of −inf does not count; without any other the mean is −inf.
     """
     S = costs.numel()
     if S == 0:
@@ -45,7 +45,11 @@ def _mean(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 def prompt_violations(costs: Tensor, prompt_ids: Tensor, scope: str, threshold: float) -> Tensor:
-    """Implements the registered op on one rank's responses, or on those of all ranks together: [S] -> [S]."""
+    """Implements the registered op on one rank's responses, or on those of all ranks together: [S] -> [S].
+
+    What a cost of −inf says, that the constraint does not apply, holds for its response whatever the mean of the others
+    is, unless that is NaN.
+    """
     if scope == "response":
         means = costs
     elif scope == "prompt":
@@ -53,7 +57,7 @@ def prompt_violations(costs: Tensor, prompt_ids: Tensor, scope: str, threshold: 
     else:
         values, applies = _applicable(costs)
         means = _mean(values.sum(), applies.sum()).expand_as(costs)
-    return means - threshold
+    return means.masked_fill((costs == -torch.inf) & ~means.isnan(), -torch.inf) - threshold
 
 
 def given_or_computed(a: FusedArguments, compute: Callable[[Tensor, Tensor, str, float], Tensor]) -> Tensor:
