@@ -47,13 +47,13 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Every rank's 1-d tensor, one after the other in order of rank, on the CPU. Lengths may differ, even be 0."""
+        """Every rank's tensor [..., S], one after the other in order of rank, on the CPU. S may differ, even be 0."""
         values = values.detach().cpu()
         if self.group is None:
             return values
         parts: list[torch.Tensor] = [None] * self.size  # type: ignore[list-item]
         dist.all_gather_object(parts, values, group=self.group)
-        return torch.cat(parts)
+        return torch.cat(parts, dim=-1)
 
     def gather_list(self, items: list) -> list:
         """Every rank's list, one after the other in order of rank."""

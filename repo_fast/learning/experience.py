@@ -16,12 +16,13 @@ class Experience:
     Attributes:
         rollout: The responses themselves.
         cu_seqlens: int32 [S + 1], where each response's tokens start and end.
-        costs: float32 [S], raw.
-        violations: float32 [S], v_i, not rectified (units of the cost).
+        costs: float32 [S], raw, or [K, S] of several constraints; -inf where one does not apply.
+        violations: float32, in the shape of `costs`: v_i, not rectified (units of the cost); -inf likewise.
         old_log_probs: float32 [T], log pi_old (nats), computed by the trainer.
-        reward_advantages, cost_advantages: float32 [T].
+        reward_advantages: float32 [T].
+        cost_advantages: float32 [T] or [K, T]; 0 where a constraint does not apply.
         reward_values, reward_returns: float32 [T], with critics; else None.
-        cost_values, cost_returns: float32 [T], with a cost critic; else None.
+        cost_values, cost_returns: float32 [T] or [K, T], with critics of costs; else None.
         importance_weights: float32 [T], a factor on the policy loss of each token; None: 1.
     """
 
@@ -63,12 +64,12 @@ class Experience:
             )
 
             def cut(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-                return sent(values[where], device)
+                return sent(values[..., where], device)
         else:
             tokens, batch = torch.empty(0), idle_batch(device)
 
             def cut(values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-                return torch.zeros(1, dtype=values.dtype, device=device)
+                return torch.zeros(*values.shape[:-1], 1, dtype=values.dtype, device=device)
 
         responses = torch.tensor(indices, dtype=torch.int64)
         per_response = {"costs": self.costs, "violations": self.violations, "prompt_ids": self.rollout.prompt_ids}

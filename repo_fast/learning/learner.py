@@ -21,19 +21,19 @@ from repo_fast.config import TrainConfig
 from repo_fast.data import PromptSampler
 from repo_fast.engine import Engine, StepResult
 from repo_fast.errors import InputError
+from repo_fast.learning.constraints import Constraints
 from repo_fast.learning.experience import Experience, MicroBatch
 from repo_fast.learning.imitation import Shown, imitation_backward, learned_tokens
 from repo_fast.learning.skipped_steps import SkippedSteps
 from repo_fast.models.attention import PACKED, PADDED
 from repo_fast.models.loss_head import Projection
 from repo_fast.objective import algorithm as alg
-from repo_fast.objective.constraints import capped_rewards, wholly_capped
+from repo_fast.objective.constraints import Controller, capped_rewards, wholly_capped
 from repo_fast.ops import (
     PolicyLoss,
     fused_rectified_policy_loss,
     generalized_advantages,
     linear_log_probs,
-    prompt_violations,
 )
 from repo_fast.ops.dispatch import resolve
 from repo_fast.packing.balance import micro_batches, share_out, split_by_tokens
@@ -68,6 +68,7 @@ class Learner:
         models: The engines.
         ranks: This process among those of the run.
         demonstrations: For the PTX loss; empty without one.
+        constraints: None: the one of the algorithm's section.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Learner:
         models: Models,
         ranks: Ranks,
         demonstrations: Sequence[Shown] = (),
+        constraints: Constraints | None = None,
     ) -> None:
         self.config, self.models, self.ranks, self.demonstrations = config, models, ranks, demonstrations
         self.ops_backend = resolve("fused_rectified_policy_loss", config.engine.ops_backend, ranks.device)
@@ -83,16 +85,7 @@ class Learner:
         self.on_policy = config.update.old_log_probs == "sampler"
         settings = config.algorithm
         self.row = alg.ALGORITHMS[settings.name]
-        self.multiplier = alg.Multiplier(
-            self.row.constraint,
-            init=settings.multiplier_init,
-            learning_rate=settings.multiplier_learning_rate,
-            maximum=settings.multiplier_max,
-            threshold=settings.threshold - settings.margin,
-            window=settings.cost_window,
-            confidence_z=settings.confidence_z,
-            student=settings.confidence == "t",
-        )
+        self.constraints = Constraints.of_algorithm(settings) if constraints is None else constraints
         self.ptx_sampler = None
         if demonstrations:
             self.ptx_sampler = PromptSampler(len(demonstrations), config.update.ptx_batch_size, config.seed)
@@ -106,6 +99,12 @@ class Learner:
         self._warned = False
         self.skipped = SkippedSteps(config.update.max_skipped_steps, "update.max_skipped_steps")
 
+    @property
+    def multiplier(self) -> Controller:
+        """That of the only constraint."""
+        (name,) = self.constraints.names
+        return self.constraints[name].controller
+
     def work(self, prompt: int, response: int = 0) -> float:
         """What a sequence costs, by the tokens of its prompt and its response: operations of the policy's forward."""
         return forward_work(self._shape, [prompt + response], response)
@@ -113,13 +112,13 @@ class Learner:
     def state_dict(self) -> dict:
         """The state that a resumed run needs beside the engines', as plain numbers and lists."""
         return {
-            "multiplier": self.multiplier.state_dict(),
+            **self.constraints.state_dict(),
             "ptx_sampler": None if self.ptx_sampler is None else self.ptx_sampler.state_dict(),
             "skipped": self.skipped.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        self.multiplier.load_state_dict(state["multiplier"])
+        self.constraints.load_state_dict(state)
         if self.ptx_sampler is not None:
             self.ptx_sampler.load_state_dict(state["ptx_sampler"], self.config.resume_changed_data)
         self.skipped.load_state_dict(state["skipped"])
@@ -131,7 +130,7 @@ class Learner:
 
         Args:
             rollout: This rank's responses.
-            scores: float32 [S] each, `reward` and `cost`.
+            scores: float32 [S] each: `reward`, and of each constraint, which are -inf where it does not apply.
 
         Returns:
             The experience, and the metrics of the rollout over all ranks.
@@ -146,39 +145,35 @@ class Learner:
         kl = old_log_probs - ref_log_probs
         kl_sums = kl.new_zeros(lengths.numel()).index_add_(0, sequence_ids, kl)
 
-        reward, cost = capped_rewards(scores["reward"], settings.reward_cap), scores["cost"]
+        reward = capped_rewards(scores["reward"], settings.reward_cap)
+        costs = torch.stack([scores[name] for name in self.constraints.names])
         if self.row.shaped:
-            reward = reward - settings.shaping_weight * cost
-        scope = settings.scope or self.row.scope
-        violations = prompt_violations(
-            cost, rollout.prompt_ids, scope=scope, threshold=settings.threshold - settings.margin, group=ranks.group
-        )
-        prompt_ids = ranks.gather(rollout.prompt_ids)
-        all_violations = ranks.gather(violations)
-        constraint = self.multiplier.update(ranks.gather(cost), all_violations, prompt_ids)
-        weights = alg.stream_weights(violations, self.multiplier.value, rectify=self.row.rectify)
+            reward = reward - settings.shaping_weight * costs[0]
+        violations = self.constraints.violations(costs, rollout.prompt_ids, ranks.group)
+        prompt_ids, all_violations = ranks.gather(rollout.prompt_ids), ranks.gather(violations)
+        lagrangian = self.constraints.update_multipliers(ranks.gather(costs), all_violations, prompt_ids)
+        weights = alg.stream_weights(violations, self.constraints.multipliers, rectify=self.constraints.rectify)
 
-        # The streams' scores, and the sign of their KL penalty.
-        streams = {"reward": (reward, settings.kl_coefficient), "cost": (cost, -settings.kl_coefficient)}
+        applies = violations != -torch.inf
         values: dict[str, torch.Tensor] = {}
         if settings.advantage == "gae":
-            advantages, values = self._gae_advantages(rollout, streams, kl, cu_seqlens)
+            advantages, values = self._gae_advantages(rollout, reward, costs, applies, kl, cu_seqlens, sequence_ids)
         else:
-            per_response = self._critic_free_advantages(streams, kl_sums, prompt_ids, weights)
-            advantages = {stream: per_response[stream][sequence_ids] for stream in streams}
+            per_response = self._critic_free_advantages(reward, costs, applies, kl_sums, prompt_ids, weights)
+            advantages = per_response[:, sequence_ids]
         if not self.row.has_cost_stream:
-            advantages["cost"] = torch.zeros_like(kl)
+            advantages = torch.stack([advantages[0], torch.zeros_like(kl)])
         if settings.whiten:
-            advantages = self._whitened(advantages, weights, sequence_ids)
+            advantages = self._whitened(advantages, weights, applies, sequence_ids)
 
         experience = Experience(
             rollout=rollout,
             cu_seqlens=cu_seqlens,
-            costs=cost,
-            violations=violations,
+            costs=self.constraints.plain(costs),
+            violations=self.constraints.plain(violations),
             old_log_probs=old_log_probs,
-            reward_advantages=advantages["reward"],
-            cost_advantages=advantages["cost"],
+            reward_advantages=advantages[0],
+            cost_advantages=self.constraints.plain(advantages[1:]),
             **values,
         )
         correction: dict[str, float] = {}
@@ -190,26 +185,29 @@ class Learner:
             correction["importance_capped_share"] = float(sums[0] / sums[1])
         if settings.reward_cap is not None:
             correction["capped_prompts"] = self._capped_prompts(ranks.gather(scores["reward"]), prompt_ids)
-        return experience, self._rollout_metrics(rollout, kl_sums) | self._gap(sampled, old_log_probs) | correction | {
-            "multiplier": self.multiplier.value,
-            "constraint": constraint,
-            "unsafe_fraction": float((all_violations > 0).double().mean()),
-        }
+        metrics = self._rollout_metrics(rollout, kl_sums) | self._gap(sampled, old_log_probs) | correction | lagrangian
+        return experience, metrics
 
     def _gae_advantages(
         self,
         rollout: Rollout,
-        streams: dict[str, tuple[torch.Tensor, float]],
+        reward: torch.Tensor,
+        costs: torch.Tensor,
+        applies: torch.Tensor,
         kl: torch.Tensor,
         cu_seqlens: torch.Tensor,
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Token advantages by stream, and the values and returns that the critics learn from."""
-        settings, device = self.config.algorithm, self.ranks.device
+        sequence_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Token advantages [C, T] of the streams that have critics, and the values and returns that these learn."""
+        settings, device, beta = self.config.algorithm, self.ranks.device, self.config.algorithm.kl_coefficient
         names = [stream for critic in self.models.critics.values() for stream in critic.module.streams]
-        rewards = []
-        for name in names:
-            score, beta = streams[name]
-            rewards.append(alg.token_rewards(score, kl, cu_seqlens, kl_coefficient=beta, clamp=settings.score_clamp))
+        streams = {"reward": (reward, kl, beta)}
+        for name, cost, applicable in zip(self.constraints.names, costs, applies, strict=True):
+            streams[name] = (*_exempted(cost, kl, applicable, sequence_ids), -beta)
+        rewards = [
+            alg.token_rewards(score, own_kl, cu_seqlens, kl_coefficient=beta, clamp=settings.score_clamp)
+            for score, own_kl, beta in (streams[name] for name in names)
+        ]
         values = torch.cat([self.values(critic, rollout) for critic in self.models.critics.values()])
         advantages, returns = generalized_advantages(
             torch.stack(rewards).to(device),
@@ -219,41 +217,46 @@ class Learner:
             lam=settings.gae_lambda,
             backend=self.ops_backend,
         )
-        learned = {f"{name}_values": value for name, value in zip(names, values, strict=True)}
-        learned |= {f"{name}_returns": value for name, value in zip(names, returns.cpu(), strict=True)}
-        return dict(zip(names, advantages.cpu(), strict=True)), learned
+        advantages, returns = advantages.cpu(), returns.cpu()
+        learned = {"reward_values": values[0], "reward_returns": returns[0]}
+        if len(names) > 1:
+            advantages[1:] *= applies[:, sequence_ids]
+            learned |= {
+                "cost_values": self.constraints.plain(values[1:]),
+                "cost_returns": self.constraints.plain(returns[1:]),
+            }
+        return advantages, learned
 
     def _critic_free_advantages(
         self,
-        streams: dict[str, tuple[torch.Tensor, float]],
+        reward: torch.Tensor,
+        costs: torch.Tensor,
+        applies: torch.Tensor,
         kl_sums: torch.Tensor,
         prompt_ids: torch.Tensor,
         weights: tuple[torch.Tensor, torch.Tensor],
-    ) -> dict[str, torch.Tensor]:
-        """Advantages of this rank's responses by stream, from those of all ranks; `prompt_ids` is of all ranks."""
-        settings, ranks, scale = self.config.algorithm, self.ranks, self.config.algorithm.advantage_scale
+    ) -> torch.Tensor:
+        """Advantages [1 + K, S] of this rank's responses, from those of all ranks; `prompt_ids` is of all ranks."""
+        settings, ranks = self.config.algorithm, self.ranks
+        beta, clamp, scale = settings.kl_coefficient, settings.score_clamp, settings.advantage_scale
+        costs = torch.where(applies, costs, 0.0)
         if scale == "separate":
-            clamped = [score.clamp(-settings.score_clamp, settings.score_clamp) for score, _ in streams.values()]
-            reward, cost, kl = (ranks.gather(part) for part in (*clamped, kl_sums))
-            everyone = alg.separately_scaled_advantages(
-                reward, cost, kl, prompt_ids, torch.ones_like(cost).bool(), kl_coefficient=settings.kl_coefficient
+            parts = (reward.clamp(-clamp, clamp), costs.clamp(-clamp, clamp), kl_sums, applies)
+            rewards, costs, kl_sums, applies = (ranks.gather(part) for part in parts)
+            advantages = alg.separately_scaled_advantages(
+                rewards, costs, kl_sums, prompt_ids, applies, kl_coefficient=beta
             )
         else:
-            sums = [
-                alg.penalised_scores(score, kl_sums, kl_coefficient=beta, clamp=settings.score_clamp)
-                for score, beta in streams.values()
-            ]
-            everyone = alg.critic_free_advantages(
-                settings.advantage,
-                *(ranks.gather(part) for part in sums),
-                prompt_ids,
-                *(ranks.gather(w) for w in weights),
-                scaled=scale != "none",
+            shaped = alg.penalised_scores(reward, kl_sums, kl_coefficient=beta, clamp=clamp)
+            shaped_costs = alg.penalised_scores(costs, kl_sums, kl_coefficient=-beta, clamp=clamp)
+            parts = (shaped, torch.where(applies, shaped_costs, 0.0), *weights)
+            rewards, costs, reward_weights, cost_weights = (ranks.gather(part) for part in parts)
+            advantages = alg.critic_free_advantages(
+                settings.advantage, rewards, costs, prompt_ids, reward_weights, cost_weights, scaled=scale != "none"
             )
-        counts = ranks.gather(torch.tensor([kl_sums.numel()])).tolist()
+        counts = ranks.gather(torch.tensor([reward.numel()])).tolist()
         start = sum(counts[: ranks.rank])
-        mine = slice(start, start + kl_sums.numel())
-        return {stream: part[mine] for stream, part in zip(streams, everyone, strict=True)}
+        return torch.cat([advantages[0][None], advantages[1]])[:, start : start + reward.numel()]
 
     def _capped_prompts(self, rewards: torch.Tensor, prompt_ids: torch.Tensor) -> float:
         """The share of prompts whose rewards all reach the cap, from those of all ranks."""
@@ -270,16 +273,23 @@ class Learner:
         return share
 
     def _whitened(
-        self, advantages: dict[str, torch.Tensor], weights: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        mixed = weights[0][ids] * advantages["reward"] - weights[1][ids] * advantages["cost"]
-        reward_centre, cost_centre, factor = alg.whitening(
-            self.ranks.gather(advantages["reward"]), self.ranks.gather(advantages["cost"]), self.ranks.gather(mixed)
+        self,
+        advantages: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor],
+        applies: torch.Tensor,
+        ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """The streams [1 + K, T] centred where they apply, all divided by the one scale of their weighted sum."""
+        reward, costs, applies = advantages[0], advantages[1:], applies[:, ids]
+        mixed = weights[0][ids] * reward - (weights[1][:, ids] * costs).sum(0)
+        everyone, mixed = self.ranks.gather(advantages), self.ranks.gather(mixed)
+        white = []
+        for own, all_own, all_apply in zip(costs, everyone[1:], self.ranks.gather(applies), strict=True):
+            reward_centre, centre, factor = alg.whitening(everyone[0], all_own[all_apply], mixed)
+            white.append((own - centre) * factor)
+        return torch.stack([(reward - reward_centre) * factor, *white]).where(
+            torch.cat([torch.ones_like(applies[:1]), applies]), 0.0
         )
-        return {
-            "reward": (advantages["reward"] - reward_centre) * factor,
-            "cost": (advantages["cost"] - cost_centre) * factor,
-        }
 
     def _rollout_metrics(self, rollout: Rollout, kl_sums: torch.Tensor) -> dict[str, float]:
         """Of all ranks: KL to the reference (nats a response), lengths."""
@@ -441,15 +451,16 @@ class Learner:
         step = self.models.policy.step()
         metrics |= {"gradient_norm": step.gradient_norm, "learning_rate": step.learning_rate}
         applied = [step]
+        denominators = self._critic_denominators(experience, indices, denominator)
         for critic in self.models.critics.values():
-            losses, critic_step = self._critic_step(critic, batches, denominator)
+            losses, critic_step = self._critic_step(critic, batches, denominators)
             metrics |= losses
             applied.append(critic_step)
         self.skipped.count(all(step.applied for step in applied))
         return metrics
 
     def _policy_loss(self, batch: MicroBatch, denominator: float) -> Callable[..., PolicyLoss]:
-        settings = self.config.algorithm
+        settings, options = self.config.algorithm, self.constraints.loss_options(self.ranks.device)
 
         def at_head(hidden: torch.Tensor, projection: Projection, packed: PackedBatch) -> PolicyLoss:
             return fused_rectified_policy_loss(
@@ -463,8 +474,6 @@ class Learner:
                 batch.costs,
                 batch.prompt_ids,
                 violations=batch.violations,
-                multiplier=self.multiplier.value,
-                rectify=self.row.rectify,
                 surrogate=settings.surrogate or self.row.surrogate,
                 clip=(settings.clip_low, settings.clip_high),
                 temperature=self.config.rollout.temperature,
@@ -473,6 +482,7 @@ class Learner:
                 reduction=settings.reduction,
                 denominator=denominator,
                 backend=self.ops_backend,
+                **options,
                 **projection.options,
             )
 
@@ -500,7 +510,7 @@ class Learner:
         return float(self.ranks.sum(total) / tokens)
 
     def _critic_step(
-        self, critic: Engine, batches: Sequence[MicroBatch], denominator: float
+        self, critic: Engine, batches: Sequence[MicroBatch], denominators: dict[str, float]
     ) -> tuple[dict[str, float], StepResult]:
         """Step 7: the clipped value losses of a critic's streams, and its optimizer step."""
         settings, streams = self.config.algorithm, critic.module.streams
@@ -508,23 +518,17 @@ class Learner:
         for batch, last in with_last(batches):
             packed = batch.batch
             values = critic(packed.input_ids, packed.position_ids, packed.predictors, packed.bounds)
-            # All tokens are valid, but in an idle batch none: its loss is 0 and keeps the graph.
-            valid = packed.targets != -100
             losses = []
             for stream, value in zip(streams, values, strict=True):
-                token_losses = alg.clipped_value_losses(
-                    value,
-                    getattr(batch, f"{stream}_values"),
-                    getattr(batch, f"{stream}_returns"),
-                    clip=settings.value_clip,
-                )
+                old_values, returns, learned = self._learned(batch, stream)
+                token_losses = alg.clipped_value_losses(value, old_values, returns, clip=settings.value_clip)
                 losses.append(
                     alg.reduce_tokens(
-                        torch.where(valid, token_losses, 0.0),
+                        torch.where(learned, token_losses, 0.0),
                         packed.sequence_ids,
                         reduction=settings.reduction,
                         sequences=packed.sequences,
-                        denominator=denominator,
+                        denominator=denominators[stream],
                     )
                 )
             by_stream = torch.stack(losses)
@@ -532,3 +536,35 @@ class Learner:
             totals += by_stream.detach().double()
         names = [f"{stream}_value_loss" for stream in streams]
         return dict(zip(names, self.ranks.sum(totals).tolist(), strict=True)), critic.step()
+
+    def _learned(self, batch: MicroBatch, stream: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A stream's old values and returns of a micro-batch's tokens, and which of these its critic learns from."""
+        # All tokens are valid, but in an idle batch none: its loss is 0 and keeps the graph.
+        valid = batch.batch.targets != -100
+        if stream == "reward":
+            return batch.reward_values, batch.reward_returns, valid
+        if len(self.constraints) == 1:
+            return batch.cost_values, batch.cost_returns, valid
+        k = self.constraints.names.index(stream)
+        applies = batch.violations[k] != -torch.inf
+        return batch.cost_values[k], batch.cost_returns[k], valid & applies[batch.batch.sequence_ids]
+
+    def _critic_denominators(
+        self, experience: Experience, indices: Sequence[int], denominator: float
+    ) -> dict[str, float]:
+        """By stream: the sequences or tokens of the global optimizer step that it applies to, at least 1."""
+        if len(self.constraints) == 1:
+            return dict.fromkeys(["reward", *self.constraints.names], denominator)
+        sizes = torch.ones(len(indices), dtype=torch.float64)
+        if self.config.algorithm.reduction == "token_mean":
+            sizes = experience.cu_seqlens.diff()[list(indices)].double()
+        applies = experience.violations[:, list(indices)] != -torch.inf
+        counts = self.ranks.sum((applies * sizes).sum(1)).clamp(min=1).tolist()
+        return {"reward": denominator, **dict(zip(self.constraints.names, counts, strict=True))}
+
+
+def _exempted(
+    cost: torch.Tensor, kl: torch.Tensor, applies: torch.Tensor, sequence_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Costs [S] and KL [T], 0 for the responses that a constraint does not apply to."""
+    return torch.where(applies, cost, 0.0), kl * applies[sequence_ids]

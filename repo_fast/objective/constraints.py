@@ -12,7 +12,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import scipy.optimize
@@ -202,6 +202,23 @@ class PidMultiplier:
         self.value, self._integral = float(state["value"]), float(state["integral"])
         self._smoothed = None if state["smoothed"] is None else float(state["smoothed"])
         self.violation.load_state_dict(state["costs"])
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What an update needs to know of a constraint.
+
+    Attributes:
+        scope: What its violations are means over (`repo_fast.ops.prompt_violations`).
+        rectify: Whether responses that do not violate it are free of its stream.
+        threshold: d - m, what training compares its costs with.
+        controller: Its multiplier.
+    """
+
+    scope: Literal["prompt", "response", "batch"]
+    rectify: bool
+    threshold: float
+    controller: Controller
 
 
 # ----------------------------------------------------------------------------------------------------- the dual start

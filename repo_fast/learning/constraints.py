@@ -1,0 +1,109 @@
+"""The constraints of a run: their violations and multipliers, and what the loss is told of them.
+
+One alone is handled in the plain form, [S] and [T], as everywhere; several have a leading dimension, [K, S] and [K, T].
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from repo_fast.config import AlgorithmConfig
+from repo_fast.objective.algorithm import ALGORITHMS, Multiplier
+from repo_fast.objective.constraints import Constraint
+from repo_fast.ops import prompt_violations
+
+
+class Constraints:
+    """K constraints in their order, by name. A cost of -inf says that one does not apply to a response.
+
+    Args:
+        by_name: At least one.
+    """
+
+    def __init__(self, by_name: Mapping[str, Constraint]) -> None:
+        self._by_name = dict(by_name)
+        self.names = list(self._by_name)
+
+    @classmethod
+    def of_algorithm(cls, settings: AlgorithmConfig) -> "Constraints":
+        """The one that the algorithm's own section has, whose scores are `cost`."""
+        row, threshold = ALGORITHMS[settings.name], settings.threshold - settings.margin
+        multiplier = Multiplier(
+            row.constraint,
+            init=settings.multiplier_init,
+            learning_rate=settings.multiplier_learning_rate,
+            maximum=settings.multiplier_max,
+            threshold=threshold,
+            window=settings.cost_window,
+            confidence_z=settings.confidence_z,
+            student=settings.confidence == "t",
+        )
+        return cls({"cost": Constraint(settings.scope or row.scope, row.rectify, threshold, multiplier)})
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, name: str) -> Constraint:
+        return self._by_name[name]
+
+    @property
+    def multipliers(self) -> list[float]:
+        return [constraint.controller.value for constraint in self._by_name.values()]
+
+    @property
+    def rectify(self) -> list[bool]:
+        return [constraint.rectify for constraint in self._by_name.values()]
+
+    def violations(
+        self, costs: torch.Tensor, prompt_ids: torch.Tensor, group: dist.ProcessGroup | None
+    ) -> torch.Tensor:
+        """Step 3, of this rank's costs [K, S], with means over those of all ranks: float32 [K, S]."""
+        return prompt_violations(
+            costs,
+            prompt_ids,
+            scope=[constraint.scope for constraint in self._by_name.values()],
+            threshold=[constraint.threshold for constraint in self._by_name.values()],
+            group=group,
+        )
+
+    def update_multipliers(
+        self, costs: torch.Tensor, violations: torch.Tensor, prompt_ids: torch.Tensor
+    ) -> dict[str, float]:
+        """Step 9, from costs and violations [K, S] of all ranks.
+
+        Returns:
+            Of each: `multiplier`, and where it applies to some response J, `constraint`, and `unsafe_fraction`; of
+            several behind their names.
+        """
+        metrics: dict[str, float] = {}
+        for (name, constraint), own_costs, own in zip(self._by_name.items(), costs, violations, strict=True):
+            measured = constraint.controller.update(own_costs, own, prompt_ids)
+            found = {"multiplier": constraint.controller.value}
+            if measured is not None:
+                found["constraint"] = measured
+                found["unsafe_fraction"] = float((own[own != -torch.inf] > 0).double().mean())
+            prefix = "" if len(self) == 1 else f"{name}_"
+            metrics |= {f"{prefix}{key}": value for key, value in found.items()}
+        return metrics
+
+    def plain(self, streams: torch.Tensor) -> torch.Tensor:
+        """[K, ...] as it is, but [...] of the only one."""
+        return streams[0] if len(self) == 1 else streams
+
+    def loss_options(self, device: torch.device) -> dict[str, Any]:
+        """`multiplier` and `rectify` of the policy losses."""
+        if len(self) == 1:
+            return {"multiplier": self.multipliers[0], "rectify": self.rectify[0]}
+        return {"multiplier": torch.tensor(self.multipliers, device=device), "rectify": self.rectify}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: of one, `multiplier`, as checkpoints always had it; of several, by name."""
+        states = {name: constraint.controller.state_dict() for name, constraint in self._by_name.items()}
+        return {"multiplier": states["cost"]} if self.names == ["cost"] else {"multipliers": states}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        states = state["multipliers"] if "multipliers" in state else {"cost": state["multiplier"]}
+        for name, constraint in self._by_name.items():
+            constraint.controller.load_state_dict(states[name])
