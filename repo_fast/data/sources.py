@@ -69,9 +69,14 @@ def read_rows(
             return _folder_rows(path, split, labels)
     except OSError as error:  # a name that is too long
         raise InputError(f"{source:.80}: no such file: {error.strerror}") from error
-    if _kind(path) is not None or source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if not may_be_on_the_hub(source):
         raise InputError(f"{source}: no such file")
     return _dataset_rows(source, split)
+
+
+def may_be_on_the_hub(source: str) -> bool:
+    """Whether what is no file or folder here may be a dataset's name: it does not look like a path."""
+    return _kind(Path(source)) is None and not source.startswith((".", "/", "~")) and source.count("/") <= 1
 
 
 def _world_rows(source: str, generate: int | None) -> Iterator[tuple[str, Any]]:

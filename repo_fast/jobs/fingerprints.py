@@ -12,7 +12,7 @@ from typing import IO
 
 from repo_fast.config import RunConfig, TrainConfig
 from repo_fast.config.supervised import SupervisedConfig
-from repo_fast.data.sources import NO_DATA, WORLD
+from repo_fast.data.sources import NO_DATA, WORLD, may_be_on_the_hub
 from repo_fast.errors import InputError
 from repo_fast.models.model_config import load_config
 
@@ -48,6 +48,9 @@ def of_data(source: str, split: str) -> Fingerprint:
     if is_folder:
         files = sorted(file for file in path.rglob("*") if file.is_file() and not NO_DATA.fullmatch(file.name))
         return {str(file.relative_to(path)): _digest(file) for file in files}
+    if not may_be_on_the_hub(source):
+        # Looking for it there takes half a minute without a network.
+        return {}
     try:
         import datasets
 

@@ -157,6 +157,9 @@ def test_folders_of_data_and_what_has_no_file(tmp_path: Path, monkeypatch: pytes
     assert fingerprints.of_data("owner/set", "test") == {"owner/set [test]": table._fingerprint}
     # The loader's error is told where the data are read.
     assert fingerprints.of_data("owner/other", "test") == {}
+    # What looks like a file is not looked for on the hub, which takes long without a network.
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("looked for on the hub"))
+    assert [fingerprints.of_data(name, "test") for name in ("nowhere.jsonl", "./nowhere", "a/b/c")] == [{}] * 3
 
 
 def test_a_large_file_of_a_model_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
