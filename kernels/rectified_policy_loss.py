@@ -9,7 +9,7 @@ With ρ = exp(clamp(log π_θ − log π_old, ±20)), s(A) = min(ρA, clip(ρ)·
 Two launches: `count_tokens` counts the valid tokens of each sequence, from which the reduction's factors follow, and
 the loss kernel does everything else a block of tokens at a time. Counts are integers, so atomic additions give the same
 result in any order; the blocks' partial sums are added by PyTorch, in one order. `token_terms` is what the fused op's
-row kernel uses as well.
+row kernel uses as well. With several constraints `combine_streams` goes before, a third launch.
 
 ρ − 1 − log ρ and exp(d) − d − 1 lose all digits near 0 if written so; `exp_remainder` has the series there.
 

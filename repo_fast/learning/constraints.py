@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from repo_fast.config import AlgorithmConfig
+from repo_fast.errors import InputError
 from repo_fast.objective.algorithm import ALGORITHMS, Multiplier
 from repo_fast.objective.constraints import Constraint
 from repo_fast.ops import prompt_violations
@@ -19,11 +20,13 @@ class Constraints:
     """K constraints in their order, by name. A cost of -inf says that one does not apply to a response.
 
     Args:
-        by_name: At least one.
+        by_name: At least one; none is called `reward`, as the other stream is.
     """
 
     def __init__(self, by_name: Mapping[str, Constraint]) -> None:
         self._by_name = dict(by_name)
+        if not self._by_name or "reward" in self._by_name:
+            raise ValueError(f"constraints must be one or more, none called 'reward', got {list(self._by_name)}")
         self.names = list(self._by_name)
 
     @classmethod
@@ -92,11 +95,12 @@ class Constraints:
         """[K, ...] as it is, but [...] of the only one."""
         return streams[0] if len(self) == 1 else streams
 
-    def loss_options(self, device: torch.device) -> dict[str, Any]:
+    @property
+    def loss_options(self) -> dict[str, Any]:
         """`multiplier` and `rectify` of the policy losses."""
         if len(self) == 1:
             return {"multiplier": self.multipliers[0], "rectify": self.rectify[0]}
-        return {"multiplier": torch.tensor(self.multipliers, device=device), "rectify": self.rectify}
+        return {"multiplier": self.multipliers, "rectify": self.rectify}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: of one, `multiplier`, as checkpoints always had it; of several, by name."""
@@ -104,6 +108,11 @@ class Constraints:
         return {"multiplier": states["cost"]} if self.names == ["cost"] else {"multipliers": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises `InputError` for the state of other constraints."""
         states = state["multipliers"] if "multipliers" in state else {"cost": state["multiplier"]}
+        if states.keys() != self._by_name.keys():
+            raise InputError(f"the checkpoint has multipliers of {sorted(states)}, expected those of {self.names}")
         for name, constraint in self._by_name.items():
+            if states[name].keys() != constraint.controller.state_dict().keys():
+                raise InputError(f"the checkpoint's multiplier of {name} is of another controller than the run's")
             constraint.controller.load_state_dict(states[name])

@@ -51,8 +51,8 @@ class Models:
     Attributes:
         policy: Under training.
         reference: Its frozen start.
-        critics: Engines around `Critic`s, only with `gae`: by stream, `reward` and `cost`, those that the algorithm
-            has; or one for both, `reward_cost`.
+        critics: Engines around `Critic`s, only with `gae`, by any name. Their streams are `reward` and, where the
+            algorithm has cost streams, the names of the constraints.
     """
 
     policy: Engine
@@ -217,14 +217,14 @@ class Learner:
             lam=settings.gae_lambda,
             backend=self.ops_backend,
         )
-        advantages, returns = advantages.cpu(), returns.cpu()
+        # Reward first, and the constraints in their order.
+        order = [names.index("reward"), *(names.index(name) for name in self.constraints.names if name in names)]
+        advantages, values, returns = (streams[order] for streams in (advantages.cpu(), values, returns.cpu()))
         learned = {"reward_values": values[0], "reward_returns": returns[0]}
         if len(names) > 1:
             advantages[1:] *= applies[:, sequence_ids]
-            learned |= {
-                "cost_values": self.constraints.plain(values[1:]),
-                "cost_returns": self.constraints.plain(returns[1:]),
-            }
+            costs_learned = {"cost_values": values[1:], "cost_returns": returns[1:]}
+            learned |= {name: self.constraints.plain(streams) for name, streams in costs_learned.items()}
         return advantages, learned
 
     def _critic_free_advantages(
@@ -460,7 +460,7 @@ class Learner:
         return metrics
 
     def _policy_loss(self, batch: MicroBatch, denominator: float) -> Callable[..., PolicyLoss]:
-        settings, options = self.config.algorithm, self.constraints.loss_options(self.ranks.device)
+        settings = self.config.algorithm
 
         def at_head(hidden: torch.Tensor, projection: Projection, packed: PackedBatch) -> PolicyLoss:
             return fused_rectified_policy_loss(
@@ -482,7 +482,7 @@ class Learner:
                 reduction=settings.reduction,
                 denominator=denominator,
                 backend=self.ops_backend,
-                **options,
+                **self.constraints.loss_options,
                 **projection.options,
             )
 
@@ -543,22 +543,20 @@ class Learner:
         valid = batch.batch.targets != -100
         if stream == "reward":
             return batch.reward_values, batch.reward_returns, valid
-        if len(self.constraints) == 1:
-            return batch.cost_values, batch.cost_returns, valid
         k = self.constraints.names.index(stream)
-        applies = batch.violations[k] != -torch.inf
-        return batch.cost_values[k], batch.cost_returns[k], valid & applies[batch.batch.sequence_ids]
+        values, returns, violations = (
+            torch.atleast_2d(streams)[k] for streams in (batch.cost_values, batch.cost_returns, batch.violations)
+        )
+        return values, returns, valid & (violations != -torch.inf)[batch.batch.sequence_ids]
 
     def _critic_denominators(
         self, experience: Experience, indices: Sequence[int], denominator: float
     ) -> dict[str, float]:
         """By stream: the sequences or tokens of the global optimizer step that it applies to, at least 1."""
-        if len(self.constraints) == 1:
-            return dict.fromkeys(["reward", *self.constraints.names], denominator)
         sizes = torch.ones(len(indices), dtype=torch.float64)
         if self.config.algorithm.reduction == "token_mean":
             sizes = experience.cu_seqlens.diff()[list(indices)].double()
-        applies = experience.violations[:, list(indices)] != -torch.inf
+        applies = torch.atleast_2d(experience.violations)[:, list(indices)] != -torch.inf
         counts = self.ranks.sum((applies * sizes).sum(1)).clamp(min=1).tolist()
         return {"reward": denominator, **dict(zip(self.constraints.names, counts, strict=True))}
 

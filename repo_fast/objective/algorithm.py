@@ -115,10 +115,10 @@ def stream_weights(
     """
     streams = torch.atleast_2d(violations)
     # In float64, so that a weight is rounded once.
-    multipliers = torch.as_tensor(multiplier, dtype=torch.float64).reshape(-1, 1)
-    rectified = torch.as_tensor(rectify).reshape(-1, 1)
+    multipliers = torch.as_tensor(multiplier, dtype=torch.float64, device=streams.device).reshape(-1, 1)
+    rectified = torch.as_tensor(rectify, device=streams.device).reshape(-1, 1)
     applies = streams != -torch.inf
-    active = multipliers * (applies & (~rectified | (streams > 0)))
+    active = torch.where(applies & (~rectified | (streams > 0)), multipliers, 0.0)
     total = 1 + active.sum(0)
     # NaN > 0 is false, and an unscored response would pass for a safe one.
     unknown = torch.where(applies, streams * 0, 0.0).sum(0)
@@ -239,12 +239,15 @@ class _Groups:
         return scores - sums[..., self._index] / self.size
 
     def inverse_scale(self, scores: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-        """1 over the prompt's standard deviation (ddof 1) of `scores`, or 0 for what rounding of `magnitude` makes."""
+        """1 over the prompt's standard deviation (ddof 1) of `scores`, or 0 for what rounding of `magnitude` makes.
+
+        The mean of n equal numbers may be off by n / 2 roundings of one.
+        """
         squares = self.centred(scores).square()
         scale = (_group_sums(squares, self._index, self._count)[self._index] / (self.size - 1)).sqrt()
         # A prompt whose responses all score alike has a scale of rounding errors, which dividing would blow up.
         rounding = magnitude.new_zeros(self._count).scatter_reduce_(
-            0, self._index, torch.finfo(scale.dtype).eps * magnitude, "amax"
+            0, self._index, torch.finfo(scale.dtype).eps * self.size * magnitude, "amax"
         )
         return torch.where(scale <= rounding[self._index], 0.0, 1 / scale)
 

@@ -22,16 +22,12 @@ import torch
 from repo_fast.errors import InputError
 from repo_fast.objective.algorithm import Violation, prompt_means
 
-# Of `dual` ascent in log space, which could not leave 0.
-SMALLEST_MULTIPLIER = 1e-3
-
-
 # ------------------------------------------------------------------------------------------------------ applicability
 
 
 def applicable(
     name: str,
-    applies_to: Mapping[str, Sequence[Any]],
+    applies_to: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     *,
     missing: bool | None = None,
@@ -40,7 +36,7 @@ def applicable(
 
     Args:
         name: Of the constraint, for messages.
-        applies_to: By field of a prompt's row, the values that it counts for. Empty: all prompts.
+        applies_to: By field of a prompt's row, the value or values that it counts for. Empty: all prompts.
         rows: The fields of each prompt. One that is a list has each of its values, one that is a mapping, as
             PKU-SafeRLHF's categories are, those keys whose value is true.
         missing: Whether it counts for prompts that lack a field, or have null there. None: that is an error.
@@ -53,7 +49,8 @@ def applicable(
             counts for none.
     """
     found = torch.ones(len(rows), dtype=torch.bool)
-    for field, values in applies_to.items():
+    for field, wanted in applies_to.items():
+        values = _values(name, field, wanted)
         known: set[Any] = set()
         for i, row in enumerate(rows):
             if row.get(field) is not None:
@@ -67,7 +64,7 @@ def applicable(
                     f"constraint {name!r} applies to prompts by {field!r}, which prompt {i} of {len(rows)} lacks; "
                     "expected it for all, or applies_to_missing: true or false"
                 )
-        for value in values:
+        for value in sorted(values, key=str):
             if value not in known:
                 raise InputError(
                     f"constraint {name!r} applies to {field} {value!r}, which no prompt has" + _nearest(value, known)
@@ -85,17 +82,19 @@ def _values(name: str, field: str, value: Any) -> set[Any]:
         return set(value) if isinstance(value, list | tuple) else {value}
     except TypeError:
         raise InputError(
-            f"constraint {name!r} applies to prompts by {field!r}, which is {value!r}, expected a value or several"
+            f"constraint {name!r} applies to prompts by {field!r}, where {value!r} is, expected a value or several"
         ) from None
 
 
 def _nearest(value: Any, known: set[Any]) -> str:
     """What was probably meant by a value, or all that there is."""
-    near = difflib.get_close_matches(str(value), [str(one) for one in known], n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    some = sorted(map(str, known))
-    return f"; expected one of {', '.join(map(repr, some[:10]))}{', ...' if len(some) > 10 else ''}"
+    if not known:
+        return ", nor any other"
+    # 2 and '2' are not the same.
+    some = sorted(map(repr, known))
+    if near := difflib.get_close_matches(repr(value), some, n=1):
+        return f"; did you mean {near[0]}?"
+    return f"; expected one of {', '.join(some[:10])}{', ...' if len(some) > 10 else ''}"
 
 
 # -------------------------------------------------------------------------------------------------------- controllers
@@ -230,7 +229,7 @@ class DualStart:
 
     Attributes:
         multipliers: lambda* of each constraint.
-        infeasible: Whether lambda* is at its maximum: no weighting of these samples meets the constraint.
+        infeasible: Whether lambda* is at its maximum: up to there none makes these samples meet the constraint.
         gap: Value of the tilted samples (mean reward less beta' KL) minus the dual's, for the last beta'. 0 where each
             constraint is met, and met exactly where its lambda is not 0.
         effective_samples: Of a prompt, 1 / sum of squares of the tilted probabilities, mean over prompts. Below 2 the
@@ -274,16 +273,20 @@ def dual_start(
         kl_coefficient: beta, > 0.
 
     Raises:
-        ValueError: A score that applies is not finite, or beta is 0.
+        ValueError: There are no samples, a score that applies is not finite, or beta is 0.
     """
-    R, C = rewards.double().numpy(), costs.double().numpy()
+    R, C = (scores.detach().double().numpy() for scores in (rewards, costs))
+    if not R.size:
+        raise ValueError(f"dual_start: rewards must be of at least one sample, got {list(R.shape)}")
     counts = applies.numpy().astype(float)
     C = np.where(counts[:, :, None] > 0, C, 0.0)
     if not (np.isfinite(R).all() and np.isfinite(C).all()):
         raise ValueError("dual_start: rewards and the costs that apply must be finite")
     if not kl_coefficient > 0:
         raise ValueError(f"dual_start: kl_coefficient must be above 0, got {kl_coefficient}")
-    d, bounds = np.asarray(thresholds, float), [(0.0, float(most)) for most in maxima]
+    # One that applies to nobody stays at 0.
+    maxima = np.where(counts.any(1), maxima, 0.0)
+    d, bounds = np.asarray(thresholds, float), [(0.0, most) for most in maxima]
 
     def tilted(multipliers: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log of the normalisation over the samples' mean, [P], and the probabilities of the tilted samples, [P, J]."""
@@ -296,7 +299,7 @@ def dual_start(
         slack = counts * (d[:, None] - (C * probabilities).sum(2))
         return float(value), slack.mean(1)
 
-    multipliers, converged = np.minimum(1.0, maxima).astype(float), False
+    multipliers, converged = np.minimum(1.0, maxima), False
     for _ in range(100):
         beta = kl_coefficient * (1 + multipliers @ counts)
         best = scipy.optimize.minimize(
@@ -311,7 +314,7 @@ def dual_start(
     primal = float(((probabilities * R).sum(1) - beta * (probabilities * logs).sum(1)).mean())
     return DualStart(
         multipliers=[float(value) for value in multipliers],
-        infeasible=[bool(value >= most) for value, most in zip(multipliers, maxima, strict=True)],
+        infeasible=[bool(value >= most > 0) for value, most in zip(multipliers, maxima, strict=True)],
         gap=primal - dual(multipliers, beta)[0],
         effective_samples=float((1 / np.square(probabilities).sum(1)).mean()),
         converged=converged,

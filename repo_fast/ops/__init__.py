@@ -273,7 +273,7 @@ def rectified_policy_loss(
     sequence_ids: Tensor,
     violations: Tensor,
     *,
-    multiplier: float | Tensor,
+    multiplier: float | Sequence[float] | Tensor,
     rectify: bool | Sequence[bool] = True,
     surrogate: str = "separate",
     clip: tuple[float, float] = (0.2, 0.2),
@@ -304,7 +304,7 @@ def rectified_policy_loss(
             looked at.
         violations: [S] float32, as from `prompt_violations`, or [K, S]. A NaN violation makes the loss NaN; −inf: the
             constraint does not apply to the response.
-        multiplier: λ >= 0, a number or a 0-d tensor, or a tensor [K]; tensors are never read back to the host.
+        multiplier: λ >= 0, a number or a 0-d tensor, or K numbers or a tensor [K]. Tensors are never read back.
         rectify: Whether safe responses are weighted (1, 0); one for all constraints, or K.
         surrogate: "separate" or "mixed".
         clip: (ε_low, ε_high), each >= 0.
@@ -381,7 +381,7 @@ def fused_rectified_policy_loss(
     costs: Tensor | None,
     prompt_ids: Tensor | None,
     *,
-    multiplier: float | Tensor,
+    multiplier: float | Sequence[float] | Tensor,
     scope: str | Sequence[str] = "prompt",
     threshold: float | Sequence[float] = 0.0,
     rectify: bool | Sequence[bool] = True,
@@ -417,7 +417,7 @@ def fused_rectified_policy_loss(
         sequence_ids: [T] int64 in [0, S), the response of each token.
         costs: [S] or [K, S] float32, as in `prompt_violations`; not used (may be None) if `violations` is given.
         prompt_ids: [S] int64, as in `prompt_violations`; not used (may be None) if `violations` is given.
-        multiplier: λ >= 0, a number or a 0-d tensor, or a tensor [K]; tensors are never read back to the host.
+        multiplier: λ >= 0, a number or a 0-d tensor, or K numbers or a tensor [K]. Tensors are never read back.
         scope: As in `prompt_violations`.
         threshold: As in `prompt_violations`.
         rectify: Whether safe responses are weighted (1, 0), as in `rectified_policy_loss`; one for all, or K.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from repo_fast.ops import registration
-from repo_fast.ops.validation import check_device, check_flag, check_tensor, scalar
+from repo_fast.ops.validation import check_device, check_flag, check_number, check_tensor, check_vector, scalar
 
-# Which of them are rectified travels as the bits of a 64-bit number.
-MAX_STREAMS = 63
+# Which of them are rectified travels to the Triton kernel as the bits of a 32-bit number.
+MAX_STREAMS = 31
 
 
 def stream_count(
@@ -21,13 +21,15 @@ def stream_count(
     """Checks cost advantages and costs or violations: K of [K, T] and [K, S], or None of [T] and [S]."""
     dims = {value.dim() for value in (cost_advantages, by_response) if isinstance(value, Tensor)}
     several = 2 in dims
-    check_tensor(op, "cost_advantages", cost_advantages, (torch.float32,), ("K", T) if several else (T,))
     check_tensor(op, name, by_response, (torch.float32,), ("K", "S") if several else ("S",))
-    assert isinstance(cost_advantages, Tensor) and isinstance(by_response, Tensor)
-    check_device(op, "cost_advantages", cost_advantages, device)
+    assert isinstance(by_response, Tensor)
     check_device(op, name, by_response, device)
     if not several:
+        check_vector(op, "cost_advantages", cost_advantages, T, "T", device, torch.float32)
         return None
+    check_tensor(op, "cost_advantages", cost_advantages, (torch.float32,), ("K", T))
+    assert isinstance(cost_advantages, Tensor)
+    check_device(op, "cost_advantages", cost_advantages, device)
     K = cost_advantages.shape[0]
     if by_response.shape[0] != K:
         raise ValueError(f"{op}: {name} must have shape [K={K}, S] like cost_advantages, got {list(by_response.shape)}")
@@ -44,7 +46,7 @@ def for_each(op: str, name: str, value: Any, K: int | None, check: Callable[[str
     """One value a stream, of one for all or of K of them; a single stream (None) has one."""
     if isinstance(value, list | tuple):
         if len(value) != K:
-            expected = "one value" if K is None else f"one value or K={K} of them"
+            expected = "one value, not a list, for costs [S]" if K is None else f"one value or K={K} of them"
             raise ValueError(f"{op}: {name} must be {expected}, got {len(value)}")
         for k, one in enumerate(value):
             check(op, f"{name}[{k}]", one)
@@ -57,12 +59,19 @@ def check_rectify(op: str, rectify: Any, K: int | None) -> list[bool]:
     return for_each(op, "rectify", rectify, K, check_flag)
 
 
-def multipliers(op: str, value: float | Tensor, K: int, device: torch.device) -> Tensor:
-    """λ as float32 [K] of a number, a 0-d or a [K] tensor, which is never looked at."""
-    if isinstance(value, Tensor) and value.dim() == 1:
-        if value.shape[0] != K:
-            raise ValueError(f"{op}: multiplier must have shape [] or [K={K}], got {list(value.shape)}")
-        return torch.stack([scalar(op, "multiplier", own, device, 0.0) for own in value.unbind()])
+def multipliers(op: str, value: Any, K: int, device: torch.device) -> Tensor:
+    """λ as float32 [K] of a number, K numbers, a 0-d or a [K] tensor; a tensor is never looked at."""
+    if isinstance(value, list | tuple):
+        numbers = for_each(op, "multiplier", value, K, lambda op, name, one: check_number(op, name, one, 0.0))
+        # Not from the host's memory, which a GPU would be waited for.
+        return torch.stack([torch.full((), float(number), device=device) for number in numbers])
+    if isinstance(value, Tensor) and value.dim() > 0:
+        if value.shape != (K,) or value.dtype.is_complex or value.dtype == torch.bool:
+            raise TypeError(
+                f"{op}: multiplier must be a number, K={K} of them, or a real tensor [] or [K={K}], got {value.dtype} "
+                f"{list(value.shape)}"
+            )
+        return value.detach().to(device=device, dtype=torch.float32, non_blocking=True)
     return scalar(op, "multiplier", value, device, 0.0).expand(K)
 
 
@@ -83,7 +92,7 @@ def as_one(
     cost_advantages: Tensor,
     sequence_ids: Tensor,
     violations: Tensor | None,
-    multiplier: float | Tensor,
+    multiplier: Any,
     rectify: Sequence[bool],
     surrogate: str,
     backend: str,
@@ -91,6 +100,7 @@ def as_one(
     """The streams of [K, T] and [K, S] as one. One alone, [T] and [S] or of K = 1, is itself, to the bit."""
     device = reward_advantages.device
     if K is None:
+        (multiplier,) = for_each(op, "multiplier", multiplier, None, lambda *_: None)
         lagrangian = scalar(op, "multiplier", multiplier, device, 0.0)
         return OneStream(reward_advantages, cost_advantages, violations, lagrangian, rectify[0])
     assert violations is not None

@@ -1,7 +1,7 @@
 """Updates under several constraints: against a naive float64 one, and indifferent to ranks and micro-batches."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from repo_fast.collectives import Ranks
 from repo_fast.engine import Engine, start_distributed
+from repo_fast.errors import InputError
 from repo_fast.jobs.assembly import loading_options
 from repo_fast.learning.constraints import Constraints
 from repo_fast.models.critic import Critic
@@ -33,10 +34,10 @@ TABLE: dict[str, tuple[set[int], str, bool, float]] = {
 PID = {"kp": 0.8, "ki": 0.2, "kd": 0.5, "tolerance": 0.05, "smoothing": 0.3}
 
 
-def make_constraints(K: int) -> Constraints:
+def make_constraints(K: int = 3, names: Sequence[str] = tuple(TABLE)) -> Constraints:
     """By dual ascent, fixed, and by PID."""
     made = {}
-    for name, (_, scope, rectify, threshold) in list(TABLE.items())[:K]:
+    for name, (_, scope, rectify, threshold) in [(name, TABLE[name]) for name in names[:K]]:
         kind = "rectified" if rectify else "mean"
         controller: Any = {
             "harm": lambda: Multiplier("rectified", init=0.6, threshold=0.1),
@@ -192,39 +193,86 @@ def test_an_update_equals_a_naive_float64_one(
         assert metrics[f"{name}_unsafe_fraction"] == pytest.approx(sum(v > 0 for v in applicable) / len(applicable))
 
 
-def with_critics(policy_folder: Path, ranks: Ranks, tokens: int = 4096, **settings: Any) -> worker.Learner:
-    """Under three constraints, with critics on one trunk."""
+def with_critics(
+    policy_folder: Path,
+    ranks: Ranks,
+    tokens: int = 4096,
+    names: Sequence[str] = tuple(TABLE),
+    order: Sequence[str] = ("reward", *TABLE),
+    **settings: Any,
+) -> worker.Learner:
+    """Under some constraints, with critics on one trunk, in any order."""
     config = worker.make_config({"advantage": "gae", **settings}, tokens)
     learner = worker.make_learner(config, policy_folder, ranks)
     start = ScoreModel.from_policy(str(policy_folder), **loading_options(config.policy.attention, config.engine, ranks))
     torch.manual_seed(0)
-    critic = Critic(start, ("reward", *TABLE), torch.float32)
-    for head in critic.heads.values():
-        torch.nn.init.normal_(head.weight, std=0.1)
+    critic = Critic(start, tuple(stream for stream in order if stream in ("reward", *names)), torch.float32)
+    for stream in ("reward", *TABLE):
+        drawn = torch.randn(1, critic.heads["reward"].in_features) * 0.1
+        if stream in critic.heads:
+            critic.heads[stream].weight.data.copy_(drawn)
     with worker.plain_descent(0.1):
         engine = Engine(critic, config.engine, ranks, config.critic_optimizer, 1)
     learner.models = replace(learner.models, critics={"reward_costs": engine})
-    learner.constraints = make_constraints(3)
+    learner.constraints = make_constraints(names=names)
     return learner
 
 
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("names", [list(TABLE), ["refusal"]], ids=len)
 def test_critics_learn_of_the_responses_that_their_constraint_applies_to(
-    policy_folder: Path, ranks: Ranks, reduction: str
+    policy_folder: Path, ranks: Ranks, names: list[str], reduction: str
 ) -> None:
-    learner = with_critics(policy_folder, ranks, 40, reduction=reduction)
+    learner = with_critics(policy_folder, ranks, 40, names, reduction=reduction)
     result = worker.one_update(learner, ranks)
     experience, metrics = result["experience"], result["metrics"]
     ids, lengths = experience.rollout.prompt_ids.tolist(), experience.cu_seqlens.diff().tolist()
-    for k, (name, (prompts, *_)) in enumerate(TABLE.items()):
-        errors = (experience.cost_values[k] - experience.cost_returns[k]).double().square() / 2
+    streams = (experience.cost_values, experience.cost_returns, experience.cost_advantages)
+    for name, values, returns, advantages in zip(names, *map(torch.atleast_2d, streams), strict=True):
+        prompts = TABLE[name][0]
+        errors = (values - returns).double().square() / 2
         parts = [part for part, i in zip(errors.split(lengths), ids, strict=True) if i in prompts]
-        expected = (
-            torch.stack([p.mean() for p in parts]).mean() if reduction == "sequence_mean" else torch.cat(parts).mean()
-        )
+        means = torch.stack([part.mean() for part in parts])
+        expected = means.mean() if reduction == "sequence_mean" else torch.cat(parts).mean()
         assert metrics[f"{name}_value_loss"] == pytest.approx(expected.item(), rel=1e-4)
-        for part, i in zip(experience.cost_advantages[k].split(lengths), ids, strict=True):
+        for part, i in zip(advantages.split(lengths), ids, strict=True):
             assert bool(part.any()) == (i in prompts)
+
+
+def test_critics_are_known_by_name(policy_folder: Path, ranks: Ranks) -> None:
+    found = [
+        worker.one_update(with_critics(policy_folder, ranks, order=order), ranks)
+        for order in (("reward", *TABLE), ("insult", "reward", "harm", "refusal"))
+    ]
+    assert norm_wise(found[1]["gradients"], found[0]["gradients"]) <= 1e-5
+    for key, value in found[0]["metrics"].items():
+        assert found[1]["metrics"][key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+
+
+def test_a_multiplier_that_is_not_a_number_ends_the_update(policy_folder: Path, ranks: Ranks) -> None:
+    learner = worker.make_learner(worker.make_config({"advantage": "rloo"}), policy_folder, ranks)
+    learner.constraints = make_constraints()
+    rollout, scores, _ = make_rollout(ranks)
+    experience, _ = learner.experience(rollout, scores)
+    learner.constraints["insult"].controller.value = math.nan
+    with pytest.raises(ValueError, match=r"multiplier\[2\] must be finite and >= 0, got nan"):
+        learner.update(experience)
+
+
+def test_states_of_other_constraints_are_refused() -> None:
+    state = make_constraints(2).state_dict()
+    with pytest.raises(InputError, match=r"multipliers of \['harm', 'refusal'\], expected those of \['harm'"):
+        make_constraints().load_state_dict(state)
+    state["multipliers"]["refusal"] = state["multipliers"]["harm"]
+    with pytest.raises(InputError, match="multiplier of refusal is of another controller"):
+        make_constraints(2).load_state_dict(state)
+
+
+@pytest.mark.parametrize("names", [[], ["harm", "reward"]])
+def test_no_constraint_is_called_reward(names: list[str]) -> None:
+    made = {name: make_constraints(1)["harm"] for name in names}
+    with pytest.raises(ValueError, match="one or more, none called 'reward', got"):
+        Constraints(made)
 
 
 def test_a_batch_that_no_constraint_applies_to_learns_of_the_reward_alone(policy_folder: Path, ranks: Ranks) -> None:

@@ -43,6 +43,12 @@ def test_nan_in_a_cost_that_applies_reaches_every_weight():
         assert weights.isnan().reshape(-1, 3).tolist() == [[True, True, False]] * (weights.numel() // 3)
 
 
+def test_what_is_not_active_is_not_looked_at():
+    reward, costs = alg.stream_weights(torch.tensor([[-1.0, 1.0], [1.0, -INF]]), [NAN, 1.0], rectify=True)
+    close(reward, [1 / 2, NAN])
+    close(costs, [[0, NAN], [1 / 2, NAN]])
+
+
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_weights_are_those_of_a_loop(K):
     generator = torch.Generator().manual_seed(K)
@@ -99,6 +105,22 @@ def test_separate_scales_leave_the_penalty_undivided():
     half = 1 / math.sqrt(2)
     close(reward, [-half + 0.05, half - 0.05, 0.5, -0.5])
     close(cost, [[-0.05, 0.05, -half - 0.5, half + 0.5], [half - 0.05, -half + 0.05, 0, 0]])
+
+
+@pytest.mark.parametrize("n", [2, 5, 6, 16, 64])
+def test_equal_scores_are_no_signal_however_many(n):
+    """The mean of n equal numbers is off by more than a rounding of one."""
+    ids, nothing = torch.arange(50 * n) % 50, torch.zeros(50 * n)
+    scores = (10 * torch.rand(50) - 5)[ids]
+    reward, cost = alg.separately_scaled_advantages(scores, scores, nothing, ids, ids >= 0, kl_coefficient=0.1)
+    assert not reward.any() and not cost.any()
+    weights = torch.ones(50 * n), torch.zeros(50 * n)
+    for scaled in alg.critic_free_advantages("grpo", scores, nothing, ids, *weights):
+        assert not scaled.any()
+    # And what differs by a thousand roundings is.
+    scores = scores + 1e-3 * (torch.arange(50 * n) // 50)
+    reward, _ = alg.separately_scaled_advantages(scores, scores, nothing, ids, ids >= 0, kl_coefficient=0.1)
+    close(torch.stack([reward[ids == i].std() for i in range(50)]), [1.0] * 50, 1e-3)
 
 
 def test_separate_scales_need_a_second_response():
@@ -263,10 +285,24 @@ def test_a_constraint_that_is_met_anyway_starts_at_zero_and_one_that_cannot_be_a
     assert start.gap > 3
 
 
+def test_one_that_applies_to_nobody_starts_at_zero():
+    start = con.dual_start(
+        torch.tensor([[1.0, 0.0]]),
+        torch.full((1, 1, 2), NAN),
+        torch.zeros(1, 1).bool(),
+        [0.0],
+        [5.0],
+        kl_coefficient=0.1,
+    )
+    assert start.multipliers == [0.0] and start.infeasible == [False] and start.converged
+
+
 def test_dual_start_wants_finite_scores_and_a_penalty():
     ones = torch.ones(1, 2), torch.ones(1, 1, 2), torch.ones(1, 1).bool(), [0.0], [5.0]
     with pytest.raises(ValueError, match="kl_coefficient must be above 0, got 0"):
         con.dual_start(*ones, kl_coefficient=0.0)
+    with pytest.raises(ValueError, match="at least one sample"):
+        con.dual_start(torch.ones(0, 2), torch.ones(1, 0, 2), torch.ones(1, 0).bool(), [0.0], [5.0], kl_coefficient=0.1)
     with pytest.raises(ValueError, match="finite"):
         con.dual_start(torch.tensor([[NAN, 1.0]]), *ones[1:], kl_coefficient=0.1)
 
@@ -274,9 +310,9 @@ def test_dual_start_wants_finite_scores_and_a_penalty():
 # ------------------------------------------------------------------------------------------------------- applicability
 
 ROWS = [
-    {"category": "harmful", "tags": ["a", "b"], "harm": {"crime": True, "insult": False}},
-    {"category": "harmless", "tags": [], "harm": {"crime": False, "insult": True}},
-    {"category": "harmless", "tags": ["b"], "harm": {"crime": True, "insult": True}},
+    {"category": "harmful", "level": 2, "tags": ["a", "b"], "harm": {"crime": True, "insult": False}},
+    {"category": "harmless", "level": 1, "tags": [], "harm": {"crime": False, "insult": True}},
+    {"category": "harmless", "level": 2, "tags": ["b"], "harm": {"crime": True, "insult": True}},
 ]
 
 
@@ -285,6 +321,8 @@ ROWS = [
     [
         ({}, [True, True, True]),
         ({"category": ["harmless"]}, [False, True, True]),
+        ({"category": "harmless"}, [False, True, True]),
+        ({"level": [2]}, [True, False, True]),
         ({"category": ["harmless", "harmful"]}, [True, True, True]),
         ({"tags": ["b"]}, [True, False, True]),
         ({"harm": ["crime"]}, [True, False, True]),
@@ -309,6 +347,8 @@ def test_a_prompt_without_the_field_is_an_error_unless_it_is_said_what_it_is():
     [
         ({"category": ["harmles"]}, "category 'harmles', which no prompt has; did you mean 'harmless'\\?$"),
         ({"category": ["x"]}, "category 'x', which no prompt has; expected one of 'harmful', 'harmless'$"),
+        ({"category": "x"}, "category 'x', which no prompt has; expected one of 'harmful', 'harmless'$"),
+        ({"level": ["2"]}, "level '2', which no prompt has; expected one of 1, 2$"),
         ({"category": ["harmful"], "harm": ["insult"], "tags": ["b"]}, "applies to none of the 3 prompts"),
     ],
 )
@@ -318,8 +358,9 @@ def test_a_constraint_that_counts_for_nobody_is_an_error(applies_to, message):
 
 
 def test_a_field_of_something_else_is_an_error():
-    with pytest.raises(InputError, match=r"by 'a', which is \[\{'b': 1\}\], expected a value or several"):
-        con.applicable("k", {"a": ["b"]}, [{"a": [{"b": 1}]}])
+    for wanted, own in ((["b"], [{"b": 1}]), ([{"b": 1}], ["b"])):
+        with pytest.raises(InputError, match=r"by 'a', where \[\{'b': 1\}\] is, expected a value or several"):
+            con.applicable("k", {"a": wanted}, [{"a": own}])
 
 
 # ------------------------------------------------------------------------------------------------------- the reward cap

@@ -38,7 +38,7 @@ def options_of(K: int) -> list[dict[str, Any]]:
     scopes = ["prompt", "response", "batch", "prompt"][:K]
     thresholds = [0.1 * k - 0.1 for k in range(K)]
     return [
-        {"multiplier": multiplier},
+        {"multiplier": multiplier.tolist()},
         {"multiplier": 0.7, "scope": "response", "threshold": 0.2},
         {"multiplier": multiplier, "scope": scopes, "threshold": thresholds, "rectify": [k % 2 == 0 for k in range(K)]},
         {"multiplier": multiplier, "scope": scopes, "surrogate": "mixed", "rectify": [k % 2 == 1 for k in range(K)]},
@@ -276,9 +276,11 @@ def test_compiles_without_graph_breaks() -> None:
         (
             {"costs": torch.zeros(0, 5), "cost_advantages": torch.zeros(0, 37)},
             {},
-            "cost_advantages must have 1 to 63 streams, got 0",
+            "cost_advantages must have 1 to 31 streams, got 0",
         ),
-        ({}, {"multiplier": torch.ones(3)}, r"multiplier must have shape \[\] or \[K=2\], got \[3\]"),
+        ({}, {"multiplier": torch.ones(3)}, r"multiplier must be .* tensor \[\] or \[K=2\], got torch.float32 \[3\]"),
+        ({}, {"multiplier": torch.ones(2).bool()}, r"multiplier must be .*, got torch.bool \[2\]"),
+        ({}, {"multiplier": [1.0, NAN]}, r"multiplier\[1\] must be finite and >= 0, got nan"),
         ({}, {"multiplier": -1.0}, "multiplier must be finite and >= 0, got -1.0"),
         ({}, {"rectify": [True]}, r"rectify must be one value or K=2 of them, got 1"),
         ({}, {"rectify": [True, 1]}, r"rectify\[1\] must be True or False, got 1"),
@@ -295,7 +297,7 @@ def test_what_is_wrong_is_said(changed: dict[str, Any], options: dict[str, Any],
 
 def test_one_constraint_has_one_setting() -> None:
     case = make_case()
-    with pytest.raises(ValueError, match="threshold must be one value, got 2"):
+    with pytest.raises(ValueError, match=r"threshold must be one value, not a list, for costs \[S\], got 2"):
         prompt_violations(case.costs, case.prompt_ids, threshold=[0.0, 1.0])
     with pytest.raises(TypeError, match=r"multiplier must be a number or a real 0-d tensor, got torch.float32 \[1\]"):
         fused_rectified_policy_loss(*case.arguments(), multiplier=torch.ones(1))
