@@ -1,6 +1,6 @@
 """Compiles every Triton kernel at its shipped settings for GPUs that are not there, and says what each one takes.
 
-    python -m tests.kernels.compile_ahead [--json FILE]
+    python -m tests.kernels.compile_ahead [--json FILE] [--chips CHIP ...]
 
 For NVIDIA's A100, H100 and B200 it prints registers, spills and shared memory, and how many instructions the machine
 code of the row passes has for each logit; for AMD's MI300 it only compiles. The launchers of `kernels/` are called as
@@ -36,6 +36,8 @@ from repo_fast.ops.sweep import row_pitch
 
 # Compute capability -> bytes of shared memory that a program can have (CUDA C++ programming guide, table of limits).
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ROCM = "gfx942"
+CHIPS = [*(f"sm_{capability}" for capability in SHARED_LIMITS), ROCM]
 ROWS = [(dtype, V) for dtype in (torch.bfloat16, torch.float32) for V in (32001, 49152, 128256)]
 SHAPES = [*ROWS, (torch.float32, 500)]
 T, S, D = 64, 8, 4096
@@ -272,9 +274,10 @@ def _bytes(access: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--chips", nargs="+", default=CHIPS, choices=CHIPS, help="default: all")
     table = []
     options = parser.parse_args()
-    for capability in SHARED_LIMITS:
+    for capability in (capability for capability in SHARED_LIMITS if f"sm_{capability}" in options.chips):
         for case, kernel in compile_all(GPUTarget("cuda", capability, 32)):
             table.append(usage(case, kernel, capability))
     line = "{:24} {:38} {:>6} {:>5} {:>9} {:>13} {:>12} {:>10} {:>8} {:>8} {:>6} {:>8}"
@@ -283,8 +286,8 @@ def main() -> None:
     for *row, loops in table:
         cells = [f"{count:.1f}" if isinstance(count, float) else count for count in loops or [""] * 5]
         print(line.format(*row, *cells))
-    on_rocm = sum(1 for _ in compile_all(GPUTarget("hip", "gfx942", 64)))
-    print(f"ROCm, gfx942: {on_rocm} kernels compiled")
+    if ROCM in options.chips:
+        print(f"ROCm, {ROCM}: {sum(1 for _ in compile_all(GPUTarget('hip', ROCM, 64)))} kernels compiled")
     if options.json is not None:
         options.json.write_text(
             json.dumps([row._asdict() | {"loops": row.loops and row.loops._asdict()} for row in table])

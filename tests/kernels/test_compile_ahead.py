@@ -10,23 +10,35 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.compile_ahead import ROWS, SHARED_LIMITS, RowLoops, Usage, row_loops
+from tests.kernels.compile_ahead import CHIPS, ROCM, ROWS, SHARED_LIMITS, RowLoops, Usage, row_loops
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> list[Usage]:
+@pytest.fixture(
+    scope="module",
+    params=[["sm_90"], pytest.param([chip for chip in CHIPS if chip != "sm_90"], marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def table(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> list[Usage]:
     """From a process of its own: in this one kernels are defined for the interpreter. Shown, whatever comes of it."""
     folder = tmp_path_factory.mktemp("compiled")
     command = [sys.executable, "-m", "tests.kernels.compile_ahead", "--json", folder / "table.json"]
+    command += ["--chips", *request.param]
     environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "cache")}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(f"\n{run.stdout}")
     rows = json.loads((folder / "table.json").read_text())
+    assert {f"sm_{row['capability']}" for row in rows} == set(request.param) - {ROCM}
     return [Usage(**row | {"loops": row["loops"] and RowLoops(**row["loops"])}) for row in rows]
+
+
+def chips(table: list[Usage]) -> set[int]:
+    return {row.capability for row in table}
 
 
 def test_every_kernel_is_compiled_for_every_gpu(table: list[Usage]) -> None:
@@ -34,7 +46,7 @@ def test_every_kernel_is_compiled_for_every_gpu(table: list[Usage]) -> None:
     for file in KERNELS.glob("*.py"):
         defined |= {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)}
     kernels = {name for name in defined if name.endswith("_kernel")}
-    for capability in SHARED_LIMITS:
+    for capability in chips(table):
         assert {row.kernel for row in table if row.capability == capability} == kernels
 
 
@@ -54,17 +66,18 @@ def test_row_passes_are_bound_by_memory_and_not_by_instructions(table: list[Usag
     """Of an H100's cycles, 4096 rows of 32001 bfloat16 logits take 175 µs to move, and 1 instruction a logit 4.6 µs."""
     cases = tuple(f"{str(dtype).removeprefix('torch.')} V={V}" for dtype, V in ROWS)
     rows = [row for row in table if row.case.startswith(cases) and "softcap" not in row.case]
-    assert len(rows) == len(SHARED_LIMITS) * len(ROWS) * 7
+    assert len(rows) == len(chips(table)) * len(ROWS) * 7
     for row in rows:
         assert row.loops.barriers == 0 and row.loops.narrow == 0, row
         assert row.loops.statistics <= (9 if "entropy" in row.case or "options" in row.case else 7), row
         assert row.loops.gradient <= 7.5, row
     capped = [row for row in table if "softcap" in row.case]
-    assert len(capped) == len(SHARED_LIMITS) * 3 * 3
+    assert len(capped) == len(chips(table)) * 3 * 3
     for row in capped:
         assert row.loops.barriers == 0 and row.loops.narrow == 0, row
         assert row.loops.statistics <= 30 and row.loops.gradient <= 34, row
     alpaca = [row for row in rows if row.case.startswith("bfloat16 V=32001") and row.capability == 90]
+    assert bool(alpaca) == (90 in chips(table))
     assert all(row.loops.gradient <= 7 and row.loops.whole <= 30 for row in alpaca)
 
 
