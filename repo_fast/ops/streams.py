@@ -19,8 +19,11 @@ def stream_count(
     op: str, T: int, device: torch.device, cost_advantages: object, name: str, by_response: object
 ) -> int | None:
     """Checks cost advantages and costs or violations: K of [K, T] and [K, S], or None of [T] and [S]."""
-    dims = {value.dim() for value in (cost_advantages, by_response) if isinstance(value, Tensor)}
-    several = 2 in dims
+    both = [value for value in (cost_advantages, by_response) if isinstance(value, Tensor)]
+    several = any(value.dim() == 2 for value in both)
+    if {value.dim() for value in both} == {1, 2}:
+        shapes = f"{list(both[0].shape)} and {list(both[1].shape)}"
+        raise ValueError(f"{op}: cost_advantages and {name} must be [T] and [S], or [K, T] and [K, S], got {shapes}")
     check_tensor(op, name, by_response, (torch.float32,), ("K", "S") if several else ("S",))
     assert isinstance(by_response, Tensor)
     check_device(op, name, by_response, device)

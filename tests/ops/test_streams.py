@@ -270,8 +270,8 @@ def test_compiles_without_graph_breaks() -> None:
     ("changed", "options", "message"),
     [
         ({"costs": torch.zeros(3, 5)}, {}, r"costs must have shape \[K=2, S\] like cost_advantages, got \[3, 5\]"),
-        ({"costs": torch.zeros(5)}, {}, r"costs must have shape \[K, S\], got \[5\]"),
-        ({"cost_advantages": torch.zeros(37)}, {}, r"cost_advantages must have shape \[K, 37\], got \[37\]"),
+        ({"costs": torch.zeros(5)}, {}, r"cost_advantages and costs must be .*, got \[2, 37\] and \[5\]"),
+        ({"cost_advantages": torch.zeros(37)}, {}, r"cost_advantages and costs must be .*, got \[37\] and \[2, 5\]"),
         ({"cost_advantages": torch.zeros(2, 9)}, {}, r"cost_advantages must have shape \[K, 37\], got \[2, 9\]"),
         (
             {"costs": torch.zeros(0, 5), "cost_advantages": torch.zeros(0, 37)},
