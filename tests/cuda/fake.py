@@ -38,7 +38,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from repo_fast.ops.dispatch import implementation
-from repo_fast.ops.registration import FusedArguments, RectifiedArguments
+from repo_fast.ops.registration import FusedArguments, RectifiedArguments, StreamsArguments
 
 CUDA = torch.device("cuda", 0)
 needs_graph = pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build without a GPU has no backward")
@@ -48,6 +48,7 @@ _LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # What a registered op hands its implementation as one.
 _BUNDLES = {
     "rectified_policy_loss": RectifiedArguments,
+    "rectified_policy_loss_streams": StreamsArguments,
     "fused_rectified_policy_loss_and_gradients": FusedArguments,
 }
 
