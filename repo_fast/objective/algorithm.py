@@ -122,9 +122,8 @@ def stream_weights(
     total = 1 + active.sum(0)
     # NaN > 0 is false, and an unscored response would pass for a safe one.
     unknown = torch.where(applies, streams * 0, 0.0).sum(0)
-    return (1 / total).to(violations.dtype) + unknown, ((active / total).to(violations.dtype) + unknown).view_as(
-        violations
-    )
+    reward_weights, cost_weights = ((part / total).to(violations.dtype) + unknown for part in (1.0, active))
+    return reward_weights, cost_weights.view_as(violations)
 
 
 def _prompt_groups(prompt_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
