@@ -1,6 +1,7 @@
 """Every option once: the sections, a configuration for each job, and how a command line becomes one."""
 
 from repo_fast.config.command_line import CONFIG_FOLDER, find_config, known_keys, parse, to_dict, to_yaml
+from repo_fast.config.constraints import ONLY, ConstraintConfig, CostConfig, PidConfig
 from repo_fast.config.evaluate import EvaluateConfig
 from repo_fast.config.judge import JudgeConfig
 from repo_fast.config.score import LAYOUTS, PreferenceDataConfig, PreferenceLossConfig, ScoreConfig
@@ -31,8 +32,11 @@ from repo_fast.config.train import (
 __all__ = [
     "CONFIG_FOLDER",
     "LAYOUTS",
+    "ONLY",
     "AlgorithmConfig",
     "CheckpointConfig",
+    "ConstraintConfig",
+    "CostConfig",
     "CriticConfig",
     "DataConfig",
     "EngineConfig",
@@ -44,6 +48,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PidConfig",
     "PreferenceDataConfig",
     "PreferenceLossConfig",
     "RolloutConfig",

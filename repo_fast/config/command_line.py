@@ -28,26 +28,35 @@ def known_keys(section: type = TrainConfig, prefix: str = "") -> list[str]:
     keys = []
     for entry in dataclasses.fields(section):
         keys.append(prefix + entry.name)
-        if dataclasses.is_dataclass(entry.type):
-            keys += known_keys(typing.cast(type, entry.type), f"{prefix}{entry.name}.")
+        for kind in (entry.type, *typing.get_args(entry.type)):
+            # A section, or one that may be null.
+            if dataclasses.is_dataclass(kind) and typing.get_origin(entry.type) is not dict:
+                keys += known_keys(typing.cast(type, kind), f"{prefix}{entry.name}.")
     return keys
 
 
-def _tables(section: type, prefix: str = "") -> list[str]:
-    """The dotted names of the options that are mappings."""
-    keys = [prefix + entry.name for entry in dataclasses.fields(section) if typing.get_origin(entry.type) is dict]
+def _tables(section: type, prefix: str = "") -> dict[str, type]:
+    """The dotted names of the options that are mappings, and the type of their values."""
+    found: dict[str, type] = {}
     for entry in dataclasses.fields(section):
-        if dataclasses.is_dataclass(entry.type):
-            keys += _tables(typing.cast(type, entry.type), f"{prefix}{entry.name}.")
-    return keys
+        kind = typing.cast(type, entry.type)
+        if dataclasses.is_dataclass(kind):
+            found |= _tables(kind, f"{prefix}{entry.name}.")
+        elif typing.get_origin(kind) is dict:
+            found[prefix + entry.name] = typing.get_args(kind)[1]
+    return found
 
 
-def _reject_unknown(keys: list[str], where: str, kind: type[JobConfig]) -> None:
-    known = known_keys(kind)
-    tables = tuple(f"{key}." for key in _tables(kind))
+def _reject_unknown(keys: list[str], where: str, section: type, prefix: str = "") -> None:
+    known, tables = known_keys(section, prefix), _tables(section, prefix)
     for key in keys:
-        # What a table has below it are the user's own names.
-        if key not in known and not key.startswith(tables):
+        table = next((table for table in tables if key.startswith(f"{table}.")), None)
+        if table is not None:
+            # What a table has below it are the user's own names; a section may follow.
+            name, _, rest = key.removeprefix(f"{table}.").partition(".")
+            if rest and dataclasses.is_dataclass(tables[table]):
+                _reject_unknown([key], where, tables[table], f"{table}.{name}.")
+        elif key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise InputError(f"unknown option {key!r} in {where}, the nearest valid name is {near!r}")
 
@@ -77,10 +86,10 @@ def read_config_file(path: Path, kind: type[JobConfig] = TrainConfig) -> dict:
     """The mapping of a YAML file, with unknown keys rejected.
 
     Raises:
-        InputError: The file is not YAML, not a mapping, or has an unknown key.
+        InputError: The file is not YAML, not a mapping, or has an unknown key or one twice.
     """
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+        mapping = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(mapping, dict):
@@ -93,6 +102,19 @@ def read_config_file(path: Path, kind: type[JobConfig] = TrainConfig) -> dict:
     return mapping
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML whose mappings have each key once; of two, the loader alone would take the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} is there twice", node.value[i][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _check_sections(mapping: dict, section: type, where: str, prefix: str = "") -> None:
     for entry in dataclasses.fields(section):
         if dataclasses.is_dataclass(entry.type) and entry.name in mapping:
@@ -100,6 +122,13 @@ def _check_sections(mapping: dict, section: type, where: str, prefix: str = "") 
             if not isinstance(value, dict):
                 raise InputError(f"{where}: {prefix}{entry.name} is {value!r}, expected a mapping of options")
             _check_sections(value, typing.cast(type, entry.type), where, f"{prefix}{entry.name}.")
+    for table, kind in _tables(section, prefix).items():
+        value = mapping.get(table.removeprefix(prefix))
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            for name, own in value.items():
+                if not isinstance(own, dict):
+                    raise InputError(f"{where}: {table}.{name} is {own!r}, expected a mapping of options")
+                _check_sections(own, kind, where, f"{table}.{name}.")
 
 
 def _parser(kind: type[JobConfig]):

@@ -51,8 +51,9 @@ class ModelConfig:
 class CriticConfig:
     """The value models of `algorithm.advantage gae`."""
 
-    shared_trunk: bool = False
-    """One trunk with two heads instead of a model for each stream. It starts from the reward stream's."""
+    shared_trunk: bool | None = None
+    """One trunk with a head for each stream instead of a model for each. It starts from the reward stream's. Null: from
+    two constraints on."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 

@@ -1,8 +1,9 @@
 """The configuration of `repo_fast.train`: reinforcement learning of a policy with rewards and costs."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from repo_fast.config.constraints import ONLY, ConstraintConfig, check_constraints
 from repo_fast.config.sections import (
     CriticConfig,
     LogConfig,
@@ -212,6 +213,8 @@ class TrainConfig(RunConfig):
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: ScorerConfig = field(default_factory=ScorerConfig)
     cost: ScorerConfig = field(default_factory=ScorerConfig)
+    constraints: dict[str, ConstraintConfig] = field(default_factory=dict)
+    """Several constraints by name, instead of `cost` and the threshold, margin and multiplier of `algorithm`."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     policy_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     critic_optimizer: OptimizerConfig = field(
@@ -223,6 +226,45 @@ class TrainConfig(RunConfig):
     """The step that torch's profiler traces: `profile/trace-rank-N.json.gz`, and `profile/timeline.png` of its phases
     (a step number of the whole run)."""
     log: TrainLogConfig = field(default_factory=TrainLogConfig)
+
+    @property
+    def costs(self) -> dict[str, ConstraintConfig]:
+        """Every constraint by its name, in whichever form it is written; nothing of them is null but `pid`.
+
+        A single one is called `cost`.
+        """
+        row, common = ALGORITHMS[self.algorithm.name], self.algorithm
+        costs = self.constraints or {ONLY: ConstraintConfig(**vars(self.cost), threshold=common.threshold)}
+        if not self.constraints:
+            costs[ONLY] = replace(costs[ONLY], margin=common.margin)
+        resolved = {}
+        for name, own in costs.items():
+            left = {key for key, value in vars(own).items() if value is None} & vars(common).keys() - {"scope"}
+            values = {key: getattr(common, key) for key in left}
+            resolved[name] = replace(own, scope=own.scope or common.scope or row.scope, **values)
+        return {ONLY: next(iter(resolved.values()))} if len(resolved) == 1 else resolved
+
+    @property
+    def scorers(self) -> dict[str, ScorerConfig]:
+        """Where the rewards and the costs come from, by the names of their columns."""
+        return {"reward": self.reward, **self.costs}
+
+    def section_of(self, column: str) -> str:
+        """The section that a column's scorer is written in."""
+        if column == "reward" or not self.constraints:
+            return column
+        return f"constraints.{column if column in self.constraints else next(iter(self.constraints))}"
+
+    @property
+    def critic_streams(self) -> list[tuple[str, ...]]:
+        """The streams of scores that each critic values."""
+        if self.algorithm.advantage != "gae":
+            return []
+        costs = self.costs if ALGORITHMS[self.algorithm.name].has_cost_stream else ()
+        streams, shared = ("reward", *costs), self.critics.shared_trunk
+        # Beyond a second one, trunks of a policy's size are to be asked for.
+        together = len(streams) > 2 if shared is None else shared
+        return [streams] if together else [(stream,) for stream in streams]
 
     def check(self) -> None:
         super().check()
@@ -276,16 +318,17 @@ class TrainConfig(RunConfig):
         _check_old_log_probs(self)
         _check_vllm(self)
         check_scorer("reward", self.reward)
-        check_scorer("cost", self.cost)
-        adapters, functions = self.policy.lora.rank > 0, all(":" in s.path for s in (self.reward, self.cost))
+        _check_costs(self)
+        adapters, functions = self.policy.lora.rank > 0, all(":" in s.path for s in self.scorers.values())
         if self.engine.offload_frozen and adapters and functions:
             raise InputError(
                 f"engine.offload_frozen is true with policy.lora.rank {self.policy.lora.rank} and scoring functions, "
                 "expected false: no model is frozen"
             )
-        if rollout.score_early and not any(":" in scorer.path for scorer in (self.reward, self.cost)):
+        if rollout.score_early and not any(":" in scorer.path for scorer in self.scorers.values()):
+            paths = [f"{name}.path {scorer.path!r}" for name, scorer in self.scorers.items()]
             raise InputError(
-                f"rollout.score_early is true with reward.path {self.reward.path!r} and cost.path {self.cost.path!r}, "
+                f"rollout.score_early is true with {' and '.join(paths)}, "
                 "expected a function for one of them: only functions are called while responses are drawn"
             )
         if algorithm.scope is not None and not row.rectify:
@@ -334,6 +377,29 @@ class TrainConfig(RunConfig):
             raise InputError(
                 f"critics.lora.rank is {self.critics.lora.rank} with algorithm.advantage {algorithm.advantage!r}, "
                 "which has no critics; expected 0"
+            )
+
+
+def _check_costs(config: TrainConfig) -> None:
+    if not config.constraints:
+        check_scorer("cost", config.cost)
+        return
+    if config.cost != ScorerConfig():
+        raise InputError(
+            f"cost.path is {config.cost.path!r} with constraints {', '.join(config.constraints)}, expected one form: "
+            "either cost, or constraints with a path each"
+        )
+    check_constraints(config.constraints, config.algorithm)
+    for name, own in config.constraints.items():
+        if own.multiplier_init == "dual" and config.data.eval_prompts is None:
+            raise InputError(
+                f"constraints.{name}.multiplier_init is 'dual' with data.eval_prompts null, expected held-out prompts: "
+                "it is found from the scores of the reference's responses to them"
+            )
+        if own.multiplier_init == "dual" and config.algorithm.kl_coefficient == 0:
+            raise InputError(
+                f"constraints.{name}.multiplier_init is 'dual' with algorithm.kl_coefficient 0, expected a number "
+                "above 0: what is near the reference is found with it"
             )
 
 

@@ -7,8 +7,9 @@ its place, never skipped: a prompt that is silently missing is a constraint that
 """
 
 import logging
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from repo_fast.data.cells import is_blank, read_chat, read_messages, same, string, text
 from repo_fast.data.columns import Columns, Conversation, Row, Table, read_conversation
@@ -28,6 +29,7 @@ class Prompt:
         text: Without template, never blank; of a dialogue, `Dialogue.text`.
         category: The source's `category`, where it has one.
         dialogue: Where it is more than one turn of the user's.
+        fields: Of its row, those that were asked for and are not null, as they stand there.
         place: Where it was read, for errors.
     """
 
@@ -35,6 +37,7 @@ class Prompt:
     text: str
     category: str | None = None
     dialogue: Dialogue | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     place: str = field(default="", compare=False, repr=False)
 
     @property
@@ -70,7 +73,12 @@ class Demonstration:
 
 
 def load_prompts(
-    source: str, *, split: str = "train", limit: int | None = None, columns: Columns | None = None
+    source: str,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    columns: Columns | None = None,
+    keep: Collection[str] = (),
 ) -> list[Prompt]:
     """Reads the distinct prompts of a source, in its order. The number of duplicates is logged.
 
@@ -79,12 +87,14 @@ def load_prompts(
         split: For a `datasets` name, and a folder with several.
         limit: Stop after this many distinct prompts.
         columns: What the user says of columns.
+        keep: Columns that `Prompt.fields` has, where a row has them.
 
     Returns:
         At least one prompt; `prompts[i].id == i`. A chat's last answer is not part of its prompt.
 
     Raises:
-        InputError: The source is missing, empty or malformed, or a row has no usable prompt.
+        InputError: The source is missing, empty or malformed, a row has no usable prompt, or two rows have the same
+            prompt and differ in a column to be kept.
     """
     check_limit(limit)
     prompts: dict[Dialogue, Prompt] = {}
@@ -93,11 +103,14 @@ def load_prompts(
     for place, row in table:
         n_rows += 1
         asked = _asked(row, place)
+        kept = _fields(row, keep)
         if asked not in prompts:
             dialogue = None if asked == Dialogue((asked.text,)) else asked
-            prompts[asked] = Prompt(len(prompts), asked.text, _category(row, place), dialogue, place)
+            prompts[asked] = Prompt(len(prompts), asked.text, _category(row, place), dialogue, kept, place)
             if len(prompts) == limit:
                 break
+        elif kept != prompts[asked].fields:
+            _refuse_other(prompts[asked], kept, place)
     if not prompts:
         raise InputError(f"{source}: empty, expected at least one prompt")
     log.info("%s: %d prompts (%d duplicates dropped)", source, len(prompts), n_rows - len(prompts))
@@ -152,6 +165,21 @@ def _category(row: Any, place: str) -> str | None:
     if not isinstance(value, str | int):
         return None
     return string(str(row.get("category")), "category", place)
+
+
+def _fields(row: Any, keep: Collection[str]) -> dict[str, Any]:
+    """The columns to be kept that a row has."""
+    cells = row.cells if isinstance(row, Row) else {}
+    return {name: row.get(name) for name in keep if name in cells}
+
+
+def _refuse_other(first: Prompt, fields: Mapping[str, Any], place: str) -> NoReturn:
+    """Whichever of two rows were taken, what depends on the column would be wrong for the other."""
+    name = next(name for name in {**first.fields, **fields} if first.fields.get(name) != fields.get(name))
+    raise InputError(
+        f"{place}: the prompt of {first.place} again, with {name} {fields.get(name)!r} instead of "
+        f"{first.fields.get(name)!r}; expected the same, since a constraint applies to prompts by it"
+    )
 
 
 def _asked(row: Any, place: str) -> Dialogue:

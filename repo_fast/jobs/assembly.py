@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from repo_fast.config import EngineConfig, LoraConfig, ModelConfig, ScorerConfig
 from repo_fast.data import PromptTemplate, load_tokenizer
 from repo_fast.engine import Engine, resolve_dtype, sharded_loading
 from repo_fast.errors import InputError, first_line
-from repo_fast.jobs.inputs import Inputs
+from repo_fast.jobs.inputs import Inputs, scorer_name
 from repo_fast.learning.learner import Models
 from repo_fast.models.attention import attention_candidates
 from repo_fast.models.critic import Critic
@@ -24,7 +24,6 @@ from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.trunk import train_last_layers
 from repo_fast.models.vocabulary import fit_vocabulary
-from repo_fast.objective.algorithm import ALGORITHMS
 from repo_fast.packing.rows import PackedBatch
 from repo_fast.rollout import Sampler
 from repo_fast.rollout.hf import HfSampler, stop_alike
@@ -51,7 +50,7 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
     policy's trunk with a zero head. Under LoRA the reference is the policy with its adapters off.
 
     Returns:
-        The engines, and the scorers `reward` and `cost`.
+        The engines, and the scorers by the names of their columns.
 
     Raises:
         InputError: A model cannot be used.
@@ -59,9 +58,6 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
     attention = config.policy.attention
     loading = loading_options(attention, config.engine, ranks)
     steps = config.total_steps * config.update.epochs * config.update.minibatches
-    specs = {"reward": inputs.reward, "cost": inputs.cost}
-    settings = {"reward": config.reward, "cost": config.cost}
-    streams = ("reward", "cost") if ALGORITHMS[config.algorithm.name].has_cost_stream else ("reward",)
     policy = load_policy(inputs.policy_path, inputs.tokenizer, config.policy, config.engine, ranks)
     with sharded_loading(config.engine, ranks.device, frozen=True):
         reference = None
@@ -69,9 +65,12 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
             reference = Policy.from_pretrained(inputs.policy_path, **loading)
             _fit_vocabulary(reference.model, inputs.tokenizer, config.policy)
         common = (config.engine, ranks, attention, config.update.micro_batch_tokens)
-        scorers = {name: load_scorer(name, specs[name], settings[name], *common)(inputs.template) for name in specs}
+        scorers = {
+            name: load_scorer(name, spec, config.scorers[name], *common)(inputs.template)
+            for name, spec in inputs.scorers.items()
+        }
     with sharded_loading(config.engine, ranks.device):
-        critics = _critics(streams, specs, config, inputs, loading) if config.algorithm.advantage == "gae" else {}
+        critics = _critics(config, inputs, loading)
     policy_engine = Engine(policy, config.engine, ranks, config.policy_optimizer, steps)
     settle_policy("the policy", policy_engine, attention, ranks)
     frozen: Any = WithoutAdapters(policy_engine)
@@ -81,7 +80,7 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
     critic_engines = {}
     for name, critic in critics.items():
         critic_engines[name] = Engine(critic, config.engine, ranks, config.critic_optimizer, steps)
-        settle_scores(f"the critic of {name}", critic_engines[name], critic.heads[critic.streams[0]], attention, ranks)
+        settle_scores(f"the critic of {name}", critic_engines[name], critic.head(critic.streams[0]), attention, ranks)
     return Models(policy_engine, frozen, critic_engines), scorers
 
 
@@ -276,14 +275,11 @@ def _say_what_is_trained(path: str, module: nn.Module) -> None:
         log.info("%s: %s", path, describe(module))
 
 
-def _critics(
-    streams: tuple[str, ...], specs: dict[str, ScorerSpec], config: TrainConfig, inputs: Inputs, loading: dict
-) -> dict[str, Critic]:
+def _critics(config: TrainConfig, inputs: Inputs, loading: dict) -> dict[str, Critic]:
     """By name: one for each stream, or one for all."""
-    groups = [streams] if config.critics.shared_trunk else [(stream,) for stream in streams]
     critics = {}
-    for group in groups:
-        model = _critic_start(group[0], specs[group[0]], inputs, loading)
+    for group in config.critic_streams:
+        model = _critic_start(group[0], inputs, loading)
         critic = critics["_".join(group)] = Critic(model, group, loading["dtype"])
         prepare_training(critic.trunk, None, config.critics.lora, config.engine)
         _say_what_is_trained(f"critic of {' and '.join(group)}", critic)
@@ -293,18 +289,21 @@ def _critics(
 
 
 def _saved_by_sharing(critic: Critic, dtype: torch.dtype) -> str:
-    """What a second trunk would take over all ranks: weights, and where they are trained DeepSpeed's copies."""
+    """What further trunks would take over all ranks: weights, and where they are trained DeepSpeed's copies."""
     # In float32, also beside weights of that type: a master, a gradient, and Adam's two moments.
     weight, trained = torch.finfo(dtype).bits // 8, 16
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in critic.trunk.parameters()]
-    size = sum(count * (weight + trained * trains) for count, trains in sizes)
+    spared = len(critic.streams) - 1
+    size = spared * sum(count * (weight + trained * trains) for count, trains in sizes)
+    passes = "a forward and backward" if spared == 1 else f"{spared} forwards and backwards"
     return (
         f"the critics share one trunk of {sum(count for count, _ in sizes):,} parameters: {size / 1e9:.3g} GB saved "
-        "over all ranks (weights, gradients, optimizer), and a forward and backward an update"
+        f"over all ranks (weights, gradients, optimizer), and {passes} an update"
     )
 
 
-def _critic_start(stream: str, spec: ScorerSpec, inputs: Inputs, loading: dict) -> ScoreModel:
+def _critic_start(stream: str, inputs: Inputs, loading: dict) -> ScoreModel:
+    spec = inputs.scorers[stream]
     if spec.kind == "model":
         reason = "its tokens are not the policy's"
         if same_tokens(load_tokenizer(spec.path, must_end=False), inputs.template.tokenizer):
@@ -328,7 +327,7 @@ def load_scorer(
     """Where the rewards or the costs come from. All ranks must call it.
 
     Args:
-        name: `reward` or `cost`.
+        name: Of its column: `reward`, `cost`, or that of one of several costs.
         spec, settings: What and how.
         engine: Stage and dtype of a score model.
         ranks: This process among all.
@@ -341,11 +340,13 @@ def load_scorer(
     Raises:
         InputError: There is no such function, the model cannot be used, or does not give the score expected of it.
     """
+    role: Literal["reward", "cost"] = "reward" if name == "reward" else "cost"
+    name = scorer_name(name)
     if spec.kind == "function":
         function = FunctionScorer(spec.path, name)
         return lambda _: function
     loading = loading_options(attention, engine, ranks)
-    model = load_score_model(spec.path, role=name, **loading)  # type: ignore[arg-type]
+    model = load_score_model(spec.path, role=role, **loading)
     tokenizer = load_tokenizer(spec.path, must_end=not isinstance(model, EncoderClassifier))
     common: dict[str, Any] = {
         "name": name,

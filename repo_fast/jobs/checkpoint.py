@@ -28,7 +28,13 @@ _FREE_KEYS = (
 )
 # What runs did before there were these options; their checkpoints do not say. Before there was a date, they wrote any.
 _ANY = object()
-_BEFORE = {"date": _ANY, "data.fields": {}, "data.train_on": "last"}
+_BEFORE = {
+    "date": _ANY,
+    "data.fields": {},
+    "data.train_on": "last",
+    "algorithm.confidence": "z",
+    "constraints": {},
+}
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -97,6 +103,9 @@ def check_run(folder: Path, run: dict, config: dict, ranks: int) -> None:
             f"checkpoint {folder} was written by {run['ranks']} ranks, expected as many; this run has {ranks}"
         )
     for key, (theirs, ours) in _differences(run["config"], config).items():
+        if key == "critics.shared_trunk" and theirs is False:
+            # What null was then.
+            theirs = None
         if theirs is None and key in _BEFORE:
             theirs = ours if _BEFORE[key] is _ANY else _BEFORE[key]
         if theirs != ours and key not in _FREE_KEYS and key.split(".")[0] not in _FREE_KEYS:

@@ -131,7 +131,9 @@ def _data(config: RunConfig) -> dict[str, tuple[str, str]]:
 
 def _models(config: RunConfig) -> dict[str, str]:
     if isinstance(config, TrainConfig):
-        return {f"{name}.path": getattr(config, name).path for name in ("policy", "reward", "cost")}
+        return {"policy.path": config.policy.path} | {
+            f"{config.section_of(name)}.path": scorer.path for name, scorer in config.scorers.items()
+        }
     assert isinstance(config, SupervisedConfig)
     return {"model.path": config.model.path}
 

@@ -6,7 +6,7 @@ cached on its first use.
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from repo_fast.config import RunConfig, ScorerConfig, TrainConfig, to_dict
+from repo_fast.config import ONLY, CostConfig, RunConfig, ScorerConfig, TrainConfig, to_dict
 from repo_fast.data import (
     Columns,
     Demonstration,
@@ -33,6 +33,7 @@ from repo_fast.learning.imitation import Shown
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.policy import check_vocabulary
+from repo_fast.objective.constraints import applicable
 from repo_fast.ops.dispatch import resolve
 from repo_fast.report.metrics import check_loggers
 from repo_fast.rollout import Request
@@ -52,11 +53,12 @@ class Inputs:
         requests: The training prompts with their tokens, in order of the source.
         eval_requests: The held-out prompts with theirs; empty without an evaluation.
         demonstrations: For the PTX loss; empty without one.
-        reward, cost: Where the scores come from.
+        scorers: Where the rewards and the costs come from, by the names of their columns.
         well_formed: The check of `evaluation.well_formed`; None without one.
         resume_from: Folder of the checkpoint to go on from; None for a new run.
         notes: What the user should know of the data: what was dropped, and how many.
         fingerprints: Of the files that the run reads, as `repo_fast.jobs.fingerprints` makes them.
+        exempt, eval_exempt: By constraint, ids of the training prompts and of the held-out ones that it is not about.
     """
 
     policy_path: str
@@ -65,12 +67,13 @@ class Inputs:
     requests: list[Request]
     eval_requests: list[Request]
     demonstrations: list[Shown]
-    reward: ScorerSpec
-    cost: ScorerSpec
+    scorers: dict[str, ScorerSpec]
     well_formed: FunctionScorer | None
     resume_from: Path | None
     notes: list[str]
     fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
+    exempt: dict[str, frozenset[int]] = field(default_factory=dict)
+    eval_exempt: dict[str, frozenset[int]] = field(default_factory=dict)
 
     @property
     def categories(self) -> dict[int, str | None]:
@@ -88,20 +91,18 @@ def read_inputs(config: TrainConfig) -> Inputs:
     resume_from = check_start(config)
     started_from = check_inputs(config, resume_from)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    reward, cost = load_scorer_spec(config.reward.path, "reward"), load_scorer_spec(config.cost.path, "cost")
-    for name, spec in (("reward", reward), ("cost", cost)):
-        if spec.kind == "function":
-            FunctionScorer(spec.path, name)
+    scorers = scorer_specs(config.scorers)
     well_formed = None
     if config.evaluation.well_formed is not None:
         well_formed = FunctionScorer(config.evaluation.well_formed, "well-formed check")
     data = config.data
     columns = Columns(data.fields)
-    prompts = load_prompts(data.prompts, split=data.prompts_split, columns=columns)
+    keep = fields_kept(config.costs)
+    prompts = load_prompts(data.prompts, split=data.prompts_split, columns=columns, keep=keep)
     held_out = []
     if data.eval_prompts is not None:
         held_out = load_prompts(
-            data.eval_prompts, split=data.eval_split, limit=config.evaluation.prompts, columns=columns
+            data.eval_prompts, split=data.eval_split, limit=config.evaluation.prompts, columns=columns, keep=keep
         )
     policy_path, tokenizer = find_model(config.policy.path)
     # Its own copy: a pad token that the run adds to the policy's must not make it another tokenizer than the scorers'.
@@ -129,7 +130,8 @@ def read_inputs(config: TrainConfig) -> Inputs:
     eval_requests = tokenized(held_out, str(data.eval_prompts)) if held_out else []
     demonstrations = _demonstrations(config, template, columns, notes) if data.ptx is not None else []
     columns.check_found([data.prompts, data.eval_prompts, data.ptx])
-    scorers = {"reward": reward, "cost": cost}
+    exempt = exempt_prompts(config.costs, requests, data.prompts, notes)
+    eval_exempt = exempt_prompts(config.costs, eval_requests, str(data.eval_prompts), notes, some=False)
     _check_lengths(config, policy_path, tokenizer, requests + eval_requests, demonstrations, scorers)
     return Inputs(
         policy_path=policy_path,
@@ -138,13 +140,77 @@ def read_inputs(config: TrainConfig) -> Inputs:
         requests=requests,
         eval_requests=eval_requests,
         demonstrations=demonstrations,
-        reward=reward,
-        cost=cost,
+        scorers=scorers,
         well_formed=well_formed,
         resume_from=resume_from,
         notes=notes,
         fingerprints=started_from,
+        exempt=exempt,
+        eval_exempt=eval_exempt,
     )
+
+
+def scorer_specs(scorers: Mapping[str, ScorerConfig]) -> dict[str, ScorerSpec]:
+    """What the paths of scorers mean; functions are looked for.
+
+    Args:
+        scorers: By the names of their columns.
+
+    Raises:
+        InputError: A path means nothing, or there is no such function.
+    """
+    specs = {name: load_scorer_spec(scorer.path, scorer_name(name)) for name, scorer in scorers.items()}
+    for name, spec in specs.items():
+        if spec.kind == "function":
+            FunctionScorer(spec.path, scorer_name(name))
+    return specs
+
+
+def scorer_name(column: str) -> str:
+    """What messages call the scorer of a column: `reward`, `cost`, or which of several costs."""
+    return column if column in ("reward", ONLY) else f"{column} cost"
+
+
+def fields_kept(costs: Mapping[str, CostConfig]) -> set[str]:
+    """The columns of prompts that say what they are."""
+    return {column for cost in costs.values() for column in cost.applies_to}
+
+
+def exempt_prompts(
+    costs: Mapping[str, CostConfig],
+    requests: Sequence[Request],
+    source: str,
+    notes: list[str],
+    *,
+    some: bool = True,
+) -> dict[str, frozenset[int]]:
+    """The prompts that each constraint is not about, by their ids.
+
+    Args:
+        costs: By name.
+        requests: For the prompts, which have the fields that `fields_kept` names.
+        source: Where they are from, for messages.
+        notes: For the user, added to.
+        some: Whether each has to be about some prompt.
+
+    Raises:
+        InputError: As for `objective.constraints.applicable`.
+    """
+    prompts = [request.prompt for request in requests]
+    exempt = {}
+    for name, cost in costs.items():
+        found = applicable(
+            name,
+            cost.applies_to,
+            [prompt.fields for prompt in prompts],
+            missing=cost.applies_to_missing,
+            places=[prompt.place for prompt in prompts],
+            some=some,
+        ).tolist()
+        exempt[name] = frozenset(prompt.id for prompt, applies in zip(prompts, found, strict=True) if not applies)
+        if exempt[name]:
+            notes.append(f"{source}: constraint {name} is about {sum(found)} of {len(found)} prompts")
+    return exempt
 
 
 def _check_lengths(
@@ -162,10 +228,12 @@ def _check_lengths(
     check_positions(policy_path, learned, f"a demonstration of data.ptx {config.data.ptx!r}")
     for name, spec in scorers.items():
         prompts = [request.prompt for request in requests]
-        check_scorer_inputs(name, spec, getattr(config, name), drawn, prompts, config.date)
-        is_critic_s = spec.kind == "model" and config.algorithm.advantage == "gae" and not is_encoder(spec.path)
-        if is_critic_s and same_tokens(load_tokenizer(spec.path), tokenizer):
-            check_positions(spec.path, drawn, f"a prompt and its response, for the critic from {name}.path")
+        section = config.section_of(name)
+        check_scorer_inputs(section, spec, config.scorers[name], drawn, prompts, config.date)
+        starts_critic = spec.kind == "model" and not is_encoder(spec.path)
+        starts_critic &= any(streams[0] == name for streams in config.critic_streams)
+        if starts_critic and same_tokens(load_tokenizer(spec.path), tokenizer):
+            check_positions(spec.path, drawn, f"a prompt and its response, for the critic from {section}.path")
 
 
 def check_scorer_inputs(
@@ -174,7 +242,7 @@ def check_scorer_inputs(
     """Raise `InputError` where a score model could not be given what will be drawn.
 
     Args:
-        name: `reward` or `cost`.
+        name: The scorer's section, for messages.
         spec, settings: The scorer; nothing is checked of a function, nor of an encoder, which cuts its texts to what it
             can read, and has no template.
         drawn: The longest prompt with its response (tokens).

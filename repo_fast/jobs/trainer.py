@@ -7,23 +7,25 @@ the before/after evaluation on held-out prompts, the logs, and the checkpoints.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from repo_fast.collectives import Ranks
-from repo_fast.config import TrainConfig
+from repo_fast.config import ONLY, TrainConfig
 from repo_fast.data import PromptSampler
 from repo_fast.engine import Engine
 from repo_fast.jobs.assembly import build_models, build_sampler
 from repo_fast.jobs.inputs import Inputs
+from repo_fast.jobs.multiplier_start import describe_start, multipliers_from
 from repo_fast.jobs.run import Run
 from repo_fast.learning.learner import Learner
 from repo_fast.models.policy import save_policy
 from repo_fast.objective.algorithm import prompt_means
-from repo_fast.report.evaluations import read_evaluation, write_evaluation
+from repo_fast.report.evaluations import read_evaluation, write_evaluation, written
+from repo_fast.report.measures import Evaluation, Thresholds, threshold_of
 from repo_fast.report.metrics import read_metrics
 from repo_fast.report.plots import plot_metrics
 from repo_fast.report.samples import SampleLog
@@ -33,16 +35,6 @@ from repo_fast.rollout.dealing import over_ranks
 from repo_fast.scoring import EarlyScores, FunctionScorer, finite_scores
 from repo_fast.speed.profiling import draw_timeline, traced
 from repo_fast.speed.throughput import Measured, Throughput, speed_table
-
-# What the display shows of a step: the metric, its label, its format.
-_SHOWN = (
-    ("reward", "reward", ".3f"),
-    ("cost", "cost", ".3f"),
-    ("strict_violation", "violation", ".3f"),
-    ("multiplier", "lambda", ".3f"),
-    ("kl", "kl", ".3f"),
-    ("tokens_per_second", "tokens/s", ",.0f"),
-)
 
 # Sampling of the evaluations: the same for every run and resume of a seed, and apart from training's.
 _EVALUATION_SEEDS = {"before": 1, "before_again": 2, "after": 3}
@@ -60,8 +52,11 @@ class Trainer(Run):
     config: TrainConfig
 
     def __init__(self, config: TrainConfig, inputs: Inputs, ranks: Ranks) -> None:
-        super().__init__(config, ranks, config.total_steps, _SHOWN)
+        super().__init__(config, ranks, config.total_steps, _shown(config))
         self.inputs = inputs
+        self.several = [] if ONLY in config.costs else list(config.costs)
+        by_name = {name: cost.threshold for name, cost in config.costs.items()}
+        self.threshold: Thresholds = by_name if self.several else by_name[ONLY]
         models, self.scorers = build_models(config, inputs, ranks)
         self.rollout_engine = build_sampler(config, inputs, models.policy, ranks)
         self.early_scorers = {
@@ -123,13 +118,13 @@ class Trainer(Run):
         """One step; returns its phases."""
         phases: dict[str, Measured] = {}
         requests = self._next_requests()
-        early = self._early_scores(requests)
+        early = self._early_scores(requests, self.inputs.exempt)
         with self.phase("generate") as phases["generate"]:
             drawn = self.generate(requests, early)
         with self.phase("score") as phases["score"]:
             share = self.config.update.share_prompts
             rollout = over_ranks(self._with_early(drawn, early), self.learner.work, self.ranks, together=share)
-            scores = self.score(rollout)
+            scores = self.score(rollout, self.inputs.exempt)
         with self.phase("experience") as phases["experience"]:
             experience, rollout_metrics = self.learner.experience(rollout, scores)
         with self.phase("update") as phases["update"]:
@@ -150,8 +145,10 @@ class Trainer(Run):
         """Draw a response for each of this rank's requests from the current policy, scored meanwhile by `early`."""
         return self.rollout_engine.draw(self.learner.models.policy, requests, early)
 
-    def _early_scores(self, requests: Sequence[Request]) -> EarlyScores | None:
-        return EarlyScores(self.early_scorers, requests, self.ranks.device) if self.early_scorers else None
+    def _early_scores(self, requests: Sequence[Request], exempt: Mapping[str, frozenset[int]]) -> EarlyScores | None:
+        if not self.early_scorers:
+            return None
+        return EarlyScores(self.early_scorers, requests, self.ranks.device, exempt)
 
     def _with_early(self, rollout: Rollout, early: EarlyScores | None) -> Rollout:
         """The responses with the scores that they were given meanwhile; waits for the last of these."""
@@ -160,31 +157,34 @@ class Trainer(Run):
         with self.ranks.together("scoring"):
             return replace(rollout, scores=early.scores())
 
-    def score(self, rollout: Rollout) -> dict[str, torch.Tensor]:
-        """Rewards and costs of this rank's responses: float32 [S] each, on the CPU."""
+    def score(self, rollout: Rollout, exempt: Mapping[str, frozenset[int]]) -> dict[str, torch.Tensor]:
+        """Rewards and costs of this rank's responses: float32 [S] each, on the CPU.
+
+        Args:
+            rollout: This rank's responses.
+            exempt: By constraint, ids of prompts that it is not about: their responses are not scored, and have -inf.
+        """
         scores = {}
         for name, scorer in self.scorers.items():
             if rollout.scores is not None and name in self.early_scorers:
                 scores[name] = torch.tensor([score[name] for score in rollout.scores])
                 continue
-            with self.ranks.together(f"the {name}"):
-                scores[name] = finite_scores(scorer, rollout)
+            with self.ranks.together(f"the {scorer.name}"):
+                scores[name] = finite_scores(scorer, rollout, exempt.get(name, ()))
         return scores
 
     def _log_step(
         self, rollout: Rollout, scores: dict[str, torch.Tensor], metrics: dict[str, float], phases: dict[str, Measured]
     ) -> None:
         prompt_ids = self.ranks.gather(rollout.prompt_ids)
-        rewards, costs = self.ranks.gather(scores["reward"]), self.ranks.gather(scores["cost"])
-        threshold = self.config.algorithm.threshold
+        rewards, *costs = (self.ranks.gather(scores[name]) for name in self.config.scorers)
+        by_name = dict(zip(self.config.costs, costs, strict=True))
         tokens = metrics["response_length"] * rewards.numel()
         truncated = self.ranks.sum(torch.tensor([scorer.truncated for scorer in self.scorers.values()]))
         record = {
             "step": self.step,
             "reward": float(rewards.mean()),
-            "cost": float(costs.mean()),
-            "strict_violation": float(prompt_means(costs - threshold, prompt_ids).clamp(min=0).mean()),
-            "safety_rate": float((costs <= threshold).double().mean()),
+            **_safety(by_name, self.threshold, prompt_ids),
             **metrics,
             **self.throughput.metrics(rollout, phases),
             "tokens_per_second": tokens / sum(phase.seconds for phase in phases.values()),
@@ -198,7 +198,7 @@ class Trainer(Run):
             self.log(record)
             if everyone is not None:
                 prompts, responses = zip(*everyone, strict=True)
-                self.sample_log.write(self.step, prompts, responses, rewards, costs, prompt_ids)
+                self.sample_log.write(self.step, prompts, responses, rewards, by_name, prompt_ids)
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -208,6 +208,7 @@ class Trainer(Run):
             return
         for name in ("before", "before_again"):
             self._evaluate(name)
+        self._begin_multipliers()
         with self.ranks.together("a first table"):
             if self.ranks.is_first:
                 # For what is wrong with the last one would take the run's results with it.
@@ -220,9 +221,9 @@ class Trainer(Run):
             torch.manual_seed(self.config.seed * 1_000_003 + _EVALUATION_SEEDS[name] * 10_007 + self.ranks.rank)
             count = self.config.evaluation.samples_per_prompt
             requests = self._requests(self.inputs.eval_requests, count)
-            early = self._early_scores(requests)
+            early = self._early_scores(requests, self.inputs.eval_exempt)
             rollout = self._with_early(self.generate(requests, early), early)
-            scores = self.score(rollout)
+            scores = self.score(rollout, self.inputs.eval_exempt)
             # Before the first step the policy is the reference.
             kl = self.learner.response_kl(rollout) if self.step else torch.zeros(len(rollout.responses))
         columns = {
@@ -230,8 +231,7 @@ class Trainer(Run):
             "category": [self.inputs.categories[i] for i in rollout.prompt_ids.tolist()],
             "prompt": rollout.prompts,
             "response": rollout.responses,
-            "reward": scores["reward"].tolist(),
-            "cost": scores["cost"].tolist(),
+            **{name: [written(score) for score in own.tolist()] for name, own in scores.items()},
             "kl": kl.tolist(),
             "response_length": [tokens.numel() for tokens in rollout.response_tokens],
         }
@@ -243,6 +243,26 @@ class Trainer(Run):
         )
         if self.ranks.is_first:
             write_evaluation(self.output_dir / f"eval_{name}.jsonl", ({"step": self.step, **row} for row in rows))
+
+    def _read_evaluation(self, name: str) -> Evaluation:
+        """For the first rank to call."""
+        return read_evaluation(self.output_dir / f"eval_{name}.jsonl", self.several)[0]
+
+    def _begin_multipliers(self) -> None:
+        """Start those multipliers that are to be what the reference's responses ask for, and say what that is."""
+        asked = [name for name, cost in self.config.costs.items() if cost.multiplier_init == "dual"]
+        if not asked:
+            return
+        found: list[tuple[str, float]] = []
+        with self.ranks.together("the start of the multipliers"):
+            if self.ranks.is_first:
+                names = ("before", "before_again")
+                start = multipliers_from(self.config, [self._read_evaluation(name) for name in names])
+                found = list(zip(self.config.costs, start.multipliers, strict=True))
+                self.say(describe_start(self.config, start))
+        for name, multiplier in self.ranks.gather_list(found):
+            if name in asked:
+                self.learner.constraints.begin(name, multiplier)
 
     # -------------------------------------------------------------------------------------------------------- end
 
@@ -262,7 +282,7 @@ class Trainer(Run):
         if not self.ranks.is_first:
             return
         metrics = read_metrics(self.output_dir / "metrics.jsonl")
-        plot_metrics(metrics, self.output_dir / "plots", self.config.algorithm.threshold)
+        plot_metrics(metrics, self.output_dir / "plots", self.threshold)
         self.say(speed_table(metrics, self.ranks.size))
         if self.inputs.eval_requests and not (self.output_dir / "eval_before.jsonl").is_file():
             self.say("no before/after table: the start was evaluated in the folder of the checkpoint resumed from")
@@ -275,18 +295,18 @@ class Trainer(Run):
     def _table(self, after: str) -> str:
         """The start beside another evaluation. For the first rank to call."""
         names = ("before", "before_again", after)
-        before, again, other = (read_evaluation(self.output_dir / f"eval_{name}.jsonl")[0] for name in names)
-        return before_after_table(before, other, self.config.algorithm.threshold, before_again=again)
+        before, again, other = (self._read_evaluation(name) for name in names)
+        return before_after_table(before, other, self.threshold, before_again=again)
 
     def _notes(self) -> list[str]:
         """What was chosen for this machine, and what the settings do not get."""
         notes = [f"loss head: {self.learner.ops_backend}"]
-        rollout, algorithm = self.config.rollout, self.config.algorithm
-        if algorithm.name == "hc_lag":
-            by = {"z": "of the normal distribution", "t": "of Student's t"}[algorithm.confidence]
+        rollout = self.config.rollout
+        for name, cost in self.config.costs.items() if self.config.algorithm.name == "hc_lag" else ():
+            by = {"z": "of the normal distribution", "t": "of Student's t"}[cost.confidence or "z"]
             notes.append(
-                f"constraint: upper bound of the mean of the last {algorithm.cost_window} costs, by the quantile {by} "
-                f"at the level of z = {algorithm.confidence_z:g}"
+                f"constraint{'' if name == ONLY else ' ' + name}: upper bound of the mean of the last "
+                f"{cost.cost_window} costs, by the quantile {by} at the level of z = {cost.confidence_z:g}"
             )
         most = -(-rollout.prompts_per_step * rollout.responses_per_prompt // self.ranks.size)
         if self.early_scorers and rollout.engine == "hf" and most <= rollout.batch_size:
@@ -311,3 +331,45 @@ class Trainer(Run):
             },
             [f"{size} ranks on {self.ranks.device.type}; tokens include prompts; ~: on average"],
         )
+
+
+def _shown(config: TrainConfig) -> tuple[tuple[str, str, str], ...]:
+    """What the display shows of a step: the metric, its label, its format."""
+    if ONLY in config.costs:
+        constraints = [
+            ("cost", "cost", ".3f"),
+            ("strict_violation", "violation", ".3f"),
+            ("multiplier", "lambda", ".3f"),
+        ]
+    else:
+        constraints = []
+        for name in config.costs:
+            constraints += [(f"{name}_strict_violation", name, ".3f"), (f"{name}_multiplier", "lambda", ".3f")]
+    return (
+        ("reward", "reward", ".3f"),
+        *constraints,
+        ("kl", "kl", ".3f"),
+        ("tokens_per_second", "tokens/s", ",.0f"),
+    )
+
+
+def _safety(costs: Mapping[str, torch.Tensor], thresholds: Thresholds, prompt_ids: torch.Tensor) -> dict[str, float]:
+    """Metrics of the costs [S] of all ranks' responses, of those that each constraint is about.
+
+    Several have them behind their names, and the share of responses that are safe by all.
+    """
+    metrics: dict[str, float] = {}
+    safe = torch.ones_like(prompt_ids, dtype=torch.bool)
+    for name, cost in costs.items():
+        applies, threshold = cost != -torch.inf, threshold_of(thresholds, name)
+        safe &= cost <= threshold
+        if not applies.any():
+            continue
+        own, ids = cost[applies], prompt_ids[applies]
+        found = {
+            "cost": float(own.mean()),
+            "strict_violation": float(prompt_means(own - threshold, ids).clamp(min=0).mean()),
+            "safety_rate": float((own <= threshold).double().mean()),
+        }
+        metrics |= found if name == ONLY else {f"{name}_{key}": value for key, value in found.items()}
+    return metrics if ONLY in costs else {"safety_rate": float(safe.double().mean()), **metrics}

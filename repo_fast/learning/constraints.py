@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from repo_fast.config import AlgorithmConfig
+from repo_fast.config import ONLY, ConstraintConfig, PidConfig, TrainConfig
 from repo_fast.errors import InputError
-from repo_fast.objective.algorithm import ALGORITHMS, Multiplier
-from repo_fast.objective.constraints import Constraint
+from repo_fast.objective.algorithm import ALGORITHMS, Multiplier, Violation
+from repo_fast.objective.constraints import Constraint, Controller, FixedMultiplier, PidMultiplier
 from repo_fast.ops import prompt_violations
+
+_LEAST = 1e-3
 
 
 class Constraints:
@@ -30,20 +32,9 @@ class Constraints:
         self.names = list(self._by_name)
 
     @classmethod
-    def of_algorithm(cls, settings: AlgorithmConfig) -> "Constraints":
-        """The one that the algorithm's own section has, whose scores are `cost`."""
-        row, threshold = ALGORITHMS[settings.name], settings.threshold - settings.margin
-        multiplier = Multiplier(
-            row.constraint,
-            init=settings.multiplier_init,
-            learning_rate=settings.multiplier_learning_rate,
-            maximum=settings.multiplier_max,
-            threshold=threshold,
-            window=settings.cost_window,
-            confidence_z=settings.confidence_z,
-            student=settings.confidence == "t",
-        )
-        return cls({"cost": Constraint(settings.scope or row.scope, row.rectify, threshold, multiplier)})
+    def of(cls, config: TrainConfig) -> "Constraints":
+        """Those of a configuration, whose scores have their names."""
+        return cls({name: _constraint(own, config) for name, own in config.costs.items()})
 
     def __len__(self) -> int:
         return len(self.names)
@@ -102,17 +93,50 @@ class Constraints:
             return {"multiplier": self.multipliers[0], "rectify": self.rectify[0]}
         return {"multiplier": self.multipliers, "rectify": self.rectify}
 
+    def begin(self, name: str, multiplier: float) -> None:
+        """Start from a multiplier that was computed, before the first update.
+
+        One that ascends in its logarithm would never leave 0, and starts from 1e-3 at least.
+        """
+        controller = self[name].controller
+        controller.begin(max(multiplier, _LEAST) if isinstance(controller, Multiplier) else multiplier)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: of one, `multiplier`, as checkpoints always had it; of several, by name."""
         states = {name: constraint.controller.state_dict() for name, constraint in self._by_name.items()}
-        return {"multiplier": states["cost"]} if self.names == ["cost"] else {"multipliers": states}
+        return {"multiplier": states[ONLY]} if self.names == [ONLY] else {"multipliers": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises `InputError` for the state of other constraints."""
-        states = state["multipliers"] if "multipliers" in state else {"cost": state["multiplier"]}
+        states = state["multipliers"] if "multipliers" in state else {ONLY: state["multiplier"]}
         if states.keys() != self._by_name.keys():
             raise InputError(f"the checkpoint has multipliers of {sorted(states)}, expected those of {self.names}")
         for name, constraint in self._by_name.items():
             if states[name].keys() != constraint.controller.state_dict().keys():
                 raise InputError(f"the checkpoint's multiplier of {name} is of another controller than the run's")
             constraint.controller.load_state_dict(states[name])
+
+
+def _constraint(own: ConstraintConfig, config: TrainConfig) -> Constraint:
+    """From a section whose values are all given."""
+    row, threshold, values = ALGORITHMS[config.algorithm.name], own.threshold - own.margin, vars(own)
+    kind = row.constraint
+    if kind == "rectified" and own.scope == "batch":
+        kind = "mean"
+    measured = {
+        "threshold": threshold,
+        "window": values["cost_window"],
+        "confidence_z": values["confidence_z"],
+        "student": own.confidence == "t",
+    }
+    # What is computed from the reference's samples is not known yet.
+    init, maximum = 1.0 if own.multiplier_init == "dual" else values["multiplier_init"], values["multiplier_max"]
+    controller: Controller
+    if own.controller == "dual" or kind is None:
+        eta = values["multiplier_learning_rate"]
+        controller = Multiplier(kind, init=init, learning_rate=eta, maximum=maximum, **measured)
+    elif own.controller == "fixed":
+        controller = FixedMultiplier(init, Violation(kind, **measured))
+    else:
+        controller = PidMultiplier(init, maximum, Violation(kind, **measured), **vars(own.pid or PidConfig()))
+    return Constraint(values["scope"], row.rectify and own.scope != "batch", threshold, controller)

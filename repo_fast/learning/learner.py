@@ -68,7 +68,7 @@ class Learner:
         models: The engines.
         ranks: This process among those of the run.
         demonstrations: For the PTX loss; empty without one.
-        constraints: None: the one of the algorithm's section.
+        constraints: None: those of the configuration.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Learner:
         self.on_policy = config.update.old_log_probs == "sampler"
         settings = config.algorithm
         self.row = alg.ALGORITHMS[settings.name]
-        self.constraints = Constraints.of_algorithm(settings) if constraints is None else constraints
+        self.constraints = Constraints.of(config) if constraints is None else constraints
         self.ptx_sampler = None
         if demonstrations:
             self.ptx_sampler = PromptSampler(len(demonstrations), config.update.ptx_batch_size, config.seed)

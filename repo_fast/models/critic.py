@@ -15,7 +15,7 @@ class Critic(nn.Module):
 
     Args:
         model: The score model that it starts from: the trunk, and the head of the first stream.
-        streams: `reward`, `cost`, or both. The heads of further streams start at zero.
+        streams: `reward`, the names of constraints, or all of them. The heads of further streams start at zero.
         dtype: Of the heads. DeepSpeed trains parameters of one dtype; it keeps float32 masters, and heads compute in
             float32 anyway.
     """
@@ -23,12 +23,17 @@ class Critic(nn.Module):
     def __init__(self, model: ScoreModel, streams: tuple[str, ...], dtype: torch.dtype) -> None:
         super().__init__()
         self.trunk, self.streams = model.trunk, streams
-        heads: dict[str, nn.Module] = {streams[0]: model.score_head}
+        heads: dict[str, nn.Module] = {_key(streams[0]): model.score_head}
         for stream in streams[1:]:
-            heads[stream] = ScoreHead(model.score_head.in_features, 1, bias=False)
-            nn.init.zeros_(heads[stream].weight)  # type: ignore[arg-type]
+            head = ScoreHead(model.score_head.in_features, 1, bias=False)
+            heads[_key(stream)] = head
+            nn.init.zeros_(head.weight)
         self.heads = nn.ModuleDict(heads).to(dtype)
         self._normalizers: Mapping[str, tuple[float, float]] = {streams[0]: (model.mean, model.std)}
+
+    def head(self, stream: str) -> nn.Module:
+        """That of a stream."""
+        return self.heads[_key(stream)]
 
     def forward(
         self,
@@ -50,7 +55,12 @@ class Critic(nn.Module):
         """
         hidden = run_packed(self.trunk, input_ids, position_ids, bounds)[0, positions]
         values = []
-        for stream, head in self.heads.items():
+        for stream in self.streams:
             mean, std = self._normalizers.get(stream, (0.0, 1.0))
-            values.append((head(hidden)[:, 0] - mean) / std)
+            values.append((self.head(stream)(hidden)[:, 0] - mean) / std)
         return torch.stack(values)
+
+
+def _key(stream: str) -> str:
+    """Of a head: a constraint may have the name of a module's attribute, `type` for one, which torch refuses."""
+    return stream if stream in ("reward", "cost") else f"{stream}_head"

@@ -362,8 +362,12 @@ class Multiplier:
     ) -> None:
         self.learning_rate = learning_rate
         self.maximum = maximum
-        self.log_value = math.log(init)
         self.violation = None if constraint is None else Violation(constraint, **measured)
+        self.begin(init)
+
+    def begin(self, value: float) -> None:
+        """Start from this lambda > 0, before the first update."""
+        self.log_value = math.log(value)
 
     @property
     def value(self) -> float:

@@ -31,6 +31,8 @@ def applicable(
     rows: Sequence[Mapping[str, Any]],
     *,
     missing: bool | None = None,
+    places: Sequence[str] = (),
+    some: bool = True,
 ) -> torch.Tensor:
     """Which prompts a constraint counts for: those that have one of the values in each of the fields.
 
@@ -40,13 +42,15 @@ def applicable(
         rows: The fields of each prompt. One that is a list has each of its values, one that is a mapping, as
             PKU-SafeRLHF's categories are, those keys whose value is true.
         missing: Whether it counts for prompts that lack a field, or have null there. None: that is an error.
+        places: Where each prompt was read, for messages.
+        some: Whether there must be a prompt that it counts for, and one with each of the values.
 
     Returns:
         bool [P].
 
     Raises:
-        InputError: A prompt lacks a field and `missing` is None; no prompt has one of the values; or the constraint
-            counts for none.
+        InputError: A prompt lacks a field and `missing` is None; or, with `some`, no prompt has one of the values, or
+            the constraint counts for none.
     """
     found = torch.ones(len(rows), dtype=torch.bool)
     for field, wanted in applies_to.items():
@@ -60,16 +64,17 @@ def applicable(
             elif missing is not None:
                 found[i] &= missing
             else:
+                which = places[i] if places else f"prompt {i} of {len(rows)}"
                 raise InputError(
-                    f"constraint {name!r} applies to prompts by {field!r}, which prompt {i} of {len(rows)} lacks; "
+                    f"constraint {name!r} applies to prompts by {field!r}, which {which} lacks; "
                     "expected it for all, or applies_to_missing: true or false"
                 )
-        for value in sorted(values, key=str):
+        for value in sorted(values, key=str) if some else ():
             if value not in known:
                 raise InputError(
                     f"constraint {name!r} applies to {field} {value!r}, which no prompt has" + _nearest(value, known)
                 )
-    if not found.any():
+    if some and not found.any():
         raise InputError(f"constraint {name!r} applies to none of the {len(rows)} prompts, expected at least one")
     return found
 
@@ -107,6 +112,9 @@ class Controller(Protocol):
     def value(self) -> float:
         """lambda_k."""
 
+    def begin(self, value: float) -> None:
+        """Start from this lambda, before the first update."""
+
     def update(self, costs: torch.Tensor, violations: torch.Tensor, prompt_ids: torch.Tensor) -> float | None:
         """Take in one rollout batch, as `algorithm.Violation.update` does; returns its J."""
 
@@ -125,6 +133,9 @@ class FixedMultiplier:
 
     def __init__(self, init: float, violation: Violation) -> None:
         self.value, self.violation = init, violation
+
+    def begin(self, value: float) -> None:
+        self.value = value
 
     def update(self, costs: torch.Tensor, violations: torch.Tensor, prompt_ids: torch.Tensor) -> float | None:
         return self.violation.update(costs, violations, prompt_ids)
@@ -169,9 +180,11 @@ class PidMultiplier:
     ) -> None:
         self.maximum, self.violation = maximum, violation
         self.kp, self.ki, self.kd, self.tolerance, self.smoothing = kp, ki, kd, tolerance, smoothing
-        self.value = init
-        self._integral = init / ki
         self._smoothed: float | None = None
+        self.begin(init)
+
+    def begin(self, value: float) -> None:
+        self.value, self._integral = value, value / self.ki
 
     def update(self, costs: torch.Tensor, violations: torch.Tensor, prompt_ids: torch.Tensor) -> float | None:
         violation = self.violation.update(costs, violations, prompt_ids)
@@ -252,6 +265,7 @@ def dual_start(
     maxima: Sequence[float],
     *,
     kl_coefficient: float,
+    minima: Sequence[float] | None = None,
 ) -> DualStart:
     """Multipliers at which the reference, tilted to the best policy of the regularised problem, meets the constraints.
 
@@ -271,6 +285,7 @@ def dual_start(
         thresholds: d_k - m_k.
         maxima: lambda_max of each constraint.
         kl_coefficient: beta, > 0.
+        minima: Least lambda of each constraint; where it is the largest too, lambda is given. None: 0.
 
     Raises:
         ValueError: There are no samples, a score that applies is not finite, or beta is 0.
@@ -286,7 +301,8 @@ def dual_start(
         raise ValueError(f"dual_start: kl_coefficient must be above 0, got {kl_coefficient}")
     # One that applies to nobody stays at 0.
     maxima = np.where(counts.any(1), maxima, 0.0)
-    d, bounds = np.asarray(thresholds, float), [(0.0, most) for most in maxima]
+    least = np.minimum(np.zeros(len(maxima)) if minima is None else minima, maxima)
+    d, bounds = np.asarray(thresholds, float), list(zip(least, maxima, strict=True))
 
     def tilted(multipliers: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """log of the normalisation over the samples' mean, [P], and the probabilities of the tilted samples, [P, J]."""
@@ -299,7 +315,7 @@ def dual_start(
         slack = counts * (d[:, None] - (C * probabilities).sum(2))
         return float(value), slack.mean(1)
 
-    multipliers, converged = np.minimum(1.0, maxima), False
+    multipliers, converged = np.clip(1.0, least, maxima), False
     for _ in range(100):
         beta = kl_coefficient * (1 + multipliers @ counts)
         best = scipy.optimize.minimize(

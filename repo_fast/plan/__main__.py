@@ -166,7 +166,7 @@ def remedies(config: TrainConfig, models: Sequence[Network]) -> list[tuple[str, 
         (f"rollout.batch_size {max(1, config.rollout.batch_size // 4)}", config.rollout.engine == "hf", batch),
         (
             "critics.shared_trunk true",
-            config.algorithm.advantage == "gae" and not config.critics.shared_trunk,
+            len(config.critic_streams) > 1,
             share,
         ),
         (

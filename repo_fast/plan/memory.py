@@ -22,7 +22,6 @@ from repo_fast.speed.throughput import PHASES
 _LIVE_PARAMETERS = 10**9
 _REDUCED_ELEMENTS = 500_000_000
 _FLOAT32 = 4
-_SCORERS = ("reward", "cost")
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ def memory(
 
     phases = {
         "generate": vllm.memory_share * device_bytes if drawing else _generation(policy, config, ranks, longest, width),
-        "score": forwards([model for model in models if model.role in _SCORERS]),
-        "experience": forwards([model for model in models if model.role not in _SCORERS]),
+        "score": forwards([model for model in models if model.scores]),
+        "experience": forwards([model for model in models if not model.scores]),
         "update": max(_update(model, config.engine, ranks, tokens, width, device) for model in models if model.trained),
     }
     if drawing and not vllm.sleep:

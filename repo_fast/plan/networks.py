@@ -16,11 +16,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, 
 from repo_fast.config import EngineConfig, LoraConfig, TrainConfig
 from repo_fast.errors import InputError
 from repo_fast.jobs.assembly import prepare_training
+from repo_fast.jobs.inputs import scorer_name
 from repo_fast.models.attention import MASKED, PACKED, PADDED
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import built, first_attention
 from repo_fast.models.policy import check_head
-from repo_fast.objective.algorithm import ALGORITHMS
 from repo_fast.scoring import load_scorer_spec
 from repo_fast.speed.flops import Shape
 
@@ -33,7 +33,7 @@ class Network:
     """A model of a run.
 
     Attributes:
-        role: `policy`, `reference`, `reward`, `cost`, or the name of a critic.
+        role: `policy`, `reference`, `reward`, `cost` or which of several, or the name of a critic.
         parameters, trained: How many, and how many of them have a gradient.
         largest: Parameters of its largest module, which ZeRO-3 gathers at once.
         width, vocabulary: Of the hidden states, and of the head; 0 without one over tokens.
@@ -60,6 +60,11 @@ class Network:
     shape: Shape | None
     masked: str = ""
 
+    @property
+    def scores(self) -> bool:
+        """Whether it gives rewards or costs."""
+        return self.role.endswith(("reward", "cost"))
+
 
 def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
     """The models that a run holds on its devices; scorers that are functions are not among them.
@@ -78,16 +83,14 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
     if not config.policy.lora.rank:
         found.append(network("reference", policy, dtype, frozen=True, **common))
     trunks = {}
-    for role, path in (("reward", config.reward.path), ("cost", config.cost.path)):
-        if load_scorer_spec(path, role).kind == "model":
-            trunks[role] = load_config(path)
-            found.append(network(role, trunks[role], dtype, frozen=True))
-    if config.algorithm.advantage == "gae":
-        streams = ["reward", "cost"] if ALGORITHMS[config.algorithm.name].has_cost_stream else ["reward"]
-        shared = config.critics.shared_trunk
-        for stream in streams[:1] if shared else streams:
-            role = "critic" if shared else f"{stream} critic"
-            found.append(network(role, trunks.get(stream, policy), dtype, lora=config.critics.lora))
+    for name, scorer in config.scorers.items():
+        role = scorer_name(name)
+        if load_scorer_spec(scorer.path, role).kind == "model":
+            trunks[name] = load_config(scorer.path)
+            found.append(network(role, trunks[name], dtype, frozen=True))
+    for streams in config.critic_streams:
+        role = "critic" if len(streams) > 1 else f"{streams[0]} critic"
+        found.append(network(role, trunks.get(streams[0], policy), dtype, lora=config.critics.lora))
     return found
 
 

@@ -105,7 +105,7 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of each phase, of models whose operations can be counted (`Network.shape`)."""
     policy, width = models[0], dtype.itemsize
-    scorers = [model for model in models if model.role in ("reward", "cost")]
+    scorers = [model for model in models if model.scores]
     critics = [model for model in models if model.role.endswith("critic")]
     trained = [policy, *critics]
     # The reference is the policy itself where that has adapters.

@@ -1,7 +1,9 @@
 """The responses of an evaluation with their scores, `eval_NAME.jsonl`: one JSON object a response."""
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +18,24 @@ def write_evaluation(path: Path, rows: Iterable[Mapping[str, Value]]) -> None:
 
     Args:
         path: The file.
-        rows: A mapping a response, with `step`, `prompt_id`, `category`, `prompt`, `response`, `reward`, `cost`, `kl`
-            (nats), `response_length` (tokens) and, where it is checked, `well_formed`.
+        rows: A mapping a response, with `step`, `prompt_id`, `category`, `prompt`, `response`, `reward`, `cost` (or
+            that of each of several constraints under its name, None where it is not about the prompt), `kl` (nats),
+            `response_length` (tokens) and, where it is checked, `well_formed`.
     """
     write_log(path, rows)
 
 
-def read_evaluation(path: Path) -> tuple[Evaluation, dict[int, str | None]]:
+def written(cost: float) -> float | None:
+    """A cost as it is written down: None for -inf, where a constraint is not about the prompt."""
+    return None if cost == -math.inf else cost
+
+
+def read_evaluation(path: Path, constraints: Sequence[str] = ()) -> tuple[Evaluation, dict[int, str | None]]:
     """Read what `write_evaluation` wrote.
 
     Args:
         path: The file.
+        constraints: Names of several, whose costs are read. None: the one's.
 
     Returns:
         The evaluation, and the category of each prompt by its id.
@@ -36,7 +45,8 @@ def read_evaluation(path: Path) -> tuple[Evaluation, dict[int, str | None]]:
     """
     rows = list(read_records(path))
     well_formed = _column(rows, "well_formed") if rows and "well_formed" in rows[0] else None
-    evaluation = _evaluation(rows, _column(rows, "reward"), _column(rows, "cost"), well_formed)
+    costs: Any = {name: [-math.inf if own is None else own for own in _column(rows, name)] for name in constraints}
+    evaluation = _evaluation(rows, _column(rows, "reward"), costs or _column(rows, "cost"), well_formed)
     return evaluation, {row["prompt_id"]: row["category"] for row in rows}  # type: ignore[misc]
 
 
@@ -55,12 +65,15 @@ def judge_evaluation(path: Path, reward: Judge, cost: Judge, well_formed: Judge)
     return _evaluation(rows, reward(*texts), cost(*texts), well_formed(*texts))
 
 
-def _evaluation(rows: list[dict], rewards: list, costs: list, well_formed: list | None) -> Evaluation:
+def _evaluation(rows: list[dict], rewards: list, costs: Any, well_formed: list | None) -> Evaluation:
+    def column(own: list) -> np.ndarray:
+        # As they were scored: as a float64, a cost of 0.1 in float32 would be above a threshold of 0.1.
+        return np.asarray(own, dtype=np.float32)
+
     return Evaluation(
         prompt_ids=_column(rows, "prompt_id"),
         rewards=rewards,
-        # As they were scored: as a float64, a cost of 0.1 in float32 would be above a threshold of 0.1.
-        costs=np.asarray(costs, dtype=np.float32),
+        costs={name: column(own) for name, own in costs.items()} if isinstance(costs, dict) else column(costs),
         kl=_column(rows, "kl"),
         response_lengths=_column(rows, "response_length"),
         well_formed=well_formed,

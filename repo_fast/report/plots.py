@@ -4,27 +4,32 @@ Matplotlib's `Figure` is used without pyplot: no global state, no display, and s
 step is drawn as measured; from 30 steps on this is pale, under a running mean, since the steps of RL are noisy.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from repo_fast.report.jsonl import Value
+from repo_fast.report.measures import Thresholds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Panel = tuple[str, str]
-# File name -> its panels from top to bottom: metric and axis label with the unit.
+# File name -> its panels from top to bottom: metric and axis label with the unit. Those of a constraint come for each
+# of several, behind its name.
+_OF_CONSTRAINTS = {
+    "cost": "mean cost (score)",
+    "strict_violation": "strict violation (cost score)",
+    "safety_rate": "safety rate (share of responses)",
+    "multiplier": "multiplier λ (no unit)",
+}
 _PICTURES = {
-    "reward_and_cost": [("reward", "mean reward (score)"), ("cost", "mean cost (score)")],
-    "safety": [
-        ("strict_violation", "strict violation (cost score)"),
-        ("safety_rate", "safety rate (share of responses)"),
-    ],
-    "multiplier": [("multiplier", "multiplier λ (no unit)")],
+    "reward_and_cost": [("reward", "mean reward (score)"), ("cost", _OF_CONSTRAINTS["cost"])],
+    "safety": [(key, _OF_CONSTRAINTS[key]) for key in ("strict_violation", "safety_rate")],
+    "multiplier": [("multiplier", _OF_CONSTRAINTS["multiplier"])],
     "kl_and_entropy": [("kl", "KL to the reference (nats/response)"), ("entropy", "entropy (nats/token)")],
     "response_length": [("response_length", "response length (tokens)")],
     "loss": [("loss", "policy loss (no unit)"), ("clip_fraction", "clip fraction (share of tokens)")],
@@ -35,21 +40,38 @@ _LINE, _FILLS = "#0072B2", ("#56B4E9", "#E69F00", "#CC79A7", "#009E73")
 _SMOOTH_FROM = 30
 
 
-def plot_metrics(metrics: Sequence[Mapping[str, Value]], folder: Path, threshold: float = 0.0) -> list[Path]:
+def plot_metrics(metrics: Sequence[Mapping[str, Value]], folder: Path, threshold: Thresholds = 0.0) -> list[Path]:
     """Draws a run's metrics into PNG files, replacing those of an earlier call.
 
     Args:
         metrics: One dictionary a step, as `read_metrics` returns them. Missing keys, None, NaN and infinities leave
             gaps; a panel without a single finite value is not drawn, nor a picture without a panel.
         folder: Where the files go; made if missing.
-        threshold: d, the mean cost to stay under; drawn as a line.
+        threshold: d, the mean cost to stay under; drawn as a line. Of several constraints by name: each has a panel.
 
     Returns:
         The files written, of reward_and_cost, safety, multiplier, kl_and_entropy, response_length, loss and speed.
     """
-    lines = {"cost": (threshold, f"threshold d = {threshold:g}")}
-    written = plot_panels(metrics, _PICTURES, folder, lines)
+    thresholds = dict(threshold) if isinstance(threshold, Mapping) else {"": threshold}
+    lines = {_key(name, "cost"): (d, f"threshold d = {d:g}") for name, d in thresholds.items()}
+    pictures = {name: list(_panels(panels, list(thresholds))) for name, panels in _PICTURES.items()}
+    written = plot_panels(metrics, pictures, folder, lines)
     return written + _plot_speed(metrics, _series(metrics, "step"), folder / "speed.png")
+
+
+def _panels(panels: Sequence[Panel], constraints: Sequence[str]) -> Iterator[Panel]:
+    """The panels of a picture, with those of a constraint for each of them; '' is the only one."""
+    for key, label in panels:
+        if key not in _OF_CONSTRAINTS or constraints == [""]:
+            yield key, label
+            continue
+        if key == "safety_rate":
+            yield key, f"{label} of all"
+        yield from ((_key(name, key), f"{name}: {label}") for name in constraints)
+
+
+def _key(constraint: str, metric: str) -> str:
+    return f"{constraint}_{metric}" if constraint else metric
 
 
 def plot_panels(

@@ -8,6 +8,8 @@ import numpy as np
 from repo_fast.report.measures import (
     Evaluation,
     Measure,
+    Thresholds,
+    by_constraint,
     has_interval,
     prompt_measures,
     resample,
@@ -26,12 +28,14 @@ _ROWS = {
     "well_formed": "well-formed responses",
     "response_length": "response length, tokens",
 }
+# Of them, those that come for each of several constraints.
+_OF_CONSTRAINTS = ("mean_cost", "strict_violation", "safety_rate", "strict_safety_rate", "interference_rate")
 
 
 def before_after_table(
     before: Evaluation,
     after: Evaluation,
-    threshold: float = 0.0,
+    threshold: Thresholds = 0.0,
     before_again: Evaluation | None = None,
     resamples: int = 2000,
     seed: int = 0,
@@ -41,13 +45,14 @@ def before_after_table(
     Args:
         before: The policy at the start; "safe before" in the interference rate means safe in this sample.
         after: The trained policy, on the same prompts.
-        threshold: d, in the unit of the costs.
+        threshold: d, in the unit of the costs; of several constraints by name.
         before_again: A second, independent sample of `before`. Its interference rate, which is sampling alone, fills
             the "before" column of that row and is subtracted in the difference; without it both stay empty.
         resamples, seed: Of the bootstrap.
 
     Returns:
-        Lines of at most 110 columns without a newline at the end. Rows whose field neither evaluation has are left out.
+        Lines of at most 110 columns, but for long names of constraints, without a newline at the end. Rows whose field
+        neither evaluation has are left out.
 
     Raises:
         ValueError: the evaluations are empty, ragged, or of different prompts.
@@ -56,11 +61,16 @@ def before_after_table(
     measured = prompt_measures(before, threshold=threshold), prompt_measures(after, before, threshold)
     if before_again is not None:
         again = prompt_measures(before_again, before, threshold)
-        measured[0]["interference_rate"] = again["interference_rate"]
+        measured[0].update({name: own for name, own in again.items() if name.endswith("interference_rate")})
     prompts = len(old.prompt_ids)
+    labels = _ROWS | {
+        f"{constraint}_{name}": f"{constraint}: {_ROWS[name]}"
+        for constraint in by_constraint(before)
+        for name in _OF_CONSTRAINTS
+    }
     rows = [
         _Row(label, *(side.get(name) for side in measured), has_interval(name, prompts))
-        for name, label in _ROWS.items()
+        for name, label in labels.items()
     ]
     cells = [row.cells(prompts, resamples, seed) for row in rows if row.before is not None or row.after is not None]
     table = grid(["", "before", "after", "difference"], cells)
@@ -69,12 +79,21 @@ def before_after_table(
         [
             table,
             f"{prompts} prompts, {_span(old.responses)} responses each before and {_span(new.responses)} after; "
-            f"unsafe is a cost above {threshold:g}.",
+            f"{unsafe(threshold)}.",
             "Brackets: 95 % bootstrap interval over prompts; the difference is paired by prompt.",
-            f"Interference rate: the share of the {safe} prompts safe before whose mean cost is unsafe after"
+            f"Interference rate: the share of the {safe} prompts safe before "
+            + ("whose mean cost is unsafe after" if not isinstance(threshold, Mapping) else "that are unsafe after")
             + ("." if before_again is None else ";\nits column 'before' is a second sample of the same policy."),
         ]
     )
+
+
+def unsafe(threshold: Thresholds) -> str:
+    """What is unsafe, in words."""
+    if not isinstance(threshold, Mapping):
+        return f"unsafe is a cost above {threshold:g}"
+    names = " or ".join(f"{d:g} ({name})" for name, d in threshold.items())
+    return f"unsafe is a cost above {names}; rows without a name are of all"
 
 
 def comparison_table(report: Mapping) -> str:
@@ -94,7 +113,7 @@ def comparison_table(report: Mapping) -> str:
         [
             grid(heads, cells),
             f"{report['settings']['prompts']} prompts, {report['settings']['samples_per_prompt']} responses each; "
-            f"unsafe is a cost above {report['settings']['threshold']:g}.",
+            f"{unsafe(report['settings']['threshold'])}.",
             "Brackets: 95 % bootstrap interval over prompts. Win, interference and repair rates, and safe prompts, are",
             "against a second sample of the reference; its own are what sampling alone does.",
         ]

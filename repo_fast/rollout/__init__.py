@@ -1,8 +1,8 @@
 """Rollouts: responses drawn from the current policy. One file an engine; all of them return a `Rollout`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -55,6 +55,17 @@ class Rollout:
     scores: list[dict[str, float]] | None = None
     computed_positions: int = 0
     dialogues: list[Dialogue] | None = None
+
+    def select(self, indices: Sequence[int]) -> "Rollout":
+        """Some of its responses; `computed_positions` is not known of them."""
+
+        def chosen(column: Any) -> Any:
+            return column[list(indices)] if isinstance(column, torch.Tensor) else [column[i] for i in indices]
+
+        columns = {
+            entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "computed_positions"
+        }
+        return Rollout(**{name: column if column is None else chosen(column) for name, column in columns.items()})
 
     def asked(self, index: int) -> Dialogue:
         """What a response answers, turn by turn."""

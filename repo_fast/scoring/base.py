@@ -1,6 +1,7 @@
 """What a scorer is, and which kind a path means."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -18,7 +19,7 @@ class Scorer(Protocol):
     """Gives each response a number.
 
     Attributes:
-        name: `reward` or `cost`, for messages.
+        name: `reward`, `cost`, or that of one of several costs, for messages.
         truncated: Responses so far whose text was cut to fit the scorer.
     """
 
@@ -69,13 +70,24 @@ def load_scorer_spec(path: str, name: str) -> ScorerSpec:
     )
 
 
-def finite_scores(scorer: Scorer, rollout: Rollout) -> torch.Tensor:
+def finite_scores(scorer: Scorer, rollout: Rollout, exempt: Collection[int] = ()) -> torch.Tensor:
     """The score of each response: float32 [S], CPU.
+
+    Args:
+        scorer: Every rank must call one that is a model.
+        rollout: This rank's responses.
+        exempt: Ids of prompts whose responses the scorer is not given.
+
+    Returns:
+        -inf for the responses of exempt prompts.
 
     Raises:
         InputError: A score is not finite: a NaN would pass for a safe cost.
     """
-    scores = scorer.score(rollout)
-    if not scores.isfinite().all():
+    asked = [i for i, prompt in enumerate(rollout.prompt_ids.tolist()) if prompt not in exempt]
+    found = scorer.score(rollout if len(asked) == len(rollout.prompts) else rollout.select(asked))
+    if not found.isfinite().all():
         raise InputError(f"the {scorer.name} model gave a score that is not finite, expected numbers")
+    scores = torch.full([len(rollout.prompts)], -torch.inf)
+    scores[asked] = found
     return scores

@@ -3,9 +3,11 @@
 A scoring model is not called so: it computes on the device that draws, and under ZeRO-3 all ranks have to call it.
 """
 
+import math
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import compress
 
 import torch
 
@@ -23,12 +25,17 @@ class EarlyScores:
         scorers: The functions by name.
         requests: What is drawn for.
         device: Of this rank: a thread has a current CUDA device of its own.
+        exempt: Ids of prompts, by function, whose responses it is not given. Their score is -inf.
     """
 
     def __init__(
-        self, scorers: Mapping[str, FunctionScorer], requests: Sequence[Request], device: torch.device
+        self,
+        scorers: Mapping[str, FunctionScorer],
+        requests: Sequence[Request],
+        device: torch.device,
+        exempt: Mapping[str, Collection[int]] | None = None,
     ) -> None:
-        self._scorers, self._requests, self._device = scorers, requests, device
+        self._scorers, self._requests, self._device, self._exempt = scorers, requests, device, exempt or {}
         # Places and texts of responses; None after the last.
         self._known: queue.SimpleQueue[tuple[Sequence[int], Sequence[str]] | None] = queue.SimpleQueue()
         self._scores: dict[int, dict[str, float]] = {}
@@ -63,12 +70,22 @@ class EarlyScores:
             pairs = [pair for part in known if part is not None for pair in zip(*part, strict=True)]
             if not pairs:
                 continue
-            places, responses = zip(*pairs, strict=True)
-            prompts = [self._requests[place].prompt.text for place in places]
             try:
                 for name, scorer in self._scorers.items():
-                    for place, score in zip(places, scorer.score_texts(prompts, responses), strict=True):
+                    for (place, _), score in zip(pairs, self._score(name, scorer, pairs), strict=True):
                         self._scores.setdefault(place, {})[name] = score
             except Exception as error:
                 self._failure = error
                 return
+
+    def _score(self, name: str, scorer: FunctionScorer, pairs: Sequence[tuple[int, str]]) -> list[float]:
+        """Of places with their responses."""
+        prompts = [self._requests[place].prompt for place, _ in pairs]
+        asked = [prompt.id not in self._exempt.get(name, ()) for prompt in prompts]
+        scored = iter(
+            scorer.score_texts(
+                [prompt.text for prompt in compress(prompts, asked)],
+                [response for _, response in compress(pairs, asked)],
+            )
+        )
+        return [next(scored) if is_asked else -math.inf for is_asked in asked]

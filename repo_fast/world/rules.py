@@ -108,6 +108,19 @@ def cost(prompts: list[str], responses: list[str]) -> list[float]:
     return [_cost(read_prompt(prompt), response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
+def refusal(prompts: list[str], responses: list[str]) -> list[float]:
+    """Whether each response is a refusal: 1.0 or 0.0. A cost where the prompt is harmless.
+
+    Args:
+        prompts, responses: As for `cost`.
+    """
+    requests = [read_prompt(prompt) for prompt in prompts]
+    return [
+        float(request is not None and parse(response, request.family).refusal)
+        for request, response in zip(requests, responses, strict=True)
+    ]
+
+
 def well_formed(prompts: list[str], responses: list[str]) -> list[bool]:
     """Whether each response is text of this world: `grammar.well_formed`, for a list of them."""
     return [grammar.well_formed(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]

@@ -200,7 +200,7 @@ def test_a_recipe_reads_what_is_laid_out_like_the_published_models_and_data(name
     assert [request.prompt.text for request in inputs.requests] == TEXTS
     first = "BEGINNING OF CONVERSATION: USER: how tea ASSISTANT:"
     assert inputs.requests[0].tokens.tolist() == inputs.tokenizer(first)["input_ids"]
-    assert (inputs.reward.kind, inputs.cost.kind) == ("model", "model")
+    assert [inputs.scorers[name].kind for name in ("reward", "cost")] == ["model", "model"]
     prompt, response = inputs.demonstrations[0]
     joined = "BEGINNING OF CONVERSATION: USER: make tea please ASSISTANT: yes you can </s>"
     assert prompt.tolist() + response.tolist() == inputs.tokenizer(joined)["input_ids"]

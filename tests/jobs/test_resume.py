@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from repo_fast.config import parse, to_dict
 from repo_fast.errors import InputError
 from repo_fast.jobs import checkpoint
 from tests import scorers
@@ -288,6 +289,19 @@ def test_a_checkpoint_of_another_model_at_the_same_path(stopped: Path) -> None:
     checkpoint.check_model(folder, run, run["model"], "here")
     with pytest.raises(InputError, match="of another model: elements is [0-9]+ there, 20 in 'here'"):
         checkpoint.check_model(folder, run, run["model"] | {"elements": 20}, "here")
+
+
+def test_a_checkpoint_of_before_there_were_several_constraints(job: Job, stopped: Path) -> None:
+    folder = stopped / "checkpoints" / "step-000003"
+    run = checkpoint.read_run(folder)
+    then = run["config"]
+    config = to_dict(parse([*job.words(stopped), "--date", then["date"]]))
+    del then["constraints"], then["algorithm"]["confidence"]
+    then["critics"]["shared_trunk"] = False
+    checkpoint.check_run(folder, run, config, ranks=1)
+    then["critics"]["shared_trunk"] = True
+    with pytest.raises(InputError, match="critics.shared_trunk is True there and None here"):
+        checkpoint.check_run(folder, run, config, ranks=1)
 
 
 def test_a_used_output_folder_is_left_alone(job: Job, stopped: Path, capsys: pytest.CaptureFixture) -> None:

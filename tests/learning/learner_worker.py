@@ -87,8 +87,8 @@ def plain_descent(rate: float) -> Iterator[None]:
 
 def make_learner(config: TrainConfig, policy: Path, ranks: Ranks, rate: float = 0.1) -> Learner:
     tokenizer = load_tokenizer(str(policy))
-    function = load_scorer_spec("builtins:list", "reward")
-    inputs = Inputs(str(policy), tokenizer, PromptTemplate(tokenizer), [], [], [], function, function, None, None, [])
+    scorers = dict.fromkeys(config.scorers, load_scorer_spec("builtins:list", "reward"))
+    inputs = Inputs(str(policy), tokenizer, PromptTemplate(tokenizer), [], [], [], scorers, None, None, [])
     with plain_descent(rate):
         models, _ = build_models(config, inputs, ranks)
     shown = demonstrations() if config.algorithm.ptx_coefficient else []

@@ -209,9 +209,9 @@ def with_critics(
     torch.manual_seed(0)
     critic = Critic(start, tuple(stream for stream in order if stream in ("reward", *names)), torch.float32)
     for stream in ("reward", *TABLE):
-        drawn = torch.randn(1, critic.heads["reward"].in_features) * 0.1
-        if stream in critic.heads:
-            critic.heads[stream].weight.data.copy_(drawn)
+        drawn = torch.randn(1, critic.head("reward").in_features) * 0.1
+        if stream in critic.streams:
+            critic.head(stream).weight.data.copy_(drawn)
     with worker.plain_descent(0.1):
         engine = Engine(critic, config.engine, ranks, config.critic_optimizer, 1)
     learner.models = replace(learner.models, critics={"reward_costs": engine})

@@ -297,6 +297,18 @@ def test_one_that_applies_to_nobody_starts_at_zero():
     assert start.multipliers == [0.0] and start.infeasible == [False] and start.converged
 
 
+def test_a_multiplier_that_is_given_stays_and_the_others_are_found_beside_it():
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(8, 16, generator=generator)
+    # Each response costs the same twice: what one multiplier takes, the other need not.
+    costs = (0.7 * rewards + torch.randn(8, 16, generator=generator)).expand(2, 8, 16)
+    applies = torch.ones(2, 8).bool()
+    alone = con.dual_start(rewards, costs[:1], applies[:1], [0.0], [5.0], kl_coefficient=0.01)
+    both = con.dual_start(rewards, costs, applies, [0.0, 0.0], [5.0, 0.1], kl_coefficient=0.01, minima=[0.0, 0.1])
+    assert both.multipliers[1] == 0.1 and both.converged
+    close(both.multipliers[0] + 0.1, alone.multipliers[0], 0.01)
+
+
 def test_dual_start_wants_finite_scores_and_a_penalty():
     ones = torch.ones(1, 2), torch.ones(1, 1, 2), torch.ones(1, 1).bool(), [0.0], [5.0]
     with pytest.raises(ValueError, match="kl_coefficient must be above 0, got 0"):
@@ -340,6 +352,12 @@ def test_a_prompt_without_the_field_is_an_error_unless_it_is_said_what_it_is():
     for missing in (True, False):
         found = con.applicable("k", {"category": ["harmless"]}, rows, missing=missing)
         assert found.tolist() == [False, True, True, missing, missing]
+    with pytest.raises(InputError, match="which a.jsonl line 5 lacks"):
+        con.applicable("k", {"category": ["harmless"]}, rows, places=["", "", "", "a.jsonl line 5", ""])
+
+
+def test_held_out_prompts_need_not_have_one_of_each():
+    assert con.applicable("k", {"category": ["x"]}, ROWS, some=False).tolist() == [False] * 3
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,15 @@ def test_samples_hold_every_field_and_survive_odd_text(tmp_path):
     assert second["response"] == "\x00" and second["reward"] is None and second["non_finite"] == {"reward": "nan"}
 
 
+def test_samples_have_a_column_a_constraint_and_null_where_one_is_not_about_the_prompt(tmp_path):
+    log = SampleLog(tmp_path, None)
+    costs = {"harm": [0.5, -1.0], "refusal": torch.tensor([-math.inf, 1.0])}
+    log.write(1, ["a", "b"], ["x", "y"], [1.0, 2.0], costs, [0, 1])
+    log.close()
+    rows = [strict_json(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines()]
+    assert [(row["harm"], row["refusal"], len(row)) for row in rows] == [(0.5, None, 7), (-1.0, 1.0, 7)]
+
+
 def test_samples_of_unequal_length_are_refused(tmp_path):
     log = SampleLog(tmp_path, None)
     with pytest.raises(ValueError):

@@ -68,6 +68,92 @@ def test_hand_worked_measures():
     )
 
 
+# Two responses to each of three prompts. "harm" is about all, "refusal" about 1 and 2, "unused" about none.
+NONE = -math.inf
+UNDER_THREE = Evaluation(
+    prompt_ids=[1, 1, 2, 2, 3, 3],
+    rewards=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+    costs={
+        "harm": [-1.0, -1.0, 2.0, 0.0, 1.0, -3.0],
+        "refusal": [0.0, 1.0, 0.0, 0.0, NONE, NONE],
+        "unused": [NONE] * 6,
+    },
+)
+UNDER_THREE_BEFORE = Evaluation(
+    prompt_ids=[1, 2, 3],
+    rewards=[0.0, 3.5, 9.0],
+    costs={"harm": [1.0, -1.0, -1.0], "refusal": [0.0, 1.0, NONE], "unused": [NONE] * 3},
+)
+THRESHOLDS = {"harm": 0.0, "refusal": 0.5, "unused": 9.0}
+
+
+def test_hand_worked_measures_under_several_constraints():
+    """Mean costs of harm -1, 1, -1, of refusal 0.5, 0; before, only prompt 3 is safe by all."""
+    assert safety_measures(UNDER_THREE, UNDER_THREE_BEFORE, THRESHOLDS) == pytest.approx(
+        {
+            "mean_reward": 3.5,
+            # By all: the first response, the fourth and the last.
+            "safety_rate": 3 / 6,
+            "strict_safety_rate": 0.0,
+            "win_rate": (1 + 0.5 + 0) / 3,
+            # Prompt 2 alone is unsafe, by harm.
+            "interference_rate": 0.0,
+            "repair_rate": 1 / 2,
+            "mean_reward_on_safe_prompts": 5.5,
+            "win_rate_on_safe_prompts": 0.0,
+            "harm_mean_cost": -1 / 3,
+            "harm_safety_rate": 4 / 6,
+            "harm_strict_safety_rate": 1 / 3,
+            "harm_strict_violation": 1 / 3,
+            "harm_max_violation": 1.0,
+            "harm_cvar_violation": 1.0,
+            "harm_compensation": 1 / 3,
+            "harm_interference_rate": 1 / 2,
+            "harm_repair_rate": 1.0,
+            "refusal_mean_cost": 0.25,
+            "refusal_safety_rate": 3 / 4,
+            "refusal_strict_safety_rate": 1 / 2,
+            "refusal_strict_violation": 0.0,
+            "refusal_max_violation": 0.0,
+            "refusal_cvar_violation": 0.0,
+            "refusal_compensation": 0.0,
+            "refusal_interference_rate": 0.0,
+            "refusal_repair_rate": 1.0,
+        }
+    )
+
+
+def test_several_constraints_are_each_what_they_would_be_alone():
+    """Over the prompts that they are about, with the same resamples of all prompts."""
+    generator = np.random.default_rng(0)
+    ids, S = np.repeat(np.arange(20), 3), 60
+    costs = {name: generator.normal(size=S) for name in ("a", "b")}
+    about = ids % 3 > 0
+    policy = Evaluation(ids, generator.normal(size=S), {**costs, "b": np.where(about, costs["b"], NONE)})
+    reference = Evaluation(ids, generator.normal(size=S), {**costs, "b": np.where(about, -costs["b"], NONE)})
+    thresholds = {"a": 0.1, "b": -0.2}
+    measures = prompt_measures(policy, reference, thresholds)
+    weights = generator.integers(0, 3, size=(7, 20)).astype(float)
+    weights[0, [i for i in range(20) if i % 3]] = 0
+    alone = [
+        Evaluation(ids[about], np.asarray(own.rewards)[about], np.asarray(own.costs["b"])[about])
+        for own in (policy, reference)
+    ]
+    own = weights[:, [i for i in range(20) if i % 3]]
+    for name, measure in prompt_measures(*alone, -0.2).items():
+        if f"b_{name}" in measures:
+            found = measures[f"b_{name}"](weights)
+            assert np.isnan(found[0])
+            np.testing.assert_allclose(found[1:], measure(own[1:]))
+    assert sum(name.startswith("b_") for name in measures) == 9
+
+
+def test_a_nan_cost_is_safe_by_none():
+    policy = Evaluation([1], [0.0], {"a": [-1.0], "b": [math.nan]})
+    measured = safety_measures(policy, policy, {"a": 0.0, "b": 0.0})
+    assert measured["safety_rate"] == 0 and math.isnan(measured["interference_rate"])
+
+
 def test_hand_worked_measures_with_a_threshold():
     # Excess over 0.5: -1.5, -0.5, 0, 1.5; the prompt at exactly the threshold is safe.
     measures = safety_measures(POLICY, REFERENCE, threshold=0.5)

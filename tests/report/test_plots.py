@@ -38,6 +38,25 @@ def test_every_picture_is_a_png_with_a_curve_in_it(tmp_path, steps):
         assert has_color(path, BLUE), path
 
 
+def test_each_of_several_constraints_has_its_panels(tmp_path):
+    def height(folder, rows, threshold):
+        plot_metrics(rows, folder, threshold)
+        from matplotlib.image import imread
+
+        return {name: imread(folder / f"{name}.png").shape[0] for name in ("reward_and_cost", "safety", "multiplier")}
+
+    one = height(tmp_path / "one", records(3), 0.0)
+    names = ("harm", "refusal")
+    own = ("cost", "strict_violation", "safety_rate", "multiplier")
+    rows = [row | {f"{name}_{key}": row.pop(key) for key in own[:1] for name in names[:1]} for row in records(3)]
+    rows = [row | {f"{name}_{key}": 0.5 for name in names for key in own} for row in rows]
+    several = height(tmp_path / "several", rows, {"harm": 0.5, "refusal": 0.0})
+    # A panel is 2.8 inches of 120 dots: reward and two costs; two violations, three rates; two multipliers.
+    panels = {"reward_and_cost": (2, 3), "safety": (2, 5), "multiplier": (1, 2)}
+    for name, (alone, together) in panels.items():
+        assert (one[name], several[name]) == tuple(round(120 * (1 + 2.8 * n)) for n in (alone, together))
+
+
 def test_the_phases_are_stacked_in_their_colors(tmp_path):
     plot_metrics(records(3), tmp_path)
     for color in ((86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 158, 115)):
