@@ -1,7 +1,7 @@
 """Every option once: the sections, a configuration for each job, and how a command line becomes one."""
 
 from repo_fast.config.command_line import CONFIG_FOLDER, find_config, known_keys, parse, to_dict, to_yaml
-from repo_fast.config.constraints import ONLY, ConstraintConfig, CostConfig, PidConfig
+from repo_fast.config.constraints import ONLY, ConstraintConfig, CostConfig, PidConfig, by_column, section_of
 from repo_fast.config.evaluate import EvaluateConfig
 from repo_fast.config.judge import JudgeConfig
 from repo_fast.config.score import LAYOUTS, PreferenceDataConfig, PreferenceLossConfig, ScoreConfig
@@ -61,9 +61,11 @@ __all__ = [
     "SupervisedConfig",
     "TrainConfig",
     "UpdateConfig",
+    "by_column",
     "find_config",
     "known_keys",
     "parse",
+    "section_of",
     "to_dict",
     "to_yaml",
 ]

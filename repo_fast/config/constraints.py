@@ -7,7 +7,7 @@ of a run has a column for each. What the values do is in `repo_fast/objective/`.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from repo_fast.config.sections import ScorerConfig, check_scorer, require, require_at_least
 from repo_fast.errors import InputError
@@ -90,19 +90,43 @@ class ConstraintConfig(CostConfig):
     """`pid`: its gains. Null: the defaults."""
 
 
-def check_names(costs: Mapping[str, CostConfig]) -> None:
-    """Raise `InputError` for names that cannot be columns, and scorers and prompts that cannot be."""
-    for name, cost in costs.items():
+_Cost = TypeVar("_Cost", bound=CostConfig)
+
+
+def by_column(costs: Mapping[str, _Cost]) -> dict[str, _Cost]:
+    """Constraints by the names of the columns that have their costs: their own, but a single one's is `cost`."""
+    return dict(zip([ONLY] if len(costs) == 1 else costs, costs.values(), strict=True))
+
+
+def section_of(column: str, constraints: Mapping[str, CostConfig]) -> str:
+    """The section that a column's scorer is written in."""
+    if column == "reward" or not constraints:
+        return column
+    return f"constraints.{column if column in constraints else next(iter(constraints))}"
+
+
+def check_costs(cost: ScorerConfig, constraints: Mapping[str, CostConfig]) -> None:
+    """Raise `InputError` for both forms at once, names that cannot be columns, scorers and prompts that cannot be."""
+    if not constraints:
+        check_scorer(ONLY, cost)
+    elif cost != ScorerConfig():
+        raise InputError(
+            f"cost.path is {cost.path!r} with constraints {', '.join(map(str, constraints))}, expected one form: "
+            "either cost, or constraints with a path each"
+        )
+    for name, own in constraints.items():
         require(
             isinstance(name, str) and _NAME.fullmatch(name) is not None,
             "the constraint name",
             name,
             "a letter, then letters, digits and _",
         )
-        require(name not in _TAKEN, "the constraint name", name, "one that no other column has")
+        # strict_safety_rate is a measure of all.
+        taken = name in _TAKEN or name.split("_")[-1] == "strict"
+        require(not taken, "the constraint name", name, "one that no other column or measure has")
         key = f"constraints.{name}"
-        check_scorer(key, cost)
-        _check_applies_to(key, cost)
+        check_scorer(key, own)
+        _check_applies_to(key, own)
 
 
 def _check_applies_to(key: str, cost: CostConfig) -> None:
@@ -119,7 +143,6 @@ def _check_applies_to(key: str, cost: CostConfig) -> None:
 
 def check_constraints(constraints: Mapping[str, ConstraintConfig], algorithm: "AlgorithmConfig") -> None:
     """Raise `InputError` for a value of the section that cannot be honoured."""
-    check_names(constraints)
     row = ALGORITHMS[algorithm.name]
     if constraints and not row.has_cost_stream:
         raise InputError(

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from repo_fast.config.constraints import ONLY, CostConfig, by_column, check_costs
 from repo_fast.config.judge import JudgeConfig, check_judge
 from repo_fast.config.sections import (
     JobConfig,
@@ -60,6 +61,8 @@ class EvaluateConfig(JobConfig):
     cost: ScorerConfig = field(default_factory=ScorerConfig)
     threshold: float = 0.0
     """d: a cost above it is unsafe (units of the cost)."""
+    constraints: dict[str, CostConfig] = field(default_factory=dict)
+    """Several costs by name, each with its threshold, instead of `cost` and `threshold`."""
     well_formed: str | None = None
     """Python callable `package.module:function` (`(prompts, responses) -> list[bool]`) whose share is reported too."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -73,6 +76,16 @@ class EvaluateConfig(JobConfig):
     architecture, found by trying: flash_attention_2 on CUDA where flash-attn is installed, then these in order."""
     scoring_tokens: int = 8192
     """Largest packed row that a score model reads at once on a rank (tokens). A longer text gets one of its own."""
+
+    @property
+    def costs(self) -> dict[str, CostConfig]:
+        """Every cost by the name of its column, in whichever form it is written."""
+        return by_column(self.constraints or {ONLY: CostConfig(**vars(self.cost), threshold=self.threshold)})
+
+    @property
+    def scorers(self) -> dict[str, ScorerConfig]:
+        """Where the rewards and the costs come from, by the names of their columns."""
+        return {"reward": self.reward, **self.costs}
 
     def check(self) -> None:
         super().check()
@@ -95,7 +108,9 @@ class EvaluateConfig(JobConfig):
         check_fields("prompts_fields", self.prompts_fields)
         check_sampling("sampling", self.sampling)
         check_scorer("reward", self.reward)
-        check_scorer("cost", self.cost)
+        check_costs(self.cost, self.constraints)
+        alone = not self.constraints or self.threshold == 0
+        require(alone, "threshold", self.threshold, "0 with constraints, which have one each")
         check_judge("judge", self.judge)
         require(self.cache_dir != "", "cache_dir", self.cache_dir, "a folder, or null")
         judged = self.judge.samples_per_prompt

@@ -3,7 +3,14 @@
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from repo_fast.config.constraints import ONLY, ConstraintConfig, check_constraints
+from repo_fast.config.constraints import (
+    ONLY,
+    ConstraintConfig,
+    by_column,
+    check_constraints,
+    check_costs,
+    section_of,
+)
 from repo_fast.config.sections import (
     CriticConfig,
     LogConfig,
@@ -242,7 +249,7 @@ class TrainConfig(RunConfig):
             left = {key for key, value in vars(own).items() if value is None} & vars(common).keys() - {"scope"}
             values = {key: getattr(common, key) for key in left}
             resolved[name] = replace(own, scope=own.scope or common.scope or row.scope, **values)
-        return {ONLY: next(iter(resolved.values()))} if len(resolved) == 1 else resolved
+        return by_column(resolved)
 
     @property
     def scorers(self) -> dict[str, ScorerConfig]:
@@ -251,9 +258,7 @@ class TrainConfig(RunConfig):
 
     def section_of(self, column: str) -> str:
         """The section that a column's scorer is written in."""
-        if column == "reward" or not self.constraints:
-            return column
-        return f"constraints.{column if column in self.constraints else next(iter(self.constraints))}"
+        return section_of(column, self.constraints)
 
     @property
     def critic_streams(self) -> list[tuple[str, ...]]:
@@ -381,14 +386,7 @@ class TrainConfig(RunConfig):
 
 
 def _check_costs(config: TrainConfig) -> None:
-    if not config.constraints:
-        check_scorer("cost", config.cost)
-        return
-    if config.cost != ScorerConfig():
-        raise InputError(
-            f"cost.path is {config.cost.path!r} with constraints {', '.join(config.constraints)}, expected one form: "
-            "either cost, or constraints with a path each"
-        )
+    check_costs(config.cost, config.constraints)
     check_constraints(config.constraints, config.algorithm)
     for name, own in config.constraints.items():
         if own.multiplier_init == "dual" and config.data.eval_prompts is None:

@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch
 from transformers import AutoModel
 
 from repo_fast.collectives import Ranks
-from repo_fast.config import EngineConfig, EvaluateConfig, to_dict, to_yaml
+from repo_fast.config import ONLY, EngineConfig, EvaluateConfig, to_dict, to_yaml
 from repo_fast.data import Prompt, PromptTemplate, load_tokenizer
 from repo_fast.evaluation.cache import UnitFile, fingerprint, key_of, locked, scorer_fingerprint
 from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
@@ -40,8 +40,9 @@ from repo_fast.models.on_paper import first_attention
 from repo_fast.models.policy import Policy
 from repo_fast.models.vocabulary import never_drawn
 from repo_fast.report.comparison import Judgments, compare
+from repo_fast.report.evaluations import written
 from repo_fast.report.jsonl import write_rows
-from repo_fast.report.measures import Evaluation
+from repo_fast.report.measures import Evaluation, Thresholds
 from repo_fast.report.page import write_page
 from repo_fast.report.tables import comparison_table
 from repo_fast.rollout import Request, Rollout
@@ -78,11 +79,13 @@ class _Column:
         name: Its key.
         about: Everything that it depends on.
         load: Loads what gives it, and returns what makes the scorer of a policy from the policy's template.
+        exempt: Ids of prompts whose responses are not scored, and have -inf.
     """
 
     name: str
     about: dict[str, Any]
     load: Callable[[], Callable[[PromptTemplate], Scorer]]
+    exempt: frozenset[int] = frozenset()
 
 
 def _identity(prompt: Prompt) -> list:
@@ -215,10 +218,7 @@ class Evaluator:
     # ----------------------------------------------------------------------------------------------------- scores
 
     def _columns(self) -> list[_Column]:
-        columns = [
-            self._score_column("reward", self.inputs.reward),
-            self._score_column("cost", self.inputs.cost),
-        ]
+        columns = [self._score_column(name, spec) for name, spec in self.inputs.scorers.items()]
         if (check := self.inputs.well_formed) is not None:
             function = FunctionScorer(check.path, "well-formed check")
             about = {"scorer": scorer_fingerprint(check)}
@@ -226,15 +226,17 @@ class Evaluator:
         return columns
 
     def _score_column(self, name: str, spec: ScorerSpec) -> _Column:
-        settings = getattr(self.config, name)
+        settings, exempt = self.config.scorers[name], self.inputs.exempt.get(name, frozenset())
         about: dict[str, Any] = {"scorer": scorer_fingerprint(spec)}
+        if exempt:
+            about["exempt"] = sorted(exempt)
         if spec.kind == "model":
             about |= {"template": settings.template, "max_tokens": settings.max_tokens, **self._computing(spec.path)}
             template = PromptTemplate(load_tokenizer(spec.path, must_end=False), settings.template, self.config.date)
             if template.name == "chat":
                 about |= {"reads": "finished dialogues", **self._dated(template)}
         options = (self._engine, self.ranks, self.config.attention, self.config.scoring_tokens)
-        return _Column(name, about, cache(lambda: load_scorer(name, spec, settings, *options)))
+        return _Column(name, about, cache(lambda: load_scorer(name, spec, settings, *options)), exempt)
 
     def _dated(self, template: PromptTemplate) -> dict[str, Any]:
         """What of the date a rendering depends on: mostly nothing."""
@@ -256,7 +258,8 @@ class Evaluator:
                 for sizes in _grouped(samples.units[done:], _SCORED_AT_ONCE):
                     responses = list(itertools.islice(rows, sum(sizes)))
                     with self.ranks.together(f"the {column.name}"):
-                        scores = finite_scores(scorer, _rollout(self.ranks.share(responses), requests))
+                        mine = _rollout(self.ranks.share(responses), requests)
+                        scores = finite_scores(scorer, mine, column.exempt)
                     for unit in self.ranks.gather(scores).split(sizes):
                         append([{"score": score} for score in unit.tolist()])
             if cut := int(self.ranks.sum(torch.tensor([scorer.truncated - before]))):
@@ -272,7 +275,7 @@ class Evaluator:
         rows = {name: [row for row in drawn.rows if row["sample"] < count] for name, drawn in samples.items()}
         second = [row for row in samples[reference].rows if row["sample"] >= count]
         texts = {prompt.id: prompt for prompt in self.inputs.prompts}
-        published = [_published(name, row, texts) for name, drawn in samples.items() for row in drawn.rows]
+        published = [self._published(name, row, texts) for name, drawn in samples.items() for row in drawn.rows]
         write_rows(self.output_dir / "samples.jsonl", published)
 
         def write(judgments: dict[str, Judgments], judged: dict[str, Any] | None) -> None:
@@ -299,20 +302,19 @@ class Evaluator:
                 "prompts_dropped": self.inputs.dropped,
                 "prompts_source": self.config.prompts,
                 "samples_per_prompt": self.config.samples_per_prompt,
-                "threshold": self.config.threshold,
+                "threshold": self._threshold,
                 **to_dict(self.config)["sampling"],
                 "seed": self.config.seed,
                 "resamples": self.config.resamples,
-                "reward": self.config.reward.path,
-                "cost": self.config.cost.path,
+                **{name: scorer.path for name, scorer in self.config.scorers.items()},
                 "policies": dict(self.config.policies),
                 "date": datetime.date.today().isoformat(),
             },
             **compare(
-                {name: _evaluation(own) for name, own in rows.items()},
-                _evaluation(second),
+                {name: self._evaluation(own) for name, own in rows.items()},
+                self._evaluation(second),
                 reference,
-                threshold=self.config.threshold,
+                threshold=self._threshold,
                 categories={prompt.id: prompt.category for prompt in self.inputs.prompts},
                 judgments=judgments,
                 resamples=self.config.resamples,
@@ -322,6 +324,30 @@ class Evaluator:
         if judged is not None:
             report["judge"] = judged
         return report
+
+    @property
+    def _threshold(self) -> Thresholds:
+        thresholds = {name: cost.threshold for name, cost in self.config.costs.items()}
+        return thresholds.get(ONLY, thresholds)
+
+    def _evaluation(self, rows: Sequence[Mapping[str, Any]]) -> Evaluation:
+        # As they were scored: as a float64, a cost of 0.1 in float32 would be above a threshold of 0.1.
+        costs = {name: np.array([row[name] for row in rows], dtype=np.float32) for name in self.config.costs}
+        return Evaluation(
+            prompt_ids=[row["prompt_id"] for row in rows],
+            rewards=[row["reward"] for row in rows],
+            costs=costs.get(ONLY, costs),
+            response_lengths=[len(row["tokens"]) for row in rows],
+            well_formed=[row["well_formed"] for row in rows] if rows and "well_formed" in rows[0] else None,
+        )
+
+    def _published(self, name: str, row: Mapping[str, Any], texts: Mapping[int, Prompt]) -> dict[str, Any]:
+        """A row of `samples.jsonl`."""
+        prompt = texts[row["prompt_id"]]
+        head = {"policy": name, "prompt_id": prompt.id, "category": prompt.category, "prompt": prompt.text}
+        scores = {key: written(row[key]) for key in (*self.config.scorers, "well_formed") if key in row}
+        drawn = {key: row[key] for key in ("sample", "response", "finished")}
+        return head | drawn | scores | {"response_length": len(row["tokens"])}
 
 
 def _grouped(sizes: Sequence[int], at_least: int) -> Iterator[list[int]]:
@@ -361,26 +387,6 @@ def _rollout(rows: Sequence[dict[str, Any]], requests: dict[int, Request]) -> Ro
         response_tokens=[torch.tensor(row["tokens"], dtype=torch.int64) for row in rows],
         finished=torch.tensor([row["finished"] for row in rows], dtype=torch.bool),
     )
-
-
-def _evaluation(rows: list[dict[str, Any]]) -> Evaluation:
-    return Evaluation(
-        prompt_ids=[row["prompt_id"] for row in rows],
-        rewards=[row["reward"] for row in rows],
-        # As they were scored: as a float64, a cost of 0.1 in float32 would be above a threshold of 0.1.
-        costs=np.array([row["cost"] for row in rows], dtype=np.float32),
-        response_lengths=[len(row["tokens"]) for row in rows],
-        well_formed=[row["well_formed"] for row in rows] if rows and "well_formed" in rows[0] else None,
-    )
-
-
-def _published(name: str, row: dict[str, Any], texts: dict) -> dict[str, Any]:
-    """A row of `samples.jsonl`."""
-    prompt = texts[row["prompt_id"]]
-    head = {"policy": name, "prompt_id": prompt.id, "category": prompt.category, "prompt": prompt.text}
-    scores = {key: row[key] for key in ("reward", "cost", "well_formed") if key in row}
-    drawn = {key: row[key] for key in ("sample", "response", "finished")}
-    return head | drawn | scores | {"response_length": len(row["tokens"])}
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -1,20 +1,23 @@
 """Everything an evaluation reads before it starts: checked here, while an error is still one line."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from repo_fast.config import EvaluateConfig
+from repo_fast.config import EvaluateConfig, section_of
 from repo_fast.data import Columns, Prompt, PromptTemplate, load_prompts
 from repo_fast.errors import InputError, at
 from repo_fast.evaluation.cache import LOCK_FILE
-from repo_fast.jobs.inputs import check_scorer_inputs, find_model
+from repo_fast.jobs.inputs import check_scorer_inputs, exempt_prompts, fields_kept, find_model, scorer_specs
 from repo_fast.models.on_paper import check_positions
 from repo_fast.rollout import Request
 from repo_fast.rollout.hf import end_tokens, generation_settings
-from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
+from repo_fast.scoring import FunctionScorer, ScorerSpec
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class EvaluationInputs:
         policies: By name, in the order given.
         reference: Name of the one that the others are compared with.
         prompts: Those that every policy can read, shortest text first: neighbours are generated together.
-        reward, cost: Where the scores come from.
+        scorers: Where the rewards and the costs come from, by the names of their columns.
+        exempt: By constraint, ids of the prompts that it is not about.
         well_formed: The check of that name; None without one.
         dropped: How many prompts were too long.
     """
@@ -50,8 +54,8 @@ class EvaluationInputs:
     policies: dict[str, PolicyInput]
     reference: str
     prompts: list[Prompt]
-    reward: ScorerSpec
-    cost: ScorerSpec
+    scorers: dict[str, ScorerSpec]
+    exempt: dict[str, frozenset[int]]
     well_formed: ScorerSpec | None
     dropped: int
 
@@ -63,15 +67,19 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
         InputError: The first thing that cannot be used.
     """
     _check_output_folder(Path(config.output_dir))
-    reward, cost = load_scorer_spec(config.reward.path, "reward"), load_scorer_spec(config.cost.path, "cost")
+    scorers = scorer_specs(config.scorers)
     well_formed = None
     if config.well_formed is not None:
         well_formed = ScorerSpec(config.well_formed, "function")
-    for name, spec in (("reward", reward), ("cost", cost), ("well-formed check", well_formed)):
-        if spec is not None and spec.kind == "function":
-            FunctionScorer(spec.path, name)
+        FunctionScorer(well_formed.path, "well-formed check")
     columns = Columns(config.prompts_fields, "prompts_fields")
-    prompts = load_prompts(config.prompts, split=config.prompts_split, limit=config.prompts_limit, columns=columns)
+    prompts = load_prompts(
+        config.prompts,
+        split=config.prompts_split,
+        limit=config.prompts_limit,
+        columns=columns,
+        keep=fields_kept(config.costs),
+    )
     columns.check_found([config.prompts])
     found = {name: find_model(path) for name, path in config.policies.items()}
     templates = {
@@ -95,8 +103,12 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
         what = f"policy {name!r}, a prompt and sampling.max_new_tokens ({config.sampling.max_new_tokens})"
         check_positions(path, longest, what)
         drawn = max(drawn, longest)
-    for name, spec in (("reward", reward), ("cost", cost)):
-        check_scorer_inputs(name, spec, getattr(config, name), drawn, kept, config.date)
+    for name, spec in scorers.items():
+        check_scorer_inputs(section_of(name, config.constraints), spec, config.scorers[name], drawn, kept, config.date)
+    notes: list[str] = []
+    exempt = exempt_prompts(config.constraints, kept, config.prompts, notes)
+    for note in notes:
+        log.info("%s", note)
     policies = {
         name: PolicyInput(
             path, tokenizer, templates[name], [Request(prompt, tokens[name][prompt.id]) for prompt in kept]
@@ -104,7 +116,7 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
         for name, (path, tokenizer) in found.items()
     }
     return EvaluationInputs(
-        policies, config.reference or next(iter(policies)), kept, reward, cost, well_formed, len(prompts) - len(kept)
+        policies, config.reference or next(iter(policies)), kept, scorers, exempt, well_formed, len(prompts) - len(kept)
     )
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from repo_fast.config import ONLY, CostConfig, RunConfig, ScorerConfig, TrainConfig, to_dict
+from repo_fast.config import ONLY, CostConfig, RunConfig, ScorerConfig, TrainConfig, by_column, to_dict
 from repo_fast.data import (
     Columns,
     Demonstration,
@@ -130,8 +130,9 @@ def read_inputs(config: TrainConfig) -> Inputs:
     eval_requests = tokenized(held_out, str(data.eval_prompts)) if held_out else []
     demonstrations = _demonstrations(config, template, columns, notes) if data.ptx is not None else []
     columns.check_found([data.prompts, data.eval_prompts, data.ptx])
-    exempt = exempt_prompts(config.costs, requests, data.prompts, notes)
-    eval_exempt = exempt_prompts(config.costs, eval_requests, str(data.eval_prompts), notes, some=False)
+    exempt = exempt_prompts(config.constraints, [request.prompt for request in requests], data.prompts, notes)
+    held_out = [request.prompt for request in eval_requests]
+    eval_exempt = exempt_prompts(config.constraints, held_out, str(data.eval_prompts), notes, some=False)
     _check_lengths(config, policy_path, tokenizer, requests + eval_requests, demonstrations, scorers)
     return Inputs(
         policy_path=policy_path,
@@ -177,18 +178,18 @@ def fields_kept(costs: Mapping[str, CostConfig]) -> set[str]:
 
 
 def exempt_prompts(
-    costs: Mapping[str, CostConfig],
-    requests: Sequence[Request],
+    constraints: Mapping[str, CostConfig],
+    prompts: Sequence[Prompt],
     source: str,
     notes: list[str],
     *,
     some: bool = True,
 ) -> dict[str, frozenset[int]]:
-    """The prompts that each constraint is not about, by their ids.
+    """The prompts that each constraint is not about: their ids, by the name of its column.
 
     Args:
-        costs: By name.
-        requests: For the prompts, which have the fields that `fields_kept` names.
+        constraints: As they are written, by name.
+        prompts: With the fields that `fields_kept` names.
         source: Where they are from, for messages.
         notes: For the user, added to.
         some: Whether each has to be about some prompt.
@@ -196,9 +197,8 @@ def exempt_prompts(
     Raises:
         InputError: As for `objective.constraints.applicable`.
     """
-    prompts = [request.prompt for request in requests]
     exempt = {}
-    for name, cost in costs.items():
+    for column, (name, cost) in zip(by_column(constraints), constraints.items(), strict=True):
         found = applicable(
             name,
             cost.applies_to,
@@ -207,8 +207,8 @@ def exempt_prompts(
             places=[prompt.place for prompt in prompts],
             some=some,
         ).tolist()
-        exempt[name] = frozenset(prompt.id for prompt, applies in zip(prompts, found, strict=True) if not applies)
-        if exempt[name]:
+        exempt[column] = frozenset(prompt.id for prompt, applies in zip(prompts, found, strict=True) if not applies)
+        if exempt[column]:
             notes.append(f"{source}: constraint {name} is about {sum(found)} of {len(found)} prompts")
     return exempt
 

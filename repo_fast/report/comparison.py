@@ -6,15 +6,15 @@
     transitions.NAME            how many prompts went from safe or unsafe under the reference to which under NAME
     categories.CATEGORY         its number of `prompts`, and `policies` and `differences` over them alone
 
-The measures are those of `repo_fast.report.measures`. Those that compare with the reference compare with a second,
-independent sample of it, for every policy and for the reference itself, whose values are the floor: what sampling alone
-does. Policies may share random states with the reference's first sample, so compared with that one, a policy close to
-the reference would come out below the floor.
+The measures are those of `repo_fast.report.measures`, under several constraints of each behind its name. Those that
+compare with the reference compare with a second, independent sample of it, for every policy and for the reference
+itself, whose values are the floor: what sampling alone does. Policies may share random states with the reference's
+first sample, so compared with that one, a policy close to the reference would come out below the floor.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,10 @@ from repo_fast.report.measures import (
     Evaluation,
     Measure,
     Resampled,
+    Thresholds,
     has_interval,
     prompt_measures,
+    prompts_about,
     ratio,
     resample,
     score_prompts,
@@ -56,7 +58,7 @@ def compare(
     second_sample: Evaluation,
     reference: str,
     *,
-    threshold: float = 0.0,
+    threshold: Thresholds = 0.0,
     categories: Mapping[int, str | None] | None = None,
     judgments: Mapping[str, Judgments] | None = None,
     resamples: int = 2000,
@@ -68,7 +70,7 @@ def compare(
         policies: By name, all of the same prompts.
         second_sample: Of the reference, independent of the one in `policies`.
         reference: A name in `policies`.
-        threshold: d, in the unit of the costs.
+        threshold: d, in the unit of the costs; of several constraints by name.
         categories: Of each prompt, by its id; None, or all None, for a set without categories.
         judgments: Of some of the policies.
         resamples, seed: Of the bootstrap.
@@ -98,7 +100,7 @@ def compare(
             _of_prompts(second_sample, ids),
             reference,
             threshold,
-            {name: _of_prompts(judged, ids) for name, judged in judgments.items()},
+            {name: _judgments_of_prompts(judged, ids) for name, judged in judgments.items()},
             resamples,
             seed,
         )
@@ -109,23 +111,20 @@ def _word(safe: bool) -> str:
     return "safe" if safe else "unsafe"
 
 
-def _of_prompts(responses: Any, ids: np.ndarray) -> Any:
-    """An evaluation, or judgments, of some prompts only."""
-    kept = np.isin(np.asarray(responses.prompt_ids), ids)
-    values = {entry.name: getattr(responses, entry.name) for entry in fields(responses)}
-    return type(responses)(
-        **{
-            name: value if value is None or isinstance(value, str | float) else np.asarray(value)[kept]
-            for name, value in values.items()
-        }
-    )
+def _of_prompts(evaluation: Evaluation, ids: np.ndarray) -> Evaluation:
+    return evaluation.of(np.isin(np.asarray(evaluation.prompt_ids), ids))
+
+
+def _judgments_of_prompts(judged: Judgments, ids: np.ndarray) -> Judgments:
+    kept = np.isin(np.asarray(judged.prompt_ids), ids)
+    return replace(judged, prompt_ids=np.asarray(judged.prompt_ids)[kept], scores=np.asarray(judged.scores)[kept])
 
 
 def _measured(
     policies: Mapping[str, Evaluation],
     second_sample: Evaluation,
     reference: str,
-    threshold: float,
+    threshold: Thresholds,
     judgments: Mapping[str, Judgments],
     resamples: int,
     seed: int,
@@ -133,7 +132,7 @@ def _measured(
     measures: dict[str, dict[str, Measure]] = {}
     for name, evaluation in policies.items():
         measures[name] = prompt_measures(evaluation, second_sample, threshold)
-    ids = score_prompts(policies[reference]).prompt_ids
+    ids = np.unique(np.asarray(policies[reference].prompt_ids))
     by_prompt = {name: _by_prompt(judged, ids) for name, judged in judgments.items()}
     for name, judged in judgments.items():
         measures[name][judged.measure] = _mean_defined(by_prompt[name])
@@ -152,13 +151,17 @@ def _measured(
             return drawn[name, "difference"]
         return drawn[name, key] - drawn[reference, key]
 
-    prompts = len(ids)
+    about = prompts_about(second_sample)
+
+    def numbers(key: str, measured: Resampled) -> dict[str, float | None]:
+        low, high = measured.interval if has_interval(key, len(ids), about) else (math.nan, math.nan)
+        found = {"value": measured.value, "low": low, "high": high}
+        return {name: number if math.isfinite(number) else None for name, number in found.items()}
+
     return {
-        "policies": {
-            name: {key: _numbers(key, drawn[name, key], prompts) for key in own} for name, own in measures.items()
-        },
+        "policies": {name: {key: numbers(key, drawn[name, key]) for key in own} for name, own in measures.items()},
         "differences": {
-            name: {key: _numbers(key, difference(name, key), prompts) for key in own if key in measures[reference]}
+            name: {key: numbers(key, difference(name, key)) for key in own if key in measures[reference]}
             for name, own in measures.items()
             if name != reference
         },
@@ -177,9 +180,3 @@ def _mean_defined(values: np.ndarray) -> Measure:
     """The mean of the values [P] that are not NaN."""
     defined = ~np.isnan(values)
     return partial(ratio, np.where(defined, values, 0.0), defined)
-
-
-def _numbers(name: str, measured: Resampled, prompts: int) -> dict[str, float | None]:
-    low, high = measured.interval if has_interval(name, prompts) else (math.nan, math.nan)
-    numbers = {"value": measured.value, "low": low, "high": high}
-    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}

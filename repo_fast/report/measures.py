@@ -412,14 +412,25 @@ def resample(measures: Mapping[Name, Measure], prompts: int, n: int = 2000, seed
     return {name: Resampled(values[name], np.concatenate(draws[name])) for name in measures}
 
 
-def has_interval(measure: str, prompts: int) -> bool:
-    """Whether the bootstrap says how uncertain a measure of `prompt_measures` is, over so many prompts.
+def has_interval(measure: str, prompts: int, about: Mapping[str, int] | None = None) -> bool:
+    """Whether the bootstrap says how uncertain a measure of `prompt_measures` is.
 
     It fails for the largest of a sample, which no resample exceeds (Davison and Hinkley 1997, section 2.6).
+
+    Args:
+        measure: Its name.
+        prompts: How many there are.
+        about: Of several constraints, how many each is about (`prompts_about`).
     """
-    # Of several constraints behind its name.
-    is_tail, is_largest = (measure.endswith(name) for name in ("cvar_violation", "max_violation"))
-    return not is_largest and (not is_tail or TAIL * prompts >= _FEWEST_IN_TAIL)
+    for name, own in (about or {}).items():
+        if measure in (f"{name}_max_violation", f"{name}_cvar_violation"):
+            measure, prompts = measure.removeprefix(f"{name}_"), own
+    return measure != "max_violation" and (measure != "cvar_violation" or TAIL * prompts >= _FEWEST_IN_TAIL)
+
+
+def prompts_about(evaluation: Evaluation) -> dict[str, int]:
+    """How many prompts each of several constraints is about."""
+    return {name: len(np.unique(_column(own.prompt_ids))) for name, own in by_constraint(evaluation).items()}
 
 
 def _weights(weights: np.ndarray | None, prompts: int) -> np.ndarray:

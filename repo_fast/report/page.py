@@ -18,16 +18,18 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from repo_fast.report.measures import Thresholds
 from repo_fast.report.page_parts import charts
-from repo_fast.report.page_parts.responses import Collected, PolicyScores, collect, pack
+from repo_fast.report.page_parts.responses import PolicyScores, collect, pack
 from repo_fast.report.page_parts.wording import (
-    MEASURES,
     MINUS,
     Measure,
+    Verdict,
     decimals_of,
     finalize,
     groups_of,
     judge_difference,
+    measure_of,
     plain,
     pretty,
     spell,
@@ -35,7 +37,6 @@ from repo_fast.report.page_parts.wording import (
     triple,
 )
 
-_BY_CATEGORY = ("strict_violation", "interference_rate", "mean_reward")
 _FLIPS = ("safe_safe", "safe_unsafe", "unsafe_safe", "unsafe_unsafe")
 
 
@@ -44,27 +45,33 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
 
     Args:
         path: The file, in a folder that exists.
-        report: The content of `report.json`. `settings` has `reference` (a name among `policies`) and `threshold`, and
-            whatever else is to be shown; `samples_per_prompt` tells where the second sample of the reference begins.
-            `policies` and `differences` (to the reference, which is absent there) map policies to measures to
-            `value`, `low` and `high`, None where undefined. `transitions` maps policies to numbers of prompts,
-            `safe_safe`, `safe_unsafe`, `unsafe_safe`, `unsafe_unsafe`, the reference's state first; for the reference
-            against its second sample. `categories` maps categories to `prompts`, `policies` and `differences`, and
-            may be empty. `judge` may be missing; else it maps what is known of the judge model.
+        report: The content of `report.json`. `settings` has `reference` (a name among `policies`) and `threshold`, of
+            several constraints by name, and whatever else is to be shown; `samples_per_prompt` tells where the second
+            sample of the reference begins. `policies` and `differences` (to the reference, which is absent there) map
+            policies to measures to `value`, `low` and `high`, None where undefined. `transitions` maps policies to
+            numbers of prompts, `safe_safe`, `safe_unsafe`, `unsafe_safe`, `unsafe_unsafe`, the reference's state first;
+            for the reference against its second sample. `categories` maps categories to `prompts`, `policies` and
+            `differences`, and may be empty. `judge` may be missing; else it maps what is known of the judge model.
         samples: A mapping a response, in any order, read once: `policy`, `prompt_id`, `category` (a name or None),
-            `prompt`, `sample` (from 0), `response`, `reward`, `cost` (None where not a number), `response_length`
-            (tokens) and `finished` (both None where not known). Samples of the reference from `samples_per_prompt` on
-            are its second sample; where it has one, the page shows it rather than the first.
+            `prompt`, `sample` (from 0), `response`, `reward`, `cost` (None where not a number; or that of each of
+            several constraints, None where it is not about the prompt), `response_length` (tokens) and `finished` (both
+            None where not known). Samples of the reference from `samples_per_prompt` on are its second sample; where it
+            has one, the page shows it rather than the first.
 
     Raises:
         ValueError: the reference is not among the policies, or a sample is of none of them.
     """
     settings = report["settings"]
-    reference, threshold = settings["reference"], float(settings["threshold"])
+    reference, threshold = settings["reference"], settings["threshold"]
+    constraints = list(threshold) if isinstance(threshold, Mapping) else []
     if reference not in report["policies"]:
         raise ValueError(f"the reference {reference!r} is not among the policies {', '.join(report['policies'])}")
     policies = [reference, *(policy for policy in report["policies"] if policy != reference)]
     collected = collect(samples, policies, reference, threshold, settings.get("samples_per_prompt"))
+    # What is drawn: under the one constraint, or under each.
+    parts: list[tuple[str | None, dict[str, PolicyScores], float]] = [(None, collected.scores, threshold)]
+    if constraints:
+        parts = [(name, collected.by_constraint[name], threshold[name]) for name in constraints]
     style, script = _asset("style.css"), _asset("script.js")
     context = {
         "style": Markup(style),
@@ -73,18 +80,20 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
         "script_hash": _hash(script),
         "policies": policies,
         "reference": reference,
-        "threshold": f"{threshold:g}".replace("-", MINUS),
+        "above": _limits(threshold, " or "),
+        "at_most": _limits(threshold, " and "),
+        "several": bool(constraints),
         "settings": [(pretty(key), plain(value)) for key, value in settings.items()],
         "judge": [(pretty(key), plain(value)) for key, value in (report.get("judge") or {}).items()],
         "prompts": len(collected.prompts),
         "legend": [(charts.swatch(position), policy) for position, policy in enumerate(policies)],
-        "summaries": [_summary(report, policy, reference) for policy in policies],
-        "groups": _table(report["policies"], report["differences"], policies),
+        "summaries": [_summary(report, policy, reference, constraints) for policy in policies],
+        "groups": _table(report["policies"], report["differences"], policies, constraints),
         "transitions": _transitions(report["transitions"], policies),
-        "scatter": _scatter(collected, policies, threshold),
+        "scatters": [(name, found) for name, *own in parts if (found := _scatter(*own)) is not None],
         "signs": {kind: charts.sign(kind) for kind in ("reference", "kept", "repaired", "broken")},
-        "distribution": _distribution(collected, policies, threshold),
-        "categories": _categories(report["categories"], policies),
+        "distributions": [(name, found) for name, *own in parts if (found := _distribution(*own)) is not None],
+        "categories": _categories(report["categories"], policies, constraints),
         "streams": pack(collected, policies, threshold),
     }
     environment = Environment(
@@ -95,6 +104,13 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
     with open(aside, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(template.generate(context))
     os.replace(aside, path)
+
+
+def _limits(threshold: Thresholds, between: str) -> str:
+    """The threshold, or those of several constraints, in words."""
+    if isinstance(threshold, Mapping):
+        return between.join(f"{_limits(own, between)} ({name})" for name, own in threshold.items())
+    return f"{threshold:g}".replace("-", MINUS)
 
 
 def _asset(name: str) -> str:
@@ -126,39 +142,46 @@ def _cells(
 
 
 def _table(
-    values: Mapping[str, Any], differences: Mapping[str, Any], policies: Sequence[str]
+    values: Mapping[str, Any], differences: Mapping[str, Any], policies: Sequence[str], constraints: Sequence[str]
 ) -> list[tuple[str, list[tuple[Measure, list[dict[str, Any]]]]]]:
     keys = dict.fromkeys(key for policy in policies for key in values[policy])
     return [
         (name, [(measure, _cells(measure, values, differences, policies)) for measure in group])
-        for name, group in groups_of(list(keys))
+        for name, group in groups_of(list(keys), constraints)
     ]
 
 
-def _summary(report: Mapping[str, Any], policy: str, reference: str) -> dict[str, Any]:
+def _summary(report: Mapping[str, Any], policy: str, reference: str, constraints: Sequence[str]) -> dict[str, Any]:
     """The measures that answer the question, for the sentence about a policy."""
 
-    def said(key: str, of: Mapping[str, Any], difference: bool = False) -> str:
-        values = triple(of.get(key))
-        return spell(values, decimals_of(values, MEASURES[key].share), MEASURES[key].share, difference)
+    def said(measure: Measure, of: Mapping[str, Any], difference: bool = False) -> str:
+        values = triple(of.get(measure.key))
+        return spell(values, decimals_of(values, measure.share), measure.share, difference)
 
-    own = report["policies"][policy]
-    floor, _, _ = triple(report["policies"][reference].get("interference_rate"))
-    summary = {"policy": policy, "interference": said("interference_rate", own)}
+    interference, reward = measure_of("interference_rate"), measure_of("mean_reward")
+    violations = [measure_of("strict_violation", name) for name in constraints or [None]]
+    own, changes = report["policies"][policy], report["differences"].get(policy, {})
+    summary: dict[str, Any] = {"policy": policy, "interference": said(interference, own)}
     if policy == reference:
-        return summary | {"violation": said("strict_violation", own), "reward": said("mean_reward", own)}
-    changes = report["differences"].get(policy, {})
-    verdict = {
-        key: judge_difference(MEASURES[key], triple(changes.get(key)))
-        for key in ("interference_rate", "strict_violation", "mean_reward")
-    }
+        violated = [(_small(measure.label), said(measure, own)) for measure in violations]
+        return summary | {"violations": violated, "reward": said(reward, own)}
+    floor, _, _ = triple(report["policies"][reference].get(interference.key))
+
+    def verdict(measure: Measure) -> Verdict:
+        return judge_difference(measure, triple(changes.get(measure.key)))
+
     return summary | {
         "floor": spell_value(floor, decimals_of([floor], share=True), share=True),
-        "interference_change": said("interference_rate", changes, difference=True),
-        "violation": said("strict_violation", changes, difference=True),
-        "reward": said("mean_reward", changes, difference=True),
-        "verdict": verdict,
+        "interference_change": said(interference, changes, difference=True),
+        "violations": [(_small(m.label), said(m, changes, difference=True), verdict(m)) for m in violations],
+        "reward": said(reward, changes, difference=True),
+        "verdict": {measure.key: verdict(measure) for measure in (interference, reward)},
     }
+
+
+def _small(label: str) -> str:
+    """A measure's label in the middle of a sentence, where that of a constraint keeps its name."""
+    return label if ":" in label else label[:1].lower() + label[1:]
 
 
 def _transitions(transitions: Mapping[str, Any], policies: Sequence[str]) -> list[dict[str, Any]]:
@@ -176,20 +199,22 @@ def _share(count: int, among: int) -> str:
     return spell_value(count / among if among else math.nan, 1, share=True)
 
 
-def _scatter(collected: Collected, policies: Sequence[str], threshold: float) -> dict[str, Any] | None:
-    before = collected.scores[policies[0]]
-    others = policies[1:]
-    panels: list[tuple[str, PolicyScores | None]] = [(policy, collected.scores[policy]) for policy in others]
-    panels = panels or [(policies[0], None)]
-    limits = charts.scatter_limits(before, [scores for _, scores in panels], threshold)
+def _scatter(scores: Mapping[str, PolicyScores], threshold: float) -> dict[str, Any] | None:
+    """Of all policies, the reference first."""
+    (reference, before), *others = scores.items()
+    panels: list[tuple[str, PolicyScores | None]] = [*others] or [(reference, None)]
+    limits = charts.scatter_limits(before, [own for _, own in panels], threshold)
     if limits is None:
         return None
-    drawn = [len(charts.drawn_prompts(before, scores)) for _, scores in panels]
+    drawn = [len(charts.drawn_prompts(before, own)) for _, own in panels]
+    # A constraint is about some of the prompts.
+    prompts = int(np.logical_or.reduce([own.present for own in scores.values()]).sum())
     return {
-        "panels": [(name, charts.scatter(before, scores, threshold, limits, name)) for name, scores in panels],
+        "panels": [(name, charts.scatter(before, own, threshold, limits, name)) for name, own in panels],
         "drawn": max(drawn),
         "lines": min(charts.DRAWN_LINES, max(drawn)) if others else 0,
-        "missing": max(len(before.cost) - _scored(before, scores) for _, scores in panels),
+        "prompts": prompts,
+        "missing": max(prompts - _scored(before, own) for _, own in panels),
     }
 
 
@@ -199,8 +224,7 @@ def _scored(reference: PolicyScores, policy: PolicyScores | None) -> int:
     return int(np.logical_and.reduce([np.isfinite(s.cost) & np.isfinite(s.reward) for s in both]).sum())
 
 
-def _distribution(collected: Collected, policies: Sequence[str], threshold: float) -> dict[str, Any] | None:
-    scores = {policy: collected.scores[policy] for policy in policies}
+def _distribution(scores: Mapping[str, PolicyScores], threshold: float) -> dict[str, Any] | None:
     costs = {policy: own.cost[np.isfinite(own.cost)] for policy, own in scores.items()}
     if not any(values.size for values in costs.values()):
         return None
@@ -210,13 +234,16 @@ def _distribution(collected: Collected, policies: Sequence[str], threshold: floa
     return {"chart": charts.distribution(costs, threshold, safe), "safe": safe}
 
 
-def _categories(categories: Mapping[str, Any], policies: Sequence[str]) -> dict[str, Any] | None:
+def _categories(
+    categories: Mapping[str, Any], policies: Sequence[str], constraints: Sequence[str]
+) -> dict[str, Any] | None:
     """Charts of the largest categories, in the order of the report, and a table of all."""
     if not categories:
         return None
     largest = sorted(categories, key=lambda name: -categories[name]["prompts"])[: charts.DRAWN_CATEGORIES]
     names = [name for name in categories if name in set(largest)]
-    measures = [MEASURES[key] for key in _BY_CATEGORY]
+    violations = [measure_of("strict_violation", name) for name in constraints or [None]]
+    measures = [*violations, measure_of("interference_rate"), measure_of("mean_reward")]
 
     def chart(measure: Measure) -> Markup:
         values = [

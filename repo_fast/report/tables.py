@@ -9,9 +9,9 @@ from repo_fast.report.measures import (
     Evaluation,
     Measure,
     Thresholds,
-    by_constraint,
     has_interval,
     prompt_measures,
+    prompts_about,
     resample,
     score_prompts,
 )
@@ -62,14 +62,12 @@ def before_after_table(
     if before_again is not None:
         again = prompt_measures(before_again, before, threshold)
         measured[0].update({name: own for name, own in again.items() if name.endswith("interference_rate")})
-    prompts = len(old.prompt_ids)
+    prompts, about = len(old.prompt_ids), prompts_about(before)
     labels = _ROWS | {
-        f"{constraint}_{name}": f"{constraint}: {_ROWS[name]}"
-        for constraint in by_constraint(before)
-        for name in _OF_CONSTRAINTS
+        f"{constraint}_{name}": f"{constraint}: {_ROWS[name]}" for constraint in about for name in _OF_CONSTRAINTS
     }
     rows = [
-        _Row(label, *(side.get(name) for side in measured), has_interval(name, prompts))
+        _Row(label, *(side.get(name) for side in measured), has_interval(name, prompts, about))
         for name, label in labels.items()
     ]
     cells = [row.cells(prompts, resamples, seed) for row in rows if row.before is not None or row.after is not None]

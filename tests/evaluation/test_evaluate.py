@@ -119,9 +119,9 @@ def paid(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["drawn"] += len(requests)
         return generate(model, tokenizer, requests, *rest)
 
-    def counted_score(scorer, rollout):
+    def counted_score(scorer, rollout, exempt):
         counts["scored"] += len(rollout.responses) * (scorer.name == "reward")
-        return score(scorer, rollout)
+        return score(scorer, rollout, exempt)
 
     monkeypatch.setattr(evaluator, "generate", counted_generate)
     monkeypatch.setattr(evaluator, "finite_scores", counted_score)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from repo_fast.report.measures import Evaluation, score_prompts
+from repo_fast.report.measures import Evaluation, Thresholds, score_prompts
 from repo_fast.report.page_parts.wording import decimals_of, number, visible
 
 PROMPTS_PER_CHUNK = 64
@@ -27,7 +27,11 @@ _PROMPT_CHARACTERS, _MIN_PROMPT_CHARACTERS = 4_000_000, 200
 
 
 class Response(NamedTuple):
-    """One response; NaN where a number is missing, and never safe then."""
+    """One response; NaN where a number is missing, and never safe then.
+
+    Under several constraints `cost` is how far it is above the threshold of that constraint where it is most, and
+    `costs` has them all, -inf where one is not about the prompt.
+    """
 
     sample: int
     cost: float
@@ -35,6 +39,7 @@ class Response(NamedTuple):
     length: int | None
     finished: bool | None
     text: str
+    costs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class PolicyScores:
     """What a policy did on each of the P prompts.
 
     Attributes:
-        cost, reward: float64 [P]. Means over the prompt's responses, NaN where it has none.
+        cost, reward: float64 [P]. Means over the prompt's responses, NaN where it has none; under several constraints
+            the largest mean excess over a threshold instead of the cost.
         unsafe: bool [P].
         present: bool [P]. Whether the policy has responses to the prompt.
     """
@@ -63,6 +69,7 @@ class Collected:
         categories: P names, None where there is none.
         responses: By policy, P lists of responses, highest cost first.
         scores: By policy.
+        by_constraint: Under several constraints, by name: the scores under each, by policy.
     """
 
     prompt_ids: list[Any]
@@ -70,6 +77,7 @@ class Collected:
     categories: list[str | None]
     responses: dict[str, list[list[Response]]]
     scores: dict[str, PolicyScores]
+    by_constraint: dict[str, dict[str, PolicyScores]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ def collect(
     samples: Iterable[Mapping[str, Any]],
     policies: Sequence[str],
     reference: str,
-    threshold: float,
+    threshold: Thresholds,
     samples_per_prompt: int | None = None,
 ) -> Collected:
     """Groups responses by prompt, in one pass, and averages their scores.
@@ -109,12 +117,13 @@ def collect(
         policies: The names to expect.
         reference: The policy that may have a second sample, which then is the one that counts, as it does in the rates
             of `report.comparison`.
-        threshold: d, in the unit of the costs.
+        threshold: d, in the unit of the costs; of several constraints by name.
         samples_per_prompt: From which sample of the reference on its second sample begins; None for never.
 
     Raises:
         ValueError: a sample of a policy that is not expected.
     """
+    several = threshold if isinstance(threshold, Mapping) else {}
     prompts: dict[Any, tuple[str, str | None]] = {}
     answers: dict[str, dict[Any, list[Response]]] = {policy: {} for policy in policies}
     for row in samples:
@@ -123,13 +132,15 @@ def collect(
             raise ValueError(f"a sample is of the policy {policy!r}; the report has {', '.join(map(repr, policies))}")
         if prompt_id not in prompts:
             prompts[prompt_id] = visible(row["prompt"]), row.get("category")
+        costs = tuple(-math.inf if row[name] is None else number(row[name]) for name in several)
         response = Response(
             row["sample"],
-            number(row["cost"]),
+            _worst(costs, several) if several else number(row["cost"]),
             number(row["reward"]),
             row.get("response_length"),
             row.get("finished"),
             visible(row["response"]),
+            costs,
         )
         answers[policy].setdefault(prompt_id, []).append(response)
     ids = sorted(prompts)
@@ -147,29 +158,65 @@ def collect(
         categories=[prompts[prompt_id][1] for prompt_id in ids],
         responses=responses,
         scores={policy: _scores(lists, threshold) for policy, lists in responses.items()},
+        by_constraint={
+            name: {policy: _scores(_under(lists, place), own) for policy, lists in responses.items()}
+            for place, (name, own) in enumerate(several.items())
+        },
     )
 
 
-def _scores(lists: list[list[Response]], threshold: float) -> PolicyScores:
+def _worst(costs: Sequence[float], thresholds: Mapping[str, float]) -> float:
+    """The largest excess, of the costs that are about the prompt; NaN where none is, or one is missing."""
+    excess = [cost - threshold for cost, threshold in zip(costs, thresholds.values(), strict=True)]
+    about = [own for own in excess if own != -math.inf]
+    return float(np.max(about)) if about else math.nan
+
+
+def _is_unsafe(response: Response, threshold: Thresholds) -> bool:
+    """In the type that costs are scored in, as `score_prompts` does."""
+    several = isinstance(threshold, Mapping)
+    pairs = zip(response.costs, threshold.values(), strict=True) if several else [(response.cost, threshold)]
+    return any(not np.float32(cost) - np.float32(limit) <= 0 for cost, limit in pairs)
+
+
+def _under(lists: list[list[Response]], place: int) -> list[list[Response]]:
+    """The responses as they are under one of several constraints."""
+    return [
+        [
+            response._replace(cost=response.costs[place], costs=())
+            for response in group
+            if response.costs[place] != -math.inf
+        ]
+        for group in lists
+    ]
+
+
+def _scores(lists: list[list[Response]], threshold: Thresholds) -> PolicyScores:
     cost, reward = np.full(len(lists), np.nan), np.full(len(lists), np.nan)
     unsafe, present = np.zeros(len(lists), dtype=bool), np.zeros(len(lists), dtype=bool)
     rows = [row for row, group in enumerate(lists) for _ in group]
     if rows:
         rewards = [response.reward for group in lists for response in group]
-        costs = np.array([response.cost for group in lists for response in group], dtype=np.float32)
+        costs: Any = np.array([response.cost for group in lists for response in group], dtype=np.float32)
+        several = isinstance(threshold, Mapping)
+        if several:
+            each = np.array([response.costs for group in lists for response in group], dtype=np.float32)
+            costs = dict(zip(threshold, each.T, strict=True))
         scores = score_prompts(Evaluation(rows, rewards, costs), threshold)
-        cost[scores.prompt_ids], reward[scores.prompt_ids] = scores.cost, scores.reward
+        excess = np.where(np.isneginf(scores.excess), np.nan, scores.excess)
+        cost[scores.prompt_ids] = excess if several else scores.cost
+        reward[scores.prompt_ids] = scores.reward
         unsafe[scores.prompt_ids], present[scores.prompt_ids] = ~(scores.excess <= 0), True
     return PolicyScores(cost, reward, unsafe, present)
 
 
-def pack(collected: Collected, policies: Sequence[str], threshold: float, limit: int = _STREAM_BYTES) -> Streams:
+def pack(collected: Collected, policies: Sequence[str], threshold: Thresholds, limit: int = _STREAM_BYTES) -> Streams:
     """Packs the responses for the page, as many as fit.
 
     Args:
         collected: What `collect` returned.
         policies: In the order of the page, the reference first.
-        threshold: d, in the unit of the costs.
+        threshold: d, in the unit of the costs; of several constraints by name.
         limit: Of the compressed bytes of all streams together.
     """
     longest = max(_MIN_PROMPT_CHARACTERS, _PROMPT_CHARACTERS // max(len(collected.prompts), 1))
@@ -197,7 +244,7 @@ def pack(collected: Collected, policies: Sequence[str], threshold: float, limit:
 
 
 def _index(
-    collected: Collected, policies: Sequence[str], threshold: float, cut_prompts: dict[int, int]
+    collected: Collected, policies: Sequence[str], threshold: Thresholds, cut_prompts: dict[int, int]
 ) -> dict[str, Any]:
     categories = sorted({category for category in collected.categories if category is not None})
     place = {category: position for position, category in enumerate(categories)}
@@ -209,7 +256,8 @@ def _index(
         for field, columns in (("cost", [s.cost for s in scores]), ("reward", [s.reward for s in scores]))
     }
     return {
-        "threshold": threshold,
+        # Several constraints: what is called the cost is the largest excess over a threshold.
+        "constraints": list(threshold) if isinstance(threshold, Mapping) else [],
         "policies": [visible(policy) for policy in policies],
         "categories": [visible(category) for category in categories],
         "ids": [visible(str(prompt_id)) for prompt_id in collected.prompt_ids],
@@ -225,7 +273,7 @@ def _index(
 
 
 def _pack_responses(
-    collected: Collected, policies: Sequence[str], threshold: float, budget: float
+    collected: Collected, policies: Sequence[str], threshold: Thresholds, budget: float
 ) -> tuple[list[bytes], int, int, int]:
     """The chunks, the bytes of text in them, and how many responses were left out and cut."""
     chunks, kept_bytes, left_out, cut = [], 0, 0, 0
@@ -274,17 +322,18 @@ def _choose(answers: list[list[Response]], budget: float) -> tuple[list[list[tup
     return kept, used
 
 
-def _record(response: Response, text: str, missing: int, threshold: float) -> list[Any]:
+def _record(response: Response, text: str, missing: int, threshold: Thresholds) -> list[Any]:
+    costs = [None if cost == -math.inf else _or_none(cost) for cost in response.costs]
     return [
         response.sample,
         _or_none(response.cost),
         _or_none(response.reward),
         response.length,
         response.finished,
-        # In the type that costs are scored in, as `score_prompts` does.
-        int(not np.float32(response.cost) - np.float32(threshold) <= 0),
+        int(_is_unsafe(response, threshold)),
         text,
         missing,
+        *([costs] if costs else []),
     ]
 
 

@@ -36,6 +36,8 @@
     return;
   }
   const reference = data.policies[0];
+  // Under several constraints, how far above its threshold the one is where that is most.
+  const costWord = data.constraints.length ? "excess" : "cost";
   const chunks = document.getElementsByClassName("data-responses");
   const unpacked = new Map();
 
@@ -80,10 +82,10 @@
     return costs.length ? Math.max(...costs) : null;
   };
   const orders = [
-    ["All policies", [["highest cost under any policy", worst], ["order of the prompts", (row) => -row]]],
-    ["Cost", each.map(({ name, policy }) => [`cost: ${name}`, (row) => costOf(policy, row)])],
+    ["All policies", [[`highest ${costWord} under any policy`, worst], ["order of the prompts", (row) => -row]]],
+    ["Cost", each.map(({ name, policy }) => [`${costWord}: ${name}`, (row) => costOf(policy, row)])],
     ["Reward", each.map(({ name, policy }) => [`reward: ${name}`, (row) => data.reward[policy][row]])],
-    ["Change of cost", others.map(({ name, policy }) => [`cost: ${name} ${MINUS} ${reference}`, (row) => difference(data.cost, policy, row)])],
+    ["Change of cost", others.map(({ name, policy }) => [`${costWord}: ${name} ${MINUS} ${reference}`, (row) => difference(data.cost, policy, row)])],
     ["Change of reward", others.map(({ name, policy }) => [`reward: ${name} ${MINUS} ${reference}`, (row) => difference(data.reward, policy, row)])],
   ];
 
@@ -177,10 +179,16 @@
     return block;
   };
 
-  const answerBlock = ([sample, itsCost, itsReward, length, finished, unsafe, text, missing]) => {
+  // Of several constraints those that are about the prompt.
+  const costsOf = (itsCost, costs) =>
+    costs
+      ? data.constraints.flatMap((name, place) => (costs[place] === null ? [] : [`${name} ${cost(costs[place])}`])).join(", ")
+      : `cost ${cost(itsCost)}`;
+
+  const answerBlock = ([sample, itsCost, itsReward, length, finished, unsafe, text, missing, costs]) => {
     const block = element("div", "answer");
     const facts = element("p", "soft", `sample ${sample} · `);
-    facts.append(element("span", unsafe ? "unsafe" : "", `cost ${cost(itsCost)}${unsafe ? " unsafe" : ""}`));
+    facts.append(element("span", unsafe ? "unsafe" : "", `${costsOf(itsCost, costs)}${unsafe ? " unsafe" : ""}`));
     facts.append(` · reward ${reward(itsReward)}`);
     if (length !== null) facts.append(` · ${count(length, "token")}`);
     if (finished === false) facts.append(" · not finished");
@@ -213,7 +221,7 @@
       const column = element("section");
       const heading = element("h4");
       heading.append(element("bdi", "", name));
-      const how = kept.length < total ? `, the ${kept.length} of highest cost shown` : ", highest cost first";
+      const how = kept.length < total ? `, the ${kept.length} of highest ${costWord} shown` : `, highest ${costWord} first`;
       column.append(heading, element("p", "soft", total ? `${count(total, "response")}${total > 1 ? how : ""}` : "no responses"));
       column.append(...kept.map(answerBlock));
       answers.append(column);

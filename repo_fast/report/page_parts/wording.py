@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from markupsafe import Markup
@@ -142,10 +142,30 @@ _GROUPS = {
 MEASURES = {measure.key: measure for group in _GROUPS.values() for measure in group}
 
 
-def groups_of(keys: Sequence[str]) -> list[tuple[str, list[Measure]]]:
-    """The measures of these keys in the order of the page, by the heading they stand under; unknown ones come last."""
-    groups = [(name, [measure for measure in group if measure.key in keys]) for name, group in _GROUPS.items()]
-    unknown = [Measure(key, pretty(key), "This page has no definition of it.") for key in keys if key not in MEASURES]
+def measure_of(key: str, constraint: str | None = None) -> Measure:
+    """The measure of a key; of one of several constraints, by its name."""
+    measure = MEASURES[key]
+    if constraint is None:
+        return measure
+    return replace(
+        measure,
+        key=f"{constraint}_{key}",
+        label=f"{constraint}: {measure.label[:1].lower()}{measure.label[1:]}",
+        definition=f"Of the constraint {constraint} alone, over the prompts that it is about. {measure.definition}",
+    )
+
+
+def groups_of(keys: Sequence[str], constraints: Sequence[str] = ()) -> list[tuple[str, list[Measure]]]:
+    """The measures of these keys in the order of the page, by the heading they stand under; unknown ones come last.
+
+    Those of each of several constraints stand behind what is measured of all.
+    """
+    groups = []
+    for name, group in _GROUPS.items():
+        variants = [measure_of(measure.key, own) for own in (None, *constraints) for measure in group]
+        groups.append((name, [measure for measure in variants if measure.key in keys]))
+    known = {measure.key for _, group in groups for measure in group}
+    unknown = [Measure(key, pretty(key), "This page has no definition of it.") for key in keys if key not in known]
     return [(name, group) for name, group in [*groups, ("Other measures", unknown)] if group]
 
 
