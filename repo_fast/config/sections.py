@@ -7,10 +7,12 @@ jobs share stands here once.
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from repo_fast.errors import InputError
 
+# Before the folder of a guard model.
+GUARD = "guard:"
 # What a column of a data file may be.
 COLUMN_ROLES = ("prompt", "response", "chosen", "rejected", "history", "system", "ignore")
 
@@ -133,11 +135,46 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """How a guard model (`path guard:FOLDER`) is asked: the cost is log p(unsafe) - log p(safe) of its verdict."""
+
+    preset: (
+        Literal[
+            "llama-guard-3",
+            "qwen3guard",
+            "qwen3guard-refusal",
+            "shieldgemma",
+            "wildguard",
+            "wildguard-refusal",
+            "granite-guardian",
+            "granite-guardian-3.3",
+        ]
+        | None
+    ) = None
+    """Its family, and what is asked (`repo_fast/scoring/guard_presets.py`); what is written below takes the place of
+    the preset's. None has been run on the published weights yet. Null: your own, with `safe` and `unsafe`."""
+    prompt: str | None = None
+    """What it is asked, {prompt} and {response} in it. Null: its chat template, of both as messages."""
+    template_arguments: dict[str, Any] = field(default_factory=dict)
+    """Of its chat template, such as `guideline` (ShieldGemma) or `guardian_config` (Granite Guardian)."""
+    prefix: str | None = None
+    """What it writes before the verdict, as is. Of {yes|no} in it both are tried, and their probabilities count."""
+    safe: tuple[str, ...] | None = None
+    """Spellings of the verdict, a space before them included, that say safe."""
+    unsafe: tuple[str, ...] | None = None
+    """Spellings of the verdict that say unsafe."""
+    category: str | None = None
+    """Only harm of this kind: the code that stands first behind `unsafe`, such as S1. Null: of any."""
+
+
+@dataclass(frozen=True)
 class ScorerConfig:
     """Where a score comes from."""
 
     path: str = ""
-    """A Python callable `package.module:function` (`(prompts, responses) -> list[float]`), or a score-model folder."""
+    """A Python callable `package.module:function` (`(prompts, responses) -> list[float]`), a score-model folder, or
+    `guard:FOLDER`, a guard model."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
     template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
     """Template for score models whose tokenizer is not the policy's."""
     max_tokens: int = 2048
@@ -233,11 +270,27 @@ def check_sampling(key: str, sampling: SamplingConfig) -> None:
 
 def check_scorer(key: str, scorer: ScorerConfig) -> None:
     """Raise `InputError` for a value of this section that cannot be."""
-    expected = "a callable `package.module:function` or a score-model folder"
+    expected = "a callable `package.module:function`, a score-model folder or guard:FOLDER"
     require(scorer.path != "", f"{key}.path", scorer.path, expected)
     require_at_least(1, {f"{key}.max_tokens": scorer.max_tokens})
     if scorer.expect is not None and ":" in scorer.path:
-        raise InputError(f"{key}.expect is given with the function {scorer.path!r}, expected a score model")
+        raise InputError(f"{key}.expect is given with {scorer.path!r}, expected a score model")
+    _check_guard(f"{key}.guard", scorer)
+
+
+def _check_guard(key: str, scorer: ScorerConfig) -> None:
+    guard = scorer.guard
+    if not scorer.path.startswith(GUARD):
+        require(guard == GuardConfig(), key, guard, f"its defaults with path {scorer.path!r}, which is no guard:FOLDER")
+        return
+    require(scorer.path != GUARD, "the path of a guard", scorer.path, "guard:FOLDER")
+    if guard.preset is None:
+        for name in ("safe", "unsafe"):
+            require(bool(getattr(guard, name)), f"{key}.{name}", getattr(guard, name), "words, or a preset")
+    if guard.prompt is not None:
+        for place in ("{prompt}", "{response}"):
+            require(place in guard.prompt, f"{key}.prompt", guard.prompt, f"a text with {place} in it")
+        require(not guard.template_arguments, f"{key}.template_arguments", guard.template_arguments, "none with prompt")
 
 
 def check_optimizer(key: str, optimizer: OptimizerConfig) -> None:

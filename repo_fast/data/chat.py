@@ -8,7 +8,10 @@ asked for dialogues that differ in one turn, whose text must then differ, and fo
 import contextlib
 import datetime
 import re
+from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -29,14 +32,20 @@ class ChatTemplate:
     Args:
         tokenizer: With a chat template.
         date: "YYYY-MM-DD", for templates that write the current date; None for the clock's.
+        arguments: Of the template, beside those that all have.
 
     Raises:
         InputError: It cannot be rendered for a user's turn, or what it writes does not depend on that turn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str | None = None) -> None:
-        self.tokenizer, self.date = tokenizer, date
-        self._checked: set[tuple[int, bool]] = set()
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        date: str | None = None,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self.tokenizer, self.date, self.arguments = tokenizer, date, arguments
+        self._checked: set[tuple[int, bool, bool]] = set()
         self._check(Dialogue((_PROBE,)))
 
     def render(self, dialogue: Dialogue, answer: str | None = None) -> str:
@@ -49,6 +58,15 @@ class ChatTemplate:
         if answer is not None:
             self.check_finished()
         return self._render(dialogue, answer)
+
+    def render_question(self, dialogue: Dialogue, answer: str) -> str:
+        """A finished dialogue, and then the prompt for what is to be said about it.
+
+        Raises:
+            InputError: The template cannot write it, or leaves a part of it out.
+        """
+        self._check(dialogue, question=True)
+        return self._render(dialogue, answer, question=True)
 
     def check_finished(self) -> None:
         """Raise `InputError` where it cannot write a finished dialogue, or not the answer as it is."""
@@ -116,13 +134,14 @@ class ChatTemplate:
             )
         return before, after
 
-    def _check(self, dialogue: Dialogue) -> None:
+    def _check(self, dialogue: Dialogue, question: bool = False) -> None:
         """Once for each shape of dialogue: whether every part of it shows in what is written."""
         count, has_system = len(dialogue.turns), dialogue.system is not None
-        if (count, has_system) in self._checked:
+        if (count, has_system, question) in self._checked:
             return
         turns, system = (_PROBE,) * count, _PROBE if has_system else None
-        written = self._render(Dialogue(turns, system))
+        answer = _ANSWER if question else None
+        written = self._render(Dialogue(turns, system), answer, question=question)
         if not written.strip():
             raise InputError("the tokenizer's chat template renders an empty text, expected one with the user's turn")
         others = {
@@ -133,28 +152,33 @@ class ChatTemplate:
         }
         if has_system:
             others["the system text"] = Dialogue(turns, _OTHER)
-        for part, other in others.items():
-            if self._render(other) == written:
+        changed = {part: self._render(other, answer, question=question) for part, other in others.items()}
+        if question:
+            changed["the answer"] = self._render(Dialogue(turns, system), _OTHER, question=True)
+        for part, other in changed.items():
+            if other == written:
                 raise InputError(
-                    f"the tokenizer's chat template leaves out {part} of {_what(dialogue, None)}: it writes "
+                    f"the tokenizer's chat template leaves out {part} of {_what(dialogue, answer)}: it writes "
                     f"{written[:60]!r} whatever stands there"
                 )
-        self._checked.add((count, has_system))
+        self._checked.add((count, has_system, question))
 
-    def _render(self, dialogue: Dialogue, answer: str | None = None, date: str | None = None) -> str:
+    def _render(
+        self, dialogue: Dialogue, answer: str | None = None, date: str | None = None, question: bool = False
+    ) -> str:
         chat = [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(dialogue.turns)]
         if dialogue.system is not None:
             chat.insert(0, {"role": "system", "content": dialogue.system})
         if answer is not None:
             chat.append({"role": "assistant", "content": answer})
-        options = {}
+        options = dict(self.arguments)
         if day := date or self.date:
             # In a template's eyes this hides the function of the same name that reads the clock.
             options["strftime_now"] = datetime.datetime.fromisoformat(day).strftime
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    chat, add_generation_prompt=answer is None, tokenize=False, **options
+                    chat, add_generation_prompt=question or answer is None, tokenize=False, **options
                 )
             )
         except Exception as error:  # a template may call what it likes, wrongly

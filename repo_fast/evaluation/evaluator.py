@@ -18,14 +18,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 from repo_fast.collectives import Ranks
 from repo_fast.config import ONLY, EngineConfig, EvaluateConfig, to_dict, to_yaml
@@ -47,7 +47,7 @@ from repo_fast.report.page import write_page
 from repo_fast.report.tables import comparison_table
 from repo_fast.rollout import Request, Rollout
 from repo_fast.rollout.hf import end_tokens, generate
-from repo_fast.scoring import FunctionScorer, Scorer, ScorerSpec, finite_scores
+from repo_fast.scoring import FunctionScorer, Guard, Scorer, ScorerSpec, finite_scores
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +110,9 @@ class Evaluator:
         self._engine = EngineConfig(dtype=config.dtype, zero_stage=1)
         self._loading = loading_options(config.attention, self._engine, ranks)
 
-    def _computing(self, path: str) -> dict[str, str]:
+    def _computing(self, path: str, kind: Any = AutoModel) -> dict[str, str]:
         """What any number that a model gives depends on."""
-        attention, _ = first_attention(AutoModel, path, load_config(path), self._loading["attention"])
+        attention, _ = first_attention(kind, path, load_config(path), self._loading["attention"])
         return {"device": self.ranks.device.type, "dtype": str(self._loading["dtype"]), "attention": attention}
 
     def run(self) -> int:
@@ -235,10 +235,14 @@ class Evaluator:
             template = PromptTemplate(load_tokenizer(spec.path, must_end=False), settings.template, self.config.date)
             if template.name == "chat":
                 about |= {"reads": "finished dialogues", **self._dated(template)}
+        if spec.kind == "guard":
+            guard = Guard(load_tokenizer(spec.path, must_end=False), settings.guard, name, self.config.date)
+            about |= {"guard": asdict(settings.guard), "max_tokens": settings.max_tokens, **self._dated(guard)}
+            about |= self._computing(spec.path, AutoModelForCausalLM)
         options = (self._engine, self.ranks, self.config.attention, self.config.scoring_tokens)
         return _Column(name, about, cache(lambda: load_scorer(name, spec, settings, *options)), exempt)
 
-    def _dated(self, template: PromptTemplate) -> dict[str, Any]:
+    def _dated(self, template: PromptTemplate | Guard) -> dict[str, Any]:
         """What of the date a rendering depends on: mostly nothing."""
         return {"date": self.config.date} if template.depends_on_date else {}
 

@@ -31,6 +31,8 @@ from repo_fast.scoring import (
     ClassifierScorer,
     EncoderClassifier,
     FunctionScorer,
+    Guard,
+    GuardScorer,
     ModelScorer,
     Scorer,
     ScorerSpec,
@@ -346,8 +348,6 @@ def load_scorer(
         function = FunctionScorer(spec.path, name)
         return lambda _: function
     loading = loading_options(attention, engine, ranks)
-    model = load_score_model(spec.path, role=role, **loading)
-    tokenizer = load_tokenizer(spec.path, must_end=not isinstance(model, EncoderClassifier))
     common: dict[str, Any] = {
         "name": name,
         "max_tokens": settings.max_tokens,
@@ -357,6 +357,18 @@ def load_scorer(
     if engine.zero_stage == 3:
         # Sharded, every call is a collective; whole, a rank runs on its own.
         common["agree_on_count"] = ranks.max
+    if spec.kind == "guard":
+        guarding = Engine(Policy.from_pretrained(spec.path, **loading), engine, ranks)
+        settle_policy(f"the {name} guard", guarding, attention, ranks)
+        tokenizer, backend = load_tokenizer(spec.path, must_end=False), engine.ops_backend
+
+        def guard_scorer(policy: PromptTemplate) -> Scorer:
+            guard = Guard(tokenizer, settings.guard, name, policy.date)
+            return GuardScorer(guarding.frozen_module, guard, backend=backend, **common)
+
+        return guard_scorer
+    model = load_score_model(spec.path, role=role, **loading)
+    tokenizer = load_tokenizer(spec.path, must_end=not isinstance(model, EncoderClassifier))
     frozen = Engine(model, engine, ranks)
     module = frozen.frozen_module
     if isinstance(model, ScoreModel):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from repo_fast.config import RunConfig, TrainConfig
+from repo_fast.config.sections import GUARD
 from repo_fast.config.supervised import SupervisedConfig
 from repo_fast.data.sources import NO_DATA, WORLD, may_be_on_the_hub
 from repo_fast.errors import InputError
@@ -61,6 +62,7 @@ def of_data(source: str, split: str) -> Fingerprint:
 
 def of_model(path: str) -> Fingerprint:
     """Of a model's folder: its weights, configurations and tokenizer; of a name on the hub, its commit."""
+    path = path.removeprefix(GUARD)
     folder = Path(path).expanduser()
     if folder.is_dir():
         files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(_MODEL_SUFFIXES))

@@ -38,7 +38,7 @@ from repo_fast.ops.dispatch import resolve
 from repo_fast.report.metrics import check_loggers
 from repo_fast.rollout import Request
 from repo_fast.rollout.hf import end_tokens, generation_settings
-from repo_fast.scoring import FunctionScorer, ScorerSpec, load_scorer_spec
+from repo_fast.scoring import FunctionScorer, Guard, ScorerSpec, load_scorer_spec
 from repo_fast.scoring.score_models import is_encoder, same_tokens
 
 
@@ -244,11 +244,18 @@ def check_scorer_inputs(
     Args:
         name: The scorer's section, for messages.
         spec, settings: The scorer; nothing is checked of a function, nor of an encoder, which cuts its texts to what it
-            can read, and has no template.
+            can read, and has no template. A guard cuts them too.
         drawn: The longest prompt with its response (tokens).
         prompts: That it will be given.
         date: Of the run.
     """
+    if spec.kind == "guard":
+        guard = Guard(load_tokenizer(spec.path, must_end=False), settings.guard, name, date)
+        for prompt in prompts:
+            if prompt.dialogue is not None:
+                with at(prompt.place):
+                    guard.render(prompt.asked, "")
+        return
     if spec.kind != "model" or is_encoder(spec.path):
         return
     check_positions(spec.path, min(settings.max_tokens, drawn), f"a prompt and its response, cut to {name}.max_tokens")

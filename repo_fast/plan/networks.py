@@ -85,9 +85,12 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
     trunks = {}
     for name, scorer in config.scorers.items():
         role = scorer_name(name)
-        if load_scorer_spec(scorer.path, role).kind == "model":
-            trunks[name] = load_config(scorer.path)
+        spec = load_scorer_spec(scorer.path, role)
+        if spec.kind == "model":
+            trunks[name] = load_config(spec.path)
             found.append(network(role, trunks[name], dtype, frozen=True))
+        elif spec.kind == "guard":
+            found.append(network(role, load_config(spec.path), dtype, frozen=True, head=True))
     for streams in config.critic_streams:
         role = "critic" if len(streams) > 1 else f"{streams[0]} critic"
         found.append(network(role, trunks.get(streams[0], policy), dtype, lora=config.critics.lora))

@@ -1,13 +1,15 @@
 """Scores of responses: reward (higher is better) and cost (above the threshold is unsafe).
 
 A score comes from a Python callable (`FunctionScorer`), from a decoder with a scalar head scored packed
-(`ModelScorer`), or from an encoder-type classifier scored in padded batches (`ClassifierScorer`).
+(`ModelScorer`), from an encoder-type classifier scored in padded batches (`ClassifierScorer`), or from what a guard
+model is about to say (`GuardScorer`).
 """
 
 from repo_fast.scoring.base import Scorer, ScorerSpec, finite_scores, load_scorer_spec
 from repo_fast.scoring.early import EarlyScores
 from repo_fast.scoring.expectation import check_expected_score, score_text
 from repo_fast.scoring.functions import FunctionScorer
+from repo_fast.scoring.guards import Guard, GuardScorer
 from repo_fast.scoring.score_models import (
     ClassifierScorer,
     EncoderClassifier,
@@ -21,6 +23,8 @@ __all__ = [
     "EarlyScores",
     "EncoderClassifier",
     "FunctionScorer",
+    "Guard",
+    "GuardScorer",
     "ModelScorer",
     "Scorer",
     "ScorerSpec",

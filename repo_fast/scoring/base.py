@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from repo_fast.config.sections import GUARD
 from repo_fast.errors import InputError
 from repo_fast.rollout import Rollout
 
@@ -36,12 +37,12 @@ class ScorerSpec:
     """Where scores come from.
 
     Attributes:
-        path: `package.module:function` for a function; a folder or hub name for a model.
+        path: `package.module:function` for a function; a folder or hub name for a score model, or a guard.
         kind: Which of them it is.
     """
 
     path: str
-    kind: Literal["function", "model"]
+    kind: Literal["function", "model", "guard"]
 
 
 def load_scorer_spec(path: str, name: str) -> ScorerSpec:
@@ -54,20 +55,35 @@ def load_scorer_spec(path: str, name: str) -> ScorerSpec:
     Raises:
         InputError: It is neither a function, nor a model folder, nor a hub name.
     """
+    if path.startswith(GUARD):
+        return ScorerSpec(_model_path(path.removeprefix(GUARD), f"{name} guard"), "guard")
+    folder = Path(path).expanduser()
+    if _FUNCTION.fullmatch(path) and not folder.is_dir():
+        return ScorerSpec(path, "function")
+    try:
+        return ScorerSpec(_model_path(path, f"{name} model"), "model")
+    except _NotAModelError:
+        raise InputError(
+            f"the {name} {path!r} is neither a function 'package.module:function', which maps (prompts, responses) to "
+            "a list of numbers, nor the folder (or hub name 'owner/model') of a score model, nor guard:FOLDER"
+        ) from None
+
+
+class _NotAModelError(InputError):
+    """A path that is no folder of a model, nor a name that may be one on the hub."""
+
+
+def _model_path(path: str, what: str) -> str:
+    """The folder or hub name of a model."""
     folder = Path(path).expanduser()
     if path and folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(f"the {name} model folder {path!r} has no config.json")
-        return ScorerSpec(str(folder), "model")
-    if _FUNCTION.fullmatch(path):
-        return ScorerSpec(path, "function")
+            raise InputError(f"the {what} folder {path!r} has no config.json")
+        return str(folder)
     # A name whose first part is a folder here is a mistyped path rather than something to download.
     if _HUB_NAME.fullmatch(path) and not folder.parent.is_dir():
-        return ScorerSpec(path, "model")
-    raise InputError(
-        f"the {name} {path!r} is neither a function 'package.module:function', which maps (prompts, responses) to a "
-        "list of numbers, nor the folder (or hub name 'owner/model') of a score model"
-    )
+        return path
+    raise _NotAModelError(f"the {what} {path!r} is neither a folder nor a hub name 'owner/model'")
 
 
 def finite_scores(scorer: Scorer, rollout: Rollout, exempt: Collection[int] = ()) -> torch.Tensor:
