@@ -7,9 +7,9 @@ of a run has a column for each. What the values do is in `repo_fast/objective/`.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from repo_fast.config.sections import ScorerConfig, check_scorer, require, require_at_least
+from repo_fast.config.sections import Plain, ScorerConfig, check_scorer, require, require_at_least
 from repo_fast.errors import InputError
 from repo_fast.objective.algorithm import ALGORITHMS
 
@@ -38,7 +38,7 @@ class CostConfig(ScorerConfig):
 
     threshold: float = 0.0
     """d: a cost above it is unsafe (units of the cost)."""
-    applies_to: dict[str, Any] = field(default_factory=dict)
+    applies_to: dict[str, Plain] = field(default_factory=dict)
     """The prompts it is about, by a field of their rows such as `category`: the value, or the list of values, that they
     have there. Of several fields all have to fit. Empty: all prompts. Others are not given to the scorer."""
     applies_to_missing: bool | None = None

@@ -7,10 +7,12 @@ jobs share stands here once.
 import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from repo_fast.errors import InputError
 
+# A value of a mapping that is not ours. Text first: as `Any`, the text "1" would become the number, "a: b" a mapping.
+Plain = str | bool | int | float | list | dict | None
 # Before the folder of a guard model.
 GUARD = "guard:"
 # What a column of a data file may be.
@@ -155,7 +157,7 @@ class GuardConfig:
     the preset's. None has been run on the published weights yet. Null: your own, with `safe` and `unsafe`."""
     prompt: str | None = None
     """What it is asked, {prompt} and {response} in it. Null: its chat template, of both as messages."""
-    template_arguments: dict[str, Any] = field(default_factory=dict)
+    template_arguments: dict[str, Plain] = field(default_factory=dict)
     """Of its chat template, such as `guideline` (ShieldGemma) or `guardian_config` (Granite Guardian)."""
     prefix: str | None = None
     """What it writes before the verdict, as is. Of {yes|no} in it both are tried, and their probabilities count."""

@@ -40,6 +40,22 @@ def test_they_read_back_equal(tmp_path: Path) -> None:
     assert parsed(tmp_path, text=to_yaml(config)) == config
 
 
+def test_texts_of_a_file_stay_texts(tmp_path: Path) -> None:
+    """Those that would be something else as YAML: a number, a truth value, a mapping."""
+    text = (
+        "reward: {path: 'm:f'}\n"
+        "constraints:\n"
+        "  a: {path: 'm:f', applies_to: {level: '1', safe: 'no', number: 1, flag: true, some: ['1', 2, 'a: b']}}\n"
+        "  b: {path: 'guard:x', guard: {preset: shieldgemma, template_arguments: {guideline: 'No insults: ...'}}}\n"
+    )
+    config = parsed(tmp_path, text=text)
+    wanted = {"level": "1", "safe": "no", "number": 1, "flag": True, "some": ["1", 2, "a: b"]}
+    assert config.constraints["a"].applies_to == wanted
+    assert {type(value) for value in config.constraints["a"].applies_to.values()} == {str, int, bool, list}
+    assert config.constraints["b"].guard.template_arguments == {"guideline": "No insults: ..."}
+    assert parsed(tmp_path, text=to_yaml(config)) == config
+
+
 def test_a_value_of_one_is_set_on_the_command_line(tmp_path: Path) -> None:
     config = parsed(tmp_path, "--constraints.harm.threshold 2 --constraints.harm.applies_to '{category: x}'")
     assert config.constraints["harm"].threshold == 2
