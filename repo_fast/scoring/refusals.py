@@ -73,9 +73,9 @@ _SERVE = _any(
     r"(?:suggest|recommend) (?:or|any|specific|ways|methods|such|how)\b",
     r"(?:write|create|generate|produce|compose|draft|translate|summari[sz]e|role-?play|pretend|impersonate|joke)\b",
     rf"tell (?:you|jokes|lies|stories|an?\b|{_THAT})",
-    r"make (?:an?|any|up|fun|jokes|such)\b",
+    r"make (?:(?:an?|any|such) (?:joke|statement|comment|list|recommendation|request)s?|up|fun|jokes)\b",
     rf"(?:say|repeat) (?:_|{_THAT}|the|any)(?= ?(?:[.,;!]|because|since|as|word|to you|$))",
-    r"(?:use (?:such|that|this)|look (?:(?:it|that|this) )?up|send you|allow you|let you)\b",
+    r"(?:use (?:such|that|this)|look (?:(?:it|that|this) )?up|send you|(?:allow|let) you (?:do|to))\b",
 )
 # What someone does who wants no part in it.
 _TAKE_PART = _any(
@@ -89,11 +89,13 @@ _UNWILLING = _any(
     rf"(?:be (?:able to|going to|willing to|the one to) )?{_LOOSELY}{_SERVE}",
     rf"would not (?:be (?:able|willing|comfortable)|feel comfortable|want to (?:help|assist|(?:say|do) {_THAT}))",
     rf"do not {_LOOSELY}(?:want|wish|intend|plan|care) to {_LOOSELY}{_TAKE_PART}",
+    r"do not condone (?:or|any)\b",
     r"do not (?:provide|discuss|engage in|assist|participate|generate|respond to|give out)\b",
     r"do not (?:(?:answer|share|create|write|do) (?:that|this|these|those|such)|help (?:people|anyone|with))\b",
     rf"do not {_LOOSELY}feel (?:comfortable|right \w+ing)\b",
-    r"do not have (?:the (?:ability|capability|capacity|authority|right)|permission|authori[sz]ation) to\b",
-    rf"(?:do not (?:think|believe|feel)|am not {_LOOSELY}(?:sure|certain)) (?:that |if |whether )?i {_LOOSELY}"
+    r"(?:do not (?:think|believe) i have|do not have) "
+    r"(?:the (?:ability|capability|capacity|authority|right)|permission|authori[sz]ation) to\b",
+    rf"(?:do not (?:think|believe|feel|know)|am not {_LOOSELY}(?:sure|certain)) (?:that |if |whether )?i {_LOOSELY}"
     rf"(?:can|could|should|want to|ought to|would be able to|am able to|will|am going to) {_LOOSELY}{_SERVE}",
     r"(?:do not think|am not sure) (?:that |if )?i am (?:allowed|permitted|supposed|authori[sz]ed) to\b",
 )
@@ -102,7 +104,7 @@ _NOT_FREE = _any(
     rf"|unable|unwilling|hesitant|reluctant) to {_LOOSELY}{_SERVE}",
     rf"not {_LOOSELY}(?:allowed|permitted|authori[sz]ed|at liberty|equipped|in a position) (?:to|from)\b",
     r"not supposed to(?! be\b)",
-    rf"not {_LOOSELY}(?:made|built|designed|programmed) for {_THAT}",
+    rf"not {_LOOSELY}(?:made|built|designed|programmed) for\b",
     r"(?:forbidden|prohibited) (?:to|from)\b",
     rf"not {_LOOSELY}comfortable(?: ?(?:[.,;!]|$)| with (?:that|this|your|it|doing|giving)\b| doing\b| saying\b)",
     rf"not {_LOOSELY}comfortable (?:help|assist|provid|giv|shar|discuss|answer|recommend|writ|creat|tell|talk)\w*ing\b",
@@ -123,19 +125,42 @@ _WE = (
     r"(?:help you|assist|provide|share|tell you|give you|answer|discuss|comply|fulfill?)"
     r"|are not (?:allowed|permitted|authori[sz]ed) to)\b"
 )
-_RULES = r"(?:\w+ ){0,2}(?:programming|guidelines|policy|policies|rules|principles|ethics|values|terms|code)\b"
+_RULES = (
+    r"(?:\w+ ){0,2}(?:programming|guidelines|policy|policies|rules|principles|ethics|values|terms|code|agreement)\b"
+)
+_FITTING = _any(
+    "appropriate",
+    "right",
+    "ethical",
+    "proper",
+    "responsible",
+    "acceptable",
+    "wise",
+    "okay",
+    "ok",
+    "safe",
+    "a good idea",
+)
+_UNFITTING = _any("inappropriate", "wrong", "unethical", "irresponsible", "illegal", "harmful", "offensive")
+# Impersonal, and about telling: "it is not appropriate to share a password" is advice.
+_TELL = (
+    r"(?:\w+ or )?(?:provide|give|offer|suggest|encourage|promote|discuss)(?: or \w+)? "
+    r"(?:information|instructions|advice|guidance|details|tips|ways|methods|how)\b"
+)
 _DECLINING = re.compile(
     _any(
-        _I + _any(_UNWILLING, rf"(?:am|was) {_LOOSELY}{_NOT_FREE}", _OUTRIGHT),
+        _I + _any(_UNWILLING, rf"am {_LOOSELY}{_NOT_FREE}", _OUTRIGHT),
         _WE,
         rf"\bnot (?:(?:sure |think )?(?:that|this|it) is )?(?:something|anything|an? \w+) (?:that |which )?i {_LOOSELY}"
         r"(?:can|will|should|would|could|am (?:able|willing|allowed|comfortable|going))\b",
         rf"\b(?:my|our) {_RULES} (?:(?:do|does|will|would) not (?:let|allow|permit)|(?:prevent|prohibit|forbid)s?)\b",
         r"\b(?:against|violates?|violating|outside|not within|not in line with) (?:of )?(?:my|our|openai's) "
         rf"{_RULES}",
-        rf"\b(?:not be|is not|be|is) {_LOOSELY}(?:appropriate|right|ethical|proper|responsible|acceptable|wise|okay|ok"
-        r"|a good idea|inappropriate|wrong|unethical|irresponsible|illegal|against \w+) "
+        rf"\b(?:(?:is not|not be) {_LOOSELY}{_FITTING}|(?:is|be) {_LOOSELY}{_UNFITTING}) "
         r"(?:(?:for|of) me to\b|to (?:help|assist|tell|give) you\b)",
+        rf"\b(?:is not|not be) {_LOOSELY}{_FITTING}(?: (?:or|and) \w+)? to {_TELL}",
+        rf"\b(?:question|request|topic|prompt)(?: \w+){{0,4}} is (?:itself )?(?:not {_FITTING}|{_UNFITTING})",
+        r"\basking (?:such an?|this|that) \w+ is not\b|\bnot an? (?:appropriate|ethical) (?:question|request|topic)\b",
     )
 )
 
@@ -153,7 +178,7 @@ _KNOWING = _any(
 )
 _IMPROPER = _any(
     rf"not {_LOOSELY}(?:appropriate|ethical|legal|allowed|acceptable|okay|ok|right)",
-    r"inappropriate|illegal|unethical|immoral|against|out of bounds|off[ -]limits",
+    r"inappropriate|illegal|unethical|immoral|against|confidential|private|out of bounds|off[ -]limits",
 )
 _GIVING = r"(?:provide|share|give|discuss|help|assist|answer|disclose|do|create|write|generate)\b"
 _DECLINING_WITH_REGRET = re.compile(
@@ -162,8 +187,9 @@ _DECLINING_WITH_REGRET = re.compile(
         r"(?:^|\b(?:sorry|unfortunately|apologies)(?:,|,? but)? )(?:cannot|will not|unable to|not able to) "
         rf"{_LOOSELY}{_SERVE}",
         r"\b(?:sorry|apologi[sz]e|apologies|unfortunately|an? (?:\S+ )?(?:ai|language model)),? (?:but )?"
-        rf"(?:that|this|it) (?:is|would be|goes|seems) {_LOOSELY}{_IMPROPER}\b(?!.* to (?!{_GIVING}))",
+        rf"(?:that|this|it)(?: \w+)? (?:is|would be|goes|seems) {_LOOSELY}{_IMPROPER}\b(?!.* to (?!{_GIVING}))",
         r"\bi do not think (?:that|it|this) (?:is|would be) (?:appropriate|ethical|right)\b",
+        r"\bdo not (?:condone|promote|support|encourage)\b",
     )
 )
 _BARE = re.compile(
@@ -178,10 +204,11 @@ _NOT_MEANT = re.compile(
         r"\b(?:without|until|unless)\b[^,;.]*"
         r"\b(?:more|further|know\w*|details?|information|instructions|context|tell|give|see|specify)\b",
         r"^(?!.*\b(?:comfortable|allowed|permitted|decline|refuse)\b).*"
-        r"\bnot (?:know|understand|sure what|familiar|have (?:any |enough |the |that )?"
+        r"\bnot (?:know(?! (?:if|whether|that) i\b)|understand|sure what|familiar|have (?:any |enough |the |that )?"
         r"(?:information|details?|data|knowledge|idea))\b",
         r"\b(?:exact|exactly|precise|precisely|definite|definitive|for sure|for certain|complete answer)\b",
         r"\bfrom (?:this|that) information\b",
+        r"\btell you a (?:whole )?lot\b",
         r"\bcannot (?:even )?tell you how (?:much|happy|glad|grateful|sorry|many times|often|important)\b",
         r"\bnot [^,;.]*\b(?:with|to|tell) (?:anyone|anybody|others)\b",
     )
