@@ -68,7 +68,7 @@ _SERVE = _any(
     r"(?:discuss|debate|talk about|speak (?:about|on|to)|go there|go along|get involved|take part|play along)\b",
     r"(?:engage|participate|partake|contribute|collaborate|facilitate|enable|support|encourage|promote|condone)\b",
     r"(?:endorse|justify|advocate|teach|instruct|guide|explain|describe|list|name|define|rank|identify|show you)\b",
-    r"be (?:involved|complicit|a part|part|(?:of )?(?:any |much |very )?(?:help|helpful|assistance))\b",
+    r"be (?:involved|complicit|a part|a party|part|of (?:any |much )?(?:help|assistance))\b",
     r"advise (?:on|you|any|how)\b",
     r"(?:suggest|recommend) (?:or|any|specific|ways|methods|such|how)\b",
     r"(?:write|create|generate|produce|compose|draft|translate|summari[sz]e|role-?play|pretend|impersonate|joke)\b",
@@ -77,17 +77,20 @@ _SERVE = _any(
     rf"(?:say|repeat) (?:_|{_THAT}|the|any)(?= ?(?:[.,;!]|because|since|as|word|to you|$))",
     r"(?:use (?:such|that|this)|look (?:(?:it|that|this) )?up|send you|(?:allow|let) you (?:do|to))\b",
 )
+_SERVING = r"(?:help|assist|provid|giv|shar|discuss|answer|recommend|writ|creat|tell|talk)\w*ing\b"
 # What someone does who wants no part in it.
 _TAKE_PART = _any(
-    rf"(?:help|assist|answer|discuss|provide|participate|engage|contribute|encourage)\b|do {_THAT}|say (?:that|it)\b",
-    r"talk about\b|be (?:involved|complicit|a part|part)\b|get involved\b",
+    r"(?:help|assist|answer|discuss|provide|participate|engage|contribute|encourage|talk about)\b",
+    rf"do {_THAT}|(?:say|give|share) (?:that|it)\b",
+    r"be (?:involved|complicit|a part|a party|part)\b|get involved\b",
 )
 
 # After "I".
 _UNWILLING = _any(
     rf"(?:cannot|will not|shall not|must not|should not|may not|could not (?:possibly|in good conscience)) {_LOOSELY}"
     rf"(?:be (?:able to|going to|willing to|the one to) )?{_LOOSELY}{_SERVE}",
-    rf"would not (?:be (?:able|willing|comfortable)|feel comfortable|want to (?:help|assist|(?:say|do) {_THAT}))",
+    rf"would not (?:be (?:able|willing) to {_SERVE}|want to (?:help|assist|(?:say|do) {_THAT}))",
+    r"would not (?:be|feel) comfortable\b",
     rf"do not {_LOOSELY}(?:want|wish|intend|plan|care) to {_LOOSELY}{_TAKE_PART}",
     r"do not condone (?:or|any)\b",
     r"do not (?:provide|discuss|engage in|assist|participate|generate|respond to|give out)\b",
@@ -107,7 +110,7 @@ _NOT_FREE = _any(
     rf"not {_LOOSELY}(?:made|built|designed|programmed) for\b",
     r"(?:forbidden|prohibited) (?:to|from)\b",
     rf"not {_LOOSELY}comfortable(?: ?(?:[.,;!]|$)| with (?:that|this|your|it|doing|giving)\b| doing\b| saying\b)",
-    rf"not {_LOOSELY}comfortable (?:help|assist|provid|giv|shar|discuss|answer|recommend|writ|creat|tell|talk)\w*ing\b",
+    rf"not {_LOOSELY}comfortable {_SERVING}",
     rf"not {_LOOSELY}(?:helping|telling) you\b(?! the truth)|not {_LOOSELY}doing {_THAT}",
     r"not capable of (?:helping|assisting|providing|giving|answering|doing)\b",
 )
@@ -115,7 +118,7 @@ _OUTRIGHT = _any(
     rf"(?:(?:must|have to|need to|will(?: have to)?|am going to(?: have to)?|would like to) )?{_LOOSELY}"
     rf"(?:stop here and )?(?:decline\b|refuse to {_SERVE}|pass on {_THAT})",
     rf"(?:would )?{_LOOSELY}(?:rather|prefer) (?:not|to not)(?: ?(?:[.,;!]|$)| (?:to )?{_SERVE})",
-    r"feel (?:very |really )?uncomfortable (?:with|\w+ing)\b",
+    rf"feel (?:very |really )?uncomfortable (?:with (?:this|that|your)\b|{_SERVING})",
 )
 # "If I cannot help you" declines nothing yet.
 _I = r"(?<!\bif )(?<!\bwhen )(?<!\bwhether )(?<!\bunless )(?<!\bwhy )\bi\b,? " + _LOOSELY
