@@ -36,6 +36,7 @@ def results_in(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_runs_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_suite.main(["--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

@@ -65,6 +65,7 @@ def one_machine(job: Job) -> Path:
     return job.folder / "one"
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_two_ranks_of_one_and_a_signal_stops_them_with_a_checkpoint(
     slurm: dict[str, str], job: Job, one_machine: Path, tmp_path: Path
 ) -> None:
@@ -79,6 +80,7 @@ def test_two_nodes_train_as_two_ranks_of_one_and_a_signal_stops_them_with_a_chec
     assert same_bits(weights(tmp_path / "two"), weights(one_machine))
 
 
+@pytest.mark.slow
 def test_so_do_two_launchers(job: Job, one_machine: Path, tmp_path: Path) -> None:
     """By the recipe's words for them."""
     recipe = (FOLDER / "README.md").read_text()

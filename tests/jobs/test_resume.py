@@ -146,6 +146,7 @@ def two_ranks(job: Job, stopped_once: Path, tmp_path_factory: pytest.TempPathFac
     return folder, on_ranks(2, "tests.jobs.test_resume:several_runs_on_two_ranks", folder)
 
 
+@pytest.mark.slow
 def test_two_ranks_stopped_by_the_option(two_ranks: tuple[Path, list[dict]]) -> None:
     folder, returned = two_ranks
     for rank in returned:
@@ -153,6 +154,7 @@ def test_two_ranks_stopped_by_the_option(two_ranks: tuple[Path, list[dict]]) -> 
     assert_same_run(folder / "stopped", folder / "whole")
 
 
+@pytest.mark.slow
 def test_a_traced_step_changes_nothing_and_leaves_traces_of_all_ranks(two_ranks: tuple[Path, list[dict]]) -> None:
     folder, _ = two_ranks
     written = folder / "whole" / "profile"
@@ -168,12 +170,14 @@ def test_a_traced_step_changes_nothing_and_leaves_traces_of_all_ranks(two_ranks:
     assert_same_run(folder / "whole", folder / "ended")
 
 
+@pytest.mark.slow
 def test_two_ranks_stopped_by_torchrun(two_ranks: tuple[Path, list[dict]]) -> None:
     """SIGTERM to the launcher reaches the ranks; they end the step, save, and another launch goes on."""
     folder, _ = two_ranks
     assert_same_run(folder / "ended", folder / "whole")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_number_of_ranks(two_ranks: tuple[Path, list[dict]], stopped_once: Path) -> None:
     folder, returned = two_ranks
     assert [rank["statuses"]["other ranks"] for rank in returned] == [2, 2]

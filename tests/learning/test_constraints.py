@@ -324,6 +324,7 @@ def on_two(folder: Path) -> dict[str, dict[str, Any]]:
     return updates(folder / "policy", start_distributed(), 30)
 
 
+@pytest.mark.slow
 def test_the_update_does_not_depend_on_ranks_or_micro_batches(ranks: Ranks, tmp_path: Path) -> None:
     save_policy(tmp_path / "policy")
     whole = updates(tmp_path / "policy", ranks, 4096)

@@ -232,7 +232,7 @@ def step(engine: Engine, ranks) -> None:
     assert engine.step().applied
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)], ids=["one rank", "two ranks"])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     """The folder, and what each rank of a run found."""
     folder = tmp_path_factory.mktemp("vocabulary")

@@ -41,7 +41,7 @@ def fused_inputs(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_opcheck_linear_ops(dtype: torch.dtype, backend: str) -> None:
     case = make_case(dtype=dtype).copy()
     for entropy in (False, True):

@@ -113,7 +113,7 @@ def held_after_a_step(folder: Path) -> dict:
     return held
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_stays_is_what_deepspeed_holds(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_the_bucket(monkeypatch, 200_000)
     for held in on_ranks(ranks, f"{__name__}:held_after_a_step", tmp_path):
@@ -227,7 +227,7 @@ def noting_what_is_allocated(phase: Phase, most: dict[str, int]) -> Phase:
     return noted
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_a_phase_adds_is_what_is_planned(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_the_bucket(monkeypatch, 600_000)
     tokenizer = word_tokenizer([f"w{i}" for i in range(1980)])

@@ -68,6 +68,7 @@ def learn(folder: Path) -> list[dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_deal_of_lengths_blocks_two_ranks_or_changes_what_they_learn(tmp_path: Path) -> None:
     save_policy(tmp_path / "policy")
     first = random.randrange(10**6)

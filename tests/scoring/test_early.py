@@ -126,6 +126,7 @@ def test_a_run_calls_a_function_from_its_thread(early: str, thread: str, most: i
     assert len(calls[0][1]) == most
 
 
+@pytest.mark.slow
 def test_ranks_exchange_responses_with_their_scores(tmp_path: Path) -> None:
     """The balance over ranks comes after the drawing."""
     job = Job.make(tmp_path)
@@ -135,6 +136,7 @@ def test_ranks_exchange_responses_with_their_scores(tmp_path: Path) -> None:
     assert_scored_by(cost, tmp_path / "run", steps=2)
 
 
+@pytest.mark.slow
 def test_a_run_whose_function_fails_ends_with_one_line(tmp_path: Path) -> None:
     job = Job.make(tmp_path)
     failed = job.torchrun(2, tmp_path / "run", "--rollout.score_early true", "--cost.path tests.scorers:raises")

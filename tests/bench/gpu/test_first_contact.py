@@ -27,6 +27,7 @@ SCRIPTS = Path(REPOSITORY, "bench", "gpu", "first_contact")
 # ------------------------------------------------------------------------------------------------------- probe
 
 
+@pytest.mark.slow
 def test_the_probe_runs_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Row passes by Triton's interpreter."""
     out = tmp_path / "out.jsonl"

@@ -48,6 +48,7 @@ def test_the_parts_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (tmp_path / "tables.md").read_text() == tables
 
 
+@pytest.mark.slow
 def test_a_step_is_taken_apart() -> None:
     row = trainer.take_steps(TINY, 1, 4)
     assert all(row["seconds"][name] > 0 for name in ("forward", "backward", "optimizer", "generate", "score"))
