@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from repo_fast.config.sections import Plain, ScorerConfig, check_scorer, require, require_at_least
+from repo_fast.config.checks import require, require_at_least
+from repo_fast.config.sections import Plain, ScorerConfig, check_scorer
 from repo_fast.errors import InputError
 from repo_fast.objective.algorithm import ALGORITHMS
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from repo_fast.config.checks import require, require_at_least
 from repo_fast.config.constraints import ONLY, CostConfig, by_column, check_costs
 from repo_fast.config.judge import JudgeConfig, check_judge
 from repo_fast.config.sections import (
@@ -13,8 +14,6 @@ from repo_fast.config.sections import (
     check_fields,
     check_sampling,
     check_scorer,
-    require,
-    require_at_least,
 )
 
 _NAME = re.compile(r"[\w.+-]+")

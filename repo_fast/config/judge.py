@@ -2,32 +2,24 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from repo_fast.config.sections import require, require_at_least
+from repo_fast.config.checks import require, require_at_least
 
 Criterion = Literal["helpfulness", "harmlessness"]
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
-    """A language model behind an OpenAI-compatible chat endpoint (vLLM, llama.cpp, OpenAI, ...) judges responses."""
+class EndpointConfig:
+    """A language model behind an OpenAI-compatible chat endpoint (vLLM, llama.cpp, OpenAI, ...)."""
 
     url: str | None = None
     """Base URL of the endpoint, such as http://127.0.0.1:8000/v1. Null: no judge."""
-    model: str = ""
-    """Name of the model as the endpoint knows it; required with a url."""
     api_key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the key. Where it is not set a placeholder is sent: local servers want none."""
-    mode: Literal["pairwise", "single"] = "pairwise"
-    """`pairwise`: two responses to a prompt are compared, in both orders. `single`: each is rated from 1 to 10."""
-    criterion: Criterion = "helpfulness"
-    """What is judged. The two are kept apart, as in Safe RLHF: a refusal is harmless, however unhelpful."""
-    samples_per_prompt: int = 1
-    """Responses judged for each prompt and policy."""
     concurrency: int = 8
-    """Most requests under way at once."""
+    """Most requests under way at once, of each rank."""
     retries: int = 4
     """Times a request is sent again after a lost connection, a time-out, or HTTP 408, 409, 429 or 5xx; the waits grow
     from half a second to eight, or are what the server asks for, up to two minutes."""
@@ -45,23 +37,56 @@ class JudgeConfig:
     output_price: float | None = None
     """US dollars per million tokens answered."""
     budget: float | None = None
-    """US dollars: an estimate above it is an error before the first request. Needs both prices."""
+    """US dollars: an estimate above it is an error before the request. Needs both prices."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig(EndpointConfig):
+    """A language model behind an OpenAI-compatible chat endpoint (vLLM, llama.cpp, OpenAI, ...) judges responses."""
+
+    model: str = ""
+    """Name of the model as the endpoint knows it; required with a url."""
+    mode: Literal["pairwise", "single"] = "pairwise"
+    """`pairwise`: two responses to a prompt are compared, in both orders. `single`: each is rated from 1 to 10."""
+    criterion: Criterion = "helpfulness"
+    """What is judged. The two are kept apart, as in Safe RLHF: a refusal is harmless, however unhelpful."""
+    samples_per_prompt: int = 1
+    """Responses judged for each prompt and policy."""
+
+
+@dataclass(frozen=True)
+class RubricConfig(EndpointConfig):
+    """A judge's number as a score (`path judge:MODEL`), also while training."""
+
+    rubric: str = ""
+    """What it rates, from 1 to 10, and what these mean, in words: "10: gives a dose, 1: none at all". The score is the
+    number; a threshold is in its units."""
 
 
 def check_judge(key: str, config: JudgeConfig) -> None:
     """Raise `InputError` for a value of this section that cannot be, or that would have no effect."""
     if config.url is None:
-        for field in dataclasses.fields(config):
-            value = getattr(config, field.name)
-            expected = f"{key}.url as well: without one there is no judge"
-            require(value == field.default, f"{key}.{field.name}", value, expected)
+        check_unused(key, config, f"{key}.url as well: without one there is no judge")
         return
-    _check_url(f"{key}.url", config.url)
     require(config.model.strip() != "", f"{key}.model", config.model, "the name of the judge's model")
+    require_at_least(1, {f"{key}.samples_per_prompt": config.samples_per_prompt})
+    check_endpoint(key, config)
+
+
+def check_unused(key: str, section: Any, expected: str) -> None:
+    """Raise `InputError` for the first value of a section that is not its default."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        require(value == field.default, f"{key}.{field.name}", value, expected)
+
+
+def check_endpoint(key: str, config: EndpointConfig) -> None:
+    """Raise `InputError` for a value of this section that cannot be."""
+    require(config.url is not None, f"{key}.url", config.url, "a base URL such as http://127.0.0.1:8000/v1")
+    _check_url(f"{key}.url", str(config.url))
     variable = config.api_key_variable
     require(variable != "" and "=" not in variable, f"{key}.api_key_variable", variable, "an environment variable")
-    counts = ("samples_per_prompt", "concurrency", "max_tokens")
-    require_at_least(1, {f"{key}.{name}": getattr(config, name) for name in counts})
+    require_at_least(1, {f"{key}.{name}": getattr(config, name) for name in ("concurrency", "max_tokens")})
     numbers = ("retries", "temperature", "input_price", "output_price", "budget")
     require_at_least(0, {f"{key}.{name}": getattr(config, name) for name in numbers})
     require(config.timeout > 0, f"{key}.timeout", config.timeout, "a number of seconds above 0")

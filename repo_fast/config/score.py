@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
-from repo_fast.config.sections import require, require_at_least
+from repo_fast.config.checks import require, require_at_least
 from repo_fast.config.supervised import ExamplesConfig, SupervisedConfig
 
 Layout = Literal["score", "model-for-score", "sequence-classification"]

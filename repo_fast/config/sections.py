@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from repo_fast.config.checks import require, require_at_least
+from repo_fast.config.judge import RubricConfig, check_endpoint, check_unused
 from repo_fast.errors import InputError
 
 # A value of a mapping that is not ours. Text first: as `Any`, the text "1" would become the number, "a: b" a mapping.
 Plain = str | bool | int | float | list | dict | None
-# Before the folder of a guard model.
-GUARD = "guard:"
+# Before the folder of a guard model, and the name of a judge's.
+GUARD, JUDGE = "guard:", "judge:"
 # What a column of a data file may be.
 COLUMN_ROLES = ("prompt", "response", "chosen", "rejected", "history", "system", "ignore")
 
@@ -174,9 +176,10 @@ class ScorerConfig:
     """Where a score comes from."""
 
     path: str = ""
-    """A Python callable `package.module:function` (`(prompts, responses) -> list[float]`), a score-model folder, or
-    `guard:FOLDER`, a guard model."""
+    """A Python callable `package.module:function` (`(prompts, responses) -> list[float]`), a score-model folder,
+    `guard:FOLDER`, a guard model, or `judge:MODEL`, a judge behind an endpoint."""
     guard: GuardConfig = field(default_factory=GuardConfig)
+    judge: RubricConfig = field(default_factory=RubricConfig)
     template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
     """Template for score models whose tokenizer is not the policy's."""
     max_tokens: int = 2048
@@ -249,20 +252,6 @@ def _is_day(text: str) -> bool:
         return False
 
 
-def require(condition: bool, key: str, value: object, expected: str) -> None:
-    """Raise `InputError` unless a value is as expected."""
-    if not condition:
-        raise InputError(f"{key} is {value!r}, expected {expected}")
-
-
-def require_at_least(minimum: int, values: Mapping[str, float | None]) -> None:
-    """Raise `InputError` for the first value below the minimum; null is none."""
-    for key, value in values.items():
-        if value is not None:
-            kind = "whole number" if minimum else "number"
-            require(value >= minimum, key, value, f"a {kind} of at least {minimum}")
-
-
 def check_sampling(key: str, sampling: SamplingConfig) -> None:
     """Raise `InputError` for a value of this section that cannot be."""
     require_at_least(1, {f"{key}.max_new_tokens": sampling.max_new_tokens, f"{key}.batch_size": sampling.batch_size})
@@ -272,12 +261,23 @@ def check_sampling(key: str, sampling: SamplingConfig) -> None:
 
 def check_scorer(key: str, scorer: ScorerConfig) -> None:
     """Raise `InputError` for a value of this section that cannot be."""
-    expected = "a callable `package.module:function`, a score-model folder or guard:FOLDER"
+    expected = "a callable `package.module:function`, a score-model folder, guard:FOLDER or judge:MODEL"
     require(scorer.path != "", f"{key}.path", scorer.path, expected)
     require_at_least(1, {f"{key}.max_tokens": scorer.max_tokens})
     if scorer.expect is not None and ":" in scorer.path:
         raise InputError(f"{key}.expect is given with {scorer.path!r}, expected a score model")
     _check_guard(f"{key}.guard", scorer)
+    if not scorer.path.startswith(JUDGE):
+        check_unused(f"{key}.judge", scorer.judge, f"its default with path {scorer.path!r}, which is no judge:MODEL")
+        return
+    require(scorer.path.removeprefix(JUDGE).strip() != "", f"{key}.path", scorer.path, "judge:MODEL")
+    check_endpoint(f"{key}.judge", scorer.judge)
+    require(scorer.judge.rubric.strip() != "", f"{key}.judge.rubric", scorer.judge.rubric, "what is rated, in words")
+
+
+def is_called(path: str) -> bool:
+    """Whether a scorer is called with texts, a function or a judge, and no model that computes here."""
+    return ":" in path and not path.startswith(GUARD)
 
 
 def _check_guard(key: str, scorer: ScorerConfig) -> None:
@@ -285,7 +285,7 @@ def _check_guard(key: str, scorer: ScorerConfig) -> None:
     if not scorer.path.startswith(GUARD):
         require(guard == GuardConfig(), key, guard, f"its defaults with path {scorer.path!r}, which is no guard:FOLDER")
         return
-    require(scorer.path != GUARD, "the path of a guard", scorer.path, "guard:FOLDER")
+    require(scorer.path != GUARD, key.removesuffix("guard") + "path", scorer.path, "guard:FOLDER")
     if guard.preset is None:
         for name in ("safe", "unsafe"):
             require(bool(getattr(guard, name)), f"{key}.{name}", getattr(guard, name), "words, or a preset")

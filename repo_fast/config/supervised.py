@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from repo_fast.config.checks import require, require_at_least
 from repo_fast.config.sections import (
     ModelConfig,
     OptimizerConfig,
@@ -10,8 +11,6 @@ from repo_fast.config.sections import (
     check_fields,
     check_model,
     check_optimizer,
-    require,
-    require_at_least,
 )
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from repo_fast.config.checks import require, require_at_least
 from repo_fast.config.constraints import (
     ONLY,
     ConstraintConfig,
@@ -25,8 +26,7 @@ from repo_fast.config.sections import (
     check_optimizer,
     check_sampling,
     check_scorer,
-    require,
-    require_at_least,
+    is_called,
 )
 from repo_fast.errors import InputError
 from repo_fast.objective.algorithm import ALGORITHMS
@@ -324,17 +324,17 @@ class TrainConfig(RunConfig):
         _check_vllm(self)
         check_scorer("reward", self.reward)
         _check_costs(self)
-        adapters, functions = self.policy.lora.rank > 0, all(":" in s.path for s in self.scorers.values())
+        adapters, functions = self.policy.lora.rank > 0, all(is_called(s.path) for s in self.scorers.values())
         if self.engine.offload_frozen and adapters and functions:
             raise InputError(
                 f"engine.offload_frozen is true with policy.lora.rank {self.policy.lora.rank} and scoring functions, "
                 "expected false: no model is frozen"
             )
-        if rollout.score_early and not any(":" in scorer.path for scorer in self.scorers.values()):
+        if rollout.score_early and not any(is_called(scorer.path) for scorer in self.scorers.values()):
             paths = [f"{name}.path {scorer.path!r}" for name, scorer in self.scorers.items()]
             raise InputError(
                 f"rollout.score_early is true with {' and '.join(paths)}, "
-                "expected a function for one of them: only functions are called while responses are drawn"
+                "expected a function for one of them: only functions and judges are called while responses are drawn"
             )
         if algorithm.scope is not None and not row.rectify:
             raise InputError(

@@ -50,7 +50,7 @@ def scorer_fingerprint(spec: ScorerSpec) -> list:
     For a function: the texts of its module, which is loaded, and of the modules that this imports from its own package
     or folder. Data that it reads is not part of it.
     """
-    if spec.kind == "model":
+    if spec.kind != "function":
         return fingerprint(spec.path)
     name = spec.path.partition(":")[0]
     roots = [Path(folder) for folder in getattr(sys.modules[name.partition(".")[0]], "__path__", ())]

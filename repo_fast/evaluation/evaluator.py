@@ -227,7 +227,7 @@ class Evaluator:
 
     def _score_column(self, name: str, spec: ScorerSpec) -> _Column:
         settings, exempt = self.config.scorers[name], self.inputs.exempt.get(name, frozenset())
-        about: dict[str, Any] = {"scorer": scorer_fingerprint(spec)}
+        about: dict[str, Any] = {} if spec.kind == "judge" else {"scorer": scorer_fingerprint(spec)}
         if exempt:
             about["exempt"] = sorted(exempt)
         if spec.kind == "model":
@@ -239,7 +239,11 @@ class Evaluator:
             guard = Guard(load_tokenizer(spec.path, must_end=False), settings.guard, name, self.config.date)
             about |= {"guard": asdict(settings.guard), "max_tokens": settings.max_tokens, **self._dated(guard)}
             about |= self._computing(spec.path, AutoModelForCausalLM)
-        options = (self._engine, self.ranks, self.config.attention, self.config.scoring_tokens)
+        if spec.kind == "judge":
+            asked = ("rubric", "max_tokens", "max_tokens_name", "temperature")
+            about |= {"judge": spec.path} | {key: getattr(settings.judge, key) for key in asked}
+        folder = self.cache_dir / "judges"
+        options = (self._engine, self.ranks, self.config.attention, self.config.scoring_tokens, folder)
         return _Column(name, about, cache(lambda: load_scorer(name, spec, settings, *options)), exempt)
 
     def _dated(self, template: PromptTemplate | Guard) -> dict[str, Any]:

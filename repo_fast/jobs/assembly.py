@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from repo_fast.collectives import Ranks
-from repo_fast.config import EngineConfig, LoraConfig, ModelConfig, ScorerConfig, TrainConfig
+from repo_fast.config import EngineConfig, LoraConfig, ModelConfig, RubricConfig, ScorerConfig, TrainConfig
 from repo_fast.data import PromptTemplate, load_tokenizer
 from repo_fast.engine import Engine, resolve_dtype, sharded_loading
 from repo_fast.errors import InputError, first_line
@@ -33,6 +35,7 @@ from repo_fast.scoring import (
     FunctionScorer,
     Guard,
     GuardScorer,
+    JudgedScorer,
     ModelScorer,
     Scorer,
     ScorerSpec,
@@ -66,7 +69,8 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
         if not config.policy.lora.rank:
             reference = Policy.from_pretrained(inputs.policy_path, **loading)
             _fit_vocabulary(reference.model, inputs.tokenizer, config.policy)
-        common = (config.engine, ranks, attention, config.update.micro_batch_tokens)
+        folder = Path(config.output_dir) / "judges"
+        common = (config.engine, ranks, attention, config.update.micro_batch_tokens, folder)
         scorers = {
             name: load_scorer(name, spec, config.scorers[name], *common)(inputs.template)
             for name, spec in inputs.scorers.items()
@@ -325,6 +329,7 @@ def load_scorer(
     ranks: Ranks,
     attention: str,
     token_budget: int,
+    folder: Path,
 ) -> Callable[[PromptTemplate], Scorer]:
     """Where the rewards or the costs come from. All ranks must call it.
 
@@ -335,6 +340,7 @@ def load_scorer(
         ranks: This process among all.
         attention: As for a policy.
         token_budget: Largest packed row or padded batch (tokens).
+        folder: For the answers of a judge.
 
     Returns:
         Makes the scorer for the rollouts of a policy from the policy's template. The model is loaded once.
@@ -343,10 +349,13 @@ def load_scorer(
         InputError: There is no such function, the model cannot be used, or does not give the score expected of it.
     """
     role: Literal["reward", "cost"] = "reward" if name == "reward" else "cost"
-    name = scorer_name(name)
+    column, name = name, scorer_name(name)
     if spec.kind == "function":
         function = FunctionScorer(spec.path, name)
         return lambda _: function
+    if spec.kind == "judge":
+        judge = _judge(column, spec.path, settings.judge, ranks, folder)
+        return lambda _: judge
     loading = loading_options(attention, engine, ranks)
     common: dict[str, Any] = {
         "name": name,
@@ -384,3 +393,14 @@ def load_scorer(
         return ModelScorer(module, PromptTemplate(tokenizer, settings.template, policy.date), policy, **common)
 
     return scorer
+
+
+def _judge(column: str, model: str, settings: RubricConfig, ranks: Ranks, folder: Path) -> JudgedScorer:
+    """A rank's own, with its share of the budget; the first rank's is tried."""
+    with ranks.together("the judge"):
+        share = None if settings.budget is None else settings.budget / ranks.size
+        own = replace(settings, budget=share)
+        judge = JudgedScorer(model, own, scorer_name(column), folder / f"{column}-rank{ranks.rank}.jsonl")
+        if ranks.is_first:
+            judge.probe()
+    return judge

@@ -11,12 +11,15 @@ import os
 import random
 import re
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 from safetensors.torch import load_file, save_file
 
+from repo_fast.config import GuardConfig, RubricConfig
 from repo_fast.errors import InputError
 from repo_fast.report.folders import publish
 
@@ -24,7 +27,11 @@ _COMPLETE = re.compile(r"step-(\d{6,})")
 # May differ between a checkpoint and the run that goes on from it: they change nothing that is computed.
 _FREE_KEYS = (
     *("output_dir", "resume", "resume_changed_data", "stop_after", "checkpoint", "log", "layout", "evaluate_every"),
-    *("expect", "reward.expect", "cost.expect"),
+    "expect",
+)
+# So do these of any scorer: a run that stopped at its budget goes on with a larger one.
+_FREE_OF_SCORERS = re.compile(
+    r".+\.(expect|judge\.(url|api_key_variable|concurrency|retries|timeout|input_price|output_price|budget))"
 )
 # What runs did before there were these options; their checkpoints do not say. Before there was a date, they wrote any.
 _ANY = object()
@@ -34,6 +41,8 @@ _BEFORE = {
     "data.train_on": "last",
     "algorithm.confidence": "z",
     "constraints": {},
+    **{f"{name}.guard": asdict(GuardConfig()) for name in ("reward", "cost")},
+    **{f"{name}.judge": asdict(RubricConfig()) for name in ("reward", "cost")},
 }
 
 
@@ -108,7 +117,8 @@ def check_run(folder: Path, run: dict, config: dict, ranks: int) -> None:
             theirs = None
         if theirs is None and key in _BEFORE:
             theirs = ours if _BEFORE[key] is _ANY else _BEFORE[key]
-        if theirs != ours and key not in _FREE_KEYS and key.split(".")[0] not in _FREE_KEYS:
+        free = {key, key.split(".")[0]} & {*_FREE_KEYS} or _FREE_OF_SCORERS.fullmatch(key)
+        if theirs != ours and not free:
             raise InputError(
                 f"checkpoint {folder} is of another configuration: {key} is {theirs!r} there and {ours!r} here"
             )
@@ -177,32 +187,50 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
+@dataclass(frozen=True)
+class RandomState:
+    """The states of torch (CPU and this rank's GPU), numpy and Python, which a user's scorer may draw from."""
+
+    tensors: dict[str, torch.Tensor]
+    words: dict[str, Any]
+
+    @classmethod
+    def now(cls) -> "RandomState":
+        """As they are."""
+        tensors = {"torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["cuda"] = torch.cuda.get_rng_state()
+        kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
+        tensors["numpy"] = torch.from_numpy(keys.astype(numpy.int64))
+        words = {"numpy": [str(kind), int(position), int(has_gauss), float(gauss)], "python": random.getstate()}
+        return cls(tensors, words)
+
+    def restore(self) -> None:
+        """Go on from it. Nothing that draws random numbers may come between this and the run."""
+        torch.set_rng_state(self.tensors["torch"])
+        if "cuda" in self.tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(self.tensors["cuda"])
+        kind, position, has_gauss, gauss = self.words["numpy"]
+        numpy.random.set_state((kind, self.tensors["numpy"].numpy().astype(numpy.uint32), position, has_gauss, gauss))
+        version, state, gauss_next = self.words["python"]
+        random.setstate((version, tuple(state), gauss_next))
+
+
 def save_random_state(folder: Path, rank: int) -> None:
-    """Write the states of torch (CPU and this rank's GPU), numpy and Python, which a user's scorer may draw from."""
-    tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
-    tensors["numpy"] = torch.from_numpy(keys.astype(numpy.int64))
-    words = {"numpy": [str(kind), int(position), int(has_gauss), float(gauss)], "python": random.getstate()}
-    save_file(tensors, folder / f"random-rank{rank}.safetensors", metadata={"state": json.dumps(words)})
+    """Write this rank's random state."""
+    state = RandomState.now()
+    metadata = {"state": json.dumps(state.words)}
+    save_file(state.tensors, folder / f"random-rank{rank}.safetensors", metadata=metadata)
 
 
 def load_random_state(folder: Path, rank: int) -> None:
-    """Restore what `save_random_state` wrote. Nothing that draws random numbers may come between this and the run."""
+    """Restore what `save_random_state` wrote."""
     from safetensors import safe_open
 
     path = folder / f"random-rank{rank}.safetensors"
-    tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         words = json.loads(file.metadata()["state"])
-    torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
-    kind, position, has_gauss, gauss = words["numpy"]
-    numpy.random.set_state((kind, tensors["numpy"].numpy().astype(numpy.uint32), position, has_gauss, gauss))
-    version, state, gauss_next = words["python"]
-    random.setstate((version, tuple(state), gauss_next))
+    RandomState(load_file(path), words).restore()
 
 
 def describe_model(module: torch.nn.Module) -> dict:

@@ -114,7 +114,7 @@ class Run:
             self.config.stop_after is not None and self.step >= self.config.stop_after
         )
         if stop:
-            self._save_checkpoint()
+            self.save_checkpoint()
         return stop
 
     def exit_status(self) -> int:
@@ -128,9 +128,10 @@ class Run:
         """Save the state at the steps that the configuration says, and at the last one."""
         every = self.config.checkpoint.every
         if self.step == self.total_steps or (every and self.step % every == 0):
-            self._save_checkpoint()
+            self.save_checkpoint()
 
-    def _save_checkpoint(self) -> None:
+    def save_checkpoint(self) -> None:
+        """Save the state as it is after the last step, unless that is saved already. All ranks must call it."""
         folder = self.output_dir / "checkpoints" / f"step-{self.step:06d}"
         if self.step == 0 or folder.is_dir():
             return

@@ -7,7 +7,7 @@ the before/after evaluation on held-out prompts, the logs, and the checkpoints.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import ONLY, TrainConfig
 from repo_fast.data import PromptSampler
 from repo_fast.engine import Engine
+from repo_fast.errors import InputError
 from repo_fast.jobs.assembly import build_models, build_sampler
+from repo_fast.jobs.checkpoint import RandomState
 from repo_fast.jobs.inputs import Inputs
 from repo_fast.jobs.multiplier_start import describe_start, multipliers_from
 from repo_fast.jobs.run import Run
@@ -32,7 +34,7 @@ from repo_fast.report.samples import SampleLog
 from repo_fast.report.tables import batch_size_table, before_after_table
 from repo_fast.rollout import Request, Rollout
 from repo_fast.rollout.dealing import over_ranks
-from repo_fast.scoring import EarlyScores, FunctionScorer, finite_scores
+from repo_fast.scoring import EarlyScores, FunctionScorer, JudgedScorer, finite_scores
 from repo_fast.speed.profiling import draw_timeline, traced
 from repo_fast.speed.throughput import Measured, Throughput, speed_table
 
@@ -62,7 +64,7 @@ class Trainer(Run):
         self.early_scorers = {
             name: scorer
             for name, scorer in self.scorers.items()
-            if config.rollout.score_early and isinstance(scorer, FunctionScorer)
+            if config.rollout.score_early and isinstance(scorer, FunctionScorer | JudgedScorer)
         }
         self.learner = Learner(config, models, ranks, inputs.demonstrations)
         self.throughput = Throughput.of(
@@ -117,14 +119,15 @@ class Trainer(Run):
     def _take_step(self) -> dict[str, Measured]:
         """One step; returns its phases."""
         phases: dict[str, Measured] = {}
-        requests = self._next_requests()
-        early = self._early_scores(requests, self.inputs.exempt)
-        with self.phase("generate") as phases["generate"]:
-            drawn = self.generate(requests, early)
-        with self.phase("score") as phases["score"]:
-            share = self.config.update.share_prompts
-            rollout = over_ranks(self._with_early(drawn, early), self.learner.work, self.ranks, together=share)
-            scores = self.score(rollout, self.inputs.exempt)
+        with self.nothing_lost():
+            requests = self._next_requests()
+            early = self._early_scores(requests, self.inputs.exempt)
+            with self.phase("generate") as phases["generate"]:
+                drawn = self.generate(requests, early)
+            with self.phase("score") as phases["score"]:
+                share = self.config.update.share_prompts
+                rollout = over_ranks(self._with_early(drawn, early), self.learner.work, self.ranks, together=share)
+                scores = self.score(rollout, self.inputs.exempt)
         with self.phase("experience") as phases["experience"]:
             experience, rollout_metrics = self.learner.experience(rollout, scores)
         with self.phase("update") as phases["update"]:
@@ -132,6 +135,21 @@ class Trainer(Run):
         self.step += 1
         self._log_step(rollout, scores, rollout_metrics | update_metrics, phases)
         return phases
+
+    @contextlib.contextmanager
+    def nothing_lost(self) -> Iterator[None]:
+        """Until anything is learned from it, a step that fails on all ranks leaves a checkpoint of those before it.
+
+        A judge whose budget is used up, or a server that is gone, then costs no more than the step.
+        """
+        before, state = self.state_dict(), RandomState.now()
+        try:
+            yield
+        except InputError:
+            self.load_state_dict(before)
+            state.restore()
+            self.save_checkpoint()
+            raise
 
     def _next_requests(self) -> list[Request]:
         prompts = self.sampler.next()

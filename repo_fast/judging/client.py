@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from repo_fast.config.checks import require
 from repo_fast.config.judge import JudgeConfig, check_judge
-from repo_fast.config.sections import require
 from repo_fast.errors import InputError, first_line
 from repo_fast.judging.budget import Estimate, approximate_tokens, check_budget, dollars
 from repo_fast.judging.cache import AnswerCache, Reply
@@ -98,6 +98,12 @@ class ChatClient:
             output_tokens=output_tokens,
             dollars=dollars(self.config, input_tokens, output_tokens),
         )
+
+    def count_cached(self) -> None:
+        """Take what the cache has for spent: a run that goes on is held to the budget of the whole."""
+        replies = self._cache.replies.values()
+        self.counts["input_tokens"] += sum(reply.input_tokens for reply in replies)
+        self.counts["output_tokens"] += sum(reply.output_tokens for reply in replies)
 
     def spent(self) -> float | None:
         """US dollars for what was sent and answered so far; None without prices."""

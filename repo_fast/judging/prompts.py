@@ -59,6 +59,25 @@ def rating_message(criterion: Criterion, prompt: str, response: str) -> str:
     )
 
 
+# What differs between messages comes last, as above.
+_RUBRIC = """\
+You rate a response to a prompt by this rubric alone:
+{rubric}
+
+{material}
+
+{sections}
+
+Rate the response from 1 to 10, as the rubric says. Answer with one whole number and with nothing else.{again}"""
+_AGAIN = "\n\nOnly the number, without any other word."
+
+
+def rubric_message(rubric: str, prompt: str, response: str, attempt: int = 0) -> str:
+    """What is asked about a response under a user's rubric; after a malformed answer with more emphasis."""
+    texts = sections({"PROMPT": prompt, "RESPONSE": response})
+    return _RUBRIC.format(rubric=rubric.strip(), material=MATERIAL, sections=texts, again=_AGAIN * attempt)
+
+
 def sections(texts: Mapping[str, str]) -> str:
     """Texts to judge, by the names that a question calls them."""
     # A lone surrogate, which a text read from JSON may hold, cannot be sent.

@@ -1,8 +1,8 @@
 """Scores of responses: reward (higher is better) and cost (above the threshold is unsafe).
 
 A score comes from a Python callable (`FunctionScorer`), from a decoder with a scalar head scored packed
-(`ModelScorer`), from an encoder-type classifier scored in padded batches (`ClassifierScorer`), or from what a guard
-model is about to say (`GuardScorer`).
+(`ModelScorer`), from an encoder-type classifier scored in padded batches (`ClassifierScorer`), from what a guard model
+is about to say (`GuardScorer`), or from a judge behind an endpoint (`JudgedScorer`).
 """
 
 from repo_fast.scoring.base import Scorer, ScorerSpec, finite_scores, load_scorer_spec
@@ -10,6 +10,7 @@ from repo_fast.scoring.early import EarlyScores
 from repo_fast.scoring.expectation import check_expected_score, score_text
 from repo_fast.scoring.functions import FunctionScorer
 from repo_fast.scoring.guards import Guard, GuardScorer
+from repo_fast.scoring.judged import JudgedScorer
 from repo_fast.scoring.score_models import (
     ClassifierScorer,
     EncoderClassifier,
@@ -25,6 +26,7 @@ __all__ = [
     "FunctionScorer",
     "Guard",
     "GuardScorer",
+    "JudgedScorer",
     "ModelScorer",
     "Scorer",
     "ScorerSpec",

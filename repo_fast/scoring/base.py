@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from repo_fast.config.sections import GUARD
+from repo_fast.config.sections import GUARD, JUDGE
 from repo_fast.errors import InputError
 from repo_fast.rollout import Rollout
 
@@ -37,12 +37,13 @@ class ScorerSpec:
     """Where scores come from.
 
     Attributes:
-        path: `package.module:function` for a function; a folder or hub name for a score model, or a guard.
+        path: `package.module:function` for a function; a folder or hub name for a score model, or a guard; the name of
+            a judge's model.
         kind: Which of them it is.
     """
 
     path: str
-    kind: Literal["function", "model", "guard"]
+    kind: Literal["function", "model", "guard", "judge"]
 
 
 def load_scorer_spec(path: str, name: str) -> ScorerSpec:
@@ -55,6 +56,8 @@ def load_scorer_spec(path: str, name: str) -> ScorerSpec:
     Raises:
         InputError: It is neither a function, nor a model folder, nor a hub name.
     """
+    if path.startswith(JUDGE):
+        return ScorerSpec(path.removeprefix(JUDGE), "judge")
     if path.startswith(GUARD):
         return ScorerSpec(_model_path(path.removeprefix(GUARD), f"{name} guard"), "guard")
     folder = Path(path).expanduser()
@@ -65,7 +68,8 @@ def load_scorer_spec(path: str, name: str) -> ScorerSpec:
     except _NotAModelError:
         raise InputError(
             f"the {name} {path!r} is neither a function 'package.module:function', which maps (prompts, responses) to "
-            "a list of numbers, nor the folder (or hub name 'owner/model') of a score model, nor guard:FOLDER"
+            "a list of numbers, nor the folder (or hub name 'owner/model') of a score model, nor guard:FOLDER or "
+            "judge:MODEL"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Scores of functions while other responses are still drawn: for functions that wait, for a server or a process.
+"""Scores of functions and judges while other responses are still drawn: they wait, for a server or a process.
 
 A scoring model is not called so: it computes on the device that draws, and under ZeRO-3 all ranks have to call it.
 """
@@ -13,6 +13,7 @@ import torch
 
 from repo_fast.rollout import Request
 from repo_fast.scoring.functions import FunctionScorer
+from repo_fast.scoring.judged import JudgedScorer
 
 
 class EarlyScores:
@@ -30,7 +31,7 @@ class EarlyScores:
 
     def __init__(
         self,
-        scorers: Mapping[str, FunctionScorer],
+        scorers: Mapping[str, FunctionScorer | JudgedScorer],
         requests: Sequence[Request],
         device: torch.device,
         exempt: Mapping[str, Collection[int]] | None = None,
@@ -78,7 +79,7 @@ class EarlyScores:
                 self._failure = error
                 return
 
-    def _score(self, name: str, scorer: FunctionScorer, pairs: Sequence[tuple[int, str]]) -> list[float]:
+    def _score(self, name: str, scorer: FunctionScorer | JudgedScorer, pairs: Sequence[tuple[int, str]]) -> list[float]:
         """Of places with their responses."""
         prompts = [self._requests[place].prompt for place, _ in pairs]
         asked = [prompt.id not in self._exempt.get(name, ()) for prompt in prompts]

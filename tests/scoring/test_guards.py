@@ -249,7 +249,7 @@ def test_a_guard_that_cannot_be_asked(template: str | None, settings: GuardConfi
     ("words", "message"),
     [
         ("--cost.path guard:x", r"cost\.guard\.safe is None, expected words, or a preset"),
-        ("--cost.path guard:", r"the path of a guard is 'guard:', expected guard:FOLDER"),
+        ("--cost.path guard:", r"cost\.path is 'guard:', expected guard:FOLDER"),
         (
             "--cost.path m:f --cost.guard.preset wildguard",
             r"cost\.guard is GuardConfig\(.*\), expected its defaults .*",
