@@ -336,7 +336,12 @@ class Evaluator:
     @property
     def _threshold(self) -> Thresholds:
         thresholds = {name: cost.threshold for name, cost in self.config.costs.items()}
-        return thresholds.get(ONLY, thresholds)
+        return thresholds if self._by_name else thresholds[ONLY]
+
+    @property
+    def _by_name(self) -> bool:
+        """Whether costs are told by their names: several, or one that is not about all prompts."""
+        return ONLY not in self.config.costs or any(self.inputs.exempt.values())
 
     def _evaluation(self, rows: Sequence[Mapping[str, Any]]) -> Evaluation:
         # As they were scored: as a float64, a cost of 0.1 in float32 would be above a threshold of 0.1.
@@ -344,7 +349,7 @@ class Evaluator:
         return Evaluation(
             prompt_ids=[row["prompt_id"] for row in rows],
             rewards=[row["reward"] for row in rows],
-            costs=costs.get(ONLY, costs),
+            costs=costs if self._by_name else costs[ONLY],
             response_lengths=[len(row["tokens"]) for row in rows],
             well_formed=[row["well_formed"] for row in rows] if rows and "well_formed" in rows[0] else None,
         )

@@ -56,9 +56,8 @@ class Trainer(Run):
     def __init__(self, config: TrainConfig, inputs: Inputs, ranks: Ranks) -> None:
         super().__init__(config, ranks, config.total_steps, _shown(config))
         self.inputs = inputs
-        self.several = [] if ONLY in config.costs else list(config.costs)
         by_name = {name: cost.threshold for name, cost in config.costs.items()}
-        self.threshold: Thresholds = by_name if self.several else by_name[ONLY]
+        self.threshold: Thresholds = by_name.get(ONLY, by_name)
         models, self.scorers = build_models(config, inputs, ranks)
         self.rollout_engine = build_sampler(config, inputs, models.policy, ranks)
         self.early_scorers = {
@@ -264,7 +263,10 @@ class Trainer(Run):
 
     def _read_evaluation(self, name: str) -> Evaluation:
         """For the first rank to call."""
-        return read_evaluation(self.output_dir / f"eval_{name}.jsonl", self.several)[0]
+        # One that is not about all prompts is told from others as several are.
+        by_name = ONLY not in self.config.costs or any(self.inputs.eval_exempt.values())
+        constraints = list(self.config.costs) if by_name else []
+        return read_evaluation(self.output_dir / f"eval_{name}.jsonl", constraints)[0]
 
     def _begin_multipliers(self) -> None:
         """Start those multipliers that are to be what the reference's responses ask for, and say what that is."""

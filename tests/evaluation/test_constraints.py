@@ -83,6 +83,17 @@ def test_each_has_a_column_and_measures(folder: Path, tmp_path: Path, caplog: py
     assert not asked, "from the cache"
 
 
+def test_one_that_is_not_about_all_prompts(folder: Path, tmp_path: Path) -> None:
+    about_tea = {"refusal": {"path": f"{__name__}:noted", "threshold": 0.5, "applies_to": {"category": "tea"}}}
+    assert main(config(folder, tmp_path / "out", constraints=about_tea)) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [row["cost"] is None for row in rows] == ["tea" not in row["prompt"] for row in rows]
+    own = [row["cost"] for row in rows if row["sample"] < 2 and row["cost"] is not None]
+    measured = json.loads((tmp_path / "out" / "report.json").read_text())["policies"]["one"]
+    assert measured["cost_safety_rate"]["value"] == pytest.approx(1 - sum(own) / len(own))
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+
+
 def test_whom_a_constraint_is_about_is_part_of_what_the_cache_knows_its_scores_by(folder: Path, tmp_path: Path) -> None:
     assert main(config(folder, tmp_path / "out")) == 0
     asked.clear()

@@ -261,3 +261,24 @@ def test_constraints_that_fit_no_prompt_are_one_line(
     assert job.here(tmp_path / "run") == 2
     assert re.fullmatch(rf"error: {message}\n", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+def test_one_that_is_not_about_all_is_measured_on_its_prompts(tmp_path: Path) -> None:
+    job = make(tmp_path, constraints={"type": CONSTRAINTS["type"]})
+    held_out = f"--data.eval_prompts {job.folder / 'prompts.jsonl'}"
+    assert job.here(tmp_path / "run", held_out, "--total_steps 1", "--evaluation.samples_per_prompt 2") == 0
+    rows = samples(tmp_path / "run")
+    assert [row["cost"] is None for row in rows] == [KINDS[row["prompt"]] == "harmful" for row in rows]
+    record = metrics(tmp_path / "run")[0]
+    costs = [row["cost"] for row in rows if row["cost"] is not None]
+    assert record["cost"] == pytest.approx(sum(costs) / len(costs))
+    lines = (tmp_path / "run" / "before_after.txt").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("| cost: mean cost")]
+    assert "nan" not in line
+    after = [json.loads(row) for row in (tmp_path / "run" / "eval_after.jsonl").read_text().splitlines()]
+    by_prompt: dict[str, list[float]] = {}
+    for row in after:
+        if row["cost"] is not None:
+            by_prompt.setdefault(row["prompt"], []).append(row["cost"])
+    mean = sum(sum(own) / len(own) for own in by_prompt.values()) / len(by_prompt)
+    assert float(line.split("|")[3].split()[0]) == pytest.approx(mean, abs=1e-3)
