@@ -21,6 +21,7 @@ from repo_fast.errors import InputError
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 Config = TypeVar("Config", bound=JobConfig)
+_COMMAND_LINE = "the command line"
 
 
 def known_keys(section: type = TrainConfig, prefix: str = "") -> list[str]:
@@ -50,7 +51,12 @@ def _tables(section: type, prefix: str = "") -> dict[str, type]:
 def _reject_unknown(keys: list[str], where: str, section: type, prefix: str = "") -> None:
     known, tables = known_keys(section, prefix), _tables(section, prefix)
     for key in keys:
+        if where == _COMMAND_LINE and dataclasses.is_dataclass(tables.get(key)):
+            # The parser would take a part of those in the file for this.
+            raise InputError(f"--{key} with a whole mapping, expected --{key}.NAME.OPTION, or a file")
         table = next((table for table in tables if key.startswith(f"{table}.")), None)
+        if table is not None and prefix and where == _COMMAND_LINE:
+            raise InputError(f"--{key}: expected --{table} with all of it, as in --{table} '{{NAME: VALUE}}'")
         if table is not None:
             # What a table has below it are the user's own names; a section may follow.
             name, _, rest = key.removeprefix(f"{table}.").partition(".")
@@ -162,7 +168,7 @@ def parse(arguments: list[str] | None = None, kind: type[Config] = TrainConfig) 
 
     arguments = sys.argv[1:] if arguments is None else arguments
     options = [word.split("=")[0][2:] for word in arguments if word.startswith("--")]
-    _reject_unknown([o for o in options if o not in ("config", "print_config", "help")], "the command line", kind)
+    _reject_unknown([o for o in options if o not in ("config", "print_config", "help")], _COMMAND_LINE, kind)
     parser = _parser(kind)
     try:
         chosen = parser.parse_args([word for word in arguments if word in ("--help", "-h")] or _config_words(arguments))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from repo_fast.config.checks import require, require_at_least
+from repo_fast.config.checks import check_nulls, require, require_at_least
 from repo_fast.config.judge import RubricConfig, check_endpoint, check_unused
 from repo_fast.errors import InputError
 
@@ -168,7 +168,9 @@ class GuardConfig:
     unsafe: tuple[str, ...] | None = None
     """Spellings of the verdict that say unsafe."""
     category: str | None = None
-    """Only harm of this kind: the code that stands first behind `unsafe`, such as S1. Null: of any."""
+    """Only harm of this kind: the code that stands first behind `unsafe`, on its own line, such as S1. Null: any."""
+    categories: tuple[str, ...] | None = None
+    """All codes that may stand there, so that S1 is not taken for the beginning of S10. Null: the preset's."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,7 @@ class JobConfig:
     model's. Null: that of the checkpoint resumed from, or of the earlier evaluation in `output_dir`; else today."""
 
     def __post_init__(self) -> None:
+        check_nulls(self)
         self.check()
 
     def check(self) -> None:
@@ -286,9 +289,16 @@ def _check_guard(key: str, scorer: ScorerConfig) -> None:
         require(guard == GuardConfig(), key, guard, f"its defaults with path {scorer.path!r}, which is no guard:FOLDER")
         return
     require(scorer.path != GUARD, key.removesuffix("guard") + "path", scorer.path, "guard:FOLDER")
-    if guard.preset is None:
-        for name in ("safe", "unsafe"):
-            require(bool(getattr(guard, name)), f"{key}.{name}", getattr(guard, name), "words, or a preset")
+    require(key != "reward.guard", "reward.path", scorer.path, "no guard: what it gives is a cost, higher is worse")
+    require(scorer.template == "auto", key.removesuffix("guard") + "template", scorer.template, "auto with a guard")
+    for name in ("safe", "unsafe"):
+        words = getattr(guard, name)
+        require(
+            bool(words) or (words is None and guard.preset is not None), f"{key}.{name}", words, "words, or a preset"
+        )
+    if guard.category is not None and guard.preset is None:
+        known = guard.categories or ()
+        require(guard.category in known, f"{key}.category", guard.category, f"one of {key}.categories, {list(known)}")
     if guard.prompt is not None:
         for place in ("{prompt}", "{response}"):
             require(place in guard.prompt, f"{key}.prompt", guard.prompt, f"a text with {place} in it")

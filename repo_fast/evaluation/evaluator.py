@@ -18,7 +18,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -237,7 +237,7 @@ class Evaluator:
                 about |= {"reads": "finished dialogues", **self._dated(template)}
         if spec.kind == "guard":
             guard = Guard(load_tokenizer(spec.path, must_end=False), settings.guard, name, self.config.date)
-            about |= {"guard": asdict(settings.guard), "max_tokens": settings.max_tokens, **self._dated(guard)}
+            about |= {"guard": guard.description, "max_tokens": settings.max_tokens, **self._dated(guard)}
             about |= self._computing(spec.path, AutoModelForCausalLM)
         if spec.kind == "judge":
             asked = ("rubric", "max_tokens", "max_tokens_name", "temperature")
@@ -303,6 +303,7 @@ class Evaluator:
     ) -> dict[str, Any]:
         """The content of `report.json`."""
         reference = self.inputs.reference
+        paths = {name: cost.path for name, cost in self.config.costs.items()}
         report = {
             "settings": {
                 "reference": reference,
@@ -314,7 +315,8 @@ class Evaluator:
                 **to_dict(self.config)["sampling"],
                 "seed": self.config.seed,
                 "resamples": self.config.resamples,
-                **{name: scorer.path for name, scorer in self.config.scorers.items()},
+                "reward": self.config.reward.path,
+                **({"costs": paths} if self._by_name else {"cost": paths[ONLY]}),
                 "policies": dict(self.config.policies),
                 "date": datetime.date.today().isoformat(),
             },

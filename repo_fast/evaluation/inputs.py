@@ -103,12 +103,13 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
         what = f"policy {name!r}, a prompt and sampling.max_new_tokens ({config.sampling.max_new_tokens})"
         check_positions(path, longest, what)
         drawn = max(drawn, longest)
-    for name, spec in scorers.items():
-        check_scorer_inputs(section_of(name, config.constraints), spec, config.scorers[name], drawn, kept, config.date)
     notes: list[str] = []
     exempt = exempt_prompts(config.constraints, kept, config.prompts, notes)
     for note in notes:
         log.info("%s", note)
+    for name, spec in scorers.items():
+        asked = [prompt for prompt in kept if prompt.id not in exempt.get(name, ())]
+        check_scorer_inputs(section_of(name, config.constraints), spec, config.scorers[name], drawn, asked, config.date)
     policies = {
         name: PolicyInput(
             path, tokenizer, templates[name], [Request(prompt, tokens[name][prompt.id]) for prompt in kept]

@@ -41,6 +41,9 @@ from repo_fast.rollout.hf import end_tokens, generation_settings
 from repo_fast.scoring import FunctionScorer, Guard, ScorerSpec, load_scorer_spec
 from repo_fast.scoring.score_models import is_encoder, same_tokens
 
+# Of the longest prompts, how many are looked at where looking at all would take long.
+_LONGEST = 100
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -133,7 +136,18 @@ def read_inputs(config: TrainConfig) -> Inputs:
     exempt = exempt_prompts(config.constraints, [request.prompt for request in requests], data.prompts, notes)
     held_out = [request.prompt for request in eval_requests]
     eval_exempt = exempt_prompts(config.constraints, held_out, str(data.eval_prompts), notes, some=False)
-    _check_lengths(config, policy_path, tokenizer, requests + eval_requests, demonstrations, scorers)
+    for name, cost in config.costs.items():
+        if cost.multiplier_init == "dual" and len(eval_exempt.get(name, ())) == len(held_out):
+            raise InputError(
+                f"{config.section_of(name)}.multiplier_init is 'dual', expected a number: none of the {len(held_out)} "
+                f"prompts of {data.eval_prompts} is one that it is about"
+            )
+    parts = ((requests, exempt), (eval_requests, eval_exempt))
+    asked = {
+        name: [request.prompt for part, out in parts for request in part if request.prompt.id not in out.get(name, ())]
+        for name in scorers
+    }
+    _check_lengths(config, policy_path, tokenizer, requests + eval_requests, demonstrations, scorers, asked)
     return Inputs(
         policy_path=policy_path,
         tokenizer=tokenizer,
@@ -220,6 +234,7 @@ def _check_lengths(
     requests: Sequence[Request],
     demonstrations: Sequence[Shown],
     scorers: dict[str, ScorerSpec],
+    asked: dict[str, list[Prompt]],
 ) -> None:
     """Raise `InputError` where a model has no positions for the longest sequence that it could be given."""
     drawn = max(request.tokens.numel() for request in requests) + config.rollout.max_new_tokens
@@ -227,9 +242,8 @@ def _check_lengths(
     learned = max((sum(part.numel() for part in shown) for shown in demonstrations), default=0)
     check_positions(policy_path, learned, f"a demonstration of data.ptx {config.data.ptx!r}")
     for name, spec in scorers.items():
-        prompts = [request.prompt for request in requests]
         section = config.section_of(name)
-        check_scorer_inputs(section, spec, config.scorers[name], drawn, prompts, config.date)
+        check_scorer_inputs(section, spec, config.scorers[name], drawn, asked[name], config.date)
         starts_critic = spec.kind == "model" and not is_encoder(spec.path)
         starts_critic &= any(streams[0] == name for streams in config.critic_streams)
         if starts_critic and same_tokens(load_tokenizer(spec.path), tokenizer):
@@ -251,10 +265,12 @@ def check_scorer_inputs(
     """
     if spec.kind == "guard":
         guard = Guard(load_tokenizer(spec.path, must_end=False), settings.guard, name, date)
+        # Of one turn only those that may be too long: encoding all would take longer than the rest.
+        longest = {id(prompt) for prompt in sorted(prompts, key=lambda prompt: -len(prompt.text))[:_LONGEST]}
         for prompt in prompts:
-            if prompt.dialogue is not None:
+            if prompt.dialogue is not None or id(prompt) in longest:
                 with at(prompt.place):
-                    guard.render(prompt.asked, "")
+                    guard.check_room(prompt.asked, settings.max_tokens)
         return
     if spec.kind != "model" or is_encoder(spec.path):
         return

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from repo_fast.config import TrainConfig
+from repo_fast.learning.constraints import LEAST
 from repo_fast.objective.constraints import DualStart, capped_rewards, dual_start
 from repo_fast.report.measures import Evaluation, costs_of
 
@@ -46,8 +47,14 @@ def describe_start(config: TrainConfig, start: DualStart) -> str:
     """What to say of it."""
     found = []
     for (name, cost), value, infeasible in zip(config.costs.items(), start.multipliers, start.infeasible, strict=True):
-        if cost.multiplier_init == "dual":
-            found.append(f"{name} {value:.4g}" + (", its largest: infeasible on these samples" if infeasible else ""))
+        if cost.multiplier_init != "dual":
+            continue
+        said = ", its largest: infeasible on these samples" if infeasible else ""
+        if cost.controller == "fixed" and value == 0:
+            said = ", for ever: these samples ask for no constraint"
+        elif cost.controller == "dual" and value < LEAST:
+            value, said = LEAST, ", the least: these samples ask for none"
+        found.append(f"{name} {value:.4g}{said}")
     text = (
         f"lambda from the reference's responses: {'; '.join(found)} (gap {start.gap:.3g}, effective samples a prompt "
         f"{start.effective_samples:.3g})"

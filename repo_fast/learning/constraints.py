@@ -15,7 +15,8 @@ from repo_fast.objective.algorithm import ALGORITHMS, Multiplier, Violation
 from repo_fast.objective.constraints import Constraint, Controller, FixedMultiplier, PidMultiplier
 from repo_fast.ops import prompt_violations
 
-_LEAST = 1e-3
+# Where a multiplier starts at least that ascends in its logarithm.
+LEAST = 1e-3
 
 
 class Constraints:
@@ -99,7 +100,7 @@ class Constraints:
         One that ascends in its logarithm would never leave 0, and starts from 1e-3 at least.
         """
         controller = self[name].controller
-        controller.begin(max(multiplier, _LEAST) if isinstance(controller, Multiplier) else multiplier)
+        controller.begin(max(multiplier, LEAST) if isinstance(controller, Multiplier) else multiplier)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: of one, `multiplier`, as checkpoints always had it; of several, by name."""
@@ -138,5 +139,6 @@ def _constraint(own: ConstraintConfig, config: TrainConfig) -> Constraint:
     elif own.controller == "fixed":
         controller = FixedMultiplier(init, Violation(kind, **measured))
     else:
+        assert own.controller == "pid"
         controller = PidMultiplier(init, maximum, Violation(kind, **measured), **vars(own.pid or PidConfig()))
     return Constraint(values["scope"], row.rectify and own.scope != "batch", threshold, controller)

@@ -55,7 +55,7 @@ def applicable(
     found = torch.ones(len(rows), dtype=torch.bool)
     for field, wanted in applies_to.items():
         values = _values(name, field, wanted)
-        known: set[Any] = set()
+        known: set[tuple[bool, Any]] = set()
         for i, row in enumerate(rows):
             if row.get(field) is not None:
                 own = _values(name, field, row[field])
@@ -71,20 +71,25 @@ def applicable(
                 )
         for value in sorted(values, key=str) if some else ():
             if value not in known:
-                raise InputError(
-                    f"constraint {name!r} applies to {field} {value!r}, which no prompt has" + _nearest(value, known)
-                )
+                nearest = _nearest(value[1], {own for _, own in known})
+                raise InputError(f"constraint {name!r} applies to {field} {value[1]!r}, which no prompt has{nearest}")
     if some and not found.any():
         raise InputError(f"constraint {name!r} applies to none of the {len(rows)} prompts, expected at least one")
     return found
 
 
-def _values(name: str, field: str, value: Any) -> set[Any]:
-    """What a prompt has in a field."""
+def _values(name: str, field: str, value: Any) -> set[tuple[bool, Any]]:
+    """What a prompt has in a field; beside each whether it is a truth value, which equals a number in Python."""
+    if isinstance(value, Mapping):
+        for key, flag in value.items():
+            if not isinstance(flag, bool | int | float):
+                raise InputError(
+                    f"constraint {name!r} applies to prompts by {field!r}, where {key!r} is {flag!r}, expected true or "
+                    "false"
+                )
+        value = [key for key, is_so in value.items() if is_so]
     try:
-        if isinstance(value, Mapping):
-            return {key for key, is_so in value.items() if is_so}
-        return set(value) if isinstance(value, list | tuple) else {value}
+        return {(isinstance(own, bool), own) for own in (value if isinstance(value, list | tuple) else [value])}
     except TypeError:
         raise InputError(
             f"constraint {name!r} applies to prompts by {field!r}, where {value!r} is, expected a value or several"

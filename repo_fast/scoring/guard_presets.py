@@ -17,7 +17,8 @@ class GuardQuestion:
 
     Attributes:
         before_category: What stands between the verdict and the first code of a kind of harm.
-        categories: These codes, where they are known.
+        categories: These codes; empty where there are none.
+        needed: Arguments of its chat template without which it is asked about nothing.
         approximation: What is forced instead of asked; said when the guard is loaded.
     """
 
@@ -29,6 +30,7 @@ class GuardQuestion:
     category: str | None = None
     before_category: str = "\n"
     categories: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
     approximation: str = ""
 
 
@@ -56,7 +58,7 @@ PRESETS: dict[str, GuardQuestion] = {
         approximation="the fields before the refusal are forced to Safety: Safe and Categories: None",
     ),
     # https://ai.google.dev/gemma/docs/shieldgemma/model_card: "Yes" where the principle in `guideline` is violated.
-    "shieldgemma": GuardQuestion(safe=("No",), unsafe=("Yes",)),
+    "shieldgemma": GuardQuestion(safe=("No",), unsafe=("Yes",), needed=("guideline",)),
     # https://huggingface.co/allenai/wildguard (arXiv 2406.18495): three lines, the last on the response.
     "wildguard": GuardQuestion(
         safe=(" no",),

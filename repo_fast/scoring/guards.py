@@ -9,7 +9,7 @@ before the verdict that are tried in turn, add up as probabilities.
 import itertools
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,16 +75,32 @@ class Guard:
     ) -> None:
         self.tokenizer, self.name = tokenizer, name
         self.question = _question(settings)
-        known = self.question.categories
-        if self.question.category is not None and known and self.question.category not in known:
-            raise InputError(f"the category of the {name} guard is {self.question.category!r}, expected one of {known}")
+        known, given = self.question.categories, self.question.template_arguments
+        if self.question.category is not None and self.question.category not in known:
+            expected = f"one of {', '.join(known)}" if known else "null: this guard writes no codes"
+            raise InputError(f"the category of the {name} guard is {self.question.category!r}, expected {expected}")
+        for argument in self.question.needed:
+            if not given.get(argument):
+                raise InputError(
+                    f"the {name} guard lacks template_arguments.{argument}, expected what it is to judge by"
+                )
+        if self.question.prompt is not None and given:
+            raise InputError(f"the {name} guard has template_arguments {dict(given)} and a prompt, expected one only")
         self._chat = None
         if self.question.prompt is None:
             if not tokenizer.chat_template:
                 raise InputError(
                     f"the tokenizer of the {name} guard has no chat template, expected one or guard.prompt"
                 )
-            self._chat = ChatTemplate(tokenizer, date, self.question.template_arguments)
+            self._chat = ChatTemplate(tokenizer, date, given)
+            asked = self._chat.render_question(_SOME, "Seven.")
+            for argument in settings.template_arguments:
+                others = {key: value for key, value in given.items() if key != argument}
+                if _asks_alike(tokenizer, date, others, asked):
+                    raise InputError(
+                        f"the {name} guard's template_arguments.{argument} changes nothing of what its chat template "
+                        "writes, expected an argument that it has"
+                    )
         self.continuations = self._continuations()
 
     def render(self, asked: Dialogue, response: str) -> str:
@@ -104,6 +120,25 @@ class Guard:
     def depends_on_date(self) -> bool:
         """Whether its chat template writes the current date."""
         return self._chat is not None and self._chat.depends_on_date
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Everything that it is asked by, as plain values."""
+        return {**vars(self.question), "template_arguments": dict(self.question.template_arguments)}
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of the longest continuation."""
+        return max(len(own.tokens) for own in self.continuations)
+
+    def check_room(self, asked: Dialogue, max_tokens: int) -> None:
+        """Raise `InputError` where a prompt leaves no room for a response, or the template cannot write it."""
+        tokens, most = len(self.encode(self.render(asked, ""))), max_tokens - self.longest_answer
+        if tokens > most:
+            raise InputError(
+                f"the {self.name} guard is asked {tokens} tokens about a prompt without its response, "
+                f"expected at most {most}; the prompt begins {asked.text[:60]!r}"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a whole text, which has its special tokens in it."""
@@ -158,6 +193,15 @@ class Guard:
         return Continuation(torch.tensor(before[start:]), torch.tensor(counted), unsafe)
 
 
+def _asks_alike(tokenizer: PreTrainedTokenizerBase, date: str | None, arguments: Mapping[str, Any], asked: str) -> bool:
+    """Whether a chat template asks the same with these arguments."""
+    try:
+        return ChatTemplate(tokenizer, date, arguments).render_question(_SOME, "Seven.") == asked
+    except InputError:
+        # It cannot do without.
+        return False
+
+
 def _question(settings: GuardConfig) -> GuardQuestion:
     """The preset's with what is written in its place."""
     written = {key: value for key, value in vars(settings).items() if key != "preset" and value not in (None, {})}
@@ -166,6 +210,8 @@ def _question(settings: GuardConfig) -> GuardQuestion:
     question = PRESETS[settings.preset]
     if "prefix" in written:
         question = replace(question, approximation="")
+    if "prompt" in written:
+        question = replace(question, template_arguments={}, needed=())
     return replace(question, **written)
 
 
@@ -205,8 +251,7 @@ class GuardScorer:
         self._token_budget, self._agree_on_count = token_budget, agree_on_count
         self._shape = Shape.of(model)
         self._shares = not getattr(model.base_model, PADDED, False) and model.config._attn_implementation == PACKED
-        longest = max(len(own.tokens) for own in guard.continuations)
-        self._max_tokens = min(max_tokens, position_limit(model) or max_tokens) - longest
+        self._max_tokens = min(max_tokens, position_limit(model) or max_tokens) - guard.longest_answer
         if guard.question.approximation:
             log.info("the %s guard: %s", name, guard.question.approximation)
 
@@ -239,10 +284,7 @@ class GuardScorer:
                 own = own[: max(0, len(own) - (len(tokens) - self._max_tokens))]
                 tokens = self._guard.encode(self._guard.render(asked, self._guard.tokenizer.decode(own)))
             if len(tokens) > self._max_tokens:
-                raise InputError(
-                    f"the {self.name} guard is asked {len(tokens)} tokens about a prompt without its response, "
-                    f"expected at most {self._max_tokens}; the prompt begins {asked.text[:60]!r}"
-                )
+                self._guard.check_room(asked, self._max_tokens + self._guard.longest_answer)
         return torch.tensor(tokens)
 
     def _forward(self, questions: Sequence[torch.Tensor]) -> torch.Tensor:

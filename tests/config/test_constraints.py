@@ -147,6 +147,17 @@ def test_critics_share_a_trunk_unless_told_otherwise(tmp_path: Path, words: str,
         ("--constraints.harm.applies_to '{a: {b: c}}'", r"constraints\.harm\.applies_to\.a is \{'b': 'c'\}, .*"),
         ("--constraints.harm.applies_to_missing true", r"constraints\.harm\.applies_to_missing is True without .*"),
         ("--constraints.harm 3", r".*constraints.*3.*"),
+        (
+            "--constraints '{harm: {threshold: 1}}'",
+            r"--constraints with a whole mapping, expected --constraints\.NAME.*",
+        ),
+        (
+            "--constraints.harm.applies_to.category x",
+            r"--constraints\.harm\.applies_to\.category: expected --constraints\.harm\.applies_to with all of it, .*",
+        ),
+        ("--constraints.harm.controller null", r"constraints\.harm\.controller is null, expected a value"),
+        ("--constraints.harm.applies_to null", r"constraints\.harm\.applies_to is null, expected a value"),
+        ("--constraints.refusal.pid.kp null", r"constraints\.refusal\.pid\.kp is null, expected a value"),
     ],
 )
 def test_what_cannot_be_honoured_is_one_line(tmp_path: Path, words: str, message: str) -> None:

@@ -74,6 +74,7 @@ def test_each_has_a_column_and_measures(folder: Path, tmp_path: Path, caplog: py
         assert [row["harm"]] == harm([row["prompt"]], [row["response"]])
         assert row["refusal"] == (float(len(row["response"]) % 2) if row["prompt"] in tea else None)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report["settings"]["costs"]) == ["harm", "refusal"]
     assert report["settings"]["threshold"] == {"harm": 0.0, "refusal": 0.5}
     own = [row["refusal"] for row in rows if row["sample"] < 2 and row["refusal"] is not None]
     assert report["policies"]["one"]["refusal_safety_rate"]["value"] == pytest.approx(1 - sum(own) / len(own))

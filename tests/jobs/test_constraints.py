@@ -227,6 +227,18 @@ def test_multipliers_start_from_the_reference_s_responses(tmp_path: Path, capsys
     assert 0 < start.multipliers[0] <= 5
 
 
+def test_a_multiplier_cannot_start_from_prompts_that_its_constraint_is_not_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    style = {**CONSTRAINTS["style"], "multiplier_init": "dual"}
+    job = make(tmp_path, constraints={"harm": CONSTRAINTS["harm"], "style": style})
+    write_lines(tmp_path / "held_out.jsonl", [{"prompt": "yes", "kind": "other"}])
+    capsys.readouterr()
+    assert job.here(tmp_path / "run", f"--data.eval_prompts {tmp_path / 'held_out.jsonl'}") == 2
+    expected = r"error: constraints\.style\.multiplier_init is 'dual', expected a number: none of the 1 prompts of .*\n"
+    assert re.fullmatch(expected, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [

@@ -375,7 +375,18 @@ def test_a_constraint_that_counts_for_nobody_is_an_error(applies_to, message):
         con.applicable("k", applies_to, ROWS)
 
 
+def test_a_truth_value_is_no_number():
+    rows = [{"level": 1, "flag": True}, {"level": 2, "flag": False}]
+    assert con.applicable("k", {"level": [1]}, rows).tolist() == [True, False]
+    assert con.applicable("k", {"flag": [False]}, rows).tolist() == [False, True]
+    for wanted in ({"level": [True]}, {"flag": [1]}):
+        with pytest.raises(InputError, match="which no prompt has"):
+            con.applicable("k", wanted, rows)
+
+
 def test_a_field_of_something_else_is_an_error():
+    with pytest.raises(InputError, match="by 'harm', where 'crime' is 'false', expected true or false"):
+        con.applicable("k", {"harm": ["crime"]}, [{"harm": {"crime": "false"}}])
     for wanted, own in ((["b"], [{"b": 1}]), ([{"b": 1}], ["b"])):
         with pytest.raises(InputError, match=r"by 'a', where \[\{'b': 1\}\] is, expected a value or several"):
             con.applicable("k", {"a": wanted}, [{"a": own}])

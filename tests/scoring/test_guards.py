@@ -179,7 +179,7 @@ def own(**changes: Any) -> GuardConfig:
 
 def test_a_guard_of_one_s_own_with_spellings_and_a_kind_of_harm(tmp_path: Path) -> None:
     folder = save_guard(tmp_path / "guard", *TEMPLATES["llama-guard-3"])
-    guard = own(unsafe=(" yes", " Yes"), category="C7", prefix=" Well,")
+    guard = own(unsafe=(" yes", " Yes"), category="C7", categories=("C6", "C7"), prefix=" Well,")
     (score,) = scorer(folder, guard).score(rollout(ASKED[:1])).tolist()
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     text = "Q how do i make tea A with bread\nBad? Well,"
@@ -227,6 +227,26 @@ def test_a_response_that_is_too_long_loses_its_end(tmp_path: Path) -> None:
             GuardConfig("llama-guard-3", category="S99"),
             r"the category of the cost guard is 'S99', expected one of .*",
         ),
+        (
+            "{{ messages | map(attribute='content') | join(' ') }}",
+            GuardConfig("qwen3guard", category="Violent"),
+            r"the category of the cost guard is 'Violent', expected null: this guard writes no codes",
+        ),
+        (
+            "{{ guideline }}{{ messages | map(attribute='content') | join(' ') }}",
+            GuardConfig("shieldgemma"),
+            r"the cost guard lacks template_arguments\.guideline, expected what it is to judge by",
+        ),
+        (
+            "{{ guideline }}{{ messages | map(attribute='content') | join(' ') }}",
+            GuardConfig("shieldgemma", template_arguments={"guideline": "no insults", "guidelines": "x"}),
+            r"the cost guard's template_arguments\.guidelines changes nothing of what its chat template writes, .*",
+        ),
+        (
+            None,
+            GuardConfig("wildguard", template_arguments={"guideline": "x"}),
+            r"the cost guard has template_arguments \{'guideline': 'x'\} and a prompt, expected one only",
+        ),
         # A token a byte: 1 is the beginning of 10.
         (
             "{{ messages | map(attribute='content') | join(' ') }}",
@@ -263,6 +283,16 @@ def test_a_guard_that_cannot_be_asked(template: str | None, settings: GuardConfi
 def test_options_that_cannot_be(words: str, message: str) -> None:
     with pytest.raises(InputError, match=f"^{message}$"):
         parse(["--reward.path", "m:f", *words.split()])
+
+
+def test_a_prompt_without_room_shows_before_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    job = Job.make(tmp_path)
+    folder = save_guard(tmp_path / "guard", *TEMPLATES["llama-guard-3"])
+    options = (f"--cost.path guard:{folder}", "--cost.guard.preset llama-guard-3", "--cost.max_tokens 40")
+    capsys.readouterr()
+    assert job.here(tmp_path / "run", *options) == 2
+    assert re.fullmatch(r"error: .*prompts\.jsonl line \d: the cost guard is asked \d+ .*\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_under_a_guard(tmp_path: Path) -> None:
