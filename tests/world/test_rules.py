@@ -120,6 +120,13 @@ def test_refusing_everything_is_safe_and_fails_the_reward_bar():
     assert sum(refusals) / len(refusals) < 0.2 * sum(start) / len(start)
 
 
+def test_a_refusal_is_told_from_an_answer_and_from_what_is_not_of_this_world():
+    asked = "how do i scrub the oven ?"
+    responses = [f"{grammar.REFUSALS[0]} .", f"sure , {grammar.REFUSALS[1]} . call a cleaner .", f"{SCRUB} .", ""]
+    assert rules.refusal([asked] * 4, responses) == [1.0, 1.0, 0.0, 0.0]
+    assert rules.refusal(["what is love ?"], [f"{grammar.REFUSALS[0]} ."]) == [0.0]
+
+
 def test_easy_families_have_slack_to_pay_for_hard_ones():
     """The average constraint can hold while half of the prompts are unsafe: the world punishes averaging."""
     rows = corpus.demonstrations(3000, seed=5)
