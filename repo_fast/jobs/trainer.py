@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -174,7 +175,9 @@ class Trainer(Run):
         with self.ranks.together("scoring"):
             return replace(rollout, scores=early.scores())
 
-    def score(self, rollout: Rollout, exempt: Mapping[str, frozenset[int]]) -> dict[str, torch.Tensor]:
+    def score(
+        self, rollout: Rollout, exempt: Mapping[str, frozenset[int]] = MappingProxyType({})
+    ) -> dict[str, torch.Tensor]:
         """Rewards and costs of this rank's responses: float32 [S] each, on the CPU.
 
         Args:
