@@ -103,8 +103,8 @@ def read_config_file(path: Path, kind: type[JobConfig] = TrainConfig) -> dict:
     if isinstance(mapping.get("date"), datetime.date):
         # YAML's own type, where it stands without quotes.
         mapping["date"] = mapping["date"].isoformat()
-    _reject_unknown(_dotted(mapping), str(path), kind)
     _check_sections(mapping, kind, str(path))
+    _reject_unknown(_dotted(mapping), str(path), kind)
     return mapping
 
 
@@ -132,6 +132,8 @@ def _check_sections(mapping: dict, section: type, where: str, prefix: str = "") 
         value = mapping.get(table.removeprefix(prefix))
         if dataclasses.is_dataclass(kind) and isinstance(value, dict):
             for name, own in value.items():
+                if "." in str(name):
+                    raise InputError(f"{where}: {table} has the name {name!r}, expected one without a dot")
                 if not isinstance(own, dict):
                     raise InputError(f"{where}: {table}.{name} is {own!r}, expected a mapping of options")
                 _check_sections(own, kind, where, f"{table}.{name}.")

@@ -172,6 +172,8 @@ def test_what_cannot_be_honoured_is_one_line(tmp_path: Path, words: str, message
         ("constraints: {harm: {path: a}, harm: {path: b}}", r".* is not valid YAML: 'harm' is there twice .*"),
         ("seed: 1\nseed: 2", r".* is not valid YAML: 'seed' is there twice .*line 2.*"),
         ("constraints: {harm: a:b}", r".*: constraints\.harm is 'a:b', expected a mapping of options"),
+        ("constraints: {a.b: {path: 'm:f'}}", r".*: constraints has the name 'a\.b', expected one without a dot"),
+        ("constraints: {harm: {path: null}}", r"constraints\.harm\.path is null, expected a value"),
         ("constraints: {harm: {pth: a}}", r"unknown option 'constraints\.harm\.pth' in .*'constraints\.harm\.path'"),
         ("constraints: {harm: {pid: {k: 1}}}", r"unknown option 'constraints\.harm\.pid\.k' in .*"),
         (
