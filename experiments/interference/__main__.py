@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 
 from experiments.interference.results import write_results
-from experiments.interference.runs import interruptible, run_all
 from experiments.interference.settings import Setting, headline, hyperparameters, settings
 from experiments.interference.world import World
+from experiments.runs import interruptible, run_all
 
 
 def main() -> int:

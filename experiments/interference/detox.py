@@ -14,8 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.interference.runs import Run, call, interruptible, module_command, run_all
-from experiments.interference.world import START
+from experiments.runs import START, Run, call, interruptible, module_command, run_all
 from repo_fast.errors import InputError
 
 DATA = Path("outputs/detox")

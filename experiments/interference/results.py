@@ -1,7 +1,6 @@
 """What came out: measures of each setting over its seeds, the frontier, and curves over training."""
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments.interference.settings import FAMILIES, MULTIPLIER_RATE, Setting, headline
-from experiments.interference.world import START
+from experiments.runs import START
+from experiments.seeds import cell, over_seeds
 from repo_fast.report.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -42,23 +42,12 @@ PAIRS = (
 )
 # Of a run, whose mean is its final λ.
 _LAST_STEPS = 5
-# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 Point = tuple[float | None, float | None]
 
 _AXES = ("strict_violation", "mean_reward")
 _COLORS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#999999")  # Okabe and Ito's
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", "-.", ":")  # in the order of the knob's values
-
-
-def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95 % t-interval over seeds; the bounds are NaN for a single one."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half = _T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
 
 
 @dataclass(frozen=True)
@@ -133,11 +122,11 @@ def write_results(
     for judge, report in reports.items():
         table[judge] = {
             setting.name: {
-                measure: _over_seeds(_values(report, setting, measure))
+                measure: over_seeds(_values(report, setting, measure))
                 for measure in MEASURES
                 if measure in report["policies"][START]
             }
-            | {"multiplier": _over_seeds(_final_multipliers(setting, folders))}
+            | {"multiplier": over_seeds(_final_multipliers(setting, folders))}
             for setting in grid
         }
     text = "\n\n".join(
@@ -165,14 +154,6 @@ def _final_multipliers(setting: Setting, folders: Mapping[tuple[str, int], Path]
     return [statistics.fmean(float(row["multiplier"]) for row in run[-_LAST_STEPS:]) for run in runs]
 
 
-def _over_seeds(values: Sequence[float | None]) -> dict:
-    """Mean, bounds and values for `results.json`; None where one of the values is, which is a share among nothing."""
-    numbers = [value for value in values if value is not None]
-    mean, low, high = interval(numbers) if len(numbers) == len(values) else (math.nan,) * 3
-    entry = {"mean": mean, "low": low, "high": high}
-    return {**{key: None if math.isnan(value) else value for key, value in entry.items()}, "seeds": list(values)}
-
-
 def _label(setting: Setting) -> str:
     family = FAMILIES[setting.family]
     if family.knob is None:
@@ -190,24 +171,14 @@ def _markdown(judge: str, grid: Sequence[Setting], table: Mapping, start: Mappin
         "| setting | seeds | " + " | ".join(named) + " |",
         "|---|---:|" + "---:|" * len(named),
         "| start | | "
-        + " | ".join(_cell(*(start[m][k] for k in ("value", "low", "high"))) for m in measures)
+        + " | ".join(cell(*(start[m][k] for k in ("value", "low", "high"))) for m in measures)
         + " | - |",
     ]
     for setting in grid:
         shown = [*measures, "multiplier"]
-        cells = [_cell(*(table[setting.name][m][k] for k in ("mean", "low", "high"))) for m in shown]
+        cells = [cell(*(table[setting.name][m][k] for k in ("mean", "low", "high"))) for m in shown]
         lines.append(f"| {_label(setting)} | {setting.seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _cell(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
-    if value is None:
-        return "-"
-    return (
-        f"{value:{sign}.3f}"
-        if low is None or high is None
-        else f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
-    )
 
 
 def frontier_gaps(grid: Sequence[Setting], report: Mapping, x: str, y: str) -> list[Gap | None]:
@@ -246,13 +217,13 @@ def _frontier_differences(grid: Sequence[Setting], reports: Mapping[str, dict]) 
     for judge, report in reports.items():
         for x, y in axes:
             found = [gap for gap in frontier_gaps(grid, report, x, y) if gap is not None]
-            entry = _over_seeds([gap.mean for gap in found] or [None])
-            cell = _cell(entry["mean"], entry["low"], entry["high"], "+")
+            entry = over_seeds([gap.mean for gap in found] or [None])
+            shown_gap = cell(entry["mean"], entry["low"], entry["high"], "+")
             primary = judge == PRIMARY_JUDGE and (x, y) == axes[0]
             what = f"{y} at equal {x}".replace("_", " ")
             ranges = ", ".join(f"{gap.low:.2f} to {gap.high:.2f}" for gap in found) or "none"
             shown = f"**{what}** (primary)" if primary else what
-            lines.append(f"| {shown} | {judge} | {len(found)} | {cell} | {ranges} |")
+            lines.append(f"| {shown} | {judge} | {len(found)} | {shown_gap} | {ranges} |")
     return "\n".join(lines)
 
 
@@ -273,8 +244,8 @@ def _paired_differences(grid: Sequence[Setting], reports: Mapping[str, dict]) ->
             cells = []
             for measure in measures:
                 pairs = zip(_values(report, one, measure), _values(report, other, measure), strict=False)
-                entry = _over_seeds([None if a is None or b is None else a - b for a, b in pairs])
-                cells.append(_cell(entry["mean"], entry["low"], entry["high"], "+"))
+                entry = over_seeds([None if a is None or b is None else a - b for a, b in pairs])
+                cells.append(cell(entry["mean"], entry["low"], entry["high"], "+"))
             seeds = min(one.seeds, other.seeds)
             lines.append(f"| {_label(one)} - {_label(other)} | {judge} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

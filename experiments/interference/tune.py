@@ -19,9 +19,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments.interference.runs import Run, interruptible, run_all
 from experiments.interference.settings import FAMILIES, HYPERPARAMETERS
 from experiments.interference.world import World, split_prompts
+from experiments.runs import Run, interruptible, run_all
 
 VIOLATION_WEIGHT = 2.0
 SEED = 1000

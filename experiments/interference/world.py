@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.interference.runs import Run, call, module_command
+from experiments import runs
 from experiments.interference.settings import FAMILIES
+from experiments.runs import START, Run, call, module_command
 from repo_fast.world import corpus
 
 TEMPERATURE = "0.7"
-# The names that evaluations give the start.
-START = "start"
 
 
 @dataclass(frozen=True)
@@ -102,16 +101,13 @@ class World:
             "config": "tiny",
             # Beside it, so that evaluations of the same policies share what they drew.
             "cache_dir": str(output_dir.parent / "evaluation-cache"),
-            "reference": START,
             "prompts": prompts,
             "samples_per_prompt": str(self.samples),
             "sampling.temperature": TEMPERATURE,
-            "output_dir": str(output_dir),
             **(scores or {}),
         }
-        named = [f"--policy={START}={self.start}", *(f"--policy={name}={path}" for name, path in policies.items())]
-        call([*module_command("repo_fast.evaluate", options), *named], quiet=True)
-        return json.loads((output_dir / "report.json").read_text(encoding="utf-8"))
+        named = {START: self.start, **{name: str(path) for name, path in policies.items()}}
+        return runs.evaluate(named, output_dir, options)
 
 
 def split_prompts(folder: Path) -> tuple[str, str]:

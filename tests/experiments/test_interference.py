@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import scipy.stats
 
-from experiments.interference import runs, world
+from experiments import runs
 from experiments.interference.__main__ import experiment
-from experiments.interference.results import frontier_gaps, gap_between, interval
-from experiments.interference.runs import Run, run_all
+from experiments.interference.results import frontier_gaps, gap_between
 from experiments.interference.settings import FAMILIES, HYPERPARAMETERS, TUNED, Setting, hyperparameters, settings
 from experiments.interference.world import World, split_prompts
+from experiments.runs import Run, run_all
+from experiments.seeds import interval
 from repo_fast.config import TrainConfig, parse
 from repo_fast.errors import InputError
 from repo_fast.world import corpus
@@ -152,7 +153,7 @@ def test_the_shrunk_experiment_runs_and_is_not_run_again(
     before = snapshot(tmp_path)
     assert {"frontier.png", "curves.png", "report/report.html"} <= before.keys()
     # Evaluations are left out, which have a cache of their own.
-    monkeypatch.setattr(world, "call", lambda *_, **__: None)
+    monkeypatch.setattr(runs, "call", lambda *_, **__: None)
     assert experiment(tmp_path, jobs=1, small=True) == 0
     assert "4 runs, 4 of them complete" in capsys.readouterr().out
     assert snapshot(tmp_path) == before
@@ -168,7 +169,7 @@ time.sleep(60)
 TRAININGS = f"""
 import sys
 from pathlib import Path
-from experiments.interference import runs
+from experiments import runs
 runs.module_command = lambda module, options: [sys.executable, "-c", {TRAINING!r}, options["output_dir"]]
 trainings = [runs.Run(Path(sys.argv[1]) / name, {{"policy.path": "world:tiny"}}) for name in ("first", "second")]
 sys.exit(runs.interruptible(lambda: runs.run_all(trainings, jobs=1)))

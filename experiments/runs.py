@@ -1,4 +1,7 @@
-"""Runs many trainings, a few at a time, each in a process and folder of its own; what is complete is not run again."""
+"""Runs many trainings, a few at a time, each in a process and folder of its own, and evaluates what they made.
+
+What is complete is not run again.
+"""
 
 import json
 import os
@@ -17,6 +20,9 @@ from typing import Any
 from repo_fast.config import TrainConfig, parse, to_dict
 from repo_fast.errors import InputError
 from repo_fast.jobs.launch import guarded
+
+# The name that evaluations give the policy that trainings started from.
+START = "start"
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,25 @@ def call(command: list[str], quiet: bool = False) -> None:
     _children.exit_if_stopped()
     if status != 0:
         raise InputError(f"{' '.join(command[1:4])} ended with exit status {status}, expected 0")
+
+
+def evaluate(policies: Mapping[str, str], output_dir: Path, options: Mapping[str, str]) -> dict:
+    """Judge policies beside the start, one of them.
+
+    Args:
+        policies: Paths by name.
+        output_dir: Folder of the report.
+        options: Of `repo_fast.evaluate`, but for these.
+
+    Returns:
+        `report.json`.
+
+    Raises:
+        InputError, SystemExit: As `call`.
+    """
+    command = module_command("repo_fast.evaluate", {**options, "reference": START, "output_dir": str(output_dir)})
+    call([*command, *(f"--policy={name}={path}" for name, path in policies.items())], quiet=True)
+    return json.loads((output_dir / "report.json").read_text(encoding="utf-8"))
 
 
 def interruptible(run: Callable[[], int]) -> int:
