@@ -246,11 +246,13 @@ def _categories(
     measures = [*violations, measure_of("interference_rate"), measure_of("mean_reward")]
 
     def chart(measure: Measure) -> Markup:
+        # A constraint that is about none of a category's prompts has no row there.
+        about = [name for name in names if any(measure.key in own for own in categories[name]["policies"].values())]
         values = [
             [triple(categories[name]["policies"].get(policy, {}).get(measure.key)) for policy in policies]
-            for name in names
+            for name in about
         ]
-        return charts.by_category(measure, [(name, categories[name]["prompts"]) for name in names], values, policies)
+        return charts.by_category(measure, [(name, categories[name]["prompts"]) for name in about], values, policies)
 
     rows = []
     for name, category in categories.items():

@@ -104,11 +104,17 @@ def test_the_list_has_the_costs_and_the_sides_of_all(compared, tmp_path):
                 assert record[5] == int(any(over))
 
 
-def test_a_category_has_the_constraints_that_are_about_it(compared):
-    report, _ = compared
+def test_a_category_has_the_constraints_that_are_about_it(compared, tmp_path):
+    report, samples = compared
     measured = {name: set(own["policies"]["repo"]) for name, own in report["categories"].items()}
     assert "refusal_mean_cost" in measured["even"] and "refusal_mean_cost" not in measured["odd"]
     assert "harm_mean_cost" in measured["odd"]
+    # Nor has it a row in the chart of one that is not.
+    charts = page_of(tmp_path, report, samples).text.split("By category", 1)[1].split("Table of the categories")[0]
+    harm, refusal = charts.split("refusal: strict violation", 1)
+    assert "even" in harm and "odd" in harm
+    of_refusal = refusal.split("Interference rate", 1)[0]
+    assert "even" in of_refusal and "odd" not in of_refusal
 
 
 def test_the_worst_five_percent_of_a_few_prompts_have_no_interval():
