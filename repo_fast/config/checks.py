@@ -1,6 +1,7 @@
 """Checks of a configuration's values: one error that names the key, the value, and what was expected."""
 
 import dataclasses
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -22,16 +23,26 @@ def require_at_least(minimum: int, values: Mapping[str, float | None]) -> None:
             require(value >= minimum, key, value, f"a {kind} of at least {minimum}")
 
 
-def check_nulls(section: Any, prefix: str = "") -> None:
-    """Raise `InputError` for the first value, in sections inside too, that is null where no null is meant.
+def check_given(section: Any, prefix: str = "") -> None:
+    """Raise `InputError` for the first value, in sections inside too, that is null where no null is meant, or NaN.
 
-    The parser lets null pass for a value of any type.
+    The parser lets null pass for a value of any type, and no comparison would find a NaN.
     """
     for entry in dataclasses.fields(section):
         value, key = getattr(section, entry.name), f"{prefix}{entry.name}"
         if value is None and type(None) not in typing.get_args(entry.type):
             raise InputError(f"{key} is null, expected a value")
-        inside = value.items() if isinstance(value, dict) else [("", value)]
-        for name, part in inside:
-            if dataclasses.is_dataclass(part):
-                check_nulls(part, f"{key}.{name}." if name else f"{key}.")
+        _check_parts(key, value)
+
+
+def _check_parts(key: str, value: Any) -> None:
+    if isinstance(value, float) and math.isnan(value):
+        raise InputError(f"{key} is nan, expected a number")
+    if dataclasses.is_dataclass(value):
+        check_given(value, f"{key}.")
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            _check_parts(f"{key}.{name}", part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _check_parts(key, part)

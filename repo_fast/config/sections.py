@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from repo_fast.config.checks import check_nulls, require, require_at_least
+from repo_fast.config.checks import check_given, require, require_at_least
 from repo_fast.config.judge import RubricConfig, check_endpoint, check_unused
 from repo_fast.errors import InputError
 
@@ -208,7 +208,7 @@ class JobConfig:
     model's. Null: that of the checkpoint resumed from, or of the earlier evaluation in `output_dir`; else today."""
 
     def __post_init__(self) -> None:
-        check_nulls(self)
+        check_given(self)
         self.check()
 
     def check(self) -> None:
