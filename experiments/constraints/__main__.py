@@ -6,8 +6,9 @@ Makes a reward model (the first stages of `repo_fast.pipeline`), trains every ar
 rules' costs, several seeds each, and evaluates all policies beside the start on held-out prompts. Written are
 `results.json` and `results.md`. What is complete is not made again: stopped, the same command goes on.
 
-Three quarters of an hour on two cores. `--small` is the same with everything as small as it gets, in a minute: it shows
-that the experiment runs, and nothing else.
+Three quarters of an hour on two cores. `--packaged` is the configuration `tiny-constraints` as it is, with and without
+its second constraint, ten minutes in a folder of its own; `--small` the same as the first with everything as small as
+it gets, in a minute: it shows that the experiment runs, and nothing else.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.constraints.results import write_results
-from experiments.constraints.settings import BASE, CAP_QUANTILE, SEEDS, Arm, arms
+from experiments.constraints.settings import BASE, CAP_QUANTILE, SEEDS, WITHOUT, Arm, arms
 from experiments.runs import START, Run, call, evaluate, interruptible, module_command, run_all
 
 JUDGES = Path(__file__).parent / "evaluation.yaml"
@@ -34,6 +35,7 @@ class Size:
         seeds: Of an arm.
         samples: Responses a prompt in evaluations.
         reward: Path of the reward that is trained on.
+        advantage: Option of the algorithm.
         chosen: Names of the arms; empty for all.
         origin: Ids of the stages that made the reward model: another at the same path has another.
     """
@@ -42,6 +44,7 @@ class Size:
     seeds: int
     samples: int
     reward: str
+    advantage: str = "grpo"
     chosen: tuple[str, ...] = ()
     origin: dict[str, str] = field(default_factory=dict)
 
@@ -55,24 +58,38 @@ class Size:
         return cls(40, SEEDS, 8, str(models / "reward" / "model"), origin={"reward": record["id"]})
 
     @classmethod
+    def packaged(cls) -> "Size":
+        """The packaged configuration, by the rules' reward."""
+        return cls(40, SEEDS, 8, "repo_fast.world.rules:reward", "gae", (BASE, WITHOUT))
+
+    @classmethod
     def small(cls) -> "Size":
         """As small as it gets, with the rules as the reward: to see whether everything runs."""
-        return cls(2, 1, 2, "repo_fast.world.rules:reward", (BASE, "harm_only", "sum"))
+        return cls(2, 1, 2, "repo_fast.world.rules:reward", chosen=(BASE, WITHOUT, "sum"))
 
 
 def main() -> int:
     """Run from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.constraints", description=__doc__.partition("\n")[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/constraints"))
+    parser.add_argument("--output_dir", type=Path)
     parser.add_argument("--jobs", type=int, default=2, help="trainings at once")
-    parser.add_argument("--small", action="store_true", help="a shrunk form that shows nothing but that it runs")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--packaged", action="store_true", help="the packaged configuration and its first constraint alone"
+    )
+    form.add_argument("--small", action="store_true", help="a shrunk form that shows nothing but that it runs")
     chosen = parser.parse_args()
-    return interruptible(lambda: experiment(chosen.output_dir, chosen.jobs, chosen.small))
+    output_dir = chosen.output_dir or Path("outputs/constraints-packaged" if chosen.packaged else "outputs/constraints")
+
+    def run() -> int:
+        size = Size.packaged() if chosen.packaged else Size.small() if chosen.small else Size.whole(output_dir)
+        return experiment(output_dir, chosen.jobs, size)
+
+    return interruptible(run)
 
 
-def experiment(output_dir: Path, jobs: int, small: bool) -> int:
+def experiment(output_dir: Path, jobs: int, size: Size) -> int:
     """Train, evaluate, write; returns the exit status."""
-    size = Size.small() if small else Size.whole(output_dir)
     every = arms(_cap(output_dir, size))
     compared = {name: every[name] for name in size.chosen or every}
     runs = {
@@ -100,7 +117,7 @@ def _run(output_dir: Path, size: Size, name: str, arm: Arm, seed: int) -> Run:
         "reward.path": size.reward,
         "data.eval_prompts": "null",
         "total_steps": str(size.steps),
-        "algorithm.advantage": "grpo",
+        "algorithm.advantage": size.advantage,
         "engine.zero_stage": "1",
         "log.loggers": "[]",
         "seed": str(seed),

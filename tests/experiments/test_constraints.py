@@ -7,7 +7,7 @@ import pytest
 
 from experiments import runs
 from experiments.constraints import costs
-from experiments.constraints.__main__ import JUDGES, experiment
+from experiments.constraints.__main__ import JUDGES, Size, experiment
 from experiments.constraints.results import difference, measured
 from experiments.constraints.settings import BASE, QUESTIONS, WITHOUT, arms
 from repo_fast.config import EvaluateConfig, TrainConfig, parse
@@ -74,13 +74,13 @@ def test_measures_by_hand() -> None:
 def test_the_shrunk_experiment_runs_and_is_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert experiment(tmp_path, jobs=1, small=True) == 0
+    assert experiment(tmp_path, jobs=1, size=Size.small()) == 0
     assert "3 runs, 0 of them complete" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert results.keys() == {"start", f"{BASE}.0", f"{WITHOUT}.0", "sum.0"}
     before = snapshot(tmp_path)
     monkeypatch.setattr(runs, "call", lambda *_, **__: None)
-    assert experiment(tmp_path, jobs=1, small=True) == 0
+    assert experiment(tmp_path, jobs=1, size=Size.small()) == 0
     said = capsys.readouterr().out
     assert "3 runs, 3 of them complete" in said and "does the second constraint keep them from it?" in said
     assert snapshot(tmp_path) == before
