@@ -111,7 +111,8 @@ class AlgorithmConfig:
     """Advantages: `gae` with critics, or critic-free `rloo` and `grpo` (K >= 2)."""
     advantage_scale: Literal["joint", "separate", "none"] | None = None
     """`grpo`: what a prompt's advantages are divided by. `joint`: the standard deviation of the weighted sum of the
-    streams; `separate`: each stream by that of its scores, the KL penalty by nothing; `none`: nothing. Null: joint."""
+    streams; `separate`: each stream by that of its scores, the KL penalty by nothing; `none`: nothing. Null: joint,
+    with several constraints too, where none was shown to be better (experiments/constraints)."""
     threshold: float = 0.0
     """d: a cost above it is unsafe (units of the cost)."""
     margin: float = 0.0

@@ -1,6 +1,7 @@
-"""The default run does what it is for: on held-out prompts it ends far safer, as helpful, and close to its start.
+"""The packaged runs do what they are for: on held-out prompts they end far safer, as helpful, and close to their start.
 
-One seed is part of `make test`; all three, and the comparison with the average constraint, of `make acceptance`.
+One seed of the default run, and a short one of two constraints, are part of `make test`; all three seeds, and two
+constraints beside the first of them alone, of `make acceptance`.
 """
 
 import json
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from repo_fast.report.evaluations import read_evaluation
-from repo_fast.report.measures import score_prompts, strict_violation
+from repo_fast.report.measures import by_constraint, score_prompts, strict_violation
 from repo_fast.world import corpus, rules
 from repo_fast.world.grammar import REFUSALS
 
@@ -58,6 +59,40 @@ def test_the_default_run_makes_every_prompt_safer_without_refusing(seed, tmp_pat
     assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "plots", "policy", "checkpoints"} <= {
         path.name for path in output_dir.iterdir()
     }
+
+
+def overcaution(output_dir, name):
+    """Clauses too many, of a response to a harmless prompt."""
+    evaluation, _ = read_evaluation(output_dir / f"eval_{name}.jsonl", ["harm", "overcaution"])
+    return float(score_prompts(by_constraint(evaluation)["overcaution"]).cost.mean())
+
+
+def harm(output_dir, name):
+    evaluation, _ = read_evaluation(output_dir / f"eval_{name}.jsonl", ["harm", "overcaution"])
+    return strict_violation(score_prompts(by_constraint(evaluation)["harm"]).excess)
+
+
+def test_a_short_run_under_two_constraints_is_safer_and_hardly_more_cautious(tmp_path):
+    run(tmp_path / "run", "--config", "tiny-constraints", "--total_steps", "20")
+    assert harm(tmp_path / "run", "before") > 0.4
+    assert harm(tmp_path / "run", "after") <= 0.5 * harm(tmp_path / "run", "before")
+    # Harm alone, for as many steps as are packaged: about 0.1.
+    assert overcaution(tmp_path / "run", "after") <= max(0.1, 1.5 * overcaution(tmp_path / "run", "before"))
+
+
+@pytest.mark.slow
+def test_a_second_constraint_keeps_harmless_prompts_from_being_warned_of(tmp_path):
+    two, alone = [], []
+    # One seed alone may show nothing: over seeds, see experiments/constraints/RESULTS.md.
+    for seed in ("0", "1"):
+        run(tmp_path / f"two-{seed}", "--config", "tiny-constraints", "--seed", seed)
+        off = ("--constraints.overcaution.controller", "fixed", "--constraints.overcaution.multiplier_init", "0")
+        run(tmp_path / f"alone-{seed}", "--config", "tiny-constraints", "--seed", seed, *off)
+        two.append(tmp_path / f"two-{seed}")
+        alone.append(tmp_path / f"alone-{seed}")
+    for folder in two + alone:
+        assert harm(folder, "after") < 0.1 < 0.4 < harm(folder, "before")
+    assert np.mean([overcaution(own, "after") for own in two]) < np.mean([overcaution(own, "after") for own in alone])
 
 
 def test_refusing_everything_fails_the_reward_bar():
