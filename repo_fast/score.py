@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 -m repo_fast.score --kind cost --model.path FOLDER --data.train pairs.jsonl \\
         --data.eval held-out.jsonl --output_dir outputs/cost
     python -m repo_fast.score --convert FOLDER --to FOLDER --layout score [--kind cost]
-    python -m repo_fast.score --check FOLDER --kind cost --expect TEXT SCORE
+    python -m repo_fast.score --check FOLDER --kind cost [--head NAME] --expect TEXT SCORE
 
 The second writes a score model in another layout, bit for bit; the third loads one and compares the score of a text,
 template included, with a known one. `--expect TEXT SCORE` may also be added to the other two: to training, for the
@@ -74,11 +74,14 @@ def _convert_or_check(words: list[str]) -> int:
     parser.add_argument(
         "--kind", choices=("reward", "cost"), help="What the score means, where the model does not say."
     )
+    parser.add_argument("--head", metavar="NAME", help="Of a model with several, the one that gives the known score.")
     parser.add_argument("--expect", nargs=2, metavar=("TEXT", "SCORE"), help="A whole text, and its known score.")
     words, expect = _take_expectation(words)
     chosen = parser.parse_args(words)
     if chosen.check is not None and chosen.layout is not None:
         raise InputError("--layout belongs to --convert, expected --check without it")
+    if chosen.head is not None and chosen.check is None and expect is None:
+        raise InputError(f"--head {chosen.head!r} belongs to --check and --expect, expected one of them")
     if (chosen.convert is None) != (chosen.to is None):
         raise InputError("--convert FOLDER and --to FOLDER belong together, expected both or neither")
     # After the command line is known to be good: these take seconds to import.
@@ -87,7 +90,7 @@ def _convert_or_check(words: list[str]) -> int:
     from repo_fast.scoring.expectation import check_folder
 
     if chosen.check is not None:
-        print(check_folder(chosen.check, chosen.kind, expect))
+        print(check_folder(chosen.check, chosen.kind, expect, chosen.head))
         return 0
     target, layout = Path(chosen.to), chosen.layout or "score"
     convert_score_model(chosen.convert, target, layout=layout, score_type=chosen.kind)
@@ -95,7 +98,7 @@ def _convert_or_check(words: list[str]) -> int:
         try:
             # One of the layouts cannot say what its score means.
             role = chosen.kind or getattr(load_config(chosen.convert), "score_type", None)
-            print(check_folder(chosen.to, role, expect))
+            print(check_folder(chosen.to, role, expect, chosen.head))
         except InputError:
             shutil.rmtree(target)
             raise

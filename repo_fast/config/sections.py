@@ -180,6 +180,8 @@ class ScorerConfig:
     path: str = ""
     """A Python callable `package.module:function` (`(prompts, responses) -> list[float]`), a score-model folder,
     `guard:FOLDER`, a guard model, or `judge:MODEL`, a judge behind an endpoint."""
+    head: str | None = None
+    """Of a score model with several outputs, the name of the one that is the score. Null: it has one."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     judge: RubricConfig = field(default_factory=RubricConfig)
     template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
@@ -267,8 +269,9 @@ def check_scorer(key: str, scorer: ScorerConfig) -> None:
     expected = "a callable `package.module:function`, a score-model folder, guard:FOLDER or judge:MODEL"
     require(scorer.path != "", f"{key}.path", scorer.path, expected)
     require_at_least(1, {f"{key}.max_tokens": scorer.max_tokens})
-    if scorer.expect is not None and ":" in scorer.path:
-        raise InputError(f"{key}.expect is given with {scorer.path!r}, expected a score model")
+    for name in ("expect", "head"):
+        if getattr(scorer, name) is not None and ":" in scorer.path:
+            raise InputError(f"{key}.{name} is given with {scorer.path!r}, expected a score model")
     _check_guard(f"{key}.guard", scorer)
     if not scorer.path.startswith(JUDGE):
         check_unused(f"{key}.judge", scorer.judge, f"its default with path {scorer.path!r}, which is no judge:MODEL")

@@ -34,7 +34,7 @@ from repo_fast.evaluation.cache import UnitFile, fingerprint, key_of, locked, sc
 from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
 from repo_fast.evaluation.judge import ComparingJudge
 from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, Rows, judge_policies
-from repo_fast.jobs.assembly import load_scorer, loading_options
+from repo_fast.jobs.assembly import ScorerLoader, loading_options
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import first_attention
 from repo_fast.models.policy import Policy
@@ -109,6 +109,8 @@ class Evaluator:
         self.cache_dir = self.output_dir / "cache" if config.cache_dir is None else Path(config.cache_dir)
         self._engine = EngineConfig(dtype=config.dtype, zero_stage=1)
         self._loading = loading_options(config.attention, self._engine, ranks)
+        folder = self.cache_dir / "judges"
+        self._loader = ScorerLoader(self._engine, ranks, config.attention, config.scoring_tokens, folder)
 
     def _computing(self, path: str, kind: Any = AutoModel) -> dict[str, str]:
         """What any number that a model gives depends on."""
@@ -232,6 +234,8 @@ class Evaluator:
             about["exempt"] = sorted(exempt)
         if spec.kind == "model":
             about |= {"template": settings.template, "max_tokens": settings.max_tokens, **self._computing(spec.path)}
+            if settings.head is not None:
+                about["head"] = settings.head
             template = PromptTemplate(load_tokenizer(spec.path, must_end=False), settings.template, self.config.date)
             if template.name == "chat":
                 about |= {"reads": "finished dialogues", **self._dated(template)}
@@ -242,9 +246,7 @@ class Evaluator:
         if spec.kind == "judge":
             asked = ("rubric", "max_tokens", "max_tokens_name", "temperature")
             about |= {"judge": spec.path} | {key: getattr(settings.judge, key) for key in asked}
-        folder = self.cache_dir / "judges"
-        options = (self._engine, self.ranks, self.config.attention, self.config.scoring_tokens, folder)
-        return _Column(name, about, cache(lambda: load_scorer(name, spec, settings, *options)), exempt)
+        return _Column(name, about, cache(lambda: self._loader.load(name, spec, settings)), exempt)
 
     def _dated(self, template: PromptTemplate | Guard) -> dict[str, Any]:
         """What of the date a rendering depends on: mostly nothing."""

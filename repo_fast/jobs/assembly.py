@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from repo_fast.models.lora import adapters_off, add_lora, describe
 from repo_fast.models.model_config import load_config
 from repo_fast.models.packing import settle_packing, state_before
 from repo_fast.models.policy import Policy
+from repo_fast.models.score_checkpoint import find_output, output_names
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.trunk import train_last_layers
 from repo_fast.models.vocabulary import fit_vocabulary
@@ -36,14 +37,16 @@ from repo_fast.scoring import (
     Guard,
     GuardScorer,
     JudgedScorer,
+    LastOutputs,
     ModelScorer,
     Scorer,
     ScorerSpec,
     check_expected_score,
+    load_line,
     load_score_model,
     score_text,
 )
-from repo_fast.scoring.score_models import same_tokens
+from repo_fast.scoring.score_models import Role, same_tokens
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +73,9 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
             reference = Policy.from_pretrained(inputs.policy_path, **loading)
             _fit_vocabulary(reference.model, inputs.tokenizer, config.policy)
         folder = Path(config.output_dir) / "judges"
-        common = (config.engine, ranks, attention, config.update.micro_batch_tokens, folder)
+        loader = ScorerLoader(config.engine, ranks, attention, config.update.micro_batch_tokens, folder)
         scorers = {
-            name: load_scorer(name, spec, config.scorers[name], *common)(inputs.template)
+            name: loader.load(name, spec, config.scorers[name])(inputs.template)
             for name, spec in inputs.scorers.items()
         }
     with sharded_loading(config.engine, ranks.device):
@@ -216,6 +219,7 @@ def load_trained_score_model(
     settings: ModelConfig,
     engine: EngineConfig,
     ranks: Ranks,
+    heads: tuple[str, ...] = (),
 ) -> ScoreModel:
     """A score model to train: one that is gone on with, or the trunk of a language model with a zero head.
 
@@ -223,6 +227,7 @@ def load_trained_score_model(
         path: Folder or hub name.
         kind: `reward` or `cost`.
         tokenizer, settings, engine, ranks: As for `load_policy`.
+        heads: The names of several outputs; a model that is gone on with has the same (`check_heads_of`).
 
     Raises:
         InputError: The model cannot be used; it is a score model of the other kind, or an encoder.
@@ -234,7 +239,7 @@ def load_trained_score_model(
             if not isinstance(model, ScoreModel):
                 raise InputError(f"model.path {path!r} is an encoder, expected a decoder: packed rows need one")
         else:
-            model = ScoreModel.from_policy(path, **loading)
+            model = ScoreModel.from_policy(path, names=heads, **loading)
         _fit_vocabulary(model.trunk, tokenizer, settings)
     # DeepSpeed trains parameters of one dtype; it keeps float32 masters, and the head computes in float32 anyway.
     model.score_head.to(loading["dtype"])
@@ -246,6 +251,18 @@ def load_trained_score_model(
 def is_score_model(path: str) -> bool:
     """Whether a model folder's architecture is one with a scalar head."""
     return (load_config(path).architectures or [""])[0].endswith(("ForScore", "ForSequenceClassification"))
+
+
+def check_heads_of(path: str, heads: tuple[str, ...]) -> None:
+    """Raise `InputError` where a score model to go on with has other outputs than are to be trained, or in another
+    order."""
+    names = output_names(path)
+    # A single output may have a name that nobody asked for: Hugging Face's label.
+    if names != heads and (heads or len(names) > 1):
+        raise InputError(
+            f"heads has {', '.join(heads) or 'none'} with model.path {path!r}, whose outputs are "
+            f"{', '.join(names) or 'one without a name'}; expected the same, in that order"
+        )
 
 
 def loading_options(attention: str, engine: EngineConfig, ranks: Ranks) -> dict[str, Any]:
@@ -285,8 +302,8 @@ def _critics(config: TrainConfig, inputs: Inputs, loading: dict) -> dict[str, Cr
     """By name: one for each stream, or one for all."""
     critics = {}
     for group in config.critic_streams:
-        model = _critic_start(group[0], inputs, loading)
-        critic = critics["_".join(group)] = Critic(model, group, loading["dtype"])
+        model, outputs = _critic_start(group, config, inputs, loading)
+        critic = critics["_".join(group)] = Critic(model, group, loading["dtype"], outputs)
         prepare_training(critic.trunk, None, config.critics.lora, config.engine)
         _say_what_is_trained(f"critic of {' and '.join(group)}", critic)
         if len(group) > 1:
@@ -308,91 +325,139 @@ def _saved_by_sharing(critic: Critic, dtype: torch.dtype) -> str:
     )
 
 
-def _critic_start(stream: str, inputs: Inputs, loading: dict) -> ScoreModel:
+def _critic_start(
+    group: tuple[str, ...], config: TrainConfig, inputs: Inputs, loading: dict
+) -> tuple[ScoreModel, dict[str, int]]:
+    """The model of a critic's first stream, and which of its outputs its streams start from."""
+    stream = group[0]
     spec = inputs.scorers[stream]
     if spec.kind == "model":
         reason = "its tokens are not the policy's"
         if same_tokens(load_tokenizer(spec.path, must_end=False), inputs.template.tokenizer):
             model = load_score_model(spec.path, **loading)
             if isinstance(model, ScoreModel):
-                return model
+                heads = {name: config.scorers[name].head for name in group if inputs.scorers[name] == spec}
+                # Where it has one output, those of further streams start at zero.
+                named = {name: head for name, head in heads.items() if name == stream or head is not None}
+                return model, {name: find_output(spec.path, head, f"{name}.head") for name, head in named.items()}
             reason = "it is an encoder"
         log.info("the %s critic cannot start from %s (%s): it starts from the policy", stream, spec.path, reason)
-    return ScoreModel.from_policy(inputs.policy_path, **loading)
+    return ScoreModel.from_policy(inputs.policy_path, **loading), {stream: 0}
 
 
-def load_scorer(
-    name: str,
-    spec: ScorerSpec,
-    settings: ScorerConfig,
-    engine: EngineConfig,
-    ranks: Ranks,
-    attention: str,
-    token_budget: int,
-    folder: Path,
-) -> Callable[[PromptTemplate], Scorer]:
-    """Where the rewards or the costs come from. All ranks must call it.
+@dataclass(frozen=True)
+class _Loaded:
+    """A score model, and what it gave the last rollout by how it read it: template and longest text."""
 
-    Args:
-        name: Of its column: `reward`, `cost`, or that of one of several costs.
-        spec, settings: What and how.
+    model: ScoreModel | EncoderClassifier
+    module: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    last: dict[tuple[str, int], LastOutputs] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScorerLoader:
+    """Loads where rewards and costs come from; the folder of a score model once, however many scorers read it.
+
+    Attributes:
         engine: Stage and dtype of a score model.
         ranks: This process among all.
         attention: As for a policy.
         token_budget: Largest packed row or padded batch (tokens).
         folder: For the answers of a judge.
-
-    Returns:
-        Makes the scorer for the rollouts of a policy from the policy's template. The model is loaded once.
-
-    Raises:
-        InputError: There is no such function, the model cannot be used, or does not give the score expected of it.
     """
-    role: Literal["reward", "cost"] = "reward" if name == "reward" else "cost"
-    column, name = name, scorer_name(name)
-    if spec.kind == "function":
-        function = FunctionScorer(spec.path, name)
-        return lambda _: function
-    if spec.kind == "judge":
-        judge = _judge(column, spec.path, settings.judge, ranks, folder)
-        return lambda _: judge
-    loading = loading_options(attention, engine, ranks)
-    common: dict[str, Any] = {
-        "name": name,
-        "max_tokens": settings.max_tokens,
-        "token_budget": token_budget,
-        "device": ranks.device,
-    }
-    if engine.zero_stage == 3:
-        # Sharded, every call is a collective; whole, a rank runs on its own.
-        common["agree_on_count"] = ranks.max
-    if spec.kind == "guard":
-        guarding = Engine(Policy.from_pretrained(spec.path, **loading), engine, ranks)
-        settle_policy(f"the {name} guard", guarding, attention, ranks)
-        tokenizer, backend = load_tokenizer(spec.path, must_end=False), engine.ops_backend
+
+    engine: EngineConfig
+    ranks: Ranks
+    attention: str
+    token_budget: int
+    folder: Path
+    # All of one dtype: the path alone tells them apart.
+    _models: dict[str, _Loaded] = field(default_factory=dict)
+
+    def load(self, name: str, spec: ScorerSpec, settings: ScorerConfig) -> Callable[[PromptTemplate], Scorer]:
+        """Load one. All ranks must call it.
+
+        Args:
+            name: Of its column: `reward`, `cost`, or that of one of several costs.
+            spec, settings: What and how.
+
+        Returns:
+            Makes the scorer for the rollouts of a policy from the policy's template. The model is loaded once.
+
+        Raises:
+            InputError: There is no such function or head, the model cannot be used, or does not give the score expected
+                of it.
+        """
+        column, name = name, scorer_name(name)
+        if spec.kind == "function":
+            function = FunctionScorer(spec.path, name)
+            return lambda _: function
+        if spec.kind == "judge":
+            judge = _judge(column, spec.path, settings.judge, self.ranks, self.folder)
+            return lambda _: judge
+        common: dict[str, Any] = {
+            "name": name,
+            "max_tokens": settings.max_tokens,
+            "token_budget": self.token_budget,
+            "device": self.ranks.device,
+        }
+        if self.engine.zero_stage == 3:
+            # Sharded, every call is a collective; whole, a rank runs on its own.
+            common["agree_on_count"] = self.ranks.max
+        if spec.kind == "guard":
+            return self._guard(spec, settings, common)
+        return self._score_model(column, spec, settings, common)
+
+    def _guard(
+        self, spec: ScorerSpec, settings: ScorerConfig, common: dict[str, Any]
+    ) -> Callable[[PromptTemplate], Scorer]:
+        name, loading = common["name"], loading_options(self.attention, self.engine, self.ranks)
+        guarding = Engine(Policy.from_pretrained(spec.path, **loading), self.engine, self.ranks)
+        settle_policy(f"the {name} guard", guarding, self.attention, self.ranks)
+        tokenizer, backend = load_tokenizer(spec.path, must_end=False), self.engine.ops_backend
 
         def guard_scorer(policy: PromptTemplate) -> Scorer:
             guard = Guard(tokenizer, settings.guard, name, policy.date)
             return GuardScorer(guarding.frozen_module, guard, backend=backend, **common)
 
         return guard_scorer
-    model = load_score_model(spec.path, role=role, **loading)
-    tokenizer = load_tokenizer(spec.path, must_end=not isinstance(model, EncoderClassifier))
-    frozen = Engine(model, engine, ranks)
-    module = frozen.frozen_module
-    if isinstance(model, ScoreModel):
-        settle_scores(f"the {name} model", frozen, model.score_head, attention, ranks)
-    if settings.expect is not None:
-        text, expected = settings.expect
-        check_expected_score(lambda text: score_text(module, tokenizer, text, ranks.device), text, expected, name)
-    if isinstance(model, EncoderClassifier):
-        classifier = ClassifierScorer(module, tokenizer, **common)
-        return lambda _: classifier
 
-    def scorer(policy: PromptTemplate) -> Scorer:
-        return ModelScorer(module, PromptTemplate(tokenizer, settings.template, policy.date), policy, **common)
+    def _score_model(
+        self, column: str, spec: ScorerSpec, settings: ScorerConfig, common: dict[str, Any]
+    ) -> Callable[[PromptTemplate], Scorer]:
+        name, role = common["name"], "reward" if column == "reward" else "cost"
+        output = find_output(spec.path, settings.head, f"the head of the {name}")
+        if spec.path in self._models:
+            log.info("%s", load_line(spec.path, role))
+        else:
+            self._models[spec.path] = self._load(spec.path, role, name)
+        loaded = self._models[spec.path]
+        module, tokenizer = loaded.module, loaded.tokenizer
+        if settings.expect is not None:
+            text, expected = settings.expect
+            device = self.ranks.device
+            check_expected_score(lambda text: score_text(module, tokenizer, text, device, output), text, expected, name)
+        reads = (settings.template, settings.max_tokens)
+        last = loaded.last.setdefault(reads, LastOutputs(max(1, len(output_names(spec.path)))))
+        common |= {"output": output, "last": last}
+        if isinstance(loaded.model, EncoderClassifier):
+            classifier = ClassifierScorer(module, tokenizer, **common)
+            return lambda _: classifier
 
-    return scorer
+        def scorer(policy: PromptTemplate) -> Scorer:
+            return ModelScorer(module, PromptTemplate(tokenizer, settings.template, policy.date), policy, **common)
+
+        return scorer
+
+    def _load(self, path: str, role: Role, name: str) -> _Loaded:
+        loading = loading_options(self.attention, self.engine, self.ranks)
+        model = load_score_model(path, role=role, **loading)
+        tokenizer = load_tokenizer(path, must_end=not isinstance(model, EncoderClassifier))
+        frozen = Engine(model, self.engine, self.ranks)
+        if isinstance(model, ScoreModel):
+            settle_scores(f"the {name} model", frozen, model.score_head, self.attention, self.ranks)
+        return _Loaded(model, frozen.frozen_module, tokenizer)
 
 
 def _judge(column: str, model: str, settings: RubricConfig, ranks: Ranks, folder: Path) -> JudgedScorer:

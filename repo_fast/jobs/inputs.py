@@ -33,6 +33,7 @@ from repo_fast.learning.imitation import Shown
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.policy import check_vocabulary
+from repo_fast.models.score_checkpoint import find_output
 from repo_fast.objective.constraints import applicable
 from repo_fast.ops.dispatch import resolve
 from repo_fast.report.metrics import check_loggers
@@ -253,12 +254,12 @@ def _check_lengths(
 def check_scorer_inputs(
     name: str, spec: ScorerSpec, settings: ScorerConfig, drawn: int, prompts: Sequence[Prompt], date: str | None
 ) -> None:
-    """Raise `InputError` where a score model could not be given what will be drawn.
+    """Raise `InputError` where a score model has no such head, or could not be given what will be drawn.
 
     Args:
         name: The scorer's section, for messages.
-        spec, settings: The scorer; nothing is checked of a function, nor of an encoder, which cuts its texts to what it
-            can read, and has no template. A guard cuts them too.
+        spec, settings: The scorer; nothing is checked of a function, and of an encoder its head alone: it cuts its
+            texts to what it can read, and has no template. A guard cuts them too.
         drawn: The longest prompt with its response (tokens).
         prompts: That it will be given.
         date: Of the run.
@@ -272,7 +273,10 @@ def check_scorer_inputs(
                 with at(prompt.place):
                     guard.check_room(prompt.asked, settings.max_tokens)
         return
-    if spec.kind != "model" or is_encoder(spec.path):
+    if spec.kind != "model":
+        return
+    find_output(spec.path, settings.head, f"{name}.head")
+    if is_encoder(spec.path):
         return
     check_positions(spec.path, min(settings.max_tokens, drawn), f"a prompt and its response, cut to {name}.max_tokens")
     template = PromptTemplate(load_tokenizer(spec.path), settings.template, date)

@@ -14,22 +14,30 @@ class Critic(nn.Module):
     """A trunk with a head for each stream that it values: one stream, or all of them on a shared trunk.
 
     Args:
-        model: The score model that it starts from: the trunk, and the head of the first stream.
-        streams: `reward`, the names of constraints, or all of them. The heads of further streams start at zero.
+        model: The score model that it starts from: the trunk, and heads of streams.
+        streams: `reward`, the names of constraints, or all of them.
         dtype: Of the heads. DeepSpeed trains parameters of one dtype; it keeps float32 masters, and heads compute in
             float32 anyway.
+        outputs: By stream, the output of the model that its head starts from; others start at zero. None: the first
+            stream's from the first.
     """
 
-    def __init__(self, model: ScoreModel, streams: tuple[str, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: ScoreModel,
+        streams: tuple[str, ...],
+        dtype: torch.dtype,
+        outputs: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__()
         self.trunk, self.streams = model.trunk, streams
-        heads: dict[str, nn.Module] = {_key(streams[0]): model.score_head}
-        for stream in streams[1:]:
-            head = ScoreHead(model.score_head.in_features, 1, bias=False)
-            heads[_key(stream)] = head
-            nn.init.zeros_(head.weight)
+        outputs = {streams[0]: 0} if outputs is None else outputs
+        started = {stream: _row(model.score_head, output) for stream, output in outputs.items()}
+        heads: dict[str, nn.Module] = {}
+        for stream in streams:
+            heads[_key(stream)] = started[stream] if stream in started else _zero(model.score_head.in_features)
         self.heads = nn.ModuleDict(heads).to(dtype)
-        self._normalizers: Mapping[str, tuple[float, float]] = {streams[0]: (model.mean, model.std)}
+        self._normalizers = {stream: model.normalization[output] for stream, output in outputs.items()}
 
     def head(self, stream: str) -> nn.Module:
         """That of a stream."""
@@ -59,6 +67,24 @@ class Critic(nn.Module):
             mean, std = self._normalizers.get(stream, (0.0, 1.0))
             values.append((self.head(stream)(hidden)[:, 0] - mean) / std)
         return torch.stack(values)
+
+
+def _row(head: ScoreHead, output: int) -> ScoreHead:
+    """One output of a head, as a head of its own."""
+    if head.out_features == 1:
+        return head
+    own = ScoreHead(head.in_features, 1, bias=head.bias is not None, dtype=head.weight.dtype)
+    with torch.no_grad():
+        own.weight.copy_(head.weight[output : output + 1])
+        if head.bias is not None:
+            own.bias.copy_(head.bias[output : output + 1])
+    return own
+
+
+def _zero(width: int) -> ScoreHead:
+    head = ScoreHead(width, 1, bias=False)
+    nn.init.zeros_(head.weight)
+    return head
 
 
 def _key(stream: str) -> str:

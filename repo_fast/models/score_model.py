@@ -1,4 +1,5 @@
-"""A transformer trunk with a scalar head: reward models, cost models, and the critics that start from them.
+"""A transformer trunk with a head of one or several scores: reward models, cost models, and the critics that start from
+them.
 
 How folders of them look is `score_checkpoint`'s. transformers loads the trunk, so that ZeRO-3 shards it on the way in;
 the head is read from the file here, because transformers would only warn about one it does not find, and draw a fresh
@@ -17,7 +18,7 @@ from transformers import AutoModel, PretrainedConfig
 
 from repo_fast.models.attention import run_packed
 from repo_fast.models.model_config import load_config, set_aside
-from repo_fast.models.score_checkpoint import ScoreCheckpoint, ScoreFormat
+from repo_fast.models.score_checkpoint import ScoreCheckpoint, ScoreFormat, identity_normalizer
 from repo_fast.models.trunk import disable_dropout, load_transformer
 from repo_fast.packing.bounds import Bounds
 
@@ -31,12 +32,12 @@ class ScoreHead(nn.Linear):
 
 
 class ScoreModel(nn.Module):
-    """A trunk and a head with one output.
+    """A trunk and a head with K outputs.
 
     Args:
         trunk: A decoder without its language-model head, as `AutoModel` loads it.
-        weight: float [1, D], the head.
-        bias: float [1], or None for a head without.
+        weight: float [K, D], the head.
+        bias: float [K], or None for a head without.
         format: What its folder said: how scores are normalised, and what is written back.
     """
 
@@ -51,14 +52,14 @@ class ScoreModel(nn.Module):
         super().__init__()
         self.trunk = trunk
         # In the file's dtype, so that it is written back as it was: the head computes in float32 anyway.
-        self.score_head = ScoreHead(weight.shape[1], 1, bias=bias is not None, dtype=weight.dtype)
+        self.score_head = ScoreHead(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
         with torch.no_grad():
             self.score_head.weight.copy_(weight)
             if bias is not None:
                 self.score_head.bias.copy_(bias)
         # Numbers, not buffers: a cast of the module to bfloat16 must not round them.
         self.format = format or ScoreFormat()
-        self.mean, self.std = self.format.mean, self.format.std
+        self.normalization = self.format.normalization
         disable_dropout(trunk)
 
     @classmethod
@@ -71,8 +72,7 @@ class ScoreModel(nn.Module):
             attention: Name of a transformers attention implementation, or several: the first that can run.
 
         Raises:
-            InputError: The folder cannot be read, is not a score model of a known layout, has not exactly one output,
-                or lacks a weight.
+            InputError: The folder cannot be read, is not a score model of a known layout, or lacks a weight.
         """
         checkpoint = ScoreCheckpoint(path)
         weight, bias = checkpoint.head()
@@ -80,20 +80,28 @@ class ScoreModel(nn.Module):
         return cls(_load_trunk(path, checkpoint.config, dtype, attention), weight, bias, format=form)
 
     @classmethod
-    def from_policy(cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str] = "sdpa") -> "ScoreModel":
+    def from_policy(
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        attention: str | Sequence[str] = "sdpa",
+        names: tuple[str, ...] = (),
+    ) -> "ScoreModel":
         """The trunk of a causal language model with a zero head: where a critic starts without a score model.
 
         Args:
             path: Folder or hub name.
             dtype: Of the trunk's weights and activations.
             attention: Name of a transformers attention implementation, or several: the first that can run.
+            names: Of its outputs; empty: one without a name.
 
         Raises:
             InputError: The folder cannot be read, or lacks a weight.
         """
-        config = load_config(path)
-        form = ScoreFormat(aside=set_aside(path))
-        return cls(_load_trunk(path, config, dtype, attention), torch.zeros(1, config.hidden_size), format=form)
+        config, outputs = load_config(path), max(1, len(names))
+        form = ScoreFormat(normalizer=identity_normalizer(outputs), aside=set_aside(path), names=names)
+        return cls(_load_trunk(path, config, dtype, attention), torch.zeros(outputs, config.hidden_size), format=form)
 
     def forward(
         self,
@@ -111,10 +119,11 @@ class ScoreModel(nn.Module):
             bounds: As for `run_packed`.
 
         Returns:
-            float32 [M].
+            float32 [M]; of a model with several outputs [M, K].
         """
-        scores = self.score_head(run_packed(self.trunk, input_ids, position_ids, bounds)[0, positions])[:, 0]
-        return (scores - self.mean) / self.std
+        outputs = self.score_head(run_packed(self.trunk, input_ids, position_ids, bounds)[0, positions])
+        scores = [(outputs[:, k] - mean) / std for k, (mean, std) in enumerate(self.normalization)]
+        return scores[0] if len(scores) == 1 else torch.stack(scores, dim=1)
 
 
 def _load_trunk(path: str, config: PretrainedConfig, dtype: torch.dtype, attention: str | Sequence[str]) -> nn.Module:

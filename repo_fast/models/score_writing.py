@@ -57,7 +57,7 @@ def check_layout(path: str, model: ScoreModel, *, score_type: Literal["reward", 
     """
     wanted, trunk = find_layout(layout), model.trunk
     # Whatever the bias is now, training moves it.
-    bias = None if model.score_head.bias is None else torch.ones(1)
+    bias = None if model.score_head.bias is None else torch.ones(len(model.normalization))
     _written_format(path, model.format, wanted, bias, score_type)
     _architecture(type(trunk).__name__.removesuffix("Model"), wanted, trunk.config.model_type)  # type: ignore[union-attr]
 
@@ -181,9 +181,9 @@ def _written_format(
     if layout.is_classifier:
         if bias is not None and bias.any():
             raise InputError(f"{path!r} has a score head with a bias, which the layout {layout.name} cannot hold")
-        if form.mean != 0 or form.std != 1:
+        if any(own != (0.0, 1.0) for own in form.normalization):
             raise InputError(f"{path!r} has do_normalize, which the layout {layout.name} cannot hold")
-        return ScoreFormat(normalizer={})
+        return ScoreFormat(normalizer={}, names=form.names)
     score_type = score_type or form.score_type
     if score_type is None:
         raise InputError(f"{path!r} does not say its score type, expected one to be given: reward or cost")
@@ -192,7 +192,7 @@ def _written_format(
             f"{path!r} has do_normalize as a {form.score_type} model: with score type {score_type!r} the same "
             "normalizer would give other scores"
         )
-    return ScoreFormat(score_type, form.do_normalize, form.normalizer)
+    return ScoreFormat(score_type, form.do_normalize, form.normalizer, names=form.names)
 
 
 def _has_own_bias(model_type: str) -> bool:
@@ -204,13 +204,17 @@ def _write_settings(
     folder: Path, settings: dict, architecture: str, layout: Layout, form: ScoreFormat, has_bias: bool
 ) -> None:
     bias_keys = ["score_bias"] if _has_own_bias(settings["model_type"]) else ["bias", "score_bias"]
-    keys = ("score_type", "score_dim", "do_normalize", *bias_keys)
+    keys = ("score_type", "score_dim", "score_names", "do_normalize", *bias_keys)
     settings = {key: value for key, value in settings.items() if key not in keys} | {"architectures": [architecture]}
     if not layout.is_classifier:
-        settings |= {"score_type": form.score_type, "score_dim": 1, "do_normalize": form.do_normalize}
+        settings |= {"score_type": form.score_type, "do_normalize": form.do_normalize}
+        settings |= {"score_dim": max(1, len(form.names))} | ({"score_names": form.names} if form.names else {})
         settings |= dict.fromkeys(bias_keys, has_bias)
-    elif len(settings.get("id2label", {})) != 1:
-        settings |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    else:
+        names = form.names or ("LABEL_0",)
+        labels = {str(i): name for i, name in enumerate(names)}
+        if form.names or len(settings.get("id2label", {})) != 1:
+            settings |= {"id2label": labels, "label2id": {name: i for i, name in enumerate(names)}}
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 

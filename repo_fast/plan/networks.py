@@ -21,6 +21,7 @@ from repo_fast.models.attention import MASKED, PACKED, PADDED
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import built, first_attention
 from repo_fast.models.policy import check_head
+from repo_fast.models.score_checkpoint import find_output
 from repo_fast.scoring import load_scorer_spec
 from repo_fast.speed.flops import Shape
 
@@ -33,7 +34,8 @@ class Network:
     """A model of a run.
 
     Attributes:
-        role: `policy`, `reference`, `reward`, `cost` or which of several, or the name of a critic.
+        role: `policy`, `reference`, `reward`, `cost` or which of several, the first that reads it, or the name of a
+            critic.
         parameters, trained: How many, and how many of them have a gradient.
         largest: Parameters of its largest module, which ZeRO-3 gathers at once.
         width, vocabulary: Of the hidden states, and of the head; 0 without one over tokens.
@@ -82,13 +84,17 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
         raise InputError(f"update.share_prompts is true, expected false: the policy is not packed ({found[0].masked})")
     if not config.policy.lora.rank:
         found.append(network("reference", policy, dtype, frozen=True, **common))
-    trunks = {}
+    trunks, read = {}, set[str]()
     for name, scorer in config.scorers.items():
         role = scorer_name(name)
         spec = load_scorer_spec(scorer.path, role)
         if spec.kind == "model":
+            find_output(spec.path, scorer.head, f"{config.section_of(name)}.head")
             trunks[name] = load_config(spec.path)
-            found.append(network(role, trunks[name], dtype, frozen=True))
+            # Scorers that read other outputs of a folder share its model.
+            if spec.path not in read:
+                found.append(network(role, trunks[name], dtype, frozen=True))
+            read.add(spec.path)
         elif spec.kind == "guard":
             found.append(network(role, load_config(spec.path), dtype, frozen=True, head=True))
     for streams in config.critic_streams:

@@ -14,6 +14,7 @@ from repo_fast.scoring.judged import JudgedScorer
 from repo_fast.scoring.score_models import (
     ClassifierScorer,
     EncoderClassifier,
+    LastOutputs,
     ModelScorer,
     load_line,
     load_score_model,
@@ -27,6 +28,7 @@ __all__ = [
     "Guard",
     "GuardScorer",
     "JudgedScorer",
+    "LastOutputs",
     "ModelScorer",
     "Scorer",
     "ScorerSpec",

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from repo_fast.data import encode_whole, load_tokenizer
 from repo_fast.errors import InputError
 from repo_fast.models.model_config import load_config
+from repo_fast.models.score_checkpoint import find_output, output_names
 from repo_fast.scoring.score_models import EncoderClassifier, Role, load_line, load_score_model
 
 # Of the expected score, or of 1 where that is smaller: room for another precision, not for another template.
@@ -19,7 +20,7 @@ TOLERANCE = 0.05
 
 @torch.no_grad()
 def score_text(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, device: torch.device | str = "cpu"
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, device: torch.device | str = "cpu", output: int = 0
 ) -> float:
     """The score of one text at its last token.
 
@@ -28,6 +29,7 @@ def score_text(
         tokenizer: The model's. It adds the special tokens that it adds by itself and the text has not got yet.
         text: Prompt and response, rendered as the model wants them, such as `apply_chat_template` does.
         device: Where the model is.
+        output: Which of the model's outputs is the score.
 
     Raises:
         InputError: The text has no tokens, or more than the model reads.
@@ -41,8 +43,11 @@ def score_text(
     if not 0 < length <= limit:
         raise InputError(f"the text {text[:60]!r} has {length} tokens, expected 1 to {limit}")
     if is_encoder:
-        return float(model(input_ids=ids, attention_mask=torch.ones_like(ids))[0])
-    return float(model(ids, torch.arange(length, device=device)[None], torch.tensor([length - 1], device=device))[0])
+        outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    else:
+        last = torch.tensor([length - 1], device=device)
+        outputs = model(ids, torch.arange(length, device=device)[None], last)
+    return float(outputs.flatten()[output])
 
 
 def check_expected_score(score_of: Callable[[str], float], text: str, expected: float, name: str) -> None:
@@ -71,32 +76,38 @@ def check_expected_score(score_of: Callable[[str], float], text: str, expected: 
     )
 
 
-def check_folder(path: str, role: Role | None, expect: tuple[str, float] | None) -> str:
+def check_folder(path: str, role: Role | None, expect: tuple[str, float] | None, head: str | None = None) -> str:
     """Load a score model, on the CPU in float32, and check it.
 
     Args:
         path: Folder or hub name.
         role: What its score is used as; None: what the folder says.
         expect: A whole text, template included, and its known score; None: loading is the check.
+        head: Of a model with several outputs, the name of the one that is the score.
 
     Returns:
         What it is and, with `expect`, its score, for the user.
 
     Raises:
-        InputError: It cannot be loaded, is of another kind, or gives another score.
+        InputError: It cannot be loaded, is of another kind, has no such head, or gives another score.
     """
     role = role or getattr(load_config(path), "score_type", None)
     if role not in get_args(Role):
         raise InputError(f"{path!r} does not say what its score means, expected --kind reward or --kind cost")
+    names = output_names(path)
+    # Several without a word on one of them are fine where nothing is compared.
+    output = 0 if head is None and expect is None else find_output(path, head, "--head")
     model = load_score_model(path, dtype=torch.float32).eval()
     said = load_line(path, role)
+    if len(names) > 1:
+        said += f"; heads {', '.join(names)}"
     if expect is None:
         return said
     tokenizer = load_tokenizer(path, must_end=not isinstance(model, EncoderClassifier))
     scores: list[float] = []
 
     def score_of(text: str) -> float:
-        scores.append(score_text(model, tokenizer, text))
+        scores.append(score_text(model, tokenizer, text, output=output))
         return scores[-1]
 
     check_expected_score(score_of, *expect, name=role)

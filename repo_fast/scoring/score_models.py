@@ -12,6 +12,7 @@ and is counted: the response is what is to be judged.
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -48,6 +49,31 @@ def _unwrapped(module: nn.Module) -> Any:
     return getattr(module, "module", module)
 
 
+class LastOutputs:
+    """All outputs of a model for the last rollout, so that further scorers need no forward for theirs.
+
+    Args:
+        count: K, how many the model has.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
+        self._of: weakref.ref[Rollout] | None = None
+        self._outputs = torch.zeros(0, count)
+
+    def known(self, rollout: Rollout) -> bool:
+        """Whether they are this rollout's, the very same object."""
+        return self._of is not None and self._of() is rollout
+
+    def keep(self, rollout: Rollout, outputs: torch.Tensor) -> None:
+        """Take them, float32 [S, K] on the CPU, in place of the last."""
+        self._of, self._outputs = weakref.ref(rollout), outputs
+
+    def read(self, output: int) -> torch.Tensor:
+        """One of them: float32 [S]."""
+        return self._outputs[:, output].clone()
+
+
 class ModelScorer:
     """Scores with a `ScoreModel`, in packed rows.
 
@@ -61,6 +87,8 @@ class ModelScorer:
         device: Where the rows go.
         agree_on_count: Maps this rank's number of rows to the largest of all ranks, each of which then runs as many:
             under ZeRO-3 a forward is a collective. The default is right for a single rank.
+        output: Which of the model's outputs is the score.
+        last: Shared by the scorers that read outputs of the same model in the same way; None: the model has one output.
 
     Attributes:
         truncated: Sequences that lost their beginning so far.
@@ -80,8 +108,11 @@ class ModelScorer:
         token_budget: int,
         device: torch.device,
         agree_on_count: Callable[[int], int] = _alone,
+        output: int = 0,
+        last: LastOutputs | None = None,
     ) -> None:
         self.name, self.truncated = name, 0
+        self._output, self._last = output, last or LastOutputs()
         module.eval()
         self._module, self._template, self._device = module, template, device
         self._max_tokens = min(max_tokens, position_limit(_unwrapped(module).trunk) or max_tokens)
@@ -110,15 +141,19 @@ class ModelScorer:
         Returns:
             float32 [S], CPU. What the model says, also when that is not finite.
         """
-        sequences = list(self._sequences(rollout))
-        scores = torch.zeros(len(sequences))
+        known = self._last.known(rollout)
+        sequences = [] if known else list(self._sequences(rollout))
+        outputs = torch.zeros(len(sequences), self._last.count)
         lengths = [len(sequence) for sequence in sequences]
         rows = split_by_tokens(lengths, self._token_budget, [forward_work(self._shape, [length]) for length in lengths])
         for row in rows:
-            scores[row] = self._forward([sequences[i] for i in row])
+            outputs[row] = self._forward([sequences[i] for i in row])
+        # Also where all is known: another rank may have been given a part of its rollout, of which nothing is.
         for _ in range(self._agree_on_count(len(rows)) - len(rows)):
             self._forward([torch.zeros(1, dtype=torch.int64)])
-        return scores
+        if not known:
+            self._last.keep(rollout, outputs)
+        return self._last.read(self._output)
 
     def _sequences(self, rollout: Rollout) -> Iterator[torch.Tensor]:
         for i in range(len(rollout.prompts)):
@@ -139,11 +174,11 @@ class ModelScorer:
             yield sequence[-self._max_tokens :]
 
     def _forward(self, row: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self._module(*pack_whole(row, self._device)).cpu()
+        return self._module(*pack_whole(row, self._device)).cpu().reshape(len(row), -1)
 
 
 class EncoderClassifier(nn.Module):
-    """An encoder-type Hugging Face classifier with one output (BERT and the like), whose logit is the score.
+    """An encoder-type Hugging Face classifier (BERT and the like), of which a logit is the score.
 
     Args:
         classifier: As `AutoModelForSequenceClassification` loads it.
@@ -167,8 +202,9 @@ class EncoderClassifier(nn.Module):
         return cls(load_transformer(AutoModelForSequenceClassification, path, "a classifier", dtype=dtype))
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """The scores, float32 [B], of a padded batch as the tokenizer makes it."""
-        return self.classifier(**inputs).logits[:, 0].float()
+        """The scores, float32 [B], with several labels [B, K], of a padded batch as the tokenizer makes it."""
+        logits = self.classifier(**inputs).logits.float()
+        return logits[:, 0] if logits.shape[1] == 1 else logits
 
 
 class ClassifierScorer:
@@ -184,7 +220,7 @@ class ClassifierScorer:
         max_tokens: Longest pair the classifier is given (tokens).
         token_budget: Largest batch, padding included (tokens).
         device: Where the batches go.
-        agree_on_count: As for `ModelScorer`.
+        agree_on_count, output, last: As for `ModelScorer`.
 
     Attributes:
         truncated: Pairs that lost a beginning so far.
@@ -203,10 +239,13 @@ class ClassifierScorer:
         token_budget: int,
         device: torch.device,
         agree_on_count: Callable[[int], int] = _alone,
+        output: int = 0,
+        last: LastOutputs | None = None,
     ) -> None:
         if tokenizer.pad_token_id is None:
             raise InputError(f"the tokenizer of the {name} model has no pad token")
         self.name, self.truncated = name, 0
+        self._output, self._last = output, last or LastOutputs()
         module.eval()
         self._module, self._tokenizer, self._device = module, tokenizer, device
         config = _unwrapped(module).classifier.config
@@ -219,7 +258,8 @@ class ClassifierScorer:
     @torch.no_grad()
     def score(self, rollout: Rollout) -> torch.Tensor:
         """The classifier's score of each response, as `ModelScorer.score`."""
-        texts = zip(rollout.prompts, rollout.responses, strict=True)
+        known = self._last.known(rollout)
+        texts = () if known else zip(rollout.prompts, rollout.responses, strict=True)
         pairs = [without_added(self._tokenizer, prompt, response) for prompt, response in texts]
         lengths = [len(self._tokenizer(*pair)["input_ids"]) for pair in pairs]
         self.truncated += sum(length > self._max_tokens for length in lengths)
@@ -231,12 +271,14 @@ class ClassifierScorer:
             if not batches or (len(batches[-1]) + 1) * length > self._token_budget:
                 batches.append([])
             batches[-1].append(i)
-        scores = torch.zeros(len(pairs))
+        outputs = torch.zeros(len(pairs), self._last.count)
         for batch in batches:
-            scores[batch] = self._forward([pairs[i] for i in batch])
+            outputs[batch] = self._forward([pairs[i] for i in batch])
         for _ in range(self._agree_on_count(len(batches)) - len(batches)):
             self._forward([("", "")])
-        return scores
+        if not known:
+            self._last.keep(rollout, outputs)
+        return self._last.read(self._output)
 
     def _forward(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:
         prompts, responses = (list(texts) for texts in zip(*pairs, strict=True))
@@ -250,7 +292,7 @@ class ClassifierScorer:
             max_length=self._max_tokens,
             return_tensors="pt",
         )
-        return self._module(**inputs.to(self._device)).cpu()
+        return self._module(**inputs.to(self._device)).cpu().reshape(len(pairs), -1)
 
 
 def load_score_model(
@@ -278,7 +320,7 @@ def load_score_model(
 def is_encoder(path: str) -> bool:
     """Whether a folder holds a classifier of an encoder: its head has other names than a decoder's."""
     config = load_config(path)
-    is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification") and config.num_labels == 1
+    is_classifier = (config.architectures or [""])[0].endswith("ForSequenceClassification")
     # What a language model can be made of is a decoder, unless it says that it is none.
     is_decoder = type(config) in AutoModelForCausalLM._model_mapping and getattr(config, "is_decoder", True)
     head = f"{LAYOUTS['sequence-classification'].head}.weight"
