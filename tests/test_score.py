@@ -92,7 +92,7 @@ class Scores:
             for name, value in given.items():
                 written[name] = written.get(name, {}) | value if isinstance(value, dict) else value
         file = output_dir.with_suffix(".yaml")
-        file.write_text(yaml.safe_dump(written))
+        file.write_text(yaml.safe_dump(written, sort_keys=False))
         return call("--config", str(file), "--output_dir", str(output_dir), *words)
 
 

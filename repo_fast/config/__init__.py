@@ -3,6 +3,7 @@
 from repo_fast.config.command_line import CONFIG_FOLDER, find_config, known_keys, parse, to_dict, to_yaml
 from repo_fast.config.constraints import ONLY, ConstraintConfig, CostConfig, PidConfig, by_column, section_of
 from repo_fast.config.evaluate import EvaluateConfig
+from repo_fast.config.heads import HeadConfig
 from repo_fast.config.judge import EndpointConfig, JudgeConfig, RubricConfig
 from repo_fast.config.score import LAYOUTS, PreferenceDataConfig, PreferenceLossConfig, ScoreConfig
 from repo_fast.config.sections import (
@@ -45,6 +46,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationConfig",
     "GuardConfig",
+    "HeadConfig",
     "JobConfig",
     "JudgeConfig",
     "LogConfig",

@@ -116,18 +116,19 @@ def check_costs(cost: ScorerConfig, constraints: Mapping[str, CostConfig]) -> No
             "either cost, or constraints with a path each"
         )
     for name, own in constraints.items():
-        require(
-            isinstance(name, str) and _NAME.fullmatch(name) is not None,
-            "the constraint name",
-            name,
-            "a letter, then letters, digits and _",
-        )
-        # strict_safety_rate is a measure of all.
-        taken = name in _TAKEN or name.split("_")[-1] == "strict"
-        require(not taken, "the constraint name", name, "one that no other column or measure has")
+        check_name("constraint", name)
         key = f"constraints.{name}"
         check_scorer(key, own)
         _check_applies_to(key, own)
+
+
+def check_name(of: str, name: object) -> None:
+    """Raise `InputError` for a name that columns and measures cannot begin with."""
+    valid = isinstance(name, str) and _NAME.fullmatch(name) is not None
+    require(valid, f"the {of} name", name, "a letter, then letters, digits and _")
+    # strict_safety_rate is a measure of all.
+    taken = name in _TAKEN or str(name).split("_")[-1] == "strict"
+    require(not taken, f"the {of} name", name, "one that no other column or measure has")
 
 
 def _check_applies_to(key: str, cost: CostConfig) -> None:

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
 from repo_fast.config.checks import require, require_at_least
+from repo_fast.config.heads import HeadConfig, check_heads
 from repo_fast.config.supervised import ExamplesConfig, SupervisedConfig
+from repo_fast.errors import InputError
 
 Layout = Literal["score", "model-for-score", "sequence-classification"]
 LAYOUTS = get_args(Layout)
@@ -46,6 +48,9 @@ class ScoreConfig(SupervisedConfig):
     """Folder for everything the run writes."""
     kind: Literal["reward", "cost"] = "reward"
     """`reward`: higher is better. `cost`: above 0 is unsafe; needs preferences for safety, or safety labels."""
+    heads: dict[str, HeadConfig] = field(default_factory=dict)
+    """`cost`: several outputs by name, each with the harm that it is about, from PKU-SafeRLHF's categories and
+    severities; in use, `cost.head` names one. Empty: one output, about what is labelled unsafe."""
     layout: Layout = "score"
     """Layout of the saved model: Safe RLHF's (`score`; `model-for-score` is its older one), or Hugging Face's."""
     expect: tuple[str, float] | None = None
@@ -55,6 +60,10 @@ class ScoreConfig(SupervisedConfig):
 
     def check(self) -> None:
         super().check()
+        check_heads(self.heads, self.kind)
+        if self.heads and self.expect is not None:
+            heads = ", ".join(self.heads)
+            raise InputError(f"expect is given with heads {heads}, expected none: `--check --head NAME` compares one's")
         require_at_least(0, {"loss.regularization": self.loss.regularization, "loss.margin": self.loss.margin})
         smoothing = self.loss.label_smoothing
         require(0 <= smoothing < 0.5, "loss.label_smoothing", smoothing, "a share in [0, 0.5)")

@@ -2,6 +2,7 @@
 
 from repo_fast.data.columns import Columns
 from repo_fast.data.dialogue import Dialogue
+from repo_fast.data.heads import HeadTarget
 from repo_fast.data.preferences import Candidate, Preference, load_preferences
 from repo_fast.data.readers import Demonstration, Prompt, load_demonstrations, load_prompts
 from repo_fast.data.sampler import PromptSampler
@@ -12,6 +13,7 @@ __all__ = [
     "Columns",
     "Demonstration",
     "Dialogue",
+    "HeadTarget",
     "Preference",
     "Prompt",
     "PromptSampler",

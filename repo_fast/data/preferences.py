@@ -9,6 +9,10 @@ A row is one of
   cost model the chosen one is the safer one, and `is_chosen_safe`, `is_rejected_safe` may say more;
 - a single response with a label: `prompt`, `response`, `is_safe`. Only a cost model learns from that.
 
+A cost model with several heads learns from harm categories and severities too (`repo_fast.data.heads`): PKU-SafeRLHF's
+`response_0_harm_category`, `response_0_severity_level`, and so on; `chosen_...`, `rejected_...`; of a single response
+`harm_category`, `severity_level`.
+
 The prompt may have any of the forms of `repo_fast.data.columns`, with a system text and turns before it.
 
 A row that cannot be represented is an error with its place. Two responses that are equal, or a blank one, do occur in
@@ -18,13 +22,15 @@ public data; these, and no others, can be dropped instead, and are then counted.
 import operator
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from repo_fast.config.heads import HeadConfig
 from repo_fast.data.cells import Chat, is_blank, read_chat, read_messages, same, string, text
 from repo_fast.data.columns import Columns, Conversation, Row, Table, one_system, read_conversation, starts_with
 from repo_fast.data.dialogue import HH_ASSISTANT, HH_USER, Dialogue
+from repo_fast.data.heads import HeadTarget, head_notes, read_harm, target_of
 from repo_fast.data.sources import check_limit
 from repo_fast.errors import InputError
 
@@ -70,9 +76,11 @@ class Preference:
     Attributes:
         candidates: Two, the one that is to score higher first (for a cost model: the less safe one); or one with a
             safety label. The two may have different contexts.
+        targets: What each head of a cost model learns from them, in its order; empty for a model without.
     """
 
     candidates: tuple[Candidate, ...]
+    targets: tuple[HeadTarget, ...] = ()
 
 
 # Candidates in the order of a Preference, each with the name of the field it comes from.
@@ -87,6 +95,7 @@ def load_preferences(
     unusable: Literal["error", "drop"] = "error",
     limit: int | None = None,
     columns: Columns | None = None,
+    heads: Mapping[str, HeadConfig] | None = None,
 ) -> tuple[list[Preference], list[str]]:
     """Reads the preferences of a source, in its order.
 
@@ -97,6 +106,7 @@ def load_preferences(
         unusable: What to do with a row whose responses are equal, or one of them blank: stop, or drop and count it.
         limit: Stop after this many preferences.
         columns: What the user says of columns.
+        heads: Of a cost model with several, by name. What they ask for has to be in every row.
 
     Returns:
         At least one preference, and notes for the user, a line each: the numbers of pairs, single responses and dropped
@@ -121,7 +131,7 @@ def load_preferences(
                 raise InputError(f"{place}: {message}; set data.unusable to drop to leave such rows out")
             dropped[reason] += 1
             continue
-        preferences.append(Preference(tuple(candidate for _, candidate in named)))
+        preferences.append(Preference(tuple(candidate for _, candidate in named), _targets(row, named, heads or {})))
         if len(preferences) == limit:
             break
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
@@ -130,7 +140,26 @@ def load_preferences(
         raise InputError(f"{source}: {rows}; expected at least one preference")
     table.say_unused()
     notes = [_count_note(source, preferences, dropped.total(), reasons)]
+    if heads:
+        return preferences, notes + head_notes(source, [preference.targets for preference in preferences], heads)
     return preferences, notes + (_label_notes(source, preferences) if kind == "cost" else [])
+
+
+def _targets(row: Row, named: _Named, heads: Mapping[str, HeadConfig]) -> tuple[HeadTarget, ...]:
+    if not heads:
+        return ()
+    sides = [name for name, _ in named]
+    if len(sides) == 2 and sides[0] not in NUMBERED:
+        # A cost model's order; their columns may have names of the user's.
+        sides = ["rejected", "chosen"]
+    columns = [
+        (f"is_{side}_safe", f"{side}_harm_category", f"{side}_severity_level")
+        if len(sides) == 2
+        else ("is_safe", "harm_category", "severity_level")
+        for side in sides
+    ]
+    harms = [read_harm(row, own, heads) for own in columns]
+    return tuple(target_of(harms, head) for head in heads.values())
 
 
 def _candidates_of(row: Any, kind: str, place: str) -> _Named:

@@ -41,6 +41,7 @@ _BEFORE = {
     "data.train_on": "last",
     "algorithm.confidence": "z",
     "constraints": {},
+    "heads": {},
     **{f"{name}.guard": asdict(GuardConfig()) for name in ("reward", "cost")},
     **{f"{name}.judge": asdict(RubricConfig()) for name in ("reward", "cost")},
 }
@@ -122,6 +123,10 @@ def check_run(folder: Path, run: dict, config: dict, ranks: int) -> None:
             raise InputError(
                 f"checkpoint {folder} is of another configuration: {key} is {theirs!r} there and {ours!r} here"
             )
+    # The same ones, but which output is whose goes by their order.
+    before, now = (list(side.get("heads", {})) for side in (run["config"], config))
+    if before != now:
+        raise InputError(f"checkpoint {folder} is of another configuration: heads are {before} there and {now} here")
 
 
 def check_model(folder: Path, run: dict, model: dict, path: str) -> None:

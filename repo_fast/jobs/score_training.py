@@ -9,19 +9,20 @@ import torch
 
 from repo_fast.collectives import Ranks
 from repo_fast.config import ScoreConfig
-from repo_fast.data import Candidate, Columns, Preference, PromptTemplate, load_preferences
+from repo_fast.data import Candidate, Columns, HeadTarget, Preference, PromptTemplate, load_preferences
+from repo_fast.data.heads import check_both
 from repo_fast.errors import InputError, at
-from repo_fast.jobs.assembly import is_score_model, load_trained_score_model, settle_scores
+from repo_fast.jobs.assembly import check_heads_of, is_score_model, load_trained_score_model, settle_scores
 from repo_fast.jobs.inputs import check_inputs, check_start, find_model
 from repo_fast.jobs.supervised import SupervisedInputs, SupervisedRun
 from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.score_writing import check_layout, save_score_model
-from repo_fast.objective.preference import PreferenceLoss, preference_loss
+from repo_fast.objective.preference import PreferenceLoss, mean_over_heads, preference_loss
 from repo_fast.packing.balance import share_out
 from repo_fast.packing.rows import pack_whole, with_last
-from repo_fast.report.preferences import ScoredPreferences, plot_scores, preference_measures, write_scored
+from repo_fast.report.preferences import ScoredPreferences, measures_by_head, plot_scores, write_scored
 from repo_fast.scoring import check_expected_score, score_text
 
 _SHOWN = (
@@ -50,11 +51,11 @@ class TokenizedPreference:
     Attributes:
         sequences: One or two int64 CPU tensors, prompt and response together, never padded; as in `Preference`, the
             one that is to score higher first.
-        labels: For each, +1.0 where it is labelled unsafe, -1.0 safe, 0.0 not at all.
+        targets: What each head learns from them; one of a model with one output.
     """
 
     sequences: tuple[torch.Tensor, ...]
-    labels: tuple[float, ...]
+    targets: tuple[HeadTarget, ...]
 
 
 def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
@@ -66,7 +67,9 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
     resume_from = check_start(config)
     started_from = check_inputs(config, resume_from)
     path, tokenizer = find_model(config.model.path)
-    if config.expect is not None and not is_score_model(path):
+    if is_score_model(path):
+        check_heads_of(path, tuple(config.heads))
+    elif config.expect is not None:
         raise InputError(f"expect is given with model.path {path!r}, which has no score yet, expected a score model")
     data, template = config.data, PromptTemplate(tokenizer, config.data.template, config.date)
     notes: list[str] = []
@@ -74,12 +77,20 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
 
     def read(source: str, split: str, limit: int | None = None) -> list[TokenizedPreference]:
         preferences, said = load_preferences(
-            source, config.kind, split=split, unusable=data.unusable, limit=limit, columns=columns
+            source,
+            config.kind,
+            split=split,
+            unusable=data.unusable,
+            limit=limit,
+            columns=columns,
+            heads=config.heads,
         )
         notes.extend(said)
         return _tokenize(preferences, template, data.max_tokens, source, notes)
 
     examples = read(data.train, data.train_split, data.limit)
+    if config.heads:
+        check_both(data.train, [example.targets for example in examples], config.heads)
     held_out = [] if data.eval is None else read(data.eval, data.eval_split)
     columns.check_found([data.train, data.eval])
     longest = max(sequence.numel() for example in examples + held_out for sequence in example.sequences)
@@ -104,7 +115,7 @@ def _tokenize(
     tokenized = [
         TokenizedPreference(
             tuple(sequence(candidate) for candidate in preference.candidates),
-            tuple(label[candidate.unsafe] for candidate in preference.candidates),
+            preference.targets or (HeadTarget(tuple(label[candidate.unsafe] for candidate in preference.candidates)),),
         )
         for preference in preferences
     ]
@@ -139,7 +150,7 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
     def load_model(self) -> ScoreModel:
         config, inputs, kind = self.config, self.inputs, self.config.kind
         model = load_trained_score_model(
-            inputs.model_path, kind, inputs.tokenizer, config.model, config.engine, self.ranks
+            inputs.model_path, kind, inputs.tokenizer, config.model, config.engine, self.ranks, tuple(config.heads)
         )
         check_layout(inputs.model_path, model, score_type=kind, layout=config.layout)
         return model
@@ -169,24 +180,27 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
         """Ranking and safety accuracy, calibration and loss; the scores go to `eval_scores.jsonl` and the plots."""
         held_out = self.inputs.held_out
         mine = share_out(range(len(held_out)), lambda index: self.work(held_out[index]), self.ranks)
-        loss, rows = torch.zeros((), dtype=torch.float64), []
+        loss, parts = torch.zeros((), dtype=torch.float64), []
         for row in self.micro_batches([held_out[i] for i in mine]):
             examples = [held_out[mine[i]] for i in row]
             scores = self._scores(examples)
             loss += self._loss(scores, examples).loss.double().cpu()
             for i, part in zip(row, _by_example(scores, examples), strict=True):
-                rows.append({"example": mine[i], "scores": part.tolist(), "labels": held_out[mine[i]].labels})
-        everyone = sorted(self.ranks.gather_list(rows), key=lambda row: row["example"])
-        if not all(math.isfinite(score) for row in everyone for score in row["scores"]):
+                parts.append((mine[i], part.T.tolist()))
+        everyone = sorted(self.ranks.gather_list(parts))
+        if not all(math.isfinite(score) for _, heads in everyone for own in heads for score in own):
             raise InputError(f"step {self.step}: a held-out score is not finite, expected numbers")
-        scored = ScoredPreferences.of(everyone)
-        if self.ranks.is_first:
-            write_scored(self.output_dir / "eval_scores.jsonl", everyone, self.step)
-            plot_scores(scored, self.config.kind, self.output_dir / "plots")
-        return {
-            "eval_loss": float(self.ranks.sum(loss)) / len(held_out),
-            **preference_measures(scored),
+        rows = {
+            # One without a name of its own is the model's.
+            name: [{"example": i, "scores": heads[k], **vars(held_out[i].targets[k])} for i, heads in everyone]
+            for k, name in enumerate(self.config.heads or [""])
         }
+        scored = {name: ScoredPreferences.of(own) for name, own in rows.items()}
+        if self.ranks.is_first:
+            write_scored(self.output_dir / "eval_scores.jsonl", rows, self.step)
+            for name, own in scored.items():
+                plot_scores(own, self.config.kind, self.output_dir / "plots" / name)
+        return {"eval_loss": float(self.ranks.sum(loss)) / len(held_out), **measures_by_head(scored)}
 
     def write_model(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         merged, tokenizer = merged_state(self.engine.module, state), self.inputs.tokenizer
@@ -196,34 +210,51 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
             save_adapter(folder / "adapter", self.engine.module, state, self.inputs.model_path)
 
     def _scores(self, row: Sequence[TokenizedPreference]) -> torch.Tensor:
-        """The scores of a micro-batch's responses, one after the other: float32 [S]; of one token if it is empty."""
+        """The scores of a micro-batch's responses, one after the other, of K heads: float32 [S, K]; of one token if it
+        is empty."""
         sequences = [sequence for example in row for sequence in example.sequences] or [torch.zeros(1).long()]
-        return self.engine(*pack_whole(sequences, self.ranks.device))
+        return self.engine(*pack_whole(sequences, self.ranks.device)).reshape(len(sequences), -1)
 
     def _loss(self, scores: torch.Tensor, row: Sequence[TokenizedPreference]) -> PreferenceLoss:
         settings, device = self.config.loss, scores.device
         counts = torch.tensor([len(example.sequences) for example in row], dtype=torch.int64)
-        labels = torch.tensor([label for example in row for label in example.labels])
-        # An empty row has a score that counts for nothing, and keeps the graph.
-        return preference_loss(
-            scores[: labels.numel()],
-            torch.arange(len(row)).repeat_interleave(counts).to(device),
-            labels.to(device),
-            margin=settings.margin,
-            label_smoothing=settings.label_smoothing,
-            regularization=settings.regularization,
-        )
+        ids = torch.arange(len(row)).repeat_interleave(counts).to(device)
+
+        def loss_of(head: int) -> PreferenceLoss:
+            targets = [example.targets[head] for example in row]
+            labels = torch.tensor([label for target in targets for label in target.labels])
+            orders = torch.tensor([target.order for target in targets if len(target.labels) == 2])
+            # An empty row has a score that counts for nothing, and keeps the graph.
+            return preference_loss(
+                scores[: labels.numel(), head],
+                ids,
+                labels.to(device),
+                orders.to(device) if self.config.heads else None,
+                margin=settings.margin,
+                label_smoothing=settings.label_smoothing,
+                regularization=settings.regularization,
+            )
+
+        return mean_over_heads([loss_of(head) for head in range(scores.shape[1])])
 
 
 def _by_example(scores: torch.Tensor, row: Sequence[TokenizedPreference]) -> Sequence[torch.Tensor]:
-    """A micro-batch's scores, CPU, by example."""
+    """A micro-batch's scores, CPU, by example: [1 or 2, K] each."""
     return scores.cpu().split([len(example.sequences) for example in row]) if row else ()
 
 
 def _right(scores: torch.Tensor, row: Sequence[TokenizedPreference]) -> torch.Tensor:
-    """How many of a micro-batch's examples are right: pairs in their order, single responses on their side of 0."""
+    """How many of a micro-batch's examples are right: pairs in their order, what has none on its side of 0; of several
+    heads the mean."""
     right = [
-        bool(part[0] > part[1] if len(part) == 2 else (part[0] > 0) == (example.labels[0] > 0))
+        _is_right(part[:, head], target)
         for part, example in zip(_by_example(scores, row), row, strict=True)
+        for head, target in enumerate(example.targets)
     ]
-    return torch.tensor(sum(right), dtype=torch.float64)
+    return torch.tensor(sum(right) / scores.shape[1], dtype=torch.float64)
+
+
+def _is_right(scores: torch.Tensor, target: HeadTarget) -> bool:
+    if len(scores) == 2 and target.order:
+        return bool(target.order * (scores[0] - scores[1]) > 0)
+    return all(bool(score > 0) == (label > 0) for score, label in zip(scores, target.labels, strict=True))

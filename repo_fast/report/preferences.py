@@ -1,6 +1,6 @@
 """How good a score model is on held-out preferences: accuracy, calibration, and the pictures of its scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,13 @@ class ScoredPreferences:
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> "ScoredPreferences":
-        """From rows with `scores` and `labels` (+1 unsafe, -1 safe, 0 none), of one or two numbers each."""
-        pairs = [row["scores"] for row in rows if len(row["scores"]) == 2]
+        """From rows with `scores` and `labels` (+1 unsafe, -1 safe, 0 none), of one or two numbers each.
+
+        Of two, the first is to be higher where `order` is 1 or not there, the second where it is -1, neither where 0.
+        """
+        orders = [row.get("order", 1) if len(row["scores"]) == 2 else 0 for row in rows]
+        turned = zip(rows, orders, strict=True)
+        pairs = [row["scores"] if order > 0 else row["scores"][::-1] for row, order in turned if order]
         labelled = [
             (score, label > 0)
             for row in rows
@@ -48,17 +53,44 @@ class ScoredPreferences:
         )
 
 
-def write_scored(path: Path, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-    """Write the rows that `ScoredPreferences.of` reads, a line each, over an older file of that name."""
+def write_scored(path: Path, by_head: Mapping[str, Sequence[Mapping[str, Any]]], step: int) -> None:
+    """Write the rows that `ScoredPreferences.of` reads, a line an example, over an older file of that name.
+
+    Args:
+        path: The file.
+        by_head: The rows of each head, of the same examples. What a head has begins with its name; the order of a pair,
+            which is that of the scores where a model has one head without a name, is then there too.
+        step: Of the run.
+    """
+    rows = zip(*by_head.values(), strict=True)
     write_log(
         path,
         (
-            {"step": step, "example": row["example"]}
-            | {f"score_{i}": score for i, score in enumerate(row["scores"])}
-            | {f"label_{i}": label for i, label in enumerate(row["labels"])}
-            for row in rows
+            {"step": step, "example": heads[0]["example"]}
+            | {key: value for name, row in zip(by_head, heads, strict=True) for key, value in _written(name, row)}
+            for heads in rows
         ),
     )
+
+
+def _written(head: str, row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    start = f"{head}_" if head else ""
+    for what in ("scores", "labels"):
+        yield from ((f"{start}{what[:-1]}_{i}", value) for i, value in enumerate(row[what]))
+    if head and len(row["scores"]) == 2:
+        yield f"{start}order", row["order"]
+
+
+def measures_by_head(scored: Mapping[str, ScoredPreferences]) -> dict[str, float]:
+    """`preference_measures` of each head, beginning with its name, and their means over the heads that have them.
+
+    Of one head without a name there are its own alone.
+    """
+    of_heads = {name: preference_measures(own) for name, own in scored.items()}
+    keys = dict.fromkeys(key for measures in of_heads.values() for key in measures)
+    found = {key: [measures[key] for measures in of_heads.values() if key in measures] for key in keys}
+    means = {key: sum(values) / len(values) for key, values in found.items()}
+    return means | {f"{name}_{key}": value for name, own in of_heads.items() if name for key, value in own.items()}
 
 
 def preference_measures(scored: ScoredPreferences) -> dict[str, float]:

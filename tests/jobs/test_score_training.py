@@ -11,7 +11,7 @@ from transformers import LlamaModel
 from repo_fast.config import EngineConfig, OptimizerConfig, ScoreConfig
 from repo_fast.config.score import PreferenceLossConfig
 from repo_fast.config.supervised import ModelConfig
-from repo_fast.data import load_tokenizer
+from repo_fast.data import HeadTarget, load_tokenizer
 from repo_fast.engine import start_distributed
 from repo_fast.jobs.score_training import ScoreTraining, TokenizedPreference
 from repo_fast.jobs.supervised import SupervisedInputs
@@ -20,11 +20,13 @@ from tests.tiny import save_beaver
 
 # Uneven lengths; a pair with labels, one without, one with one label, and labelled responses by themselves.
 EXAMPLES = [
-    TokenizedPreference((torch.tensor([1, 12, 13, 14, 2]), torch.tensor([1, 12, 15, 2])), (1.0, -1.0)),
-    TokenizedPreference((torch.tensor([1, 9, 9, 2]),), (-1.0,)),
-    TokenizedPreference((torch.tensor([1, 16, 17, 18, 19, 20, 2]), torch.tensor([1, 16, 21])), (0.0, 0.0)),
-    TokenizedPreference((torch.tensor([7]),), (1.0,)),
-    TokenizedPreference((torch.tensor([1, 14, 2]), torch.tensor([1, 14, 13, 12, 2, 22, 2])), (0.0, 1.0)),
+    TokenizedPreference((torch.tensor([1, 12, 13, 14, 2]), torch.tensor([1, 12, 15, 2])), (HeadTarget((1.0, -1.0)),)),
+    TokenizedPreference((torch.tensor([1, 9, 9, 2]),), (HeadTarget((-1.0,)),)),
+    TokenizedPreference(
+        (torch.tensor([1, 16, 17, 18, 19, 20, 2]), torch.tensor([1, 16, 21])), (HeadTarget((0.0, 0.0)),)
+    ),
+    TokenizedPreference((torch.tensor([7]),), (HeadTarget((1.0,)),)),
+    TokenizedPreference((torch.tensor([1, 14, 2]), torch.tensor([1, 14, 13, 12, 2, 22, 2])), (HeadTarget((0.0, 1.0)),)),
 ]
 LOSS = PreferenceLossConfig(regularization=0.05, margin=0.3, label_smoothing=0.1)
 
@@ -79,7 +81,7 @@ def naive(cost_model: Path) -> tuple[float, dict[str, torch.Tensor]]:
         scores = [trunk(sequence[None]).last_hidden_state[0, -1] @ head for sequence in example.sequences]
         if len(scores) == 2:
             total = total + nll(scores[0] - scores[1] - LOSS.margin)
-        for score, label in zip(scores, example.labels, strict=True):
+        for score, label in zip(scores, example.targets[0].labels, strict=True):
             if label:
                 total = total + nll(label * score)
             total = total + LOSS.regularization * score**2 / len(scores)

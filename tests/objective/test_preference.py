@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from repo_fast.objective.preference import preference_loss
+from repo_fast.objective.preference import mean_over_heads, preference_loss
 
 LN3 = math.log(3)
 # A pair labelled unsafe and safe; a safe single response; a pair without labels; a pair of which one is labelled; an
@@ -189,3 +189,40 @@ def test_gradients_by_differences():
 
     scores = torch.tensor([0.3, -0.2, 1.1, -0.7, 0.4], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(loss, (scores,))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_several_heads_have_the_mean_of_their_losses(heads):
+    """Against a loop over heads, examples and responses; orders either way, and pairs without one."""
+    settings = {"margin": 0.8, "smoothing": 0.2, "regularization": 0.3}
+    generator = torch.Generator().manual_seed(0)
+    sizes = [2, 1, 2, 2, 1]
+    scores = torch.randn(sum(sizes), heads, dtype=torch.float64, generator=generator).requires_grad_()
+    labels = torch.randint(-1, 2, (sum(sizes), heads), generator=generator).double()
+    orders = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 0.0, 1.0], [0.0, 1.0, -1.0]], dtype=torch.float64)[:, :heads]
+    ids = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    given = {"margin": 0.8, "label_smoothing": 0.2, "regularization": 0.3}
+    loss = mean_over_heads(
+        [preference_loss(scores[:, k], ids, labels[:, k], orders[:, k], **given) for k in range(heads)]
+    )
+    loss.loss.backward()
+    expected, parts = torch.zeros(sum(sizes), heads, dtype=torch.float64), [0.0] * 3
+    for k in range(heads):
+        pair, place = 0, 0
+        for size in sizes:
+            own = [(float(scores[place + i, k]), float(labels[place + i, k])) for i in range(size)]
+            order = float(orders[pair, k]) if size == 2 else 0.0
+            # A pair without an order has the terms of its responses, and half of their penalties.
+            turned = own[::-1] if order < 0 else own
+            found, slopes = worked([turned], **settings)
+            if size == 2 and order == 0:
+                value, slope = term(turned[0][0] - turned[1][0] - settings["margin"], settings["smoothing"])
+                found, slopes = (found[0] - value, *found[1:]), [slopes[0] - slope, slopes[1] + slope]
+            for i, slope in enumerate(slopes[::-1] if order < 0 else slopes):
+                expected[place + i, k] = slope / heads
+            parts = [whole + part / heads for whole, part in zip(parts, found, strict=True)]
+            pair, place = pair + (size == 2), place + size
+    assert [part.item() for part in loss[1:]] == pytest.approx(parts, rel=1e-12)
+    assert loss.loss.item() == pytest.approx(parts[0] + parts[1] + 0.3 * parts[2], rel=1e-12)
+    torch.testing.assert_close(scores.grad, expected, rtol=1e-12, atol=1e-14)
+    assert loss.loss.dtype == torch.float64 and not any(part.requires_grad for part in loss[1:])

@@ -109,8 +109,8 @@ def test_what_the_data_do_not_say_is_left_out():
 
 def test_written_rows_read_back_and_a_later_step_replaces_them(tmp_path):
     path = tmp_path / "eval_scores.jsonl"
-    write_scored(path, [*ROWS, ROWS[0]], 2)
-    write_scored(path, ROWS, 4)
+    write_scored(path, {"": [*ROWS, ROWS[0]]}, 2)
+    write_scored(path, {"": ROWS}, 4)
     records = list(read_records(path))
     assert records[0] == {
         "step": 4,
