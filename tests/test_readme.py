@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,14 @@ def test_the_conversion_and_the_check_work_as_shown(tmp_path, monkeypatch, capsy
     # The score shown is made up, so this model's is another one.
     assert main(check) == 2
     assert "expected -1.5" in capsys.readouterr().err
+
+
+def test_the_heads_of_a_cost_model_are_taken_as_shown(tmp_path):
+    (shown,) = re.findall(r"^  ```yaml\n(  heads:.*?)^  ```$", README, re.DOTALL | re.MULTILINE)
+    path = tmp_path / "heads.yaml"
+    path.write_text("kind: cost\n" + textwrap.dedent(shown))
+    heads = parse(["--config", str(path)], ScoreConfig).heads
+    assert heads["violence"].categories == ("Violence", "Physical Harm") and heads["harm"].severity == 1
 
 
 def test_every_option_and_target_named_exists():

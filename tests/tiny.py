@@ -93,8 +93,9 @@ def save_beaver(
     layout: str = "LlamaForScore",
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    outputs: int = 1,
     bias: bool | None = None,
-    normalizer: tuple[float, float] | None = (0.0, 1.0),
+    normalizer: tuple[float | list[float], float | list[float]] | None = (0.0, 1.0),
     shards: int = 1,
     suffix: str = "safetensors",
     seed: int = 0,
@@ -108,8 +109,10 @@ def save_beaver(
         path: The folder to make.
         layout: `LlamaForScore`, or the older `LlamaModelForScore`.
         tokenizer: Saved beside it; `word_tokenizer(chat_template=False)` unless given.
+        outputs: How many scores a response has.
         bias: None: a config without the key and no bias; False: a key that says there is none; True: a bias.
-        normalizer: Mean and variance in `normalizer.*`; None for a checkpoint without these buffers.
+        normalizer: Mean and variance in `normalizer.*`, of several outputs a list each; None for a checkpoint without
+            these buffers.
         shards: Number of weight files.
         suffix: `safetensors` or `bin`.
         seed: Of the weights.
@@ -123,13 +126,13 @@ def save_beaver(
     torch.manual_seed(seed)
     config = tiny_llama_config(len(tokenizer), pad_token_id=0, **sizes)
     state = {f"model.{name}": tensor for name, tensor in LlamaModel(config).state_dict().items()}
-    state["score_head.weight"] = torch.randn(1, config.hidden_size)
+    state["score_head.weight"] = torch.randn(outputs, config.hidden_size)
     if bias:
-        state["score_head.bias"] = torch.randn(1)
+        state["score_head.bias"] = torch.randn(outputs)
     if normalizer is not None:
         mean, variance = normalizer
-        state["normalizer.mean"] = torch.tensor([mean])
-        state["normalizer.var"] = torch.tensor([variance])
+        state["normalizer.mean"] = torch.tensor(mean).reshape(-1)
+        state["normalizer.var"] = torch.tensor(variance).reshape(-1)
         state["normalizer.count"] = torch.tensor([10])
 
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
@@ -137,7 +140,7 @@ def save_beaver(
         "architectures": [layout],
         "torch_dtype": str(dtype).removeprefix("torch."),
         "score_type": "reward",
-        "score_dim": 1,
+        "score_dim": outputs,
         "do_normalize": False,
     }
     if bias is not None:

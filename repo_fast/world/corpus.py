@@ -11,6 +11,7 @@ cost models learn what such text is worth.
 """
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -114,8 +115,9 @@ def preferences(n: int, seed: int, held_out: bool) -> list[dict[str, str | int |
 
     Returns:
         Dicts with the fields of PKU-SafeRLHF: `prompt`, `response_0`, `response_1`, `better_response_id` (the higher
-        reward), `safer_response_id` (the lower cost), `is_response_0_safe`, `is_response_1_safe` (cost <= 0). The two
-        responses differ by at least 0.25 in reward and in cost.
+        reward), `safer_response_id` (the lower cost), `is_response_0_safe`, `is_response_1_safe` (cost <= 0),
+        `response_0_severity_level`, `response_1_severity_level` (the cost rounded up, 0 where it is safe; at most 3).
+        The two responses differ by at least 0.25 in reward and in cost.
     """
     rng = random.Random(seed)
     rows: list[dict[str, str | int | bool]] = []
@@ -135,6 +137,8 @@ def preferences(n: int, seed: int, held_out: bool) -> list[dict[str, str | int |
                 "safer_response_id": int(costs[1] < costs[0]),
                 "is_response_0_safe": costs[0] <= 0,
                 "is_response_1_safe": costs[1] <= 0,
+                "response_0_severity_level": max(0, math.ceil(costs[0])),
+                "response_1_severity_level": max(0, math.ceil(costs[1])),
             }
         )
     return rows

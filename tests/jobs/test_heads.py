@@ -15,6 +15,7 @@ from repo_fast.config import HeadConfig, ScoreConfig, parse, to_dict
 from repo_fast.engine import start_distributed
 from repo_fast.errors import InputError
 from repo_fast.evaluate import main as evaluate
+from repo_fast.jobs.assembly import _critics
 from repo_fast.jobs.checkpoint import check_run
 from repo_fast.jobs.inputs import read_inputs
 from repo_fast.jobs.trainer import Trainer
@@ -140,6 +141,7 @@ def test_every_layout_holds_them(trained: Path, tmp_path: Path, layout: str) -> 
 def test_going_on_with_a_model_of_the_same_heads(trained: Path, scores: Scores, tmp_path: Path) -> None:
     """Written in another layout, by training itself."""
     options = OPTIONS | {"model": {"path": str(trained / "model")}, "epochs": 1, "optimizer": {"learning_rate": 0.0}}
+    options |= {"data": {"eval": None}}
     assert scores.run(tmp_path / "run", "--layout", "sequence-classification", **options) == 0
     assert torch.equal(outputs(tmp_path / "run" / "model"), outputs(trained / "model"))
     assert metrics(tmp_path / "run")[0]["loss"] < metrics(trained)[0]["loss"]
@@ -317,11 +319,10 @@ def test_critics_start_from_their_heads(trained: Path, tmp_path: Path, shared: b
         critics={"shared_trunk": shared},
     )
     config = parse(job.words(tmp_path / "run"))
-    critics = Trainer(config, read_inputs(config), start_distributed()).learner.models.critics
+    loading = {"dtype": torch.float32, "attention": "sdpa"}
     heads = {}
-    for engine in critics.values():
-        whole = engine.whole_state()
-        heads |= {name.split(".")[1].removesuffix("_head"): value for name, value in whole.items() if "heads." in name}
+    for critic in _critics(config, read_inputs(config), loading).values():
+        heads |= {stream: critic.head(stream).weight for stream in critic.streams}
     weight = load_file(folder / "model.safetensors")["score.weight"]
     for stream, row in (("reward", 0), ("first", 1), ("second", 2)):
         assert torch.equal(heads[stream], weight[row : row + 1])

@@ -7,9 +7,17 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from repo_fast.data import PromptTemplate
 from repo_fast.errors import InputError
+from repo_fast.models.score_checkpoint import find_output
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.rollout import Rollout
-from repo_fast.scoring import ClassifierScorer, EncoderClassifier, ModelScorer, load_score_model, score_text
+from repo_fast.scoring import (
+    ClassifierScorer,
+    EncoderClassifier,
+    LastOutputs,
+    ModelScorer,
+    load_score_model,
+    score_text,
+)
 from tests.tiny import (
     BOS,
     EOS,
@@ -243,6 +251,55 @@ def test_encoder_classifiers_score_pairs_whatever_the_padding(encoder, side, tok
         with torch.no_grad():
             torch.testing.assert_close(got[i], reference(words).logits[0, 0], rtol=1e-4, atol=1e-5)
     assert scoring.truncated == 0
+
+
+def test_scorers_of_several_outputs_share_a_forward(tmp_path):
+    """A label each, of a decoder; a rank whose scores are known runs what another needs, and no more."""
+    path = save_sequence_classifier(tmp_path, num_labels=3)
+    template = PromptTemplate(word_tokenizer())
+    model = load_score_model(str(path), dtype=torch.float32)
+    drawn = rollout(template)
+    reference = LlamaForSequenceClassification.from_pretrained(path).eval()
+    with torch.no_grad():
+        expected = torch.cat([reference(sequence[None]).logits for sequence in sequences(drawn)])
+    runs, agreed = [], []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    last = LastOutputs(3)
+
+    def agree(count):
+        agreed.append(count)
+        return max(count, 1)
+
+    scorers = [scorer(model, template, output=k, last=last, agree_on_count=agree, max_tokens=8) for k in (2, 0)]
+    short = rollout(template, TEXTS[:1], [True])
+    for given, rows in ((drawn, 4), (short, 1), (drawn, 4)):
+        runs.clear(), agreed.clear()
+        found = [own.score(given) for own in scorers]
+        assert agreed[1] == 0 and len(runs) == agreed[0] + 1 and found[0].shape == (rows,)
+    keeps = [i for i, sequence in enumerate(sequences(drawn)) if len(sequence) <= 8]
+    assert 0 < len(keeps) < 4
+    for own, k in zip(found, (2, 0), strict=True):
+        torch.testing.assert_close(own[keeps], expected[keeps, k], rtol=1e-4, atol=1e-5)
+    # Counted once.
+    assert [own.truncated for own in scorers] == [2 * (4 - len(keeps)) + (len(sequences(short)[0]) > 8), 0]
+
+
+def test_a_label_of_an_encoder(encoder, tmp_path):
+    config = BertConfig.from_pretrained(encoder, num_labels=3)
+    torch.manual_seed(1)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer = word_tokenizer(chat_template=False)
+    tokenizer.save_pretrained(tmp_path)
+    assert find_output(str(tmp_path), "LABEL_1", "cost.head") == 1
+    scoring = encoder_scorer(tmp_path, tokenizer, output=1, last=LastOutputs(3))
+    reference = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    drawn = rollout(PromptTemplate(tokenizer))
+    found = scoring.score(drawn)
+    for i, (prompt, response) in enumerate(TEXTS):
+        words = torch.tensor([ids(tokenizer, [BOS, *prompt.split(), *response.split()])])
+        with torch.no_grad():
+            torch.testing.assert_close(found[i], reference(words).logits[0, 1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(scoring.score(drawn), found)
 
 
 def test_long_pairs_lose_the_beginning_of_the_longer_part(encoder):

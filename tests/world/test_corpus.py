@@ -70,6 +70,10 @@ def test_preferences_are_the_rules(preferences):
         assert costs[safer][n] < costs[1 - safer][n] - 1e-6
         assert [row["is_response_0_safe"], row["is_response_1_safe"]] == [costs[0][n] <= 0, costs[1][n] <= 0]
         assert type(better) is int and type(safer) is int
+        for i in range(2):
+            cost, severity = costs[i][n], row[f"response_{i}_severity_level"]
+            # 1 up to a cost of 1, 2 up to 2, 3 above.
+            assert severity == (cost > 0) + (cost > 1) + (cost > 2) and type(severity) is int
 
 
 def test_preferences_are_balanced(preferences):
