@@ -268,9 +268,11 @@ class GuardScorer:
         lengths = [len(own) * (1 if self._shares else len(answers)) + extra for own in questions]
         rows = split_by_tokens(lengths, self._token_budget, [forward_work(self._shape, [length]) for length in lengths])
         scores = torch.zeros(len(questions))
+        # First, or a rank with fewer would wait here while another waits for it in a forward.
+        count = self._agree_on_count(len(rows))
         for row in rows:
             scores[row] = self._forward([questions[i] for i in row])
-        for _ in range(self._agree_on_count(len(rows)) - len(rows)):
+        for _ in range(count - len(rows)):
             self._forward([torch.zeros(1, dtype=torch.int64)])
         return scores
 

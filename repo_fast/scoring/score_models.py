@@ -146,10 +146,12 @@ class ModelScorer:
         outputs = torch.zeros(len(sequences), self._last.count)
         lengths = [len(sequence) for sequence in sequences]
         rows = split_by_tokens(lengths, self._token_budget, [forward_work(self._shape, [length]) for length in lengths])
+        # First, or a rank with fewer would wait here while another waits for it in a forward. Also where all is known:
+        # another rank may have been given a part of its rollout, of which nothing is.
+        count = self._agree_on_count(len(rows))
         for row in rows:
             outputs[row] = self._forward([sequences[i] for i in row])
-        # Also where all is known: another rank may have been given a part of its rollout, of which nothing is.
-        for _ in range(self._agree_on_count(len(rows)) - len(rows)):
+        for _ in range(count - len(rows)):
             self._forward([torch.zeros(1, dtype=torch.int64)])
         if not known:
             self._last.keep(rollout, outputs)
@@ -272,9 +274,11 @@ class ClassifierScorer:
                 batches.append([])
             batches[-1].append(i)
         outputs = torch.zeros(len(pairs), self._last.count)
+        # First, as there.
+        count = self._agree_on_count(len(batches))
         for batch in batches:
             outputs[batch] = self._forward([pairs[i] for i in batch])
-        for _ in range(self._agree_on_count(len(batches)) - len(batches)):
+        for _ in range(count - len(batches)):
             self._forward([("", "")])
         if not known:
             self._last.keep(rollout, outputs)

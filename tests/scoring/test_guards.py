@@ -318,3 +318,18 @@ def test_the_families_templates_have_room_for_a_question() -> None:
         except InputError as error:
             found[name] = str(error)
     assert all(count == 1 or "template" in str(count) for count in found.values()), found
+
+
+def test_ranks_agree_on_their_rows_before_they_run_any(tmp_path: Path) -> None:
+    """Another rank may wait for this one in its first forward, which this one does not have."""
+    kind, template = TEMPLATES["llama-guard-3"]
+    scoring, runs = scorer(save_guard(tmp_path / "guard", kind, template), GuardConfig("llama-guard-3"), budget=1), []
+    scoring._module.register_forward_hook(lambda *_: runs.append(1))
+
+    def agree(count: int) -> int:
+        assert not runs
+        return count + 1
+
+    scoring._agree_on_count = agree
+    scoring.score(rollout(ASKED))
+    assert len(runs) == len(ASKED) + 1

@@ -191,6 +191,24 @@ def test_every_rank_runs_as_many_rows():
     assert asked == [4, 0] and len(rows) == 7 and scores.shape == (0,)
 
 
+def test_ranks_agree_on_their_rows_before_they_run_any(encoder):
+    """Another rank may wait for this one in its first forward, which this one does not have."""
+    template = PromptTemplate(word_tokenizer())
+    recorder, tokenizer, runs = Recorder(), word_tokenizer(chat_template=False), []
+
+    def agree(count):
+        assert not runs and not recorder.rows
+        return count
+
+    recorder.rows.clear()
+    scorer(recorder, template, token_budget=1, agree_on_count=agree).score(rollout(template))
+    recorder.rows.clear()
+    scoring = encoder_scorer(encoder, tokenizer, token_budget=1, agree_on_count=agree)
+    scoring._module.register_forward_hook(lambda *_: runs.append(1))
+    scoring.score(rollout(PromptTemplate(tokenizer)))
+    assert len(runs) == 4
+
+
 def test_models_and_tokenizers_that_do_not_fit():
     template = PromptTemplate(word_tokenizer())
     with pytest.raises(InputError, match="expected ids below the vocabulary size 10"):
