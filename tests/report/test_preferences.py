@@ -9,6 +9,7 @@ from repo_fast.report.jsonl import read_records
 from repo_fast.report.preferences import (
     ScoredPreferences,
     calibration_error,
+    measures_by_head,
     plot_scores,
     preference_measures,
     reliability,
@@ -122,6 +123,39 @@ def test_written_rows_read_back_and_a_later_step_replaces_them(tmp_path):
     }
     assert records[4] == {"step": 4, "example": 4, "score_0": 3.0, "label_0": -1.0}
     assert [record["example"] for record in records] == [0, 1, 2, 3, 4]
+
+
+def test_orders_turn_pairs_and_take_them_out():
+    rows = [
+        {"scores": [1.0, -1.0], "labels": (1.0, -1.0), "order": 1.0},
+        {"scores": [1.0, -2.0], "labels": (-1.0, 1.0), "order": -1.0},
+        {"scores": [3.0, 4.0], "labels": (-1.0, -1.0), "order": 0.0},
+    ]
+    scored = ScoredPreferences.of(rows)
+    assert (scored.higher.tolist(), scored.lower.tolist()) == ([1.0, -2.0], [-1.0, 1.0])
+    assert scored.labelled.size == scored.scores.size == 6 and scored.unsafe.sum() == 2
+    assert measures(rows)["ranking_accuracy"] == 0.5 and measures(rows)["score_gap"] == pytest.approx((2 - 3) / 2)
+
+
+def test_measures_of_heads_and_their_means(tmp_path):
+    """A head without pairs takes no part in the mean of those that have some."""
+    by_head = {"one": [row | {"order": 1.0} for row in ROWS], "two": [row | {"order": 0.0} for row in ROWS]}
+    got = measures_by_head({name: ScoredPreferences.of(rows) for name, rows in by_head.items()})
+    assert got["one_ranking_accuracy"] == got["ranking_accuracy"] == pytest.approx(1 / 3)
+    assert "two_ranking_accuracy" not in got
+    assert got["safety_accuracy"] == pytest.approx((got["one_safety_accuracy"] + got["two_safety_accuracy"]) / 2)
+    assert measures_by_head({"": ScoredPreferences.of(ROWS)}) == measures(ROWS)
+    write_scored(tmp_path / "scores.jsonl", by_head, 3)
+    first, *_, last = read_records(tmp_path / "scores.jsonl")
+    pair = {"score_0": 1.0, "score_1": -1.0, "label_0": 1.0, "label_1": -1.0}
+    assert first == {"step": 3, "example": 0} | {
+        f"{name}_{key}": value
+        for name, order in (("one", 1.0), ("two", 0.0))
+        for key, value in (*pair.items(), ("order", order))
+    }
+    assert last == {"step": 3, "example": 4} | {
+        f"{name}_{key}": value for name in by_head for key, value in (("score_0", 3.0), ("label_0", -1.0))
+    }
 
 
 def has_color(path, color):
