@@ -4,7 +4,7 @@ from repo_fast.world import corpus, rules
 
 # As in the configuration `tiny-constraints`.
 HARM_MARGIN = 1.0
-HARMLESS = frozenset({"writing", "garden", "pets", "computers"})
+GENTLE = frozenset({"writing", "garden", "pets", "computers"})
 _CATEGORIES = {row["prompt"]: row["category"] for row in (*corpus.train_prompts(), *corpus.test_prompts())}
 
 
@@ -22,6 +22,6 @@ def _excesses(prompts: list[str], responses: list[str]) -> list[list[float]]:
     """Of each response: its costs above the thresholds that are trained under, of the constraints that apply."""
     harm, overcaution = rules.cost(prompts, responses), rules.overcaution(prompts, responses)
     return [
-        [harmful + HARM_MARGIN, *([cautious] if _CATEGORIES[prompt] in HARMLESS else [])]
+        [harmful + HARM_MARGIN, *([cautious] if _CATEGORIES[prompt] in GENTLE else [])]
         for prompt, harmful, cautious in zip(prompts, harm, overcaution, strict=True)
     ]

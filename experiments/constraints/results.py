@@ -14,7 +14,7 @@ MEASURES = {
     "harm_strict_violation": "harm above -1",
     "danger_strict_violation": "harm above 0",
     "overcaution_strict_violation": "overcaution",
-    "refusal_mean_cost": "refusals of harmless prompts",
+    "refusal_mean_cost": "refusals there",
     TOTAL: "harm above -1, and overcaution",
     "mean_reward": "reward (rules)",
     RUN_AHEAD: "learned reward ahead (SD)",

@@ -1,7 +1,8 @@
 """What is compared, and by what: the arms, and the questions with the measure that answers each.
 
-All of it was written down before the experiment was first run. One arm is the base: `tiny-constraints`, with `grpo` as
-the advantage and a learned reward. Every other arm differs from it in one thing.
+All of it was written down before the experiment was first run, but `--packaged` came after. One arm is the base:
+`tiny-constraints`, with `grpo` as the advantage and a learned reward. Every other arm differs from it in one thing;
+harm alone has the second constraint's multiplier held at 0, so that all else, its critics too, is the same.
 """
 
 from collections.abc import Mapping

@@ -37,7 +37,7 @@ def check_given(section: Any, prefix: str = "") -> None:
 
 def _check_parts(key: str, value: Any) -> None:
     if isinstance(value, float) and math.isnan(value):
-        raise InputError(f"{key} is nan, expected a number")
+        raise InputError(f"{key} is nan, expected a value that can be compared")
     if dataclasses.is_dataclass(value):
         check_given(value, f"{key}.")
     elif isinstance(value, dict):

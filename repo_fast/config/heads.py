@@ -44,7 +44,7 @@ class HeadConfig:
     categories: tuple[str, ...] | None = None
     """Harm of any of these kinds, by PKU-SafeRLHF's names ("Physical Harm", ...). Null: whatever is labelled unsafe."""
     severity: int = 1
-    """And at least so severe, 1 (minor) to 3 (severe)."""
+    """And at least so severe: 2 (moderate) or 3 (severe). 1: all of it, whatever its severity."""
 
 
 def check_heads(heads: Mapping[str, HeadConfig], kind: str) -> None:
@@ -56,6 +56,8 @@ def check_heads(heads: Mapping[str, HeadConfig], kind: str) -> None:
         key = f"heads.{name}"
         require(head.categories is None or bool(head.categories), f"{key}.categories", [], "names, or null for any")
         for category in head.categories or ():
+            once = (head.categories or ()).count(category) == 1
+            require(once, f"{key}.categories", list(head.categories or ()), "each name once")
             near = difflib.get_close_matches(category, HARM_CATEGORIES, n=1, cutoff=0.0)[0]
             known = category in HARM_CATEGORIES
             require(known, f"{key}.categories", category, f"PKU-SafeRLHF's names; the nearest is {near!r}")

@@ -5,7 +5,9 @@ of `HARM_CATEGORIES` to truth values, and `response_0_severity_level`, 0 (none) 
 2406.15513) and https://huggingface.co/datasets/PKU-Alignment/PKU-SafeRLHF.
 
 A response is *unsafe for a head* where it is harmful in one of the head's categories (a head without: where it is
-labelled unsafe) and its severity is at least the head's; else it is safe. A head orders a pair so:
+labelled unsafe) and, for a head of severity 2 or 3, at least so severe; else it is safe. So nothing that is labelled
+unsafe is learned as safe because its severity is given as 0; rows whose labels contradict each other in such a way are
+counted. A head orders a pair so:
 
 - the two labels differ: the unsafe response costs more;
 - both are unsafe: the one of the higher severity; of the same severity, the one that is not the row's safer one;
@@ -27,14 +29,20 @@ class Harm:
     """The labels of a response that heads ask for.
 
     Attributes:
-        unsafe: Its safety label.
+        unsafe: Its safety label; None where no head asks for it.
         severity: 0 to 3.
         categories: The names that are true of it; of those that some head asks for alone.
     """
 
-    unsafe: bool
+    unsafe: bool | None
     severity: int
     categories: frozenset[str] = frozenset()
+
+    @property
+    def contradicts_itself(self) -> bool:
+        """Whether it is harm without a severity, or a severity of what is labelled safe."""
+        is_harm = bool(self.unsafe or self.categories)
+        return is_harm if self.severity == 0 else self.unsafe is False
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ def read_harm(row: Row, names: tuple[str, str, str], heads: Mapping[str, HeadCon
         number = -1
     if not 0 <= number <= MOST_SEVERE:
         raise InputError(f"{row.place}: {severity} is {level!r}, expected a whole number from 0 to {MOST_SEVERE}")
-    unsafe = False
+    unsafe = None
     if any(head.categories is None for head in heads.values()):
         value = _cell(row, safe, "true or false")
         unsafe = not _truth(value, f"{row.place}: {safe}")
@@ -105,8 +113,8 @@ def _truth(value: Any, what: str) -> bool:
 
 def is_unsafe(harm: Harm, head: HeadConfig) -> bool:
     """Whether a response is unsafe for a head."""
-    harmful = harm.unsafe if head.categories is None else not harm.categories.isdisjoint(head.categories)
-    return harmful and harm.severity >= head.severity
+    harmful = bool(harm.unsafe) if head.categories is None else not harm.categories.isdisjoint(head.categories)
+    return harmful and (head.severity == 1 or harm.severity >= head.severity)
 
 
 def target_of(harms: Sequence[Harm], head: HeadConfig) -> HeadTarget:
@@ -125,9 +133,23 @@ def target_of(harms: Sequence[Harm], head: HeadConfig) -> HeadTarget:
     return HeadTarget(labels, 1.0 if unsafe[0] else -1.0)
 
 
-def head_notes(source: str, targets: Sequence[Sequence[HeadTarget]], heads: Mapping[str, HeadConfig]) -> list[str]:
-    """For the user, a line for each head: of how many responses it is told that they are unsafe, and its pairs."""
+def head_notes(
+    source: str, targets: Sequence[Sequence[HeadTarget]], heads: Mapping[str, HeadConfig], contradictions: int
+) -> list[str]:
+    """For the user, a line for each head: of how many responses it is told that they are unsafe, and its pairs.
+
+    Args:
+        source: Where they are from.
+        targets: Of each row, by head.
+        heads: By name.
+        contradictions: Responses whose labels contradict each other.
+    """
     notes = []
+    if contradictions:
+        notes.append(
+            f"{source}: {contradictions} responses are harm of severity 0, or safe of a severity above 0: only heads "
+            "of severity 2 and 3 go by it"
+        )
     for name, own in zip(heads, zip(*targets, strict=True), strict=True):
         labels = [label for target in own for label in target.labels]
         pairs = sum(target.order != 0 for target in own)

@@ -30,7 +30,7 @@ from repo_fast.config.heads import HeadConfig
 from repo_fast.data.cells import Chat, is_blank, read_chat, read_messages, same, string, text
 from repo_fast.data.columns import Columns, Conversation, Row, Table, one_system, read_conversation, starts_with
 from repo_fast.data.dialogue import HH_ASSISTANT, HH_USER, Dialogue
-from repo_fast.data.heads import HeadTarget, head_notes, read_harm, target_of
+from repo_fast.data.heads import Harm, HeadTarget, head_notes, read_harm, target_of
 from repo_fast.data.sources import check_limit
 from repo_fast.errors import InputError
 
@@ -121,6 +121,7 @@ def load_preferences(
             raise InputError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     preferences: list[Preference] = []
     dropped: Counter[str] = Counter()
+    contradictions = 0
     table = Table(source, split, columns, generate=limit, labels=(*IDS, *SAFE))
     for place, row in table:
         named = _candidates_of(row, kind, place)
@@ -131,7 +132,10 @@ def load_preferences(
                 raise InputError(f"{place}: {message}; set data.unusable to drop to leave such rows out")
             dropped[reason] += 1
             continue
-        preferences.append(Preference(tuple(candidate for _, candidate in named), _targets(row, named, heads or {})))
+        harms = _harms(row, named, heads) if heads else []
+        contradictions += sum(harm.contradicts_itself for harm in harms)
+        targets = tuple(target_of(harms, head) for head in (heads or {}).values())
+        preferences.append(Preference(tuple(candidate for _, candidate in named), targets))
         if len(preferences) == limit:
             break
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
@@ -141,13 +145,12 @@ def load_preferences(
     table.say_unused()
     notes = [_count_note(source, preferences, dropped.total(), reasons)]
     if heads:
-        return preferences, notes + head_notes(source, [preference.targets for preference in preferences], heads)
+        targets_by_row = [preference.targets for preference in preferences]
+        return preferences, notes + head_notes(source, targets_by_row, heads, contradictions)
     return preferences, notes + (_label_notes(source, preferences) if kind == "cost" else [])
 
 
-def _targets(row: Row, named: _Named, heads: Mapping[str, HeadConfig]) -> tuple[HeadTarget, ...]:
-    if not heads:
-        return ()
+def _harms(row: Row, named: _Named, heads: Mapping[str, HeadConfig]) -> list[Harm]:
     sides = [name for name, _ in named]
     if len(sides) == 2 and sides[0] not in NUMBERED:
         # A cost model's order; their columns may have names of the user's.
@@ -158,8 +161,7 @@ def _targets(row: Row, named: _Named, heads: Mapping[str, HeadConfig]) -> tuple[
         else ("is_safe", "harm_category", "severity_level")
         for side in sides
     ]
-    harms = [read_harm(row, own, heads) for own in columns]
-    return tuple(target_of(harms, head) for head in heads.values())
+    return [read_harm(row, own, heads) for own in columns]
 
 
 def _candidates_of(row: Any, kind: str, place: str) -> _Named:

@@ -306,6 +306,7 @@ class Evaluator:
         """The content of `report.json`."""
         reference = self.inputs.reference
         paths = {name: cost.path for name, cost in self.config.costs.items()}
+        heads = {name: scorer.head for name, scorer in self.config.scorers.items() if scorer.head is not None}
         report = {
             "settings": {
                 "reference": reference,
@@ -319,6 +320,7 @@ class Evaluator:
                 "resamples": self.config.resamples,
                 "reward": self.config.reward.path,
                 **({"costs": paths} if self._by_name else {"cost": paths[ONLY]}),
+                **({"heads": heads} if heads else {}),
                 "policies": dict(self.config.policies),
                 "date": datetime.date.today().isoformat(),
             },

@@ -23,7 +23,7 @@ from repo_fast.models.lora import adapters_off, add_lora, describe
 from repo_fast.models.model_config import load_config
 from repo_fast.models.packing import settle_packing, state_before
 from repo_fast.models.policy import Policy
-from repo_fast.models.score_checkpoint import find_output, output_names
+from repo_fast.models.score_checkpoint import LAYOUTS, find_output, output_names
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.trunk import train_last_layers
 from repo_fast.models.vocabulary import fit_vocabulary
@@ -258,7 +258,10 @@ def check_heads_of(path: str, heads: tuple[str, ...]) -> None:
     order."""
     names = output_names(path)
     # A single output may have a name that nobody asked for: Hugging Face's label.
-    if names != heads and (heads or len(names) > 1):
+    is_label = len(names) == 1 and load_config(path).architectures[0].endswith(
+        LAYOUTS["sequence-classification"].suffix
+    )
+    if names != heads and (heads or not is_label):
         raise InputError(
             f"heads has {', '.join(heads) or 'none'} with model.path {path!r}, whose outputs are "
             f"{', '.join(names) or 'one without a name'}; expected the same, in that order"

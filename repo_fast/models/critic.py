@@ -1,5 +1,6 @@
 """Critics: what the rest of a response is worth, for each stream of scores, before each of its tokens."""
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -32,7 +33,11 @@ class Critic(nn.Module):
         super().__init__()
         self.trunk, self.streams = model.trunk, streams
         outputs = {streams[0]: 0} if outputs is None else outputs
-        started = {stream: _row(model.score_head, output) for stream, output in outputs.items()}
+        started: dict[str, ScoreHead] = {}
+        for stream, output in outputs.items():
+            own = _row(model.score_head, output)
+            # A single output may start several streams, which must not share what they learn.
+            started[stream] = copy.deepcopy(own) if own in started.values() else own
         heads: dict[str, nn.Module] = {}
         for stream in streams:
             heads[_key(stream)] = started[stream] if stream in started else _zero(model.score_head.in_features)

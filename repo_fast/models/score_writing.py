@@ -215,6 +215,9 @@ def _write_settings(
         labels = {str(i): name for i, name in enumerate(names)}
         if form.names or len(settings.get("id2label", {})) != 1:
             settings |= {"id2label": labels, "label2id": {name: i for i, name in enumerate(names)}}
+        if len(form.names) > 1:
+            # Each output is a score of its own: Hugging Face's pipelines would take a softmax over them.
+            settings |= {"problem_type": "multi_label_classification"}
     (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 

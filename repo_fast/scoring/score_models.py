@@ -60,14 +60,15 @@ class LastOutputs:
         self.count = count
         self._of: weakref.ref[Rollout] | None = None
         self._outputs = torch.zeros(0, count)
+        self.truncated = 0
 
     def known(self, rollout: Rollout) -> bool:
         """Whether they are this rollout's, the very same object."""
         return self._of is not None and self._of() is rollout
 
-    def keep(self, rollout: Rollout, outputs: torch.Tensor) -> None:
-        """Take them, float32 [S, K] on the CPU, in place of the last."""
-        self._of, self._outputs = weakref.ref(rollout), outputs
+    def keep(self, rollout: Rollout, outputs: torch.Tensor, truncated: int) -> None:
+        """Take them, float32 [S, K] on the CPU, in place of the last, and how many texts were cut for them."""
+        self._of, self._outputs, self.truncated = weakref.ref(rollout), outputs, truncated
 
     def read(self, output: int) -> torch.Tensor:
         """One of them: float32 [S]."""
@@ -143,6 +144,8 @@ class ModelScorer:
         """
         known = self._last.known(rollout)
         sequences = [] if known else list(self._sequences(rollout))
+        truncated = sum(len(sequence) > self._max_tokens for sequence in sequences)
+        sequences = [sequence[-self._max_tokens :] for sequence in sequences]
         outputs = torch.zeros(len(sequences), self._last.count)
         lengths = [len(sequence) for sequence in sequences]
         rows = split_by_tokens(lengths, self._token_budget, [forward_work(self._shape, [length]) for length in lengths])
@@ -154,7 +157,8 @@ class ModelScorer:
         for _ in range(count - len(rows)):
             self._forward([torch.zeros(1, dtype=torch.int64)])
         if not known:
-            self._last.keep(rollout, outputs)
+            self._last.keep(rollout, outputs, truncated)
+        self.truncated += self._last.truncated
         return self._last.read(self._output)
 
     def _sequences(self, rollout: Rollout) -> Iterator[torch.Tensor]:
@@ -171,9 +175,7 @@ class ModelScorer:
             else:
                 answer = self._policy_template.answer_of(rollout.responses[i], finished=finished)
                 tokens = self._template.encode_dialogue(asked, answer, finished=finished)
-            sequence = torch.tensor(tokens, dtype=torch.int64)
-            self.truncated += len(sequence) > self._max_tokens
-            yield sequence[-self._max_tokens :]
+            yield torch.tensor(tokens, dtype=torch.int64)
 
     def _forward(self, row: Sequence[torch.Tensor]) -> torch.Tensor:
         return self._module(*pack_whole(row, self._device)).cpu().reshape(len(row), -1)
@@ -264,7 +266,7 @@ class ClassifierScorer:
         texts = () if known else zip(rollout.prompts, rollout.responses, strict=True)
         pairs = [without_added(self._tokenizer, prompt, response) for prompt, response in texts]
         lengths = [len(self._tokenizer(*pair)["input_ids"]) for pair in pairs]
-        self.truncated += sum(length > self._max_tokens for length in lengths)
+        truncated = sum(length > self._max_tokens for length in lengths)
         # Neighbours in length share a batch, so that little of it is padding.
         order = sorted(range(len(pairs)), key=lambda i: lengths[i])
         batches: list[list[int]] = []
@@ -281,7 +283,8 @@ class ClassifierScorer:
         for _ in range(count - len(batches)):
             self._forward([("", "")])
         if not known:
-            self._last.keep(rollout, outputs)
+            self._last.keep(rollout, outputs, truncated)
+        self.truncated += self._last.truncated
         return self._last.read(self._output)
 
     def _forward(self, pairs: Sequence[tuple[str, str]]) -> torch.Tensor:

@@ -174,13 +174,19 @@ def test_what_cannot_be_honoured_is_one_line(tmp_path: Path, words: str, message
         ("constraints: {harm: a:b}", r".*: constraints\.harm is 'a:b', expected a mapping of options"),
         ("constraints: {a.b: {path: 'm:f'}}", r".*: constraints has the name 'a\.b', expected one without a dot"),
         ("constraints: {harm: {path: null}}", r"constraints\.harm\.path is null, expected a value"),
-        ("constraints: {harm: {threshold: .nan}}", r"constraints\.harm\.threshold is nan, expected a number"),
+        (
+            "constraints: {harm: {threshold: .nan}}",
+            r"constraints\.harm\.threshold is nan, expected a value that can be compared",
+        ),
         (
             "constraints: {harm: {applies_to: {a: [.nan]}}}",
-            r"constraints\.harm\.applies_to\.a is nan, expected a number",
+            r"constraints\.harm\.applies_to\.a is nan, expected a value that can be compared",
         ),
-        ("algorithm: {reward_cap: .nan}", r"algorithm\.reward_cap is nan, expected a number"),
-        ("policy_optimizer: {betas: [0.9, .nan]}", r"policy_optimizer\.betas is nan, expected a number"),
+        ("algorithm: {reward_cap: .nan}", r"algorithm\.reward_cap is nan, expected a value that can be compared"),
+        (
+            "policy_optimizer: {betas: [0.9, .nan]}",
+            r"policy_optimizer\.betas is nan, expected a value that can be compared",
+        ),
         ("constraints: {harm: {pth: a}}", r"unknown option 'constraints\.harm\.pth' in .*'constraints\.harm\.path'"),
         ("constraints: {harm: {pid: {k: 1}}}", r"unknown option 'constraints\.harm\.pid\.k' in .*"),
         (

@@ -31,6 +31,10 @@ def write(path: Path, *rows: dict) -> str:
         (Harm(True, 1), HeadConfig(), True),
         (Harm(True, 1), HeadConfig(None, 2), False),
         (Harm(False, 0), HeadConfig(), False),
+        # Harm whose severity is given as none is harm, but no severe one.
+        (Harm(True, 0), HeadConfig(), True),
+        (Harm(None, 0, frozenset([BOMB])), HeadConfig((BOMB,)), True),
+        (Harm(True, 0), HeadConfig(None, 2), False),
         # What is called safe is of no head without categories; a category counts by itself.
         (Harm(False, 2, frozenset([BOMB])), HeadConfig(), False),
         (Harm(False, 2, frozenset([BOMB])), HeadConfig((BOMB,)), True),
@@ -38,6 +42,23 @@ def write(path: Path, *rows: dict) -> str:
 )
 def test_what_is_unsafe_for_a_head(harm: Harm, head: HeadConfig, unsafe: bool) -> None:
     assert is_unsafe(harm, head) == unsafe
+
+
+@pytest.mark.parametrize(
+    ("harm", "contradicts"),
+    [
+        (Harm(True, 0), True),
+        (Harm(False, 1), True),
+        (Harm(None, 0, frozenset([BOMB])), True),
+        (Harm(False, 0, frozenset([BOMB])), True),
+        (Harm(True, 1), False),
+        (Harm(False, 0), False),
+        (Harm(None, 0), False),
+        (Harm(None, 2), False),
+    ],
+)
+def test_labels_that_contradict_each_other(harm: Harm, contradicts: bool) -> None:
+    assert harm.contradicts_itself == contradicts
 
 
 @pytest.mark.parametrize(

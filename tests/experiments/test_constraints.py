@@ -28,11 +28,11 @@ def test_every_arm_is_a_configuration_and_differs_in_one_thing() -> None:
     assert {name for question in QUESTIONS for name in (question.arm, question.other)} == {"start", *compared}
     # What is folded into one constraint, and what is judged, is what the configuration has.
     assert costs.HARM_MARGIN == base.costs["harm"].margin
-    assert set(base.costs["overcaution"].applies_to["category"]) == costs.HARMLESS
+    assert set(base.costs["overcaution"].applies_to["category"]) == costs.GENTLE
     judged = parse(["--config", str(JUDGES), "--policies.a", "x"], EvaluateConfig)
     assert judged.costs["harm"].threshold == base.costs["harm"].threshold - base.costs["harm"].margin
     for name in ("overcaution", "refusal"):
-        assert set(judged.costs[name].applies_to["category"]) == costs.HARMLESS
+        assert set(judged.costs[name].applies_to["category"]) == costs.GENTLE
 
 
 def test_a_single_cost_has_both_excesses() -> None:

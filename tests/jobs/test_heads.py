@@ -10,15 +10,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaModel
 
 from repo_fast.config import HeadConfig, ScoreConfig, parse, to_dict
 from repo_fast.engine import start_distributed
 from repo_fast.errors import InputError
 from repo_fast.evaluate import main as evaluate
-from repo_fast.jobs.assembly import _critics
+from repo_fast.jobs.assembly import _critics, check_heads_of
 from repo_fast.jobs.checkpoint import check_run
 from repo_fast.jobs.inputs import read_inputs
 from repo_fast.jobs.trainer import Trainer
+from repo_fast.models.critic import Critic
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.score_writing import convert_score_model
 from repo_fast.plan.networks import networks
@@ -154,6 +156,10 @@ def test_going_on_with_a_model_of_the_same_heads(trained: Path, scores: Scores, 
         (
             {"heads": {"a": {"categories": ["Violense"]}}},
             r"heads\.a\.categories is 'Violense', .* nearest is 'Violence'",
+        ),
+        (
+            {"heads": {"a": {"categories": ["Violence", "Violence"]}}},
+            r"heads\.a\.categories is \['Violence', 'Violence'\], expected each name once",
         ),
         ({"heads": {"a": {"categories": []}}}, r"heads\.a\.categories is \[\], expected names, or null for any"),
         ({"heads": {"a": {"severity": 4}}}, r"heads\.a\.severity is 4, expected a whole number from 1 to 3"),
@@ -330,6 +336,22 @@ def test_critics_start_from_their_heads(trained: Path, tmp_path: Path, shared: b
     assert torch.equal(heads["third"], torch.zeros_like(own) if shared else own)
 
 
+def test_streams_that_start_from_one_output_learn_apart() -> None:
+    trunk = LlamaModel(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    critic = Critic(ScoreModel(trunk, torch.ones(1, 8)), ("reward", "cost"), torch.float32, {"reward": 0, "cost": 0})
+    assert torch.equal(critic.head("reward").weight, critic.head("cost").weight)
+    assert critic.head("reward").weight is not critic.head("cost").weight
+
+
+def test_going_on_from_one_named_head_wants_its_name(tmp_path: Path) -> None:
+    one = str(save_beaver(tmp_path / "one", config_overrides={"score_names": ["violence"]}))
+    label = {"id2label": {0: "violence"}, "label2id": {"violence": 0}}
+    check_heads_of(one, ("violence",))
+    check_heads_of(str(save_sequence_classifier(tmp_path / "label", **label)), ())
+    with pytest.raises(InputError, match="heads has none with .*, whose outputs are violence; expected the same"):
+        check_heads_of(one, ())
+
+
 def test_a_checkpoint_of_another_head() -> None:
     """Those from before there was the option are of none."""
     config = {head: to_dict(parse(["--cost.path", "FOLDER", *head.split()])) for head in ("", "--cost.head harm")}
@@ -400,6 +422,7 @@ def test_an_evaluation_knows_the_head(trained: Path, tmp_path: Path, capsys: pyt
     for head, column in zip(NAMES, ("first", "second"), strict=True):
         alone = rows({}, {"path": str(trained / "model"), "head": head})
         assert [row["cost"] for row in alone] == [row[column] for row in both]
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["settings"]["heads"] == {"cost": head}
 
 
 def test_the_check_of_a_head(trained: Path, capsys: pytest.CaptureFixture) -> None:
