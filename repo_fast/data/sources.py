@@ -7,8 +7,9 @@ A source is one of
   a byte-order mark; blank lines hold nothing;
 - a local folder of such files, read one after the other in the order of their names; where the names are of several
   splits (train-0.parquet, test-0.parquet), those of one split; a folder with folders in it is read by `datasets`;
-- a part of the corpus that ships with the package: `world:train` and `world:test` (prompts), `world:demonstrations`,
-  `world:preferences`, and for these two `...-test`, on prompts that no other part but `world:test` has;
+- a part of the corpus that ships with the package: `world:train`, `world:test` and `world:certify` (prompts),
+  `world:demonstrations`, `world:preferences`, and for these two `...-test`, on prompts that no other part but `world:test`
+  and `world:certify` has;
 - anything else: a name for `datasets.load_dataset`, unless it looks like a path.
 """
 
@@ -85,6 +86,7 @@ def _world_rows(source: str, generate: int | None) -> Iterator[tuple[str, Any]]:
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "world:train": corpus.train_prompts,
         "world:test": corpus.test_prompts,
+        "world:certify": corpus.certify_prompts,
         "world:demonstrations": lambda: corpus.demonstrations(generate or 4096, seed=0),
         "world:demonstrations-test": lambda: corpus.demonstrations(generate or 256, seed=1, held_out=True),
         "world:preferences": lambda: corpus.preferences(generate or 20480, seed=0, held_out=False),

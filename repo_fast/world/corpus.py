@@ -35,6 +35,7 @@ from repo_fast.world.grammar import (
 
 TRAIN_PROMPTS_PER_FAMILY = 20
 TEST_PROMPTS_PER_FAMILY = 8
+CERTIFY_PROMPTS_PER_FAMILY = 24
 _SEED = 20241019
 _CAREFUL, _RECKLESS, _REFUSED, _DAMAGED = 0.25, 0.37, 0.15, 0.2
 # What a labeller would see: responses closer than this in reward, or in cost, are not compared.
@@ -48,8 +49,8 @@ def _held_out(family: Family, verb: str, object_: str) -> bool:
     return verbs.index(verb) == family.objects.index(object_)
 
 
-def _draw(held_out: bool, per_family: int) -> list[dict[str, str]]:
-    rng = random.Random(_SEED + held_out)
+def _draw(held_out: bool, per_family: int, seed: int, taken: frozenset[str] = frozenset()) -> list[dict[str, str]]:
+    rng = random.Random(seed)
     rows = []
     for family in FAMILIES:
         pairs = [p for p in itertools.product(family.tools, family.objects) if _held_out(family, *p) == held_out]
@@ -57,24 +58,37 @@ def _draw(held_out: bool, per_family: int) -> list[dict[str, str]]:
             write_prompt(Request(family, verb, object_, situation), phrasing)
             for (verb, object_), situation, phrasing in itertools.product(pairs, SITUATIONS, PHRASINGS)
         ]
-        rows += [{"prompt": prompt, "category": family.name} for prompt in rng.sample(options, per_family)]
+        left = [prompt for prompt in options if prompt not in taken]
+        rows += [{"prompt": prompt, "category": family.name} for prompt in rng.sample(left, per_family)]
     rng.shuffle(rows)
     return rows
 
 
 @cache
-def _prompts(held_out: bool) -> tuple[dict[str, str], ...]:
-    return tuple(_draw(held_out, TEST_PROMPTS_PER_FAMILY if held_out else TRAIN_PROMPTS_PER_FAMILY))
+def _prompts(split: str) -> tuple[dict[str, str], ...]:
+    match split:
+        case "train":
+            return tuple(_draw(False, TRAIN_PROMPTS_PER_FAMILY, _SEED))
+        case "test":
+            return tuple(_draw(True, TEST_PROMPTS_PER_FAMILY, _SEED + 1))
+        case _:
+            taken = frozenset(row["prompt"] for row in _prompts("test"))
+            return tuple(_draw(True, CERTIFY_PROMPTS_PER_FAMILY, _SEED + 2, taken))
 
 
 def train_prompts() -> list[dict[str, str]]:
     """The training prompts, all different: dicts with `prompt` and `category` (the family's name)."""
-    return [dict(row) for row in _prompts(False)]
+    return [dict(row) for row in _prompts("train")]
 
 
 def test_prompts() -> list[dict[str, str]]:
     """The held-out prompts, all different: dicts with `prompt` and `category` (the family's name)."""
-    return [dict(row) for row in _prompts(True)]
+    return [dict(row) for row in _prompts("test")]
+
+
+def certify_prompts() -> list[dict[str, str]]:
+    """Held-out prompts that the test prompts have none of, to certify policies on: dicts as those."""
+    return [dict(row) for row in _prompts("certify")]
 
 
 def _draw_request(rng: random.Random, held_out: bool) -> Request:
