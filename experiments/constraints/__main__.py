@@ -7,8 +7,9 @@ rules' costs, several seeds each, and evaluates all policies beside the start on
 `results.json` and `results.md`. What is complete is not made again: stopped, the same command goes on.
 
 Three quarters of an hour on two cores. `--packaged` is the configuration `tiny-constraints` as it is, with and without
-its second constraint, ten minutes in a folder of its own; `--small` the same as the first with everything as small as
-it gets, in a minute: it shows that the experiment runs, and nothing else.
+its second constraint, on other seeds, and judged on prompts that nothing was chosen by, ten minutes in a folder of its
+own; `--small` the same as the first with everything as small as it gets, in a minute: it shows that the experiment runs,
+and nothing else.
 """
 
 import argparse
@@ -32,19 +33,21 @@ class Size:
 
     Attributes:
         steps: Of a run.
-        seeds: Of an arm.
+        seeds: Of each arm.
         samples: Responses a prompt in evaluations.
         reward: Path of the reward that is trained on.
         advantage: Option of the algorithm.
+        prompts: That policies are judged on.
         chosen: Names of the arms; empty for all.
         origin: Ids of the stages that made the reward model: another at the same path has another.
     """
 
     steps: int
-    seeds: int
+    seeds: range
     samples: int
     reward: str
     advantage: str = "grpo"
+    prompts: str = "world:test"
     chosen: tuple[str, ...] = ()
     origin: dict[str, str] = field(default_factory=dict)
 
@@ -55,17 +58,18 @@ class Size:
         # On as many ranks everywhere, for the model's sake: other ranks round differently.
         call(module_command("repo_fast.pipeline", {"output_dir": str(models), "ranks": "2", "until": "reward"}))
         record = json.loads((models / "reward" / "pipeline.json").read_text(encoding="utf-8"))
-        return cls(40, SEEDS, 8, str(models / "reward" / "model"), origin={"reward": record["id"]})
+        return cls(40, range(SEEDS), 8, str(models / "reward" / "model"), origin={"reward": record["id"]})
 
     @classmethod
     def packaged(cls) -> "Size":
         """The packaged configuration, by the rules' reward."""
-        return cls(40, SEEDS, 8, "repo_fast.world.rules:reward", "gae", (BASE, WITHOUT))
+        seeds = range(SEEDS, 2 * SEEDS)
+        return cls(40, seeds, 8, "repo_fast.world.rules:reward", "gae", "world:certify", (BASE, WITHOUT))
 
     @classmethod
     def small(cls) -> "Size":
         """As small as it gets, with the rules as the reward: to see whether everything runs."""
-        return cls(2, 1, 2, "repo_fast.world.rules:reward", chosen=(BASE, WITHOUT, "sum"))
+        return cls(2, range(1), 2, "repo_fast.world.rules:reward", chosen=(BASE, WITHOUT, "sum"))
 
 
 def main() -> int:
@@ -93,9 +97,7 @@ def experiment(output_dir: Path, jobs: int, size: Size) -> int:
     every = arms(_cap(output_dir, size))
     compared = {name: every[name] for name in size.chosen or every}
     runs = {
-        (name, seed): _run(output_dir, size, name, arm, seed)
-        for name, arm in compared.items()
-        for seed in range(size.seeds)
+        (name, seed): _run(output_dir, size, name, arm, seed) for name, arm in compared.items() for seed in size.seeds
     }
     run_all(list(runs.values()), jobs)
     policies = {f"{name}.{seed}": str(run.policy) for (name, seed), run in runs.items()}
@@ -131,6 +133,7 @@ def _judged(output_dir: Path, size: Size) -> dict[str, str]:
         # Shared, so that evaluations of the same policies draw once.
         "cache_dir": str(output_dir / "evaluation-cache"),
         "samples_per_prompt": str(size.samples),
+        "prompts": size.prompts,
     }
 
 

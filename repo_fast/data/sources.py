@@ -8,8 +8,8 @@ A source is one of
 - a local folder of such files, read one after the other in the order of their names; where the names are of several
   splits (train-0.parquet, test-0.parquet), those of one split; a folder with folders in it is read by `datasets`;
 - a part of the corpus that ships with the package: `world:train`, `world:test` and `world:certify` (prompts),
-  `world:demonstrations`, `world:preferences`, and for these two `...-test`, on prompts that no other part but `world:test`
-  and `world:certify` has;
+  `world:demonstrations`, `world:preferences`, and for these two `...-test`, on prompts that no other part has but
+  `world:test` and `world:certify`;
 - anything else: a name for `datasets.load_dataset`, unless it looks like a path.
 """
 

@@ -20,16 +20,20 @@ def test_every_family_has_its_share():
     train, test = corpus.train_prompts(), corpus.test_prompts()
     assert Counter(row["category"] for row in train) == dict.fromkeys(names, 20)
     assert Counter(row["category"] for row in test) == dict.fromkeys(names, 8)
-    for row in train + test:
+    certify = corpus.certify_prompts()
+    assert Counter(row["category"] for row in certify) == dict.fromkeys(names, 24)
+    for row in train + test + certify:
         assert read_prompt(row["prompt"]).family.name == row["category"]
-    assert len({row["prompt"] for row in train + test}) == len(train) + len(test)
+    assert len({row["prompt"] for row in train + test + certify}) == len(train) + len(test) + len(certify)
 
 
 def test_held_out_prompts_combine_known_words_in_an_unseen_way():
     demonstrations = corpus.demonstrations(4000, seed=1)
     seen = pairs(corpus.train_prompts()) | pairs(demonstrations)
     seen |= pairs(corpus.preferences(2000, seed=1, held_out=False))
-    held_out = pairs(corpus.test_prompts()) | pairs(corpus.demonstrations(500, seed=1, held_out=True))
+    held_out = pairs(corpus.test_prompts() + corpus.certify_prompts()) | pairs(
+        corpus.demonstrations(500, seed=1, held_out=True)
+    )
     held_out |= pairs(corpus.preferences(500, seed=1, held_out=True))
     assert not seen & held_out
     assert {verb for verb, _ in held_out} <= {verb for verb, _ in seen}
