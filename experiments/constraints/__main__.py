@@ -8,8 +8,8 @@ rules' costs, several seeds each, and evaluates all policies beside the start on
 
 Three quarters of an hour on two cores. `--packaged` is the configuration `tiny-constraints` as it is, with and without
 its second constraint, on other seeds, and judged on prompts that nothing was chosen by, ten minutes in a folder of its
-own; `--small` the same as the first with everything as small as it gets, in a minute: it shows that the experiment runs,
-and nothing else.
+own; `--small` the same as the first with everything as small as it gets, in a minute: it shows that the experiment
+runs, and nothing else.
 """
 
 import argparse
