@@ -40,8 +40,8 @@ class EvaluateConfig(JobConfig):
     reference: str | None = None
     """Name of the policy that the others are compared with. Null: the first one."""
     prompts: str = "world:test"
-    """Prompts: a file (.jsonl, .json, .txt or .csv, also as .gz, or .parquet) or a folder of such, `world:test`, or a
-    `datasets` hub name."""
+    """Prompts: a file (.jsonl, .json, .txt or .csv, also as .gz, or .parquet) or a folder of such, `world:test` or
+    `world:certify` (further ones), or a `datasets` hub name."""
     prompts_split: str = "test"
     """Split to read when `prompts` is a `datasets` name, or a folder with several."""
     prompts_fields: dict[str, str] = field(default_factory=dict)

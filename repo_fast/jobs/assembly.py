@@ -1,8 +1,9 @@
 """Puts a run's models together: policy, reference, critics and scorers, each under an engine."""
 
+import json
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from repo_fast.collectives import Ranks
-from repo_fast.config import EngineConfig, LoraConfig, ModelConfig, RubricConfig, ScorerConfig, TrainConfig
+from repo_fast.config import EngineConfig, HeadConfig, LoraConfig, ModelConfig, RubricConfig, ScorerConfig, TrainConfig
 from repo_fast.data import PromptTemplate, load_tokenizer
 from repo_fast.engine import Engine, resolve_dtype, sharded_loading
 from repo_fast.errors import InputError, first_line
@@ -253,19 +254,27 @@ def is_score_model(path: str) -> bool:
     return (load_config(path).architectures or [""])[0].endswith(("ForScore", "ForSequenceClassification"))
 
 
-def check_heads_of(path: str, heads: tuple[str, ...]) -> None:
-    """Raise `InputError` where a score model to go on with has other outputs than are to be trained, or in another
-    order."""
+def check_heads_of(path: str, heads: Mapping[str, HeadConfig]) -> None:
+    """Raise `InputError` where a score model to go on with has other outputs than are to be trained, in another order,
+    or, as far as it says so, trained to call other things unsafe."""
     names = output_names(path)
     # A single output may have a name that nobody asked for: Hugging Face's label.
     is_label = len(names) == 1 and load_config(path).architectures[0].endswith(
         LAYOUTS["sequence-classification"].suffix
     )
-    if names != heads and (heads or not is_label):
+    if names != tuple(heads) and (heads or not is_label):
         raise InputError(
             f"heads has {', '.join(heads) or 'none'} with model.path {path!r}, whose outputs are "
             f"{', '.join(names) or 'one without a name'}; expected the same, in that order"
         )
+    trained = getattr(load_config(path), "score_heads", None) or {}
+    for name, head in heads.items():
+        ours = json.loads(json.dumps(asdict(head)))
+        if trained.get(name, ours) != ours:
+            raise InputError(
+                f"heads.{name} is {ours} with model.path {path!r}, which was trained with {trained[name]}; expected "
+                "the same, or another name and model"
+            )
 
 
 def loading_options(attention: str, engine: EngineConfig, ranks: Ranks) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from repo_fast.collectives import Ranks
-from repo_fast.config import ScoreConfig
+from repo_fast.config import ScoreConfig, to_dict
 from repo_fast.data import Candidate, Columns, HeadTarget, Preference, PromptTemplate, load_preferences
 from repo_fast.data.heads import check_both
 from repo_fast.errors import InputError, at
@@ -68,7 +68,7 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
     started_from = check_inputs(config, resume_from)
     path, tokenizer = find_model(config.model.path)
     if is_score_model(path):
-        check_heads_of(path, tuple(config.heads))
+        check_heads_of(path, config.heads)
     elif config.expect is not None:
         raise InputError(f"expect is given with model.path {path!r}, which has no score yet, expected a score model")
     data, template = config.data, PromptTemplate(tokenizer, config.data.template, config.date)
@@ -204,8 +204,8 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
 
     def write_model(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         merged, tokenizer = merged_state(self.engine.module, state), self.inputs.tokenizer
-        layout, kind = self.config.layout, self.config.kind
-        save_score_model(folder, self.engine.module, merged, tokenizer, score_type=kind, layout=layout)
+        layout, kind, heads = self.config.layout, self.config.kind, to_dict(self.config)["heads"]
+        save_score_model(folder, self.engine.module, merged, tokenizer, score_type=kind, layout=layout, heads=heads)
         if merged is not state:
             save_adapter(folder / "adapter", self.engine.module, state, self.inputs.model_path)
 

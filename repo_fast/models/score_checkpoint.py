@@ -9,7 +9,8 @@ Three layouts hold the same model, a trunk and a head with one output, or K:
 | `sequence-classification` | `LlamaForSequenceClassification` | `score`      | `num_labels` | `id2label`           |
 
 `score_names` is this package's: a list of K names, which Safe RLHF's classes, whose normalizers have K numbers then,
-take for one more setting. Outputs without names go by their numbers, from "0" on.
+take for one more setting. Outputs without names go by their numbers, from "0" on. `score_heads`, beside it, says what
+each was trained to call unsafe.
 
 The first two are Safe RLHF's (https://github.com/PKU-Alignment/safe-rlhf, the Beaver models), the newer and the older.
 They add `score_type`, `score_dim`, `do_normalize` and whether the head has a bias to the configuration (under `bias` or

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +71,7 @@ def save_score_model(
     *,
     score_type: Literal["reward", "cost"],
     layout: str = "score",
+    heads: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a score model that Safe RLHF, or with the third layout plain transformers, loads.
 
@@ -80,6 +82,7 @@ def save_score_model(
         tokenizer: Saved beside them.
         score_type: What the score means.
         layout: One of `LAYOUTS`, by name.
+        heads: What each of several outputs was trained to call unsafe, JSON values by its name; under `score_heads`.
 
     Raises:
         InputError: The layout is not known, or cannot hold the model.
@@ -114,6 +117,8 @@ def save_score_model(
         settings["rope_theta"] = rope["rope_theta"]
     pad_token_id = form.aside.get("pad_token_id")
     settings["pad_token_id"] = tokenizer.pad_token_id if pad_token_id is None else pad_token_id
+    if heads:
+        settings["score_heads"] = dict(heads)
     folder.mkdir(parents=True, exist_ok=True)
     _write_settings(folder, settings, architecture, wanted, written, has_bias)
     save_torch_state_dict(tensors, folder, max_shard_size=SHARD_SIZE)

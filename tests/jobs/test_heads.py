@@ -346,10 +346,20 @@ def test_streams_that_start_from_one_output_learn_apart() -> None:
 def test_going_on_from_one_named_head_wants_its_name(tmp_path: Path) -> None:
     one = str(save_beaver(tmp_path / "one", config_overrides={"score_names": ["violence"]}))
     label = {"id2label": {0: "violence"}, "label2id": {"violence": 0}}
-    check_heads_of(one, ("violence",))
-    check_heads_of(str(save_sequence_classifier(tmp_path / "label", **label)), ())
+    check_heads_of(one, {"violence": HeadConfig()})
+    check_heads_of(str(save_sequence_classifier(tmp_path / "label", **label)), {})
     with pytest.raises(InputError, match="heads has none with .*, whose outputs are violence; expected the same"):
-        check_heads_of(one, ())
+        check_heads_of(one, {})
+
+
+def test_going_on_with_another_meaning_of_a_head(trained: Path) -> None:
+    same = {name: HeadConfig(**head) for name, head in HEADS.items()}
+    check_heads_of(str(trained / "model"), same)
+    others = {name: HeadConfig(head.categories, 3) for name, head in same.items()}
+    with pytest.raises(
+        InputError, match=r"heads\.weapons is .*'severity': 3.*, which was trained with .*; expected the"
+    ):
+        check_heads_of(str(trained / "model"), others)
 
 
 def test_a_checkpoint_of_another_head() -> None:
