@@ -61,7 +61,8 @@ def test_refused_before_anything_is_written(
 @pytest.mark.parametrize("earlier", [[], ["--config", "tiny"]], ids=["alone", "after another"])
 def test_an_unknown_configuration(tmp_path: Path, capsys: pytest.CaptureFixture, earlier: list[str]) -> None:
     assert main([*earlier, "--config", "nowhere.yaml", "--output_dir", str(tmp_path / "run")]) == 2
-    assert re.fullmatch(r"error: --config 'nowhere\.yaml' is neither a file nor .*: .*tiny\n", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: --config 'nowhere\.yaml' is neither a file nor .*: .*tiny, tiny-constraints\n", said)
 
 
 def test_a_backend_that_cannot_run_here(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:

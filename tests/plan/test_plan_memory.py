@@ -227,7 +227,8 @@ def noting_what_is_allocated(phase: Phase, most: dict[str, int]) -> Phase:
     return noted
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_what_a_phase_adds_is_what_is_planned(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_the_bucket(monkeypatch, 600_000)
     tokenizer = word_tokenizer([f"w{i}" for i in range(1980)])
