@@ -42,18 +42,8 @@ class Cell:
     draw: Callable[[np.random.Generator, int], np.ndarray]
 
 
-def false_passes(cell: Cell, repeats: int) -> int:
-    """How many of the repeats pass a claim that is false by a hair."""
-    return passes(cell, repeats)
-
-
-def power(cell: Cell, repeats: int) -> int:
-    """How many of the repeats pass a claim that is true."""
-    return passes(cell, repeats)
-
-
 def passes(cell: Cell, repeats: int) -> int:
-    """How many of the repeats pass. The seed is the cell's own."""
+    """How many of the repeats pass the claim: falsely, where the truth is the limit. The seed is the cell's own."""
     generator = np.random.default_rng(zlib.crc32(f"{cell.name} {cell.bound} {cell.n} {cell.k} {cell.limit}".encode()))
     return int((_p_values(cell, cell.draw(generator, repeats)) <= DELTA).sum())
 
