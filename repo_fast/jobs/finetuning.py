@@ -7,10 +7,11 @@ import torch
 
 from repo_fast.collectives import Ranks
 from repo_fast.config import SftConfig
-from repo_fast.data import Columns, PromptTemplate, load_demonstrations
+from repo_fast.data import Columns, Dialogue, PromptTemplate, load_demonstrations
 from repo_fast.jobs.assembly import load_policy, settle_policy
 from repo_fast.jobs.inputs import check_inputs, check_start, find_model, tokenize_demonstrations
 from repo_fast.jobs.supervised import SupervisedInputs, SupervisedRun
+from repo_fast.jobs.training_prompts import record_of
 from repo_fast.learning.imitation import Shown, imitation_backward, imitation_loss, learned_tokens
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.policy import Policy, save_policy
@@ -41,17 +42,20 @@ def read_inputs(config: SftConfig) -> SupervisedInputs[Shown]:
     data, template = config.data, PromptTemplate(tokenizer, config.data.template, config.date)
     notes: list[str] = []
     columns = Columns(data.fields)
+    asked: dict[str, list[Dialogue]] = {}
 
-    def read(source: str, split: str, limit: int | None = None) -> list[Shown]:
+    def read(option: str, source: str, split: str, limit: int | None = None) -> list[Shown]:
         demonstrations = load_demonstrations(source, split=split, limit=limit, columns=columns)
+        asked[option] = [shown.asked for shown in demonstrations]
         return tokenize_demonstrations(demonstrations, template, data.max_tokens, data.train_on, source, notes)
 
-    examples = read(data.train, data.train_split, data.limit)
-    held_out = [] if data.eval is None else read(data.eval, data.eval_split)
+    examples = read("data.train", data.train, data.train_split, data.limit)
+    held_out = [] if data.eval is None else read("data.eval", data.eval, data.eval_split)
     columns.check_found([data.train, data.eval])
     longest = max(sum(part.numel() for part in shown) for shown in examples + held_out)
     check_positions(path, longest, f"a demonstration, below data.max_tokens ({data.max_tokens})")
-    return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes, started_from)
+    seen = record_of(config, asked, resume_from)
+    return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes, started_from, seen)
 
 
 class FineTuning(SupervisedRun[Shown]):

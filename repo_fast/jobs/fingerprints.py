@@ -28,8 +28,8 @@ _PIECE, _PIECES = 64 * 1024, 64
 
 def fingerprints(config: RunConfig) -> dict[str, Fingerprint]:
     """Of everything that a run reads, by the option that names it. What is not there is left to what reads it."""
-    found = {key: of_data(source, split) for key, (source, split) in _data(config).items()}
-    found |= {key: of_model(path) for key, path in _models(config).items()}
+    found = {key: of_data(source, split) for key, (source, split) in data_sources(config).items()}
+    found |= {key: of_model(path) for key, path in model_paths(config).items()}
     return {key: fingerprint for key, fingerprint in found.items() if fingerprint}
 
 
@@ -114,7 +114,8 @@ def _changes(before: dict[str, Fingerprint], now: dict[str, Fingerprint]) -> Ite
                 yield f"{name} of {key} {how}"
 
 
-def _data(config: RunConfig) -> dict[str, tuple[str, str]]:
+def data_sources(config: RunConfig) -> dict[str, tuple[str, str]]:
+    """The data that a run reads, each with its split, by the option that names it."""
     if isinstance(config, TrainConfig):
         data = config.data
         sources = {
@@ -131,7 +132,8 @@ def _data(config: RunConfig) -> dict[str, tuple[str, str]]:
     return {key: (source, split) for key, (source, split) in sources.items() if source is not None}
 
 
-def _models(config: RunConfig) -> dict[str, str]:
+def model_paths(config: RunConfig) -> dict[str, str]:
+    """The models that a run starts from or is scored by, by the option that names them; functions and judges too."""
     if isinstance(config, TrainConfig):
         return {"policy.path": config.policy.path} | {
             f"{config.section_of(name)}.path": scorer.path for name, scorer in config.scorers.items()

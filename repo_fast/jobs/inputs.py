@@ -29,6 +29,7 @@ from repo_fast.data import (
 from repo_fast.errors import InputError, at, first_line
 from repo_fast.jobs import checkpoint
 from repo_fast.jobs.fingerprints import Fingerprint, check_unchanged, fingerprints
+from repo_fast.jobs.training_prompts import Record, record_of
 from repo_fast.learning.imitation import Shown
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import check_positions
@@ -63,6 +64,7 @@ class Inputs:
         notes: What the user should know of the data: what was dropped, and how many.
         fingerprints: Of the files that the run reads, as `repo_fast.jobs.fingerprints` makes them.
         exempt, eval_exempt: By constraint, ids of the training prompts and of the held-out ones that it is not about.
+        training_prompts: What the policy will have seen, as `repo_fast.jobs.training_prompts` has it.
     """
 
     policy_path: str
@@ -78,6 +80,7 @@ class Inputs:
     fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
     exempt: dict[str, frozenset[int]] = field(default_factory=dict)
     eval_exempt: dict[str, frozenset[int]] = field(default_factory=dict)
+    training_prompts: Record = ()
 
     @property
     def categories(self) -> dict[int, str | None]:
@@ -132,8 +135,14 @@ def read_inputs(config: TrainConfig) -> Inputs:
             f"that each of {ranks} ranks has in a step"
         )
     eval_requests = tokenized(held_out, str(data.eval_prompts)) if held_out else []
-    demonstrations = _demonstrations(config, template, columns, notes) if data.ptx is not None else []
+    shown: list[Demonstration] = []
+    demonstrations: list[Shown] = []
+    if data.ptx is not None:
+        shown = load_demonstrations(data.ptx, split=data.ptx_split, columns=columns)
+        demonstrations = _demonstrations(config, shown, template, notes)
     columns.check_found([data.prompts, data.eval_prompts, data.ptx])
+    read = {"data.prompts": prompts, "data.eval_prompts": held_out, "data.ptx": shown}
+    seen = record_of(config, {option: [row.asked for row in rows] for option, rows in read.items()}, resume_from)
     exempt = exempt_prompts(config.constraints, [request.prompt for request in requests], data.prompts, notes)
     held_out = [request.prompt for request in eval_requests]
     eval_exempt = exempt_prompts(config.constraints, held_out, str(data.eval_prompts), notes, some=False)
@@ -163,6 +172,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
         fingerprints=started_from,
         exempt=exempt,
         eval_exempt=eval_exempt,
+        training_prompts=seen,
     )
 
 
@@ -416,9 +426,10 @@ def _together(answers: Sequence[tuple[list[int], list[int]]]) -> list[Shown]:
     return [tuple(torch.tensor(tokens).tensor_split(cuts)) for tokens, cuts in reversed(sequences)]
 
 
-def _demonstrations(config: TrainConfig, template: PromptTemplate, columns: Columns, notes: list[str]) -> list[Shown]:
+def _demonstrations(
+    config: TrainConfig, shown: Sequence[Demonstration], template: PromptTemplate, notes: list[str]
+) -> list[Shown]:
     data = config.data
-    shown = load_demonstrations(str(data.ptx), split=data.ptx_split, columns=columns)
     kept = tokenize_demonstrations(shown, template, data.ptx_max_tokens, data.train_on, str(data.ptx), notes)
     if len(kept) < config.update.ptx_batch_size:
         raise InputError(

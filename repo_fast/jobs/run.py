@@ -23,6 +23,7 @@ from repo_fast.engine import Engine
 from repo_fast.errors import InputError
 from repo_fast.jobs import checkpoint
 from repo_fast.jobs.fingerprints import Fingerprint
+from repo_fast.jobs.training_prompts import Record, write_record
 from repo_fast.report.folders import publish
 from repo_fast.report.jsonl import Value
 from repo_fast.report.metrics import MetricsLog
@@ -41,6 +42,9 @@ class Run:
         shown: The metrics that the display shows, as `Progress` takes them.
     """
 
+    # The folder of the trained model, below the output folder.
+    RESULT: str
+
     def __init__(
         self, config: RunConfig, ranks: Ranks, total_steps: int, shown: tuple[tuple[str, str, str], ...]
     ) -> None:
@@ -50,6 +54,7 @@ class Run:
         self.stop_signal: int | None = None
         self._shown = shown
         self._fingerprints: dict[str, Fingerprint] = {}
+        self._training_prompts: Record = ()
         # The same on every rank, for what is drawn while models are built.
         torch.manual_seed(config.seed)
 
@@ -65,18 +70,25 @@ class Run:
         """Go on from what `state_dict` gave."""
         raise NotImplementedError
 
-    def start(self, resume_from: Path | None, model_path: str, fingerprints: dict[str, Fingerprint]) -> None:
+    def start(
+        self,
+        resume_from: Path | None,
+        model_path: str,
+        fingerprints: dict[str, Fingerprint],
+        training_prompts: Record,
+    ) -> None:
         """Set this rank's random state, and resume. After the models: building one draws random numbers.
 
         Args:
             resume_from: The checkpoint folder to go on from.
             model_path: The model trained, for messages.
             fingerprints: Of the files that the run reads, for those who go on with it.
+            training_prompts: What the run's model will have seen.
 
         Raises:
             InputError: The checkpoint is of another model, or beyond the run's last step.
         """
-        self._fingerprints = fingerprints
+        self._fingerprints, self._training_prompts = fingerprints, training_prompts
         seed = self.config.seed * 1_000_003 + self.ranks.rank
         torch.manual_seed(seed)
         # The user's scorers may draw from these.
@@ -217,6 +229,8 @@ class Run:
         with contextlib.ExitStack() as stack:
             if self.ranks.is_first:
                 with self._writable_folder():
+                    # First of all: no model, and no run that can be gone on with, stands without it.
+                    write_record(self.output_dir, self.RESULT, self._training_prompts)
                     (self.output_dir / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
                 self.metrics_log = MetricsLog(
                     self.output_dir, self.config.log.loggers, to_dict(self.config), self.resume_step

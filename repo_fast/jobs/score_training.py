@@ -9,12 +9,13 @@ import torch
 
 from repo_fast.collectives import Ranks
 from repo_fast.config import ScoreConfig, to_dict
-from repo_fast.data import Candidate, Columns, HeadTarget, Preference, PromptTemplate, load_preferences
+from repo_fast.data import Candidate, Columns, Dialogue, HeadTarget, Preference, PromptTemplate, load_preferences
 from repo_fast.data.heads import check_both
 from repo_fast.errors import InputError, at
 from repo_fast.jobs.assembly import check_heads_of, is_score_model, load_trained_score_model, settle_scores
 from repo_fast.jobs.inputs import check_inputs, check_start, find_model
 from repo_fast.jobs.supervised import SupervisedInputs, SupervisedRun
+from repo_fast.jobs.training_prompts import record_of
 from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.score_model import ScoreModel
@@ -74,8 +75,9 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
     data, template = config.data, PromptTemplate(tokenizer, config.data.template, config.date)
     notes: list[str] = []
     columns = Columns(data.fields)
+    asked: dict[str, list[Dialogue]] = {}
 
-    def read(source: str, split: str, limit: int | None = None) -> list[TokenizedPreference]:
+    def read(option: str, source: str, split: str, limit: int | None = None) -> list[TokenizedPreference]:
         preferences, said = load_preferences(
             source,
             config.kind,
@@ -86,16 +88,18 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
             heads=config.heads,
         )
         notes.extend(said)
+        asked[option] = [candidate.asked for preference in preferences for candidate in preference.candidates]
         return _tokenize(preferences, template, data.max_tokens, source, notes)
 
-    examples = read(data.train, data.train_split, data.limit)
+    examples = read("data.train", data.train, data.train_split, data.limit)
     if config.heads:
         check_both(data.train, [example.targets for example in examples], config.heads)
-    held_out = [] if data.eval is None else read(data.eval, data.eval_split)
+    held_out = [] if data.eval is None else read("data.eval", data.eval, data.eval_split)
     columns.check_found([data.train, data.eval])
     longest = max(sequence.numel() for example in examples + held_out for sequence in example.sequences)
     check_positions(path, longest, f"a prompt and its response, cut to data.max_tokens ({data.max_tokens})")
-    return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes, started_from)
+    seen = record_of(config, asked, resume_from)
+    return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes, started_from, seen)
 
 
 def _tokenize(

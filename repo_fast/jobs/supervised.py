@@ -20,6 +20,7 @@ from repo_fast.data import PromptSampler, PromptTemplate
 from repo_fast.engine import Engine
 from repo_fast.jobs.fingerprints import Fingerprint
 from repo_fast.jobs.run import Run
+from repo_fast.jobs.training_prompts import Record
 from repo_fast.learning.skipped_steps import SkippedSteps
 from repo_fast.ops.dispatch import resolve
 from repo_fast.packing.balance import share_out, split_by_tokens
@@ -45,6 +46,7 @@ class SupervisedInputs(Generic[Example]):
         resume_from: Folder of the checkpoint to go on from; None for a new run.
         notes: What the user should know of the data.
         fingerprints: Of the files that the run reads, as `repo_fast.jobs.fingerprints` makes them.
+        training_prompts: What the model will have seen, as `repo_fast.jobs.training_prompts` has it.
     """
 
     model_path: str
@@ -55,6 +57,7 @@ class SupervisedInputs(Generic[Example]):
     resume_from: Path | None
     notes: list[str]
     fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
+    training_prompts: Record = ()
 
 
 class SupervisedRun(Run, Generic[Example]):
@@ -67,9 +70,6 @@ class SupervisedRun(Run, Generic[Example]):
         shown: The metrics that the display shows.
         panels: The pictures of the run, as `plot_panels` takes them.
     """
-
-    # The folder of the trained model, below the output folder.
-    RESULT: str
 
     config: SupervisedConfig
 
@@ -90,7 +90,7 @@ class SupervisedRun(Run, Generic[Example]):
         self._shape = Shape.of(self.transformer())
         self.sampler = PromptSampler(len(inputs.examples), self.batch_size, config.seed)
         self.skipped = SkippedSteps(config.max_skipped_steps, "max_skipped_steps")
-        self.start(inputs.resume_from, inputs.model_path, inputs.fingerprints)
+        self.start(inputs.resume_from, inputs.model_path, inputs.fingerprints, inputs.training_prompts)
 
     # ------------------------------------------------------------------------------------- what a subclass provides
 

@@ -52,6 +52,8 @@ class Trainer(Run):
         ranks: This process among those of the run.
     """
 
+    RESULT = "policy"
+
     config: TrainConfig
 
     def __init__(self, config: TrainConfig, inputs: Inputs, ranks: Ranks) -> None:
@@ -74,7 +76,7 @@ class Trainer(Run):
             ranks,
         )
         self.sampler = PromptSampler(len(inputs.requests), config.rollout.prompts_per_step, config.seed)
-        self.start(inputs.resume_from, inputs.policy_path, inputs.fingerprints)
+        self.start(inputs.resume_from, inputs.policy_path, inputs.fingerprints, inputs.training_prompts)
 
     def trained(self) -> dict[str, Engine]:
         models = self.learner.models
@@ -301,7 +303,7 @@ class Trainer(Run):
             policy = self.learner.models.policy
             state = policy.whole_state()
             if self.ranks.is_first:
-                self.write_folder("policy", lambda folder: self.write_model(folder, state))
+                self.write_folder(self.RESULT, lambda folder: self.write_model(folder, state))
         if not self.ranks.is_first:
             return
         metrics = read_metrics(self.output_dir / "metrics.jsonl")
@@ -313,7 +315,7 @@ class Trainer(Run):
             table = self._table("after")
             (self.output_dir / "before_after.txt").write_text(table + "\n", encoding="utf-8")
             self.say(table)
-        self.say(f"policy: {self.output_dir / 'policy'}   metrics: {self.output_dir / 'metrics.jsonl'}")
+        self.say(f"policy: {self.output_dir / self.RESULT}   metrics: {self.output_dir / 'metrics.jsonl'}")
 
     def _table(self, after: str) -> str:
         """The start beside another evaluation. For the first rank to call."""

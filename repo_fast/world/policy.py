@@ -98,12 +98,27 @@ def tiny_policy(cache_dir: str | Path | None = None) -> Path:
     Raises:
         InputError: The cache folder cannot be made or written to.
     """
-    return _cached("tiny-policy", Recipe(), cache_dir)
+    return _cached("tiny-policy", tiny_recipe(), cache_dir)
 
 
 def base_policy(cache_dir: str | Path | None = None) -> Path:
     """The same model before any supervised stage, pretrained on running text; otherwise as `tiny_policy`."""
-    return _cached("base-policy", Recipe(pretraining=True, steps=400, sharpness=1.0), cache_dir)
+    return _cached("base-policy", base_recipe(), cache_dir)
+
+
+def tiny_recipe() -> Recipe:
+    """How `tiny_policy` is trained."""
+    return Recipe()
+
+
+def base_recipe() -> Recipe:
+    """How `base_policy` is trained."""
+    return Recipe(pretraining=True, steps=400, sharpness=1.0)
+
+
+def training_rows(recipe: Recipe) -> list[dict[str, str]]:
+    """All that a model of this recipe is trained on, in order: dicts with `prompt` and `response`."""
+    return corpus.demonstrations(recipe.steps * recipe.batch_size, recipe.seed)
 
 
 def _cached(name: str, recipe: Recipe, cache_dir: str | Path | None) -> Path:
@@ -211,7 +226,7 @@ def _build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaFor
 
 def _batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Right-padded (tokens, labels), int64 [batch, length] each; labels are -100 where there is no loss."""
-    rows = corpus.demonstrations(recipe.steps * recipe.batch_size, recipe.seed)
+    rows = training_rows(recipe)
     if recipe.pretraining:
         prompts = tokenizer([tokenizer.bos_token + row["prompt"] for row in rows])["input_ids"]
     else:
