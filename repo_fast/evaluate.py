@@ -15,8 +15,9 @@ Options: `--help`; checks and exit status as in `repo_fast.train`.
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from repo_fast.config import EvaluateConfig
+from repo_fast.config import CertifyConfig, EvaluateConfig, read_config_file
 from repo_fast.errors import InputError
 from repo_fast.jobs.launch import guarded, launch
 
@@ -31,28 +32,71 @@ def main(arguments: Sequence[str] | None = None) -> int:
         inputs = read_inputs(config)
         return lambda ranks: Evaluator(config, inputs, ranks).run()
 
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    return guarded(lambda: launch(join_policies(words), EvaluateConfig, prepare))
+    def run() -> int:
+        words = list(sys.argv[1:] if arguments is None else arguments)
+        if any(word.partition("=")[0] == "--verify" for word in words):
+            return _verify(words)
+        return launch(spelled_out(words), EvaluateConfig, prepare)
+
+    return guarded(run)
 
 
-def join_policies(words: list[str]) -> list[str]:
-    """The command line with all its `--policy NAME=PATH` as the one option of the configuration."""
-    policies: dict[str, str] = {}
+def spelled_out(words: list[str]) -> list[str]:
+    """The command line with its short forms as options of the configuration.
+
+    `--policy NAME=PATH` and `--claim NAME=LIMIT` may come several times; `--certify FILE` is the section of that name,
+    and `--accept-asymptotic` an option of it.
+    """
+    named: dict[str, dict[str, str]] = {"policy": {}, "claim": {}}
     others: list[str] = []
     remaining = iter(words)
     for word in remaining:
         option, has_value, value = word.partition("=")
-        if option != "--policy":
+        if option == "--accept-asymptotic" and not has_value:
+            others += ["--certify.accept_asymptotic", "true"]
+        elif option == "--certify":
+            others += _section(value if has_value else next(remaining, ""))
+        elif option in ("--policy", "--claim"):
+            kind, value = option[2:], value if has_value else next(remaining, "")
+            name, separator, meant = value.partition("=")
+            if not separator:
+                raise InputError(f"{option} is {value!r}, expected NAME={'PATH' if kind == 'policy' else 'LIMIT'}")
+            if name in named[kind]:
+                raise InputError(f"{option} {name}={meant}: the name is given twice, expected another one")
+            named[kind][name] = meant
+        else:
             others.append(word)
-            continue
-        value = value if has_value else next(remaining, "")
-        name, separator, path = value.partition("=")
-        if not separator:
-            raise InputError(f"--policy is {value!r}, expected NAME=PATH")
-        if name in policies:
-            raise InputError(f"--policy {name}={path}: the name is given twice, expected another one")
-        policies[name] = path
-    return [*others, "--policies", json.dumps(policies)] if policies else others
+    for name, limit in named["claim"].items():
+        others += [f"--certify.claims.{name}.limit", limit]
+    return [*others, "--policies", json.dumps(named["policy"])] if named["policy"] else others
+
+
+def _section(path: str) -> list[str]:
+    """The section `certify` in a file, as words of a command line."""
+    if not Path(path).is_file():
+        raise InputError(f"--certify {path!r} is no file, expected YAML with claims, as in the section certify")
+    words: list[str] = []
+
+    def spell(section: dict, prefix: str) -> None:
+        for key, value in section.items():
+            if isinstance(value, dict):
+                spell(value, f"{prefix}.{key}")
+            elif value is not None:
+                words.extend([f"{prefix}.{key}", value if isinstance(value, str) else json.dumps(value)])
+
+    spell(read_config_file(Path(path), CertifyConfig), "--certify")
+    return words
+
+
+def _verify(words: list[str]) -> int:
+    from repo_fast.evaluation.verify import verify
+
+    option, has_value, path = words[0].partition("=")
+    if option != "--verify" or len(words) != (1 if has_value else 2):
+        raise InputError(
+            f"the command line is {' '.join(words)!r}, expected --verify certificate.json and nothing else"
+        )
+    return verify(Path(path if has_value else words[1]))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from repo_fast.config import EvaluateConfig, JobConfig, ScoreConfig, SftConfig, TrainConfig, known_keys, parse
-from repo_fast.evaluate import join_policies
+from repo_fast.evaluate import spelled_out
 from repo_fast.jobs.inputs import read_inputs
 from repo_fast.rollout import Rollout
 from repo_fast.score import main
@@ -112,7 +112,7 @@ def test_every_training_command_shown_parses(module):
     shown = [words for words in commands(module) if "--convert" not in words and "--check" not in words]
     assert shown
     for words in shown:
-        parse(join_policies(words), JOBS[module])
+        parse(spelled_out(words), JOBS[module])
 
 
 def test_the_conversion_and_the_check_work_as_shown(tmp_path, monkeypatch, capsys):

@@ -64,7 +64,15 @@ class Size:
     @classmethod
     def packaged(cls) -> "Size":
         """The packaged configuration, by the rules' reward, on seeds after those of the two looks before."""
-        return cls(40, range(2 * SEEDS, 2 * SEEDS + 20), 8, "repo_fast.world.rules:reward", "gae", "world:certify", (BASE, WITHOUT))
+        return cls(
+            40,
+            range(2 * SEEDS, 2 * SEEDS + 20),
+            8,
+            "repo_fast.world.rules:reward",
+            "gae",
+            "world:certify",
+            (BASE, WITHOUT),
+        )
 
     @classmethod
     def small(cls) -> "Size":

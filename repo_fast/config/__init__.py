@@ -1,6 +1,15 @@
 """Every option once: the sections, a configuration for each job, and how a command line becomes one."""
 
-from repo_fast.config.command_line import CONFIG_FOLDER, find_config, known_keys, parse, to_dict, to_yaml
+from repo_fast.config.certify import STATEMENTS, CertifyConfig, ClaimConfig, Statement, certified_policy, stated
+from repo_fast.config.command_line import (
+    CONFIG_FOLDER,
+    find_config,
+    known_keys,
+    parse,
+    read_config_file,
+    to_dict,
+    to_yaml,
+)
 from repo_fast.config.constraints import ONLY, ConstraintConfig, CostConfig, PidConfig, by_column, section_of
 from repo_fast.config.evaluate import EvaluateConfig
 from repo_fast.config.heads import HeadConfig
@@ -35,8 +44,11 @@ __all__ = [
     "CONFIG_FOLDER",
     "LAYOUTS",
     "ONLY",
+    "STATEMENTS",
     "AlgorithmConfig",
+    "CertifyConfig",
     "CheckpointConfig",
+    "ClaimConfig",
     "ConstraintConfig",
     "CostConfig",
     "CriticConfig",
@@ -64,14 +76,18 @@ __all__ = [
     "ScorerConfig",
     "SftConfig",
     "SftDataConfig",
+    "Statement",
     "SupervisedConfig",
     "TrainConfig",
     "UpdateConfig",
     "by_column",
+    "certified_policy",
     "find_config",
     "known_keys",
     "parse",
+    "read_config_file",
     "section_of",
+    "stated",
     "to_dict",
     "to_yaml",
 ]

@@ -88,7 +88,7 @@ def find_config(name: str, kind: type[JobConfig] = TrainConfig) -> Path:
     raise InputError(f"--config {name!r} is neither a file nor one of the packaged configurations: {names}")
 
 
-def read_config_file(path: Path, kind: type[JobConfig] = TrainConfig) -> dict:
+def read_config_file(path: Path, kind: type = TrainConfig) -> dict:
     """The mapping of a YAML file, with unknown keys rejected.
 
     Raises:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from repo_fast.config.certify import CertifyConfig, check_certify
 from repo_fast.config.checks import require, require_at_least
 from repo_fast.config.constraints import ONLY, CostConfig, by_column, check_costs
 from repo_fast.config.judge import JudgeConfig, check_judge
@@ -15,7 +16,13 @@ from repo_fast.config.sections import (
     check_sampling,
     check_scorer,
 )
+from repo_fast.errors import InputError
 
+# What someone who has just run `make train` was looking for.
+_FIRST = (
+    "after `make train`: python -m repo_fast.evaluate --config tiny --policy before=world:tiny --policy "
+    "after=outputs/tiny/policy"
+)
 _NAME = re.compile(r"[\w.+-]+")
 
 
@@ -65,6 +72,7 @@ class EvaluateConfig(JobConfig):
     well_formed: str | None = None
     """Python callable `package.module:function` (`(prompts, responses) -> list[bool]`) whose share is reported too."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    certify: CertifyConfig = field(default_factory=CertifyConfig)
     resamples: int = 2000
     """Bootstrap resamples of the prompts."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -86,9 +94,14 @@ class EvaluateConfig(JobConfig):
         """Where the rewards and the costs come from, by the names of their columns."""
         return {"reward": self.reward, **self.costs}
 
+    @property
+    def compared_with(self) -> str:
+        """Name of the reference."""
+        return next(iter(self.policies)) if self.reference is None else self.reference
+
     def check(self) -> None:
         super().check()
-        require(bool(self.policies), "policies", self.policies, "at least one: --policy NAME=PATH")
+        require(bool(self.policies), "policies", self.policies, f"at least one: --policy NAME=PATH; {_FIRST}")
         for name, path in self.policies.items():
             require(_NAME.fullmatch(name) is not None, "the policy name", name, "letters, digits and any of . _ + -")
             require(path != "", f"the path of policy {name!r}", path, "a Hugging Face folder or hub name")
@@ -106,10 +119,17 @@ class EvaluateConfig(JobConfig):
         )
         check_fields("prompts_fields", self.prompts_fields)
         check_sampling("sampling", self.sampling)
+        if self.reward == ScorerConfig():
+            raise InputError(
+                f"reward.path is '', expected what scores responses, as cost.path, or a --config; {_FIRST}"
+            )
         check_scorer("reward", self.reward)
         check_costs(self.cost, self.constraints)
         alone = not self.constraints or self.threshold == 0
         require(alone, "threshold", self.threshold, "0 with constraints, which have one each")
+        names = list(self.constraints or self.costs)
+        measures = ["reward", *(["well_formed"] if self.well_formed is not None else []), *names]
+        check_certify(self.certify, self.policies, self.compared_with, names, measures)
         check_judge("judge", self.judge)
         require(self.cache_dir != "", "cache_dir", self.cache_dir, "a folder, or null")
         judged = self.judge.samples_per_prompt

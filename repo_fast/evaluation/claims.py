@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy import stats
 
 from repo_fast.errors import InputError
 from repo_fast.evaluation import bounds
@@ -35,6 +36,11 @@ from repo_fast.evaluation import bounds
 Verdict = Literal["PASS", "PASS (asymptotic)", "FAIL", "UNDECIDED"]
 # Of prompts, below which nothing is said by Student's t.
 FEWEST_FOR_STUDENT = 30
+# How often so many prompts as are said to be needed show a claim, and the most that are looked for, of each kind.
+_POWER = 0.8
+_MOST_NEEDED, _MOST_BET_ON = 1_000_000, 20_000
+# Resamples that the power of betting is found by.
+_RESAMPLES = 200
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,12 @@ def bounded_mean(values: np.ndarray, limit: float, within: tuple[float, float], 
 
 
 def unbounded_mean(values: np.ndarray, limit: float, delta: float) -> Evidence:
-    """The mean of any values is at most `limit`, by Student's t; of too few, or equal ones, nothing is known."""
+    """The mean of any values is at most `limit`, by Student's t.
+
+    Of too few, of equal ones, or where one is not known, and so not finite, nothing is known.
+    """
     n = values.size
-    if n < FEWEST_FOR_STUDENT or np.ptp(values) == 0:
+    if n < FEWEST_FOR_STUDENT or not np.isfinite(values).all() or np.ptp(values) == 0:
         return Evidence(1.0, 1.0, math.inf, limit, n, asymptotic=True)
     p = bounds.student_p(values, limit)
     return Evidence(p, 1 - p, bounds.student_bound(values, delta), limit, n, asymptotic=True)
@@ -108,6 +117,40 @@ def worst(categories: Sequence[Evidence]) -> Evidence:
         min(evidence.n for evidence in categories),
         any(evidence.asymptotic for evidence in categories),
     )
+
+
+def needed_for_share(share: float, limit: float, delta: float) -> int | None:
+    """How many prompts show a share to be at most `limit` in four of five cases, if it is `share`; None: too many."""
+    n = np.unique(np.r_[1:2001, np.geomspace(2000, _MOST_NEEDED, 400).astype(np.int64)])
+    # The largest count that is rejected: the one before the first whose distribution function exceeds delta.
+    largest = stats.binom.ppf(delta, n, limit) - 1
+    enough = (stats.binom.cdf(largest, n, share) >= _POWER) & (largest >= 0)
+    return int(n[enough.argmax()]) if share < limit and enough.any() else None
+
+
+def needed_for_bounded_mean(values: np.ndarray, limit: float, within: tuple[float, float], delta: float) -> int | None:
+    """The same of a mean within bounds, if values are drawn from these."""
+    if values.mean() >= limit:
+        return None
+    generator = np.random.default_rng(0)
+    low, high = within
+    Z = np.clip((values - low) / (high - low), 0.0, 1.0)
+    n = 20
+    while n <= _MOST_BET_ON:
+        passed = bounds.betting_p(generator.choice(Z, (_RESAMPLES, n)), (limit - low) / (high - low), delta) <= delta
+        if passed.mean() >= _POWER:
+            return n
+        n = math.ceil(1.15 * n)
+    return None
+
+
+def needed_for_mean(values: np.ndarray, limit: float, delta: float) -> int | None:
+    """The same of any mean, by the normal distribution, if mean and spread are those of these values."""
+    if not np.isfinite(values).all() or values.size < 2 or values.mean() >= limit:
+        return None
+    distance = (limit - values.mean()) / values.std(ddof=1) if np.ptp(values) > 0 else math.inf
+    n = max(FEWEST_FOR_STUDENT, math.ceil(((stats.norm.isf(delta) + stats.norm.ppf(_POWER)) / distance) ** 2))
+    return n if n <= _MOST_NEEDED else None
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,11 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import ONLY, EngineConfig, EvaluateConfig, to_dict, to_yaml
 from repo_fast.data import Prompt, PromptTemplate, load_tokenizer
 from repo_fast.evaluation.cache import UnitFile, fingerprint, key_of, locked, scorer_fingerprint
+from repo_fast.evaluation.certificate import EXIT_STATUS, Plan, certificate_table
 from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
 from repo_fast.evaluation.judge import ComparingJudge
 from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, Rows, judge_policies
+from repo_fast.evaluation.plan import CLAIMS_FILE, SAMPLES_FILE, begin, certify, check_no_claims, plan_of
 from repo_fast.jobs.assembly import ScorerLoader, loading_options
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import first_attention
@@ -111,6 +113,8 @@ class Evaluator:
         self._loading = loading_options(config.attention, self._engine, ranks)
         folder = self.cache_dir / "judges"
         self._loader = ScorerLoader(self._engine, ranks, config.attention, config.scoring_tokens, folder)
+        # On the first rank, with claims.
+        self._plan: Plan | None = None
 
     def _computing(self, path: str, kind: Any = AutoModel) -> dict[str, str]:
         """What any number that a model gives depends on."""
@@ -121,17 +125,21 @@ class Evaluator:
         """Draw and score what is not in the cache yet, and write the report.
 
         Returns:
-            The exit status, 0.
+            The exit status: that of the certificate, on the first rank; 0 without one.
         """
+        status = 0
         if self.inputs.dropped:
             limit = self.config.max_prompt_tokens
             log.info("%d prompts dropped, longer than %d tokens for a policy", self.inputs.dropped, limit)
+        if self.inputs.fresh.excluded:
+            log.info("%d prompts left out, which are not fresh for the policy", len(self.inputs.fresh.excluded))
         with contextlib.ExitStack() as held:
             judge = None
             with self.ranks.together("the start"):
                 if self.ranks.is_first:
                     held.enter_context(locked(self.output_dir))
                     held.enter_context(locked(self.cache_dir))
+                    self._plan = self._begin_claims()
                     (self.output_dir / self.config.FILE).write_text(to_yaml(self.config), encoding="utf-8")
                     judge = self._start_judge()
             samples = {name: self._draw(name, policy) for name, policy in self.inputs.policies.items()}
@@ -140,8 +148,35 @@ class Evaluator:
                     self._score(column, name, drawn)
             # The others are done: a judge may take longer than they would wait.
             if self.ranks.is_first:
-                self._report(samples, judge)
-        return 0
+                status = self._report(samples, judge)
+        return status
+
+    def _begin_claims(self) -> Plan | None:
+        """Write down what is claimed, before anything is drawn. For the first rank to call."""
+        if not self.config.certify.claims:
+            check_no_claims(self.output_dir)
+            return None
+        inputs = self.inputs
+        plan = plan_of(
+            self.config,
+            policies={name: policy.path for name, policy in inputs.policies.items()},
+            drawn_by={name: self._drawn_by(policy) for name, policy in inputs.policies.items()},
+            prompts=inputs.prompts,
+            scorers=inputs.scorers,
+            exempt=inputs.exempt,
+            too_long=inputs.dropped,
+            fresh=inputs.fresh,
+        )
+        plan = begin(plan, self.output_dir, self.config.certify.ledger, inputs.prompts)
+        log.info(
+            "%d claims on %d prompts, look %d: level %g (%s)",
+            len(plan["claims"]),
+            plan["prompts"]["n"],
+            plan["look"],
+            plan["delta_of_look"],
+            self.output_dir / CLAIMS_FILE,
+        )
+        return plan
 
     def _start_judge(self) -> ComparingJudge | None:
         """The judge, asked once: what is wrong with it would otherwise show hours later."""
@@ -159,12 +194,7 @@ class Evaluator:
             # Everything that they depend on, but how many there are.
             "policy": fingerprint(policy.path),
             "prompts": key_of({"texts": [_identity(prompt) for prompt in self.inputs.prompts]}),
-            "template": self.config.template,
-            "sampling": to_dict(self.config)["sampling"],
-            "seed": self.config.seed,
-            "random numbers": "one a token",
-            **self._dated(policy.template),
-            **self._computing(policy.path),
+            **self._drawn_by(policy),
         }
         folder = self.cache_dir / key_of(about)
         with self.ranks.together("making the cache"):
@@ -183,6 +213,17 @@ class Evaluator:
         if done < len(units):
             self._draw_units(policy, units, done, file)
         return Samples(folder, list(file.sizes), file.read())
+
+    def _drawn_by(self, policy: PolicyInput) -> dict[str, Any]:
+        """What responses depend on beside the policy's weights, the prompts, and how many there are."""
+        return {
+            "template": self.config.template,
+            "sampling": to_dict(self.config)["sampling"],
+            "seed": self.config.seed,
+            "random numbers": "one a token",
+            **self._dated(policy.template),
+            **self._computing(policy.path),
+        }
 
     def _draw_units(
         self, policy: PolicyInput, units: list[tuple[int, list[Request]]], done: int, file: UnitFile
@@ -280,16 +321,20 @@ class Evaluator:
 
     # ----------------------------------------------------------------------------------------------------- report
 
-    def _report(self, samples: dict[str, Samples], judge: ComparingJudge | None) -> None:
+    def _report(self, samples: dict[str, Samples], judge: ComparingJudge | None) -> int:
+        """Write everything; returns the exit status. For the first rank to call."""
         reference, count = self.inputs.reference, self.config.samples_per_prompt
         rows = {name: [row for row in drawn.rows if row["sample"] < count] for name, drawn in samples.items()}
         second = [row for row in samples[reference].rows if row["sample"] >= count]
         texts = {prompt.id: prompt for prompt in self.inputs.prompts}
         published = [self._published(name, row, texts) for name, drawn in samples.items() for row in drawn.rows]
-        write_rows(self.output_dir / "samples.jsonl", published)
+        write_rows(self.output_dir / SAMPLES_FILE, published)
+        certificate = None if self._plan is None else certify(self._plan, published, self.output_dir)
 
         def write(judgments: dict[str, Judgments], judged: dict[str, Any] | None) -> None:
             report = self._compared(rows, second, judgments, judged)
+            if certificate is not None:
+                report["certificate"] = certificate
             _write_text(self.output_dir / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
             write_page(self.output_dir / "report.html", report, published)
             log.info("%s", comparison_table(report))
@@ -299,6 +344,10 @@ class Evaluator:
         if judge is not None:
             # Written before too: a judge that fails takes nothing else with it.
             write(*judge_policies(judge, rows, reference, texts))
+        if certificate is None:
+            return 0
+        log.info("%s", certificate_table(certificate))
+        return EXIT_STATUS[certificate["verdict"]]
 
     def _compared(
         self, rows: Rows, second: list[dict[str, Any]], judgments: dict[str, Judgments], judged: dict[str, Any] | None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from repo_fast.data import Prompt
 from repo_fast.errors import InputError
-from repo_fast.jobs.training_prompts import distinct, seen, taken_over, unknown
+from repo_fast.jobs.training_prompts import distinct, prompt_hash, seen, taken_over, unknown
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ def exclude_seen(policy: str, policy_path: str, scorers: Mapping[str, str], prom
         {"prompt_id": prompt.id, "prompt": prompt.text, "of": source.name} for prompt, source in found
     ]
     out = {prompt.id for prompt, _ in found}
+    # Prompts have to be drawn independently: written twice, one says nothing more.
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        if prompt.id not in out and (one := first.setdefault(prompt_hash(prompt.asked), prompt)) is not prompt:
+            excluded.append({"prompt_id": prompt.id, "prompt": prompt.text, "of": f"prompt {one.id} of the same set"})
+            out.add(prompt.id)
     kept = [prompt for prompt in prompts if prompt.id not in out]
     if not kept:
         raise InputError(

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from repo_fast.config import EvaluateConfig, section_of
+from repo_fast.config import EvaluateConfig, certified_policy, section_of, stated
 from repo_fast.data import Columns, Prompt, PromptTemplate, load_prompts
 from repo_fast.errors import InputError, at
 from repo_fast.evaluation.cache import LOCK_FILE
+from repo_fast.evaluation.fresh import Fresh, exclude_seen
 from repo_fast.jobs.inputs import check_scorer_inputs, exempt_prompts, fields_kept, find_model, scorer_specs
 from repo_fast.models.on_paper import check_positions
 from repo_fast.rollout import Request
@@ -49,6 +50,7 @@ class EvaluationInputs:
         exempt: By constraint, ids of the prompts that it is not about.
         well_formed: The check of that name; None without one.
         dropped: How many prompts were too long.
+        fresh: With claims, what was left out for being known to the policy.
     """
 
     policies: dict[str, PolicyInput]
@@ -58,6 +60,7 @@ class EvaluationInputs:
     exempt: dict[str, frozenset[int]]
     well_formed: ScorerSpec | None
     dropped: int
+    fresh: Fresh
 
 
 def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
@@ -81,6 +84,8 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
         keep=fields_kept(config.costs),
     )
     columns.check_found([config.prompts])
+    fresh = _fresh(config, prompts) if config.certify.claims else Fresh(prompts, [], [])
+    prompts = fresh.prompts
     found = {name: find_model(path) for name, path in config.policies.items()}
     templates = {
         name: PromptTemplate(tokenizer, config.template, config.date, end_tokens(generation_settings(path), tokenizer))
@@ -117,8 +122,29 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
         for name, (path, tokenizer) in found.items()
     }
     return EvaluationInputs(
-        policies, config.reference or next(iter(policies)), kept, scorers, exempt, well_formed, len(prompts) - len(kept)
+        policies,
+        config.compared_with,
+        kept,
+        scorers,
+        exempt,
+        well_formed,
+        len(prompts) - len(kept),
+        fresh,
     )
+
+
+def _fresh(config: EvaluateConfig, prompts: list[Prompt]) -> Fresh:
+    """The prompts that the certified policy and what scores it have not seen."""
+    policy = certified_policy(config.certify, config.policies, config.compared_with)
+    paths = {f"{section_of(name, config.constraints)}.path": scorer.path for name, scorer in config.scorers.items()}
+    fresh = exclude_seen(policy, config.policies[policy], paths, prompts)
+    claims = {name: stated(name, claim) for name, claim in config.certify.claims.items()}
+    by_category = [name for name, claim in claims.items() if claim.statement == "worst_category"]
+    if by_category and all(prompt.category is None for prompt in fresh.prompts):
+        raise InputError(
+            f"claim {by_category[0]!r} is about every category, and no prompt of {config.prompts} has a category"
+        )
+    return fresh
 
 
 def _tokens(prompts: list[Prompt], template: PromptTemplate) -> dict[int, torch.Tensor]:

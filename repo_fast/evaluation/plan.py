@@ -1,0 +1,193 @@
+"""What is claimed, written down before anything is drawn: `claims.json`.
+
+config, inputs -> plan -> a look from the ledger -> claims.json -> (samples) -> certificate.json
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from repo_fast.config import ClaimConfig, EvaluateConfig, certified_policy, stated, to_dict
+from repo_fast.data import Prompt
+from repo_fast.errors import InputError
+from repo_fast.evaluation.cache import key_of, scorer_fingerprint
+from repo_fast.evaluation.certificate import Plan, decide, made_with, prompts_fingerprint
+from repo_fast.evaluation.fresh import Fresh
+from repo_fast.evaluation.ledger import ledger_of, spend
+from repo_fast.jobs.fingerprints import of_model
+from repo_fast.jobs.training_prompts import prompt_hash
+from repo_fast.scoring import ScorerSpec
+
+CLAIMS_FILE, SAMPLES_FILE, CERTIFICATE_FILE = "claims.json", "samples.jsonl", "certificate.json"
+
+
+def plan_of(
+    config: EvaluateConfig,
+    *,
+    policies: Mapping[str, str],
+    drawn_by: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    scorers: Mapping[str, ScorerSpec],
+    exempt: Mapping[str, frozenset[int]],
+    too_long: int,
+    fresh: Fresh,
+) -> dict[str, Any]:
+    """Everything that a certificate depends on but the responses.
+
+    Args:
+        config: The resolved configuration, with claims.
+        policies: The folders or hub names of the policies, by name.
+        drawn_by: What responses depend on beside policy and prompts.
+        prompts: Those that are left.
+        scorers: Where the rewards and the costs come from, by the names of their columns.
+        exempt: By constraint, ids of the prompts that it is not about.
+        too_long: How many prompts were dropped for that.
+        fresh: Those that were dropped for being known, and what is not known of that.
+    """
+    certify, reference = config.certify, config.compared_with
+    certified = certified_policy(certify, config.policies, reference)
+
+    def written(policy: str) -> dict[str, Any]:
+        path = policies[policy]
+        return {"name": policy, "path": config.policies[policy], "fingerprint": key_of(of_model(path))}
+
+    return {
+        "claims": {
+            name: dataclasses.asdict(_by_column(config, stated(name, claim))) for name, claim in certify.claims.items()
+        },
+        "delta": certify.delta,
+        "accept_asymptotic": certify.accept_asymptotic,
+        "policy": written(certified),
+        "reference": None if certified == reference else written(reference),
+        "k": config.samples_per_prompt,
+        "thresholds": {name: cost.threshold for name, cost in config.costs.items()},
+        "exempt": {name: sorted(own) for name, own in exempt.items() if own},
+        "scores": ["reward", *(["well_formed"] if config.well_formed is not None else [])],
+        "scorers": {name: _scorer(config, name, spec) for name, spec in scorers.items()},
+        "prompts": {
+            "source": config.prompts,
+            "n": len(prompts),
+            "too_long": too_long,
+            "fingerprint": prompts_fingerprint((prompt.id, prompt.text, prompt.category) for prompt in prompts),
+            "excluded": fresh.excluded,
+            "ids": sorted(prompt.id for prompt in prompts),
+        },
+        "unknown": fresh.unknown,
+        "drawn_by": dict(drawn_by),
+        "seed": config.seed,
+    }
+
+
+def _by_column(config: EvaluateConfig, claim: ClaimConfig) -> ClaimConfig:
+    """The claim with its constraint by the name of its column, which a single one's is not."""
+    columns = dict(zip(config.constraints, config.costs, strict=False))
+    named = {key: columns.get(name, name) for key in ("constraint", "measure") if (name := getattr(claim, key))}
+    return dataclasses.replace(claim, **named)
+
+
+def _scorer(config: EvaluateConfig, name: str, spec: ScorerSpec) -> dict[str, Any]:
+    fingerprint = scorer_fingerprint(spec) if spec.kind == "function" else of_model(spec.path)
+    settings = to_dict(config)["reward"] if name == "reward" else dataclasses.asdict(config.costs[name])
+    return {"path": spec.path, "settings": key_of({"settings": settings, "fingerprint": fingerprint})}
+
+
+def begin(plan: Plan, output_dir: Path, ledger: str | None, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Count the look, and write `claims.json`, unless it is there.
+
+    Args:
+        plan: From `plan_of`.
+        output_dir: Folder of the report; this process's alone.
+        ledger: The file that looks are counted in; None for the one of the prompts.
+        prompts: Those of the plan.
+
+    Returns:
+        The content of `claims.json`: the plan, with `look` and `delta_of_look`.
+
+    Raises:
+        InputError: The folder has other claims, or the ledger cannot be written.
+    """
+    key, path = key_of(plan), output_dir / CLAIMS_FILE
+    if path.exists() and read_claims(path).get("key") != key:
+        raise InputError(
+            f"{path} has other claims, or the same of other responses; expected a new output_dir, or the command that "
+            "it is of: samples are shared by cache_dir"
+        )
+    look = spend(
+        Path(ledger) if ledger is not None else ledger_of(plan["prompts"]["source"]),
+        key,
+        [prompt_hash(prompt.asked) for prompt in prompts],
+        {
+            "delta": plan["delta"],
+            "policy": plan["policy"],
+            "claims": {name: claim["limit"] for name, claim in plan["claims"].items()},
+            "date": datetime.date.today().isoformat(),
+        },
+    )
+    whole = {**plan, "key": key, "look": look, "delta_of_look": plan["delta"] / 2**look}
+    write_json(path, whole)
+    return whole
+
+
+def certify(plan: Plan, rows: Sequence[Mapping[str, Any]], output_dir: Path) -> dict[str, Any]:
+    """Write `certificate.json`.
+
+    Args:
+        plan: From `begin`.
+        rows: Those of `samples.jsonl`, which is written.
+        output_dir: Folder of the report.
+
+    Returns:
+        Its content.
+    """
+    files = {name: digest(output_dir / name) for name in (CLAIMS_FILE, SAMPLES_FILE)}
+    certificate = {**decide(plan, rows), **made_with(), "files": files}
+    write_json(output_dir / CERTIFICATE_FILE, certificate)
+    return certificate
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_no_claims(output_dir: Path) -> None:
+    """Raise `InputError` where an evaluation without claims would write over what a certificate is of."""
+    if (output_dir / CLAIMS_FILE).exists():
+        raise InputError(
+            f"{output_dir / CLAIMS_FILE} is of a certificate, which this evaluation has no claims for; expected a new "
+            "output_dir: samples are shared by cache_dir"
+        )
+
+
+def read_claims(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds a mapping.
+
+    Raises:
+        InputError: It is missing, or something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}), expected a file of a certificate") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}), expected a file of a certificate") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, expected a file of a certificate")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a mapping, over an older file of that name, which stays until the new one is whole."""
+    aside = path.with_name(path.name + ".tmp")
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
