@@ -36,11 +36,15 @@ def key_of(what: Mapping[str, Any]) -> str:
 
 
 def fingerprint(path: str) -> list:
-    """What tells a model from another of the same name: its files' names, sizes and times, or its commit on the hub."""
+    """What tells a model from another of the same name: its files' names, sizes and times, or its commit on the hub.
+
+    Texts about it, as the model card is, are no part of it.
+    """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return [path, getattr(load_config(path), "_commit_hash", None)]
-    stats = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix.lower() != ".md"]
+    stats = [(file.name, file.stat()) for file in files]
     return [str(folder.resolve()), *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
 
 
