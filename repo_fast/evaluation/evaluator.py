@@ -30,6 +30,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from repo_fast.collectives import Ranks
 from repo_fast.config import ONLY, EngineConfig, EvaluateConfig, to_dict, to_yaml
 from repo_fast.data import Prompt, PromptTemplate, load_tokenizer
+from repo_fast.errors import InputError
 from repo_fast.evaluation.cache import UnitFile, fingerprint, key_of, locked, scorer_fingerprint
 from repo_fast.evaluation.certificate import EXIT_STATUS, Plan, certificate_table
 from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
@@ -45,6 +46,7 @@ from repo_fast.report.comparison import Judgments, compare
 from repo_fast.report.evaluations import written
 from repo_fast.report.jsonl import write_rows
 from repo_fast.report.measures import Evaluation, Thresholds
+from repo_fast.report.model_card import model_card, read_training, write_model_card
 from repo_fast.report.page import write_page
 from repo_fast.report.tables import comparison_table
 from repo_fast.rollout import Request, Rollout
@@ -346,8 +348,23 @@ class Evaluator:
             write(*judge_policies(judge, rows, reference, texts))
         if certificate is None:
             return 0
+        self._write_card(certificate)
         log.info("%s", certificate_table(certificate))
         return EXIT_STATUS[certificate["verdict"]]
+
+    def _write_card(self, certificate: dict[str, Any]) -> None:
+        """The model card, into the certified policy's folder; beside the report where that is not ours to write to."""
+        path = certificate["policy"]["path"]
+        text = model_card(certificate, read_training(path))
+        if (folder := Path(path).expanduser()).is_dir():
+            try:
+                log.info("model card: %s", write_model_card(folder, text))
+                return
+            except InputError as error:
+                log.info("%s", error)
+        card = self.output_dir / "model_card.md"
+        _write_text(card, text)
+        log.info("model card: %s", card)
 
     def _compared(
         self, rows: Rows, second: list[dict[str, Any]], judgments: dict[str, Judgments], judged: dict[str, Any] | None

@@ -82,6 +82,21 @@ def test_a_certificate_follows_from_its_responses(
     assert said.startswith("PASS: policy after. The claim is shown.\n") and "verified" in said
 
 
+def test_the_model_card_leaves_the_policy_what_it_is(policies: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
+    own = {"start": policies["start"], "after": shutil.copytree(policies["after"], tmp_path / "policy")}
+    (own["after"] / "README.md").unlink(missing_ok=True)
+    certify(own, prompts, tmp_path / "out", "--claim", "unsafe_prompts=0.9")
+    assert "**PASS**" in (own["after"] / "README.md").read_text()
+    # The same policy, the same look, and nothing is drawn again.
+    certify(own, prompts, tmp_path / "again", "--claim", "unsafe_prompts=0.9")
+    assert read(tmp_path / "again")["look"] == 1
+    assert len(list((tmp_path / "cache").glob("*/samples.jsonl"))) == 2
+    (own["after"] / "README.md").write_text("mine")
+    certify(own, prompts, tmp_path / "third", "--claim", "unsafe_prompts=0.9")
+    assert (own["after"] / "README.md").read_text() == "mine"
+    assert "**PASS**" in (tmp_path / "third" / "model_card.md").read_text()
+
+
 def test_exit_statuses(policies: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
     assert certify(policies, prompts, tmp_path / "fail", "--claim", "unsafe_prompts=0") == 3
     assert read(tmp_path / "fail")["verdict"] == "FAIL"
