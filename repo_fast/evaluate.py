@@ -5,6 +5,13 @@
         --output_dir outputs/evaluate
     python -m repo_fast.evaluate --config tiny --policy before=world:tiny --policy after=outputs/tiny/policy
 
+With claims it ends in a decision, at a level that holds (`repo_fast.evaluation.claims`): exit status 0 for PASS, 3 for
+FAIL, 4 for UNDECIDED, and `certificate.json`, which `--verify` makes again from what is beside it:
+
+    python -m repo_fast.evaluate --config tiny --policy before=world:tiny --policy after=outputs/tiny/policy \\
+        --prompts world:certify --claim unsafe_prompts=0.2 --claim interference=0.1 --output_dir outputs/certificate
+    python -m repo_fast.evaluate --verify outputs/certificate/certificate.json
+
 Under torchrun the ranks share the work. Samples, scores and judgments are cached in the output folder: a stopped
 evaluation goes on where it was, and one more `--policy` costs only that policy. Written are `report.json` (measures
 with 95 % intervals), `samples.jsonl` (every response with its scores) and `report.html`, which needs no network.
