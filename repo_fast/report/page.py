@@ -29,6 +29,7 @@ from repo_fast.report.page_parts.wording import (
     finalize,
     groups_of,
     judge_difference,
+    listed,
     measure_of,
     plain,
     pretty,
@@ -38,6 +39,25 @@ from repo_fast.report.page_parts.wording import (
 )
 
 _FLIPS = ("safe_safe", "safe_unsafe", "unsafe_safe", "unsafe_unsafe")
+# The kinds of `judge_difference`, in words.
+_SAFER = {
+    "better": "safer",
+    "worse": "less safe",
+    "none": "no difference in safety shown",
+    "undefined": "change in safety undefined",
+}
+_LESS_VIOLATION = {
+    "better": "less violation",
+    "worse": "more violation",
+    "none": "no difference shown in the violation",
+    "undefined": "undefined change in the violation",
+}
+_MORE_HELPFUL = {
+    "better": "more helpful",
+    "worse": "less helpful",
+    "none": "no difference in helpfulness shown",
+    "undefined": "change in helpfulness undefined",
+}
 
 
 def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[str, Any]]) -> None:
@@ -87,7 +107,7 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
         "judge": [(pretty(key), plain(value)) for key, value in (report.get("judge") or {}).items()],
         "prompts": len(collected.prompts),
         "legend": [(charts.swatch(position), policy) for position, policy in enumerate(policies)],
-        "summaries": [_summary(report, policy, reference, constraints) for policy in policies],
+        "summaries": _summaries(report, policies, constraints),
         "groups": _table(report["policies"], report["differences"], policies, constraints),
         "transitions": _transitions(report["transitions"], policies),
         "scatters": [(name, found) for name, *own in parts if (found := _scatter(*own)) is not None],
@@ -123,7 +143,12 @@ def _hash(text: str) -> str:
 
 def _cell(measure: Measure, entry: Any, difference: Any, decimals: int, difference_decimals: int) -> dict[str, Any]:
     """What a table says of a measure of a policy; no difference for the reference."""
-    cell: dict[str, Any] = {"value": spell(triple(entry), decimals, measure.share), "difference": None}
+    value = triple(entry)
+    cell: dict[str, Any] = {
+        "value": spell(value, decimals, measure.share),
+        "number": spell_value(value[0], decimals, measure.share),
+        "difference": None,
+    }
     if difference is not None:
         cell["difference"] = spell(triple(difference), difference_decimals, measure.share, difference=True)
         cell["verdict"] = judge_difference(measure, triple(difference))
@@ -151,37 +176,48 @@ def _table(
     ]
 
 
-def _summary(report: Mapping[str, Any], policy: str, reference: str, constraints: Sequence[str]) -> dict[str, Any]:
-    """The measures that answer the question, for the sentence about a policy."""
-
-    def said(measure: Measure, of: Mapping[str, Any], difference: bool = False) -> str:
-        values = triple(of.get(measure.key))
-        return spell(values, decimals_of(values, measure.share), measure.share, difference)
-
+def _summaries(report: Mapping[str, Any], policies: Sequence[str], constraints: Sequence[str]) -> list[dict[str, Any]]:
+    """The sentence about each policy, the reference first: safety, helpfulness, and interference beside its floor."""
     interference, reward = measure_of("interference_rate"), measure_of("mean_reward")
     violations = [measure_of("strict_violation", name) for name in constraints or [None]]
-    own, changes = report["policies"][policy], report["differences"].get(policy, {})
-    summary: dict[str, Any] = {"policy": policy, "interference": said(interference, own)}
-    if policy == reference:
-        violated = [(_small(measure.label), said(measure, own)) for measure in violations]
-        return summary | {"violations": violated, "reward": said(reward, own)}
-    floor, _, _ = triple(report["policies"][reference].get(interference.key))
 
-    def verdict(measure: Measure) -> Verdict:
-        return judge_difference(measure, triple(changes.get(measure.key)))
+    def facts(measure: Measure) -> list[dict[str, Any]]:
+        """What is said of a measure, by policy."""
+        cells = _cells(measure, report["policies"], report["differences"], policies)
+        unknown = {"difference": "undefined", "verdict": judge_difference(measure, triple(None))}
+        # A policy without a difference to the reference has one that is not known.
+        return [
+            {"label": measure.label, "before": cells[0]["number"]} | (cell if cell["difference"] else cell | unknown)
+            for cell in cells
+        ]
 
-    return summary | {
-        "floor": spell_value(floor, decimals_of([floor], share=True), share=True),
-        "interference_change": said(interference, changes, difference=True),
-        "violations": [(_small(m.label), said(m, changes, difference=True), verdict(m)) for m in violations],
-        "reward": said(reward, changes, difference=True),
-        "verdict": {measure.key: verdict(measure) for measure in (interference, reward)},
-    }
+    helpful, broken = facts(reward), facts(interference)
+    violated = list(zip(*(facts(measure) for measure in violations), strict=True))
+    return [
+        {
+            "policy": policy,
+            "lead": _lead([fact["verdict"] for fact in safety], helpfulness["verdict"], broke["verdict"], constraints),
+            "violations": safety,
+            "reward": helpfulness,
+            "interference": broke,
+        }
+        for policy, safety, helpfulness, broke in zip(policies, violated, helpful, broken, strict=True)
+    ]
 
 
-def _small(label: str) -> str:
-    """A measure's label in the middle of a sentence, where that of a constraint keeps its name."""
-    return label if ":" in label else label[:1].lower() + label[1:]
+def _lead(safety: Sequence[Verdict], helpfulness: Verdict, interference: Verdict, constraints: Sequence[str]) -> str:
+    """What a policy changed, in words. Of several constraints, which need not be about safety, by the name of each."""
+    said = [_SAFER[verdict.kind] for verdict in safety]
+    if constraints:
+        kinds: dict[str, list[str]] = {}
+        for name, verdict in zip(constraints, safety, strict=True):
+            kinds.setdefault(verdict.kind, []).append(name)
+        said = [f"{_LESS_VIOLATION[kind]} of {listed(names)}" for kind, names in kinds.items()]
+    said.append(_MORE_HELPFUL[helpfulness.kind])
+    # What a lower violation hides.
+    if interference.kind == "worse":
+        said.append("but it turned more safe prompts unsafe than sampling alone does")
+    return ", ".join(said)
 
 
 def _transitions(transitions: Mapping[str, Any], policies: Sequence[str]) -> list[dict[str, Any]]:

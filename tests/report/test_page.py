@@ -87,18 +87,12 @@ def test_the_page_needs_nothing_from_outside_and_only_its_own_script_may_run(tmp
 
 def test_every_measure_has_its_row_its_definition_and_its_verdict(tmp_path):
     report, samples = make_evaluation()
-    report["policies"]["repo"]["strict_violation"] = {"value": 0.1, "low": 0.05, "high": 0.2}
     report["differences"]["repo"]["strict_violation"] = {"value": -0.3, "low": -0.4, "high": -0.2}
-    report["differences"]["repo"]["mean_reward"] = {"value": 0.01, "low": -0.1, "high": 0.1}
-    report["differences"]["repo"]["interference_rate"] = {"value": 0.0312, "low": 0.01, "high": 0.05}
     page = page_of(tmp_path, report, samples)
     for key in report["policies"]["repo"]:
         assert page.text.count(MEASURES[key].label) >= 2, key
         assert MEASURES[key].definition in page.text
-    assert "turned more safe prompts unsafe than sampling alone does" in page.text
-    assert "strict violation −0.300 [−0.400, −0.200], ▼ better" in page.text
-    assert "reward +0.010 [−0.100, +0.100], ≈ no difference shown" in page.text
-    assert "+3.1\u202fpoints [+1.0, +5.0]" in page.text
+    assert "−0.300 [−0.400, −0.200] ▼ better" in page.text
 
 
 @pytest.mark.parametrize(
@@ -161,7 +155,7 @@ def test_missing_numbers_are_undefined_and_never_safe(tmp_path):
         row.update(response_length=None, finished=None, category=None)
     samples[-1]["cost"] = samples[-1]["reward"] = None
     page = page_of(tmp_path, report, samples)
-    assert "leaves the question of interference open" in page.text and "nan" not in page.text.lower()
+    assert "change in safety undefined" in page.text and "nan" not in page.text.lower()
     (index,) = page.data("data-index")
     assert index["cost"][1][4] is None and index["unsafe"][1][4] == "1"
     (chunk,) = page.data("data-responses")

@@ -175,6 +175,11 @@ def pretty(key: str) -> str:
     return words[:1].upper() + words[1:] if words else repr(key)
 
 
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence, like `a, b and c`."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
 def visible(text: str) -> str:
     """The text with every character that could not be seen, or not be written, as its code point, like ⟨U+202E⟩.
 
