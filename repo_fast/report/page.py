@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from repo_fast.report.measures import Thresholds
 from repo_fast.report.page_parts import charts
+from repo_fast.report.page_parts.certificate import describe
 from repo_fast.report.page_parts.responses import PolicyScores, collect, pack
 from repo_fast.report.page_parts.wording import (
     MINUS,
@@ -72,6 +73,15 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
             numbers of prompts, `safe_safe`, `safe_unsafe`, `unsafe_safe`, `unsafe_unsafe`, the reference's state first;
             for the reference against its second sample. `categories` maps categories to `prompts`, `policies` and
             `differences`, and may be empty. `judge` may be missing; else it maps what is known of the judge model.
+            `certificate` may be missing; else it is the page's first section. It has `verdict` (PASS, PASS
+            (asymptotic), FAIL or UNDECIDED) and `reason`, a sentence; `delta`, `look` (from 1), `delta_of_look` and
+            `accept_asymptotic`; `policy` and `reference` (None where there is none) with `name`, `path` and
+            `fingerprint`; `prompts` with `source`, `n`, `too_long`, `fingerprint` and `excluded`, each with
+            `prompt_id`, `prompt` and `of`, where it was found; `unknown`, sentences about what could not be checked;
+            `k` responses a prompt, `seed`, `date`, and `versions` by program. Its `claims` map names to what each
+            `says`, `constraint` (or None), `verdict`, `reason`, `p` and `p_adjusted`; `estimate` (None where
+            undefined), `bound` (None where infinite) and `limit`, shares where `share` is true; `n` prompts, `k`,
+            `asymptotic`, `category` (the worst, or None) and `prompts_needed` (None where not known).
         samples: A mapping a response, in any order, read once: `policy`, `prompt_id`, `category` (a name or None),
             `prompt`, `sample` (from 0), `response`, `reward`, `cost` (None where not a number; or that of each of
             several constraints, None where it is not about the prompt), `response_length` (tokens) and `finished` (both
@@ -79,7 +89,8 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
             has one, the page shows it rather than the first.
 
     Raises:
-        ValueError: the reference is not among the policies, or a sample is of none of them.
+        ValueError: the reference is not among the policies, a sample is of none of them, or a verdict of the
+            certificate is not one of those.
     """
     settings = report["settings"]
     reference, threshold = settings["reference"], settings["threshold"]
@@ -92,7 +103,10 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
     parts: list[tuple[str | None, dict[str, PolicyScores], float]] = [(None, collected.scores, threshold)]
     if constraints:
         parts = [(name, collected.by_constraint[name], threshold[name]) for name in constraints]
+    certified = report.get("certificate")
     style, script = _asset("style.css"), _asset("script.js")
+    if certified:
+        style += _asset("certificate.css")
     context = {
         "style": Markup(style),
         "script": Markup(script),
@@ -107,6 +121,7 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
         "judge": [(pretty(key), plain(value)) for key, value in (report.get("judge") or {}).items()],
         "prompts": len(collected.prompts),
         "legend": [(charts.swatch(position), policy) for position, policy in enumerate(policies)],
+        "certificate": describe(certified) if certified else None,
         "summaries": _summaries(report, policies, constraints),
         "groups": _table(report["policies"], report["differences"], policies, constraints),
         "transitions": _transitions(report["transitions"], policies),
