@@ -155,6 +155,9 @@ def certificate_table(certificate: Mapping[str, Any]) -> str:
         f"Level {certificate['delta_of_look']:g}, of {certificate['delta']:g} for all looks at these prompts, of which "
         f"this is number {certificate['look']}; bounds are not adjusted for being several.",
     ]
+    for name, claim in claims.items():
+        if claim["prompts_needed"] is not None:
+            lines.append(f"{name}: {claim['prompts_needed']:,} fresh prompts would show it, if they are as these are.")
     if prompts["excluded"]:
         lines.append(
             f"{len(prompts['excluded'])} prompts were left out, which are not fresh; certificate.json lists them."
@@ -258,15 +261,13 @@ def _reason_of(claim: Mapping[str, Any], delta: float) -> str:
         return f"Seen is {seen}{where}, and more than {bound} is ruled out at the level {delta:g}{more}."
     if claim["verdict"] == "FAIL":
         return f"Seen is {seen}{where}, too much for a policy of which it holds: more than {limit} is shown."
-    needed = claim["prompts_needed"]
-    fresh = f" About {needed:,} fresh prompts would show it, if they are as these are." if needed is not None else ""
     if claim["p"] <= delta:
-        return f"Seen is {seen}{where}, enough for all claims together, and not for this one to stand out.{fresh}"
+        return f"Seen is {seen}{where}, enough for all claims together, and not for this one to stand out."
     if not claim["n"]:
         return "It is about none of the prompts."
     if claim["bound"] is None:
-        return f"Nothing is known{where}: Student's t needs 30 prompts, all with a score, that differ.{fresh}"
-    return f"Seen is {seen}{where}, and up to {bound} is not ruled out at the level {delta:g}.{fresh}"
+        return f"Nothing is known{where}: Student's t needs 30 prompts, all with a score, that differ."
+    return f"Seen is {seen}{where}, and up to {bound} is not ruled out at the level {delta:g}."
 
 
 def _reason(verdict: Verdict, claims: Mapping[str, Mapping[str, Any]]) -> str:

@@ -113,11 +113,11 @@ def test_undecided_says_how_many_fresh_prompts_it_would_take(page_with):
     claims = {"few": few, "many": many, "none": claim("UNDECIDED"), "shown": claim()}
     text = section(page_with(certificate("UNDECIDED", claims)))
     assert (
-        "A fresh set would need about 1,240 prompts , at the full level of 0.05, if they are as these are: 420 for few "
+        "A fresh set would need about 1,240 prompts at its first look, if they are as these are: 420 for few "
         "and 1,240 for many. No number is known for none."
     ) in text
     alone = section(page_with(certificate("UNDECIDED", {"few": few})))
-    assert "about 420 prompts , at the full level of 0.05, if they are as these are. Claim" in alone
+    assert "about 420 prompts at its first look, if they are as these are. Claim" in alone
     # A policy that fails needs no more prompts.
     assert "fresh set" not in section(page_with(certificate("FAIL", {"few": few, "failed": claim("FAIL")})))
 
