@@ -71,7 +71,7 @@ def normalized(text: str) -> str:
     Unicode's compatible forms are one (NFKC: full-width letters, ligatures), case is ignored (casefold), what has no
     width is left out, white space of any kind and length is one space and at the ends none. Punctuation at the ends
     goes too: with a question mark or without, in quotation marks or not, it is the same request, and lists of prompts
-    differ in just that. Inside, it stays, for it may say what is meant. Nothing but punctuation stays as it is.
+    differ in just that. Inside, it stays, for it may say what is meant; so does a text of nothing else.
     """
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
