@@ -354,16 +354,21 @@ class Evaluator:
 
     def _write_card(self, certificate: dict[str, Any]) -> None:
         """The model card, into the certified policy's folder; beside the report where that is not ours to write to."""
-        path = certificate["policy"]["path"]
-        text = model_card(certificate, read_training(path))
-        if (folder := Path(path).expanduser()).is_dir():
-            try:
-                log.info("model card: %s", write_model_card(folder, text))
-                return
-            except InputError as error:
-                log.info("%s", error)
+        path, training = certificate["policy"]["path"], None
+        try:
+            training = read_training(path)
+        except InputError as error:
+            log.warning("%s", error)
+        text = model_card(certificate, training)
         card = self.output_dir / "model_card.md"
-        _write_text(card, text)
+        try:
+            if (folder := Path(path).expanduser()).is_dir():
+                card = write_model_card(folder, text)
+            else:
+                _write_text(card, text)
+        except InputError as error:
+            log.warning("%s", error)
+            _write_text(card, text)
         log.info("model card: %s", card)
 
     def _compared(
