@@ -20,6 +20,8 @@ Options: `--help`; checks and exit status as in `repo_fast.train`.
 """
 
 import json
+import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,8 +61,8 @@ def spelled_out(words: list[str]) -> list[str]:
     remaining = iter(words)
     for word in remaining:
         option, has_value, value = word.partition("=")
-        if option == "--accept-asymptotic" and not has_value:
-            others += ["--certify.accept_asymptotic", "true"]
+        if option == "--accept-asymptotic":
+            others += ["--certify.accept_asymptotic", value if has_value else "true"]
         elif option == "--certify":
             others += _section(value if has_value else next(remaining, ""))
         elif option in ("--policy", "--claim"):
@@ -74,24 +76,47 @@ def spelled_out(words: list[str]) -> list[str]:
         else:
             others.append(word)
     for name, limit in named["claim"].items():
-        others += [f"--certify.claims.{name}.limit", limit]
+        others += [f"--certify.claims.{_claim_name(name)}.limit", _number(f"--claim {name}", limit)]
     return [*others, "--policies", json.dumps(named["policy"])] if named["policy"] else others
+
+
+def _claim_name(name: object) -> str:
+    if not isinstance(name, str) or re.fullmatch(r"\w+", name) is None:
+        raise InputError(f"the claim's name is {name!r}, expected letters, digits and _")
+    return name
+
+
+def _number(what: str, text: str) -> str:
+    try:
+        if math.isfinite(float(text)):
+            return text
+    except ValueError:
+        pass
+    raise InputError(f"{what} is {text!r}, expected a number")
 
 
 def _section(path: str) -> list[str]:
     """The section `certify` in a file, as words of a command line."""
     if not Path(path).is_file():
         raise InputError(f"--certify {path!r} is no file, expected YAML with claims, as in the section certify")
+    section = read_config_file(Path(path), CertifyConfig)
+    claims = section.get("claims")
+    if not isinstance(claims, dict) or not claims:
+        raise InputError(f"{path}: claims is {claims!r}, expected a mapping with at least one claim")
+    for name, claim in claims.items():
+        if not claim:
+            raise InputError(f"{path}: claims.{_claim_name(name)} is {claim!r}, expected a limit, as in {{limit: 0.1}}")
     words: list[str] = []
 
-    def spell(section: dict, prefix: str) -> None:
-        for key, value in section.items():
+    def spell(options: dict, prefix: str) -> None:
+        for key, value in options.items():
             if isinstance(value, dict):
                 spell(value, f"{prefix}.{key}")
-            elif value is not None:
-                words.extend([f"{prefix}.{key}", value if isinstance(value, str) else json.dumps(value)])
+            else:
+                # A date, say, is no JSON: as a text it is refused by name.
+                words.extend([f"{prefix}.{key}", value if isinstance(value, str) else json.dumps(value, default=str)])
 
-    spell(read_config_file(Path(path), CertifyConfig), "--certify")
+    spell(section, "--certify")
     return words
 
 

@@ -174,6 +174,9 @@ def _check_claim(
     require(known, f"{key}.constraint", claim.constraint, f"a constraint: {', '.join(constraints)}")
     known = claim.measure is None or claim.measure in measures
     require(known, f"{key}.measure", claim.measure, f"one of {', '.join(measures)}")
+    if each == "no_worse" and claim.measure == "well_formed":
+        require(claim.bounds is None, f"{key}.bounds", claim.bounds, "null with well_formed, which is 0 or 1")
+        require(abs(claim.limit) < 1, f"{key}.limit", claim.limit, "a difference of shares, within -1 and 1")
     if claim.bounds is not None:
         ordered = len(claim.bounds) == 2 and claim.bounds[0] < claim.bounds[1] and all(map(math.isfinite, claim.bounds))
         require(ordered, f"{key}.bounds", claim.bounds, "[lowest, highest]")

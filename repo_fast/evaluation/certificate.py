@@ -25,8 +25,11 @@ from repo_fast.report.tables import grid
 Plan = Mapping[str, Any]
 
 EXIT_STATUS: Mapping[str, int] = {"PASS": 0, "PASS (asymptotic)": 0, "FAIL": 3, "UNDECIDED": 4}
+_FROM_PLAN = ("delta", "look", "delta_of_look", "ledger", "accept_asymptotic")
+_FROM_PLAN += ("policy", "reference", "unknown", "k", "seed")
 # Of which the numbers in a certificate are a function, beside the rows and the plan.
 _PACKAGES = ("numpy", "scipy", "torch", "transformers")
+_INDEPENDENT = "It holds if prompts are drawn independently: variants of one prompt are not."
 # Whose limits are shares, and are written in per cent.
 _SHARES = ("unsafe_prompts", "unsafe_responses", "all_constraints", "interference")
 
@@ -56,13 +59,12 @@ def decide(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     claims = {
         name: _written(plan, claim, judged[name], values[name], evidence[name]) for name, claim in stated_claims.items()
     }
-    kept = ("delta", "look", "delta_of_look", "accept_asymptotic", "policy", "reference", "unknown", "k", "seed")
     return {
         "verdict": verdict,
         "reason": _reason(verdict, claims),
         "claims": claims,
-        "prompts": {key: value for key, value in plan["prompts"].items() if key != "ids"},
-        **{key: plan[key] for key in kept},
+        "prompts": {key: value for key, value in plan["prompts"].items() if key not in ("ids", "categories")},
+        **{key: plan[key] for key in _FROM_PLAN},
     }
 
 
@@ -122,7 +124,8 @@ def samples_of(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> Samples:
         responses(name, 0),
         None if reference is None else (responses(reference["name"], 0), responses(reference["name"], k)),
         plan["thresholds"],
-        [row_of(name, prompt, 0)["category"] for prompt in ids],
+        [row_of(name, prompt, 0)["category"] or "" for prompt in ids],
+        plan["prompts"]["categories"],
     )
 
 
@@ -141,7 +144,7 @@ def certificate_table(certificate: Mapping[str, Any]) -> str:
         [
             name,
             claim["verdict"],
-            *(_spelled(claim, claim[key]) for key in ("estimate", "bound", "limit")),
+            *_numbers(claim),
             f"{claim['n']} x {claim['k']}",
             f"{claim['p']:.2g}",
             f"{claim['p_adjusted']:.2g}",
@@ -153,46 +156,67 @@ def certificate_table(certificate: Mapping[str, Any]) -> str:
         grid(["claim", "verdict", "seen", "upper bound", "limit", "prompts", "p", "adjusted"], rows),
         *(f"{name}: {claim['says']}. {claim['reason']}" for name, claim in claims.items()),
         f"Level {certificate['delta_of_look']:g}, of {certificate['delta']:g} for all looks at these prompts, of which "
-        f"this is number {certificate['look']}; bounds are not adjusted for being several.",
+        f"this is number {certificate['look']} ({certificate['ledger']}). Bounds are not adjusted for being several.",
     ]
     for name, claim in claims.items():
         if claim["prompts_needed"] is not None:
             lines.append(f"{name}: {claim['prompts_needed']:,} fresh prompts would show it, if they are as these are.")
-    if prompts["excluded"]:
-        lines.append(
-            f"{len(prompts['excluded'])} prompts were left out, which are not fresh; certificate.json lists them."
-        )
-    return "\n".join([*lines, *certificate["unknown"]])
+    for count, why in (
+        (len(prompts["excluded"]), "known to the policy or its scorers, or there twice: certificate.json lists them"),
+        (prompts["too_long"], "too long"),
+    ):
+        if count:
+            lines.append(f"Left out: {count} prompts, {why}.")
+    return "\n".join([*lines, _INDEPENDENT, *certificate["unknown"]])
 
 
-def _spelled(claim: Mapping[str, Any], value: float | None) -> str:
+def _numbers(claim: Mapping[str, Any]) -> list[str]:
+    """What was seen, its bound and the limit; on which side of the limit the bound is, is not lost in rounding."""
+    estimate, bound, limit = claim["estimate"], claim["bound"], claim["limit"]
+    digits = 3
+    while bound is not None and bound != limit and digits < 12:
+        if _spelled(claim, bound, digits) != _spelled(claim, limit, digits):
+            break
+        digits += 1
+    return [_spelled(claim, estimate, digits), _spelled(claim, bound, digits), _spelled(claim, limit, 12)]
+
+
+def _spelled(claim: Mapping[str, Any], value: float | None, digits: int) -> str:
     if value is None:
         return "-"
-    return _share(value) if claim["share"] else f"{value:.4g}"
+    return _share(value, digits) if claim["share"] else f"{value:.{digits}g}"
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.3g} %"
+def _share(value: float, digits: int = 12) -> str:
+    return f"{100 * value:.{digits}g} %"
 
 
 def _says(plan: Plan, claim: ClaimConfig) -> str:
     """A claim in words."""
-    limit, k = claim.limit, plan["k"]
+    limit, k, statement = claim.limit, plan["k"], str(claim.of_each)
     assert limit is not None
     share, names = _share(limit), list(plan["thresholds"])
     name = claim.constraint or names[0]
-    d, which = plan["thresholds"][name], f"{name} " if len(names) > 1 else ""
+    which = f"{name} " if len(names) > 1 else ""
+    over = f"over {k} responses" if k > 1 else "of one response"
+    above = " or ".join(
+        f"a mean {own + ' ' if len(names) > 1 else ''}cost above {plan['thresholds'][own]:g}"
+        for own in (names if claim.constraint is None else [name])
+    )
+    reference = (plan["reference"] or {}).get("name")
     texts = {
         "mean_cost": f"the mean {which}cost is at most {limit:g}",
-        "unsafe_prompts": f"at most {share} of prompts have a mean {which}cost above {d:g}, over {k} responses",
-        "unsafe_responses": f"at most {share} of responses have a {which}cost above {d:g}",
-        "all_constraints": f"at most {share} of prompts are unsafe by any constraint, in the mean of {k} responses",
-        "interference": f"of the prompts that are safe under {(plan['reference'] or {}).get('name')}, at most {share} "
-        "more are unsafe than when that is sampled again",
-        "no_worse": f"the {claim.measure or 'reward'} is at most {limit:g} worse than that of "
-        f"{(plan['reference'] or {}).get('name')}",
+        "unsafe_prompts": f"at most {share} of prompts have {above}, {over}",
+        "unsafe_responses": f"at most {share} of responses have a {which}cost above {plan['thresholds'][name]:g}",
+        "all_constraints": f"at most {share} of prompts have {above}, {over}",
+        "interference": f"of the prompts that are safe under {reference}, at most {share} more have {above}, {over}, "
+        "than when that is sampled again",
+        "no_worse": f"the mean {claim.measure or 'reward'} is at most {limit:g} worse than that of {reference}",
     }
-    text = texts[str(claim.of_each)]
+    text = texts[statement]
+    narrowed = statement not in ("all_constraints", "no_worse") and name in plan["exempt"]
+    if narrowed or (statement == "no_worse" and claim.measure in plan["exempt"]):
+        text = f"of the prompts that {name if narrowed else claim.measure} is about, {text}"
     return f"in every category, {text}" if claim.statement == "worst_category" else text
 
 
@@ -206,12 +230,15 @@ def _written(
     """A claim as it stands in the certificate."""
     delta = plan["delta_of_look"]
     # Of several categories the one that decides.
-    part = max(evidence, key=lambda name: (evidence[name].p, evidence[name].bound))
-    own, whole = values[part], judged.evidence
+    if judged.verdict == "FAIL":
+        part = min(evidence, key=lambda name: evidence[name].p_reverse)
+    else:
+        part = max(evidence, key=lambda name: (evidence[name].p, evidence[name].bound))
+    own, whole, bound = values[part], judged.evidence, evidence[part].bound
     needed = own.prompts_needed(plan["delta"] / 2) if judged.verdict == "UNDECIDED" and whole.p > delta else None
     if needed is not None:
         # At the first look of another set, as large a part of which it is about.
-        needed = math.ceil(needed * plan["prompts"]["n"] / len(own.values))
+        needed = math.ceil(needed * plan["prompts"]["n"] / own.values.size)
     estimate = float(own.values.mean()) if own.values.size else math.nan
     written = {
         "statement": claim.statement,
@@ -221,14 +248,15 @@ def _written(
         "p": whole.p,
         "p_adjusted": judged.p_adjusted,
         "p_reverse": whole.p_reverse,
+        "p_reverse_adjusted": judged.p_reverse_adjusted,
         "estimate": estimate if math.isfinite(estimate) else None,
-        "bound": whole.bound if math.isfinite(whole.bound) else None,
+        "bound": bound if math.isfinite(bound) else None,
         "limit": claim.limit,
         "n": sum(len(each.values) for each in values.values()),
         "k": plan["k"],
         "share": claim.of_each in _SHARES,
         "asymptotic": whole.asymptotic,
-        "category": part,
+        "category": None if part is None else part or "(none)",
         "prompts_needed": needed,
     }
     if claim.statement == "worst_category":
@@ -247,24 +275,27 @@ def _written(
 
 def _constraint(plan: Plan, claim: ClaimConfig) -> str | None:
     """Whose costs a claim is about; None: of all together, or of none."""
-    if len(plan["thresholds"]) == 1 and claim.of_each not in ("all_constraints", "no_worse"):
+    if claim.of_each == "no_worse":
+        return claim.measure if claim.measure in plan["thresholds"] else None
+    if len(plan["thresholds"]) == 1 and claim.of_each != "all_constraints":
         return next(iter(plan["thresholds"]))
     return claim.constraint
 
 
 def _reason_of(claim: Mapping[str, Any], delta: float) -> str:
     """Why a claim has its verdict, in a sentence."""
-    seen, bound, limit = (_spelled(claim, claim[key]) for key in ("estimate", "bound", "limit"))
+    seen, bound, limit = _numbers(claim)
     where = "" if claim["category"] is None else f" in {claim['category']}, the worst category"
+    if not claim["n"] or (claim["estimate"] is None and claim["category"] is not None):
+        return f"There is no prompt to test it on{where}."
     if claim["verdict"].startswith("PASS"):
         more = ", asymptotically: by Student's t" if claim["asymptotic"] else ""
         return f"Seen is {seen}{where}, and more than {bound} is ruled out at the level {delta:g}{more}."
     if claim["verdict"] == "FAIL":
-        return f"Seen is {seen}{where}, too much for a policy of which it holds: more than {limit} is shown."
+        p = f"adjusted p {claim['p_reverse_adjusted']:.2g}"
+        return f"Seen is {seen}{where}: that it is at most {limit} is ruled out at the level {delta:g} ({p})."
     if claim["p"] <= delta:
-        return f"Seen is {seen}{where}, enough for all claims together, and not for this one to stand out."
-    if not claim["n"]:
-        return "It is about none of the prompts."
+        return f"Seen is {seen}{where}, which shows it if all other claims are shown, and not by itself."
     if claim["bound"] is None:
         return f"Nothing is known{where}: Student's t needs 30 prompts, all with a score, that differ."
     return f"Seen is {seen}{where}, and up to {bound} is not ruled out at the level {delta:g}."

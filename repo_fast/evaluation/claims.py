@@ -36,6 +36,8 @@ from repo_fast.evaluation import bounds
 Verdict = Literal["PASS", "PASS (asymptotic)", "FAIL", "UNDECIDED"]
 # Of prompts, below which nothing is said by Student's t.
 FEWEST_FOR_STUDENT = 30
+# Of values in [0, 1].
+_ROUNDING = 1e-9
 # How often so many prompts as are said to be needed show a claim, and the most that are looked for, of each kind.
 _POWER = 0.8
 _MOST_NEEDED, _MOST_BET_ON = 1_000_000, 20_000
@@ -80,8 +82,7 @@ def bounded_mean(values: np.ndarray, limit: float, within: tuple[float, float], 
     """The mean of values within bounds is at most `limit`: float [n], one a prompt, in an order fixed before."""
     low, high = within
     Z = (values - low) / (high - low)
-    # Rounding alone may lead out.
-    Z, at = np.clip(Z, 0.0, 1.0), (limit - low) / (high - low)
+    Z, at = _snapped(Z), (limit - low) / (high - low)
     if not 0 <= at <= 1:
         raise InputError(f"the limit is {limit:g}, expected one within [{low:g}, {high:g}], what it is of can be")
     return Evidence(
@@ -91,6 +92,11 @@ def bounded_mean(values: np.ndarray, limit: float, within: tuple[float, float], 
         limit,
         Z.size,
     )
+
+
+def _snapped(Z: np.ndarray) -> np.ndarray:
+    """Values in [0, 1], those that are an end but for rounding at it: at a limit of 0 any value above it is proof."""
+    return np.where(Z < _ROUNDING, 0.0, np.where(Z > 1 - _ROUNDING, 1.0, Z))
 
 
 def unbounded_mean(values: np.ndarray, limit: float, delta: float) -> Evidence:
@@ -134,7 +140,7 @@ def needed_for_bounded_mean(values: np.ndarray, limit: float, within: tuple[floa
         return None
     generator = np.random.default_rng(0)
     low, high = within
-    Z = np.clip((values - low) / (high - low), 0.0, 1.0)
+    Z = _snapped((values - low) / (high - low))
     n = 20
     while n <= _MOST_BET_ON:
         passed = bounds.betting_p(generator.choice(Z, (_RESAMPLES, n)), (limit - low) / (high - low), delta) <= delta
@@ -146,9 +152,9 @@ def needed_for_bounded_mean(values: np.ndarray, limit: float, within: tuple[floa
 
 def needed_for_mean(values: np.ndarray, limit: float, delta: float) -> int | None:
     """The same of any mean, by the normal distribution, if mean and spread are those of these values."""
-    if not np.isfinite(values).all() or values.size < 2 or values.mean() >= limit:
+    if not np.isfinite(values).all() or np.ptp(values) == 0 or values.mean() >= limit:
         return None
-    distance = (limit - values.mean()) / values.std(ddof=1) if np.ptp(values) > 0 else math.inf
+    distance = (limit - values.mean()) / values.std(ddof=1)
     n = max(FEWEST_FOR_STUDENT, math.ceil(((stats.norm.isf(delta) + stats.norm.ppf(_POWER)) / distance) ** 2))
     return n if n <= _MOST_NEEDED else None
 
@@ -161,11 +167,13 @@ class Judged:
         evidence: What it rests on.
         verdict: Of the claim by itself.
         p_adjusted: Holm's, among all claims.
+        p_reverse_adjusted: Holm's of H', the smallest of the claim's, among those of all claims and categories.
     """
 
     evidence: Evidence
     verdict: Verdict
     p_adjusted: float
+    p_reverse_adjusted: float
 
 
 def judge(
@@ -200,7 +208,10 @@ def judge(
             return "PASS (asymptotic)" if whole[name].asymptotic else "PASS"
         return "UNDECIDED"
 
-    judged = {name: Judged(whole[name], of_one(name), adjusted[name]) for name in names}
+    smallest: dict[str, float] = {}
+    for (name, _), p in zip(flat, reverse.tolist(), strict=True):
+        smallest[name] = min(p, smallest.get(name, 1.0))
+    judged = {name: Judged(whole[name], of_one(name), adjusted[name], smallest[name]) for name in names}
     if failed:
         return "FAIL", judged
     if all(evidence.p <= delta for evidence in whole.values()):

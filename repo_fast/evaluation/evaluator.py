@@ -31,13 +31,14 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import ONLY, EngineConfig, EvaluateConfig, to_dict, to_yaml
 from repo_fast.data import Prompt, PromptTemplate, load_tokenizer
 from repo_fast.errors import InputError
-from repo_fast.evaluation.cache import UnitFile, fingerprint, key_of, locked, scorer_fingerprint
+from repo_fast.evaluation.cache import UnitFile, describe, drawn_before, fingerprint, key_of, locked, scorer_fingerprint
 from repo_fast.evaluation.certificate import EXIT_STATUS, Plan, certificate_table
 from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
 from repo_fast.evaluation.judge import ComparingJudge
 from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, Rows, judge_policies
 from repo_fast.evaluation.plan import CLAIMS_FILE, SAMPLES_FILE, begin, certify, check_no_claims, plan_of
 from repo_fast.jobs.assembly import ScorerLoader, loading_options
+from repo_fast.jobs.training_prompts import prompt_hash
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import first_attention
 from repo_fast.models.policy import Policy
@@ -164,12 +165,22 @@ class Evaluator:
             policies={name: policy.path for name, policy in inputs.policies.items()},
             drawn_by={name: self._drawn_by(policy) for name, policy in inputs.policies.items()},
             prompts=inputs.prompts,
+            every=inputs.every,
             scorers=inputs.scorers,
             exempt=inputs.exempt,
             too_long=inputs.dropped,
             fresh=inputs.fresh,
         )
-        plan = begin(plan, self.output_dir, self.config.certify.ledger, inputs.prompts)
+        certified = inputs.policies[plan["policy"]["name"]]
+        plan = begin(
+            plan,
+            self.output_dir,
+            self.config.certify.ledger,
+            self._hashes,
+            key_of(self._about(certified)),
+            # What was drawn of the reference says nothing of the policy.
+            drawn_before(self.cache_dir, self._hashes, None if plan["reference"] is None else inputs.reference_path),
+        )
         log.info(
             "%d claims on %d prompts, look %d: level %g (%s)",
             len(plan["claims"]),
@@ -192,17 +203,12 @@ class Evaluator:
 
     def _draw(self, name: str, policy: PolicyInput) -> Samples:
         """A policy's responses; drawn where they are not in the cache."""
-        about = {
-            # Everything that they depend on, but how many there are.
-            "policy": fingerprint(policy.path),
-            "prompts": key_of({"texts": [_identity(prompt) for prompt in self.inputs.prompts]}),
-            **self._drawn_by(policy),
-        }
+        about = self._about(policy)
         folder = self.cache_dir / key_of(about)
         with self.ranks.together("making the cache"):
             if self.ranks.is_first:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+                describe(folder, about, self._hashes)
         size = self.config.sampling.batch_size
         blocks = [policy.requests[start : start + size] for start in range(0, len(policy.requests), size)]
         # The reference has a second sample.
@@ -215,6 +221,18 @@ class Evaluator:
         if done < len(units):
             self._draw_units(policy, units, done, file)
         return Samples(folder, list(file.sizes), file.read())
+
+    def _about(self, policy: PolicyInput) -> dict[str, Any]:
+        """Everything that responses depend on, but how many there are."""
+        return {
+            "policy": fingerprint(policy.path),
+            "prompts": key_of({"texts": [_identity(prompt) for prompt in self.inputs.prompts]}),
+            **self._drawn_by(policy),
+        }
+
+    @property
+    def _hashes(self) -> list[str]:
+        return [prompt_hash(prompt.asked) for prompt in self.inputs.prompts]
 
     def _drawn_by(self, policy: PolicyInput) -> dict[str, Any]:
         """What responses depend on beside the policy's weights, the prompts, and how many there are."""
@@ -331,7 +349,7 @@ class Evaluator:
         texts = {prompt.id: prompt for prompt in self.inputs.prompts}
         published = [self._published(name, row, texts) for name, drawn in samples.items() for row in drawn.rows]
         write_rows(self.output_dir / SAMPLES_FILE, published)
-        certificate = None if self._plan is None else certify(self._plan, published, self.output_dir)
+        certificate = None if self._plan is None else certify(self._plan, published, self.output_dir, self._hashes)
 
         def write(judgments: dict[str, Judgments], judged: dict[str, Any] | None) -> None:
             report = self._compared(rows, second, judgments, judged)

@@ -45,9 +45,10 @@ def exclude_seen(policy: str, policy_path: str, scorers: Mapping[str, str], prom
     ]
     out = {prompt.id for prompt, _ in found}
     # Prompts have to be drawn independently: written twice, one says nothing more.
-    first: dict[str, Prompt] = {}
+    first: dict[tuple[str, str | None], Prompt] = {}
     for prompt in prompts:
-        if prompt.id not in out and (one := first.setdefault(prompt_hash(prompt.asked), prompt)) is not prompt:
+        written = prompt_hash(prompt.asked), prompt.asked.system
+        if prompt.id not in out and (one := first.setdefault(written, prompt)) is not prompt:
             excluded.append({"prompt_id": prompt.id, "prompt": prompt.text, "of": f"prompt {one.id} of the same set"})
             out.add(prompt.id)
     kept = [prompt for prompt in prompts if prompt.id not in out]

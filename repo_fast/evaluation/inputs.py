@@ -50,6 +50,7 @@ class EvaluationInputs:
         exempt: By constraint, ids of the prompts that it is not about.
         well_formed: The check of that name; None without one.
         dropped: How many prompts were too long.
+        every: The prompts of the source.
         fresh: With claims, what was left out for being known to the policy.
     """
 
@@ -60,7 +61,13 @@ class EvaluationInputs:
     exempt: dict[str, frozenset[int]]
     well_formed: ScorerSpec | None
     dropped: int
+    every: list[Prompt]
     fresh: Fresh
+
+    @property
+    def reference_path(self) -> str:
+        """Folder or hub name of the reference."""
+        return self.policies[self.reference].path
 
 
 def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
@@ -85,7 +92,7 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
     )
     columns.check_found([config.prompts])
     fresh = _fresh(config, prompts) if config.certify.claims else Fresh(prompts, [], [])
-    prompts = fresh.prompts
+    every, prompts = prompts, fresh.prompts
     found = {name: find_model(path) for name, path in config.policies.items()}
     templates = {
         name: PromptTemplate(tokenizer, config.template, config.date, end_tokens(generation_settings(path), tokenizer))
@@ -129,6 +136,7 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
         exempt,
         well_formed,
         len(prompts) - len(kept),
+        every,
         fresh,
     )
 

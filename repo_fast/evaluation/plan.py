@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +19,18 @@ from repo_fast.errors import InputError
 from repo_fast.evaluation.cache import key_of, scorer_fingerprint
 from repo_fast.evaluation.certificate import Plan, decide, made_with, prompts_fingerprint
 from repo_fast.evaluation.fresh import Fresh
-from repo_fast.evaluation.ledger import ledger_of, spend
+from repo_fast.evaluation.ledger import Ledger, ledger_of
 from repo_fast.jobs.fingerprints import of_model
-from repo_fast.jobs.training_prompts import prompt_hash
 from repo_fast.scoring import ScorerSpec
 
+log = logging.getLogger(__name__)
+
 CLAIMS_FILE, SAMPLES_FILE, CERTIFICATE_FILE = "claims.json", "samples.jsonl", "certificate.json"
+# What a certificate is made of.
+FILES = (CLAIMS_FILE, SAMPLES_FILE)
+
+
+_TUNED = "Whether the policy, its settings or the limits were tuned on these prompts in other runs cannot be seen."
 
 
 def plan_of(
@@ -32,6 +39,7 @@ def plan_of(
     policies: Mapping[str, str],
     drawn_by: Mapping[str, Any],
     prompts: Sequence[Prompt],
+    every: Sequence[Prompt],
     scorers: Mapping[str, ScorerSpec],
     exempt: Mapping[str, frozenset[int]],
     too_long: int,
@@ -42,8 +50,9 @@ def plan_of(
     Args:
         config: The resolved configuration, with claims.
         policies: The folders or hub names of the policies, by name.
-        drawn_by: What responses depend on beside policy and prompts.
+        drawn_by: What the responses of each depend on beside its weights and the prompts.
         prompts: Those that are left.
+        every: Those of the source.
         scorers: Where the rewards and the costs come from, by the names of their columns.
         exempt: By constraint, ids of the prompts that it is not about.
         too_long: How many prompts were dropped for that.
@@ -54,7 +63,7 @@ def plan_of(
 
     def written(policy: str) -> dict[str, Any]:
         path = policies[policy]
-        return {"name": policy, "path": config.policies[policy], "fingerprint": key_of(of_model(path))}
+        return {"name": policy, "path": config.policies[policy], "fingerprint": key_of(of_model(path, whole=True))}
 
     return {
         "claims": {
@@ -75,10 +84,11 @@ def plan_of(
             "too_long": too_long,
             "fingerprint": prompts_fingerprint((prompt.id, prompt.text, prompt.category) for prompt in prompts),
             "excluded": fresh.excluded,
+            "categories": sorted({prompt.category or "" for prompt in every}),
             "ids": sorted(prompt.id for prompt in prompts),
         },
-        "unknown": fresh.unknown,
-        "drawn_by": dict(drawn_by),
+        "unknown": [*fresh.unknown, _TUNED],
+        "drawn_by": {"policy": drawn_by[certified], "reference": drawn_by[reference]},
         "seed": config.seed,
     }
 
@@ -91,60 +101,98 @@ def _by_column(config: EvaluateConfig, claim: ClaimConfig) -> ClaimConfig:
 
 
 def _scorer(config: EvaluateConfig, name: str, spec: ScorerSpec) -> dict[str, Any]:
-    fingerprint = scorer_fingerprint(spec) if spec.kind == "function" else of_model(spec.path)
+    fingerprint = scorer_fingerprint(spec) if spec.kind == "function" else of_model(spec.path, whole=True)
     settings = to_dict(config)["reward"] if name == "reward" else dataclasses.asdict(config.costs[name])
     return {"path": spec.path, "settings": key_of({"settings": settings, "fingerprint": fingerprint})}
 
 
-def begin(plan: Plan, output_dir: Path, ledger: str | None, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def identity(plan: Plan) -> str:
+    """What tells a look from another: everything that is drawn, scored and claimed, whatever it is called."""
+    parts = {name: value for name, value in plan.items() if name not in ("key", "look", "delta_of_look", "ledger")}
+    parts["policy"] = plan["policy"]["fingerprint"]
+    parts["reference"] = None if plan["reference"] is None else plan["reference"]["fingerprint"]
+    parts["prompts"] = [plan["prompts"]["fingerprint"], plan["prompts"]["ids"]]
+    del parts["unknown"]
+    return key_of(parts)
+
+
+def begin(
+    plan: Plan, output_dir: Path, ledger: str | None, hashes: Sequence[str], drawn: str, before: Mapping[str, str]
+) -> dict[str, Any]:
     """Count the look, and write `claims.json`, unless it is there.
 
     Args:
         plan: From `plan_of`.
         output_dir: Folder of the report; this process's alone.
         ledger: The file that looks are counted in; None for the one of the prompts.
-        prompts: Those of the plan.
+        hashes: Of the texts of the prompts.
+        drawn: Name of the cache's folder that the certified policy's responses go to.
+        before: The cache's folders with responses of policies to any of these prompts, and whose they are.
 
     Returns:
-        The content of `claims.json`: the plan, with `look` and `delta_of_look`.
+        The content of `claims.json`: the plan, with `key`, `look`, `delta_of_look` and `ledger`.
 
     Raises:
         InputError: The folder has other claims, or the ledger cannot be written.
     """
-    key, path = key_of(plan), output_dir / CLAIMS_FILE
-    if path.exists() and read_claims(path).get("key") != key:
+    key, path = identity(plan), output_dir / CLAIMS_FILE
+    noted = read_claims(path) if path.exists() else None
+    if noted is not None and noted.get("key") != key:
         raise InputError(
             f"{path} has other claims, or the same of other responses; expected a new output_dir, or the command that "
             "it is of: samples are shared by cache_dir"
         )
-    look = spend(
-        Path(ledger) if ledger is not None else ledger_of(plan["prompts"]["source"]),
-        key,
-        [prompt_hash(prompt.asked) for prompt in prompts],
-        {
-            "delta": plan["delta"],
-            "policy": plan["policy"],
-            "claims": {name: claim["limit"] for name, claim in plan["claims"].items()},
-            "date": datetime.date.today().isoformat(),
-        },
-    )
-    whole = {**plan, "key": key, "look": look, "delta_of_look": plan["delta"] / 2**look}
+    looks = Ledger(Path(ledger) if ledger is not None else ledger_of(plan["prompts"]["source"]))
+    known = looks.drawn()
+    for name, policy in before.items():
+        if name not in known and noted is None:
+            # Whoever drew them has seen what they are like.
+            about = {"policy": policy, "claims": {}, "date": _today(), "drawn": [name]}
+            looks.spend(f"drawn {name}", plan["delta"], hashes, about)
+    look = looks.spend(key, plan["delta"], hashes, _noted(plan) | {"drawn": [drawn]})
+    if noted is not None:
+        # The ledger may have been lost since.
+        look = max(look, noted["look"])
+    whole = _at(plan, key, look, looks.path)
     write_json(path, whole)
     return whole
 
 
-def certify(plan: Plan, rows: Sequence[Mapping[str, Any]], output_dir: Path) -> dict[str, Any]:
+def _noted(plan: Plan) -> dict[str, Any]:
+    claims = {name: claim["limit"] for name, claim in plan["claims"].items()}
+    return {"policy": plan["policy"]["path"], "claims": claims, "date": _today()}
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def _at(plan: Plan, key: str, look: int, ledger: Path) -> dict[str, Any]:
+    return {**plan, "key": key, "look": look, "delta_of_look": plan["delta"] / 2**look, "ledger": str(ledger)}
+
+
+def certify(plan: Plan, rows: Sequence[Mapping[str, Any]], output_dir: Path, hashes: Sequence[str]) -> dict[str, Any]:
     """Write `certificate.json`.
 
     Args:
         plan: From `begin`.
         rows: Those of `samples.jsonl`, which is written.
         output_dir: Folder of the report.
+        hashes: Of the texts of the prompts.
 
     Returns:
         Its content.
     """
-    files = {name: digest(output_dir / name) for name in (CLAIMS_FILE, SAMPLES_FILE)}
+    certified, reference = plan["policy"]["name"], (plan["reference"] or plan["policy"])["name"]
+    parts = [[row for row in rows if row["policy"] == name] for name in (certified, reference)]
+    found = key_of({"rows": [[{**row, "policy": None} for row in part] for part in parts]})
+    ledger = Ledger(Path(plan["ledger"]))
+    look = ledger.settle(plan["key"], plan["delta"], hashes, _noted(plan), found)
+    if look > plan["look"]:
+        log.warning("the responses or scores are others than when this was looked at before: this is look %d", look)
+        plan = _at(plan, plan["key"], look, ledger.path)
+        write_json(output_dir / CLAIMS_FILE, plan)
+    files = {name: digest(output_dir / name) for name in FILES}
     certificate = {**decide(plan, rows), **made_with(), "files": files}
     write_json(output_dir / CERTIFICATE_FILE, certificate)
     return certificate

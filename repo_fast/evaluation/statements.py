@@ -86,28 +86,38 @@ class Samples:
         reference: The first sample of the reference, and its second, independent one; None where what is certified is
             compared with nothing.
         thresholds: d, by constraint.
-        categories: Of the prompts.
+        categories: Of the prompts; empty where one has none.
+        every_category: Those of the source, some of which may have lost all prompts.
     """
 
     policy: Responses
     reference: tuple[Responses, Responses] | None
     thresholds: Mapping[str, float]
-    categories: Sequence[str | None]
+    categories: Sequence[str]
+    every_category: Sequence[str]
 
 
 def values_of(name: str, claim: ClaimConfig, samples: Samples) -> dict[str | None, Values]:
-    """What a claim is tested on: of all prompts that it is about, or of those of each category by its name.
+    """What a claim is tested on: of all prompts that it is about, or of those of each category by its name, which is
+    empty for prompts without.
 
     Raises:
         InputError: A score is above its upper bound.
     """
     claim = stated(name, claim)
-    values, about = _STATEMENTS[str(claim.of_each)](claim, samples)
+    try:
+        values, about = _STATEMENTS[str(claim.of_each)](claim, samples)
+    except InputError as error:
+        raise InputError(f"claim {name!r}: {error}") from error
     values = values.of(about)
     if claim.statement != "worst_category":
         return {None: values}
-    categories = np.array(["" if category is None else category for category in samples.categories])[about]
-    return {category or "(none)": values.of(categories == category) for category in sorted(set(categories.tolist()))}
+    # As Python's strings: NumPy's end before a null character.
+    found = [category for category, kept in zip(samples.categories, about.tolist(), strict=True) if kept]
+    return {
+        category: values.of(np.array([own == category for own in found], dtype=bool))
+        for category in samples.every_category
+    }
 
 
 def _excess(claim: ClaimConfig, responses: Responses, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +157,9 @@ def _mean_cost(claim: ClaimConfig, samples: Samples) -> tuple[Values, np.ndarray
         # Whatever it is tested by then says that nothing is known.
         return Values(_means(cost, np.inf), "any", claim.limit), about
     within = _bounds(claim)
-    return Values(_means(_within(cost, within, "cost"), within[1]), "bounded", claim.limit, within), about
+    return Values(
+        _means(_within(cost, within, claim.constraint or "cost"), within[1]), "bounded", claim.limit, within
+    ), about
 
 
 def _unsafe_prompts(claim: ClaimConfig, samples: Samples) -> tuple[Values, np.ndarray]:
@@ -210,13 +222,17 @@ def _bounds(claim: ClaimConfig) -> tuple[float, float]:
 
 
 def _within(values: np.ndarray, within: tuple[float, float], name: str) -> np.ndarray:
-    """Values raised to the lower bound, but -inf, which says that it is not about the prompt."""
+    """Values raised to the lower bound, but -inf, which says that it is not about the prompt: float64.
+
+    A score that is a bound as nearly as its dtype can write it is that bound.
+    """
     low, high = within
-    if (values > np.asarray(high, dtype=values.dtype)).any():
+    if (values > values.dtype.type(high)).any():
         raise InputError(
             f"a {name} is {np.nanmax(values):g}, expected at most {high:g}, the upper bound that is claimed"
         )
-    return np.where(values == -np.inf, values, np.maximum(values, low))
+    exact = np.where(values == values.dtype.type(high), high, values.astype(np.float64))
+    return np.where(values == -np.inf, -np.inf, np.where(values <= values.dtype.type(low), low, exact))
 
 
 def _means(values: np.ndarray, unknown: float) -> np.ndarray:

@@ -60,13 +60,18 @@ def of_data(source: str, split: str) -> Fingerprint:
         return {}
 
 
-def of_model(path: str) -> Fingerprint:
-    """Of a model's folder: its weights, configurations and tokenizer; of a name on the hub, its commit."""
+def of_model(path: str, *, whole: bool = False) -> Fingerprint:
+    """Of a model's folder: its weights, configurations and tokenizer; of a name on the hub, its commit.
+
+    Args:
+        path: As options name it.
+        whole: Read all of its files, rather than pieces of them.
+    """
     path = path.removeprefix(GUARD)
     folder = Path(path).expanduser()
     if folder.is_dir():
         files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(_MODEL_SUFFIXES))
-        return {file.name: _digest(file, _PIECES) for file in files}
+        return {file.name: _digest(file, None if whole else _PIECES) for file in files}
     if ":" in path:
         # A function, or a part of the embedded world, which comes with the package.
         return {}

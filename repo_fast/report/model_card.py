@@ -56,7 +56,7 @@ def model_card(certificate: Mapping[str, Any], training: Mapping[str, Any] | Non
         _claims(certificate["claims"]),
         _list(f"{_text(name)}: {_text(claim['reason'])}" for name, claim in certificate["claims"].items()),
         "It speaks of prompts such as these, and of answers drawn and scored as its report says, and of no other "
-        "measure of safety. Tuning on these prompts in other runs cannot be detected.",
+        "measure of safety, and holds if prompts are drawn independently.",
         "## Training",
         _training(training, policy["path"]),
         "## What it was drawn from",
@@ -174,7 +174,8 @@ def _drawn_from(certificate: Mapping[str, Any], reference: Mapping[str, Any] | N
         yield f"Reference: {_text(reference['name'])}, {_text(reference['path'])}"
     yield (
         f"Prompts: {prompts['n']} of {_text(prompts['source'])}, fingerprint {_text(prompts['fingerprint'])}; "
-        f"{len(prompts['excluded'])} left out that the policy or a scorer has seen, {prompts['too_long']} too long"
+        f"{len(prompts['excluded'])} left out that the policy or a scorer has seen, or that are there "
+        f"twice, {prompts['too_long']} too long"
     )
     yield f"Responses: {certificate['k']} a prompt, seed {certificate['seed']}"
     versions = ", ".join(f"{_text(name)} {_text(version)}" for name, version in certificate["versions"].items())

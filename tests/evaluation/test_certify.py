@@ -1,6 +1,7 @@
 """`repo_fast.evaluate` with claims: what it decides follows from what it wrote, and looks are counted."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from repo_fast.data import Dialogue
 from repo_fast.errors import InputError
 from repo_fast.evaluate import main
 from repo_fast.evaluation import bounds, evaluator
-from repo_fast.evaluation.ledger import ledger_of, spend
+from repo_fast.evaluation.ledger import Ledger, ledger_of
 from repo_fast.jobs.training_prompts import Source, prompt_hashes, write_record
 from tests.job_runs import PROMPTS, run, snapshot, torchrun, write_lines
 from tests.tiny import save_policy
@@ -21,6 +22,10 @@ SCORERS = ("--reward.path", "tests.evaluation.test_certify:reward", "--cost.path
 
 def reward(prompts: list[str], responses: list[str]) -> list[float]:
     return [len(set(text.split())) / 4 for text in responses]
+
+
+def random_cost(prompts: list[str], responses: list[str]) -> list[float]:
+    return [random.SystemRandom().uniform(-1, 1) for _ in responses]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,12 @@ def read(out: Path, name: str = "certificate.json") -> dict:
 
 def rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+def looks(prompts: Path) -> list[int]:
+    """Those that are counted."""
+    rows = [json.loads(line) for line in ledger_of(str(prompts)).read_text().splitlines()]
+    return [row["look"] for row in rows if "rows" not in row]
 
 
 def test_a_certificate_follows_from_its_responses(
@@ -168,9 +179,9 @@ def test_a_look_is_spent_before_anything_is_drawn(
         patch.setattr(evaluator, "generate", killed)
         certify(policies, prompts, tmp_path / "out", "--claim", "unsafe_prompts=0.9")
     assert read(tmp_path / "out", "claims.json")["look"] == 1 and not (tmp_path / "out" / "certificate.json").exists()
-    assert len(ledger_of(str(prompts)).read_text().splitlines()) == 1
+    assert looks(prompts) == [1]
     assert certify(policies, prompts, tmp_path / "out", "--claim", "unsafe_prompts=0.9") == 0
-    assert read(tmp_path / "out")["look"] == 1
+    assert read(tmp_path / "out")["look"] == 1 and looks(prompts) == [1]
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +206,10 @@ def certified(policies: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
         ("the level", "claims.json was changed after it was written"),
         ("the verdict", "verdict is 'FAIL', made again from the responses it is 'PASS'"),
         ("another claim", "claims.mean_cost is .*, made again there is none"),
+        ("a digest", "is not as repo_fast.evaluate wrote it: KeyError"),
+        ("a word", "claims.unsafe_prompts.says is 'all is well', made again"),
+        ("one more word", "approved is True, made again there is none"),
+        ("a look of ages", "is not as repo_fast.evaluate wrote it: OverflowError"),
         ("no file", "cannot be read"),
         ("no JSON", "is not JSON"),
     ],
@@ -231,8 +246,18 @@ def test_verification_finds(
         certificate["verdict"] = "FAIL"
     elif change == "another claim":
         certificate["claims"]["mean_cost"] = certificate["claims"]["unsafe_prompts"]
-    write_lines(out / "samples.jsonl", drawn)
-    (out / "claims.json").write_text(json.dumps(plan))
+    elif change == "a digest":
+        certificate["files"] = {}
+    elif change == "a word":
+        certificate["claims"]["unsafe_prompts"]["says"] = "all is well"
+    elif change == "one more word":
+        certificate["approved"] = True
+    elif change == "a look of ages":
+        plan["look"] = 5000
+    if change in ("a score", "a text", "a prompt", "a dropped prompt", "a dropped response"):
+        write_lines(out / "samples.jsonl", drawn)
+    if change in ("a threshold", "a limit", "the level", "a look of ages"):
+        (out / "claims.json").write_text(json.dumps(plan))
     (out / "certificate.json").write_text(json.dumps(certificate))
     if change == "no file":
         (out / "samples.jsonl").unlink()
@@ -253,7 +278,9 @@ def test_verification_finds(
         (("--claim", "unsafe_prompts"), "--claim is 'unsafe_prompts', expected NAME=LIMIT"),
         (("--claim", "unsafe_prompts=0.1", "--claim", "unsafe_prompts=0.2"), "the name is given twice"),
         (("--claim", "unsafe_prompts=1"), "certify.claims.unsafe_prompts.limit is 1.0, expected a share"),
-        (("--claim", "unsafe_prompts=few"), "limit"),
+        (("--claim", "unsafe_prompts=few"), "--claim unsafe_prompts is 'few', expected a number"),
+        (("--claim", "unsafe_prompts=nan"), "--claim unsafe_prompts is 'nan', expected a number"),
+        (("--claim", "a.b=0.1"), "the claim's name is 'a.b', expected letters"),
         (("--certify.claims.a.statement", "mean_cost"), "certify.claims.a.limit is None, expected a number"),
         (("--claim", "mean_cost=1", "--certify.claims.mean_cost.bounds", "[2, 1]"), "expected [lowest, highest]"),
         (("--claim", "mean_cost=9", "--certify.claims.mean_cost.bounds", "[0, 1]"), "at least 0 and below 1"),
@@ -280,6 +307,42 @@ def test_bad_claims_are_one_line(
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists() and not ledger_of(str(prompts)).exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("claims: {unsafe_prompts: {}}", "claims.unsafe_prompts is {}, expected a limit"),
+        ("claims: null", "claims is None, expected a mapping with at least one claim"),
+        ("delta: 0.1", "claims is None"),
+        ("claims: {unsafe_prompts: {limit: null}}", "limit is None, expected a number"),
+        ("claims: {unsafe_prompts: {limit: 2020-01-01}}", "limit"),
+        ("claims: {unsafe_prompts: {limit: [1]}}", "limit"),
+        ("claims: {unsafe_prompts: {limt: 1}}", "unknown option 'claims.unsafe_prompts.limt'"),
+        ("claims: {unsafe_prompts: 1}", "claims.unsafe_prompts is 1, expected a mapping of options"),
+        ("- a", "holds a list, expected a mapping of options"),
+    ],
+)
+def test_a_file_of_claims_loses_none(
+    text: str, message: str, policies: dict[str, Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "claims.yaml").write_text(text)
+    assert certify(policies, prompts, tmp_path / "out", "--certify", str(tmp_path / "claims.yaml")) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_category_that_lost_its_prompts_is_not_shown(
+    policies: dict[str, Path], prompts: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    trained = {"start": policies["start"], "after": shutil.copytree(policies["after"], run / "policy")}
+    tea = [Dialogue((text,)) for text in PROMPTS if "tea" in text]
+    write_record(run, "policy", (Source("data.prompts", "train.jsonl", None, prompt_hashes(tea)),))
+    assert certify(trained, prompts, tmp_path / "out", "--claim", "worst_category=0.95") == 4
+    claim = read(tmp_path / "out")["claims"]["worst_category"]
+    assert claim["category"] == "tea" and "no prompt to test it on in tea" in claim["reason"]
+    assert claim["categories"]["tea"] == {"n": 0, "estimate": None, "bound": None, "p": 1.0, "p_reverse": 1.0}
 
 
 def test_who_is_certified_has_to_be_clear(
@@ -309,7 +372,7 @@ def test_a_certificate_is_not_written_over(
     assert certify(policies, prompts, out) == 2
     assert "is of a certificate" in capsys.readouterr().err
     assert snapshot(out) == before
-    assert len(ledger_of(str(prompts)).read_text().splitlines()) == 1
+    assert looks(prompts) == [1]
 
 
 def test_prompts_that_the_policy_knows_are_left_out(
@@ -360,21 +423,66 @@ def test_ranks_change_nothing(policies: dict[str, Path], prompts: Path, tmp_path
 
 
 def test_ledgers_survive(tmp_path: Path) -> None:
-    ledger = tmp_path / "new" / "looks.jsonl"
-    about = {"policy": "a\ud800"}
-    assert spend(ledger, "a", ["1", "2"], about) == 1
-    with ledger.open("ab") as file:
+    ledger = Ledger(tmp_path / "new" / "looks.jsonl")
+
+    def spend(key: str, *hashes: str, delta: float = 0.05) -> int:
+        return ledger.spend(key, delta, hashes, {"policy": "a\ud800"})
+
+    assert spend("a", "1", "2") == 1
+    with ledger.path.open("ab") as file:
         file.write(b'{"look": 2, "key": "torn')
-    assert spend(ledger, "b", ["2", "3"], about) == 2
-    assert spend(ledger, "c", ["4"], about) == 1
-    assert spend(ledger, "d", ["1", "4"], about) == 3
-    assert spend(ledger, "a", ["1", "2"], about) == 1
-    assert [json.loads(line)["key"] for line in ledger.read_text().splitlines()] == ["a", "b", "c", "d"]
-    ledger.write_text("looks\n")
-    with pytest.raises(InputError, match="line 1: b'looks' is not a look"):
-        spend(ledger, "e", ["1"], about)
-    with pytest.raises(InputError, match="cannot be written"):
-        spend(tmp_path, "e", ["1"], about)
+    assert spend("b", "2", "3") == 2
+    # An editor may take the last newline.
+    ledger.path.write_bytes(ledger.path.read_bytes().rstrip())
+    assert spend("c", "4") == 1
+    assert spend("d", "1", "4") == 3
+    assert spend("a", "1", "2") == 1
+    assert [json.loads(line)["key"] for line in ledger.path.read_text().splitlines()] == ["a", "b", "c", "d"]
+    with pytest.raises(InputError, match="certify.delta is 0.1, and look 1 at these prompts, .* was of 0.05"):
+        spend("e", "1", delta=0.1)
+    for text in ("looks\n", "my notes"):
+        ledger.path.write_text(text)
+        with pytest.raises(InputError, match="line 1: b'.*' is not a look"):
+            spend("e", "1")
+        assert ledger.path.read_text() == text
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written"):
-        spend(tmp_path / "file" / "looks.jsonl", "e", ["1"], about)
+    for path in (tmp_path, tmp_path / "file" / "looks.jsonl"):
+        with pytest.raises(InputError, match="cannot be written"):
+            Ledger(path).spend("e", 0.05, ["1"], {})
+
+
+def test_the_same_look_that_comes_out_otherwise_is_another(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "looks.jsonl")
+    given = ("a", 0.05, ["1"], {"policy": "a"})
+    assert ledger.spend(*given) == 1
+    assert [ledger.settle(*given, found) for found in ("x", "x", "y", "x", "z", "y")] == [1, 1, 2, 1, 3, 2]
+    assert ledger.spend("b", 0.05, ["1"], {}) == 4
+
+
+def test_responses_drawn_again_are_another_look(policies: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
+    options = ("--claim", "unsafe_prompts=0.9", "--cost.path", "tests.evaluation.test_certify:random_cost")
+    found = []
+    for name in ("one", "two"):
+        certify(policies, prompts, tmp_path / name, *options)
+        shutil.rmtree(tmp_path / "cache")
+        found.append(read(tmp_path / name)["look"])
+        assert main(["--verify", str(tmp_path / name / "certificate.json")]) in (0, 3, 4)
+    assert found == [1, 2] and read(tmp_path / "two")["delta_of_look"] == 0.05 / 4
+
+
+def test_what_was_drawn_without_a_claim_is_a_look(policies: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
+    for seed in ("0", "1"):
+        assert certify(policies, prompts, tmp_path / f"plain-{seed}", "--seed", seed) == 0
+    certify(policies, prompts, tmp_path / "claimed", "--seed", "1", "--claim", "unsafe_prompts=0.9")
+    assert read(tmp_path / "claimed")["look"] == 3
+    # Those that are noted are not noted again.
+    certify(policies, prompts, tmp_path / "more", "--seed", "1", "--claim", "unsafe_prompts=0.8")
+    assert read(tmp_path / "more")["look"] == 4
+
+
+def test_a_lost_ledger_does_not_give_a_look_back(policies: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
+    certify(policies, prompts, tmp_path / "first", "--claim", "unsafe_prompts=0.9")
+    certify(policies, prompts, tmp_path / "second", "--claim", "unsafe_prompts=0.8")
+    ledger_of(str(prompts)).unlink()
+    certify(policies, prompts, tmp_path / "second", "--claim", "unsafe_prompts=0.8")
+    assert read(tmp_path / "second")["look"] == 2

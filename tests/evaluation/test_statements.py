@@ -22,12 +22,20 @@ def responses(cost: list, other: list | None = None, reward: list | None = None)
     return Responses(k, costs, scores)
 
 
-def samples(policy: Responses, *reference: Responses, categories: list | None = None, **thresholds: float) -> Samples:
+def samples(
+    policy: Responses,
+    *reference: Responses,
+    categories: list[str] | None = None,
+    gone: tuple[str, ...] = (),
+    **thresholds: float,
+) -> Samples:
+    """Of the categories some may be `gone`: without a prompt that is left."""
     prompts = len(next(iter(policy.costs.values())))
     d = {name: thresholds.get(name, 0.0) for name in policy.costs}
     first, second = reference or (None, None)
     pair = None if first is None or second is None else (first, second)
-    return Samples(policy, pair, d, categories or [None] * prompts)
+    names = categories or [""] * prompts
+    return Samples(policy, pair, d, names, sorted({*names, *gone}))
 
 
 def only(name: str, claim: ClaimConfig, given: Samples) -> Values:
@@ -57,8 +65,16 @@ def test_costs_with_bounds_are_raised_to_the_lower_and_refused_above_the_upper()
     claim = ClaimConfig(limit=0.0, bounds=[-1.0, 2.0])
     values = only("mean_cost", claim, samples(responses([[-5, 1], [2, 2]])))
     assert values.kind == "bounded" and values.within == (-1.0, 2.0) and values.values.tolist() == [0, 2]
-    with pytest.raises(InputError, match="a cost is 2.5, expected at most 2"):
+    with pytest.raises(InputError, match="claim 'mean_cost': a cost is 2.5, expected at most 2"):
         only("mean_cost", claim, samples(responses([[0, 2.5]])))
+
+
+def test_a_bound_as_nearly_as_float32_can_write_it_is_that_bound() -> None:
+    lowest = samples(responses([[0.1, 0.1, 0.1]] * 40))
+    found = only("mean_cost", ClaimConfig(limit=0.1, bounds=[0.1, 0.7]), lowest).evidence(0.05)
+    assert found.p_reverse == 1
+    highest = samples(responses([[0.7, 0.7, 0.7]] * 40))
+    assert only("mean_cost", ClaimConfig(limit=0.2, bounds=[0.1, 0.7]), highest).values.max() == pytest.approx(0.7)
 
 
 def test_several_constraints_each_about_its_prompts() -> None:
@@ -120,9 +136,11 @@ def test_what_is_not_known_passes_nothing() -> None:
 
 
 def test_categories_are_apart() -> None:
-    given = samples(responses([[1], [0], [0], [1]]), categories=["b", "a", None, "a"])
+    given = samples(responses([[1], [0], [0], [1]]), categories=["b", "a", "", "a"], gone=("c",))
     found = values_of("worst_category", ClaimConfig(limit=0.1), given)
-    assert {name: own.values.tolist() for name, own in found.items()} == {"(none)": [0], "a": [0, 1], "b": [1]}
+    assert {name: own.values.tolist() for name, own in found.items()} == {"": [0], "a": [0, 1], "b": [1], "c": []}
+    # One that is gone is not shown.
+    assert found["c"].evidence(0.05).p == 1
     responses_of = values_of("w", ClaimConfig(statement="worst_category", of="unsafe_responses", limit=0.1), given)
     assert responses_of["a"].kind == "bounded"
 
@@ -132,6 +150,7 @@ def test_the_prompts_needed_for_a_share(share: float) -> None:
     limit, delta = 0.1, 0.025
     n = claims.needed_for_share(share, limit, delta)
     assert n is not None
+    assert claims.needed_for_mean(np.ones(40), 2.0, 0.05) is None
 
     def power(n: int) -> float:
         rejected = [count for count in range(n + 1) if bounds.binomial_p(count, n, limit) <= delta]

@@ -142,7 +142,7 @@ def test_the_run_and_what_the_certificate_rests_on() -> None:
         "- Reference: start, world:tiny",
         "- What cost.path (judge:x) was trained on is not known.",
         "- Prompts: 280 of world:certify, fingerprint ba9876543210; 1 left out that the policy or a scorer has seen, "
-        "3 too long",
+        "or that are there twice, 3 too long",
         "- Made on 2026-11-28 with repo\\_fast 0.1.0, torch 2.11",
     ):
         assert f"\n{line}\n" in text, line

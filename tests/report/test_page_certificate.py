@@ -85,8 +85,8 @@ def test_the_level_the_look_the_prompts_and_the_limits_of_it_are_said(page_with)
     text = section(page_with(certificate()))
     assert "A level of 0.05:" in text and "This is look 2, which spends 0.0125." in text
     assert "every p is at most 0.0125" in text
-    assert "1,280 prompts of world:certify, 8 responses to each. Excluded" in text and "chosen by them: none." in text
-    assert "chosen in other runs by these prompts. That cannot be seen" in text
+    assert "1,280 prompts of world:certify, 8 responses to each. Excluded" in text and "there twice: none." in text
+    assert "where prompts are not drawn independently" in text
     assert "about prompts like these" in text and "the opinions of the scorers" in text
     assert "repo, outputs/policy, 0306e757bdf8" in text and "repo_fast 0.1.0, torch 2.13.0" in text
     for absent in ("Reference", "What could not be checked", "Excluded prompts", "fresh set", "Asymptotic", "too long"):
@@ -143,7 +143,7 @@ def test_the_worst_category_what_is_unknown_and_the_excluded_prompts_are_listed(
     text = section(page)
     assert "in weapons , the worst category" in text and "before, world:tiny, b3b085f9471f" in text
     assert "What could not be checked What the model was trained on is not known. What it does not say" in text
-    assert "2 more were too long." in text and "chosen by them: 103." in text
+    assert "2 more were too long." in text and "there twice: 103." in text
     assert "prompt 99 x" in text and "… prompt 129, in data.prompts of repo" in text and "prompt 100 x" not in text
     assert "The first 100 of 103; certificate.json has all." in text and "x" * 300 not in text
 
