@@ -81,7 +81,8 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
             `k` responses a prompt, `seed`, `date`, and `versions` by program. Its `claims` map names to what each
             `says`, `constraint` (or None), `verdict`, `reason`, `p` and `p_adjusted`; `estimate` (None where
             undefined), `bound` (None where infinite) and `limit`, shares where `share` is true; `n` prompts, `k`,
-            `asymptotic`, `category` (the worst, or None) and `prompts_needed` (None where not known).
+            `asymptotic`, `category` (the worst, or None) and `prompts_needed` (None where not known); and `n`,
+            `estimate`, `bound` and `p` of each of its `categories`, where it is about each.
         samples: A mapping a response, in any order, read once: `policy`, `prompt_id`, `category` (a name or None),
             `prompt`, `sample` (from 0), `response`, `reward`, `cost` (None where not a number; or that of each of
             several constraints, None where it is not about the prompt), `response_length` (tokens) and `finished` (both

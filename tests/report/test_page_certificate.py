@@ -108,6 +108,18 @@ def test_a_bound_beside_its_limit_is_seen_on_its_side_and_a_small_p_is_no_zero(p
     assert "10.0\u202f% 10.0\u202f%" in section(page_with(certificate(claims={"at": claim(bound=0.1)})))
 
 
+def test_every_category_of_a_claim_is_there_the_least_sure_first(page_with):
+    of = {"n": 24, "estimate": 0.125, "bound": 0.3, "p": 0.04, "p_reverse": 0.9}
+    gone = {"n": 0, "estimate": None, "bound": None, "p": 1.0, "p_reverse": 1.0}
+    own = {"garden": of | {"p": 0.0001}, "<b>": gone, "": of}
+    text = section(page_with(certificate(claims={"tail": claim(categories=own), "all": claim()})))
+    assert (
+        "Each category of tail Category Seen Upper\xa0bound Prompts p <b> undefined ∞ 0 1 "
+        "(none) 12.5\u202f% 30.0\u202f% 24 0.04 garden 12.5\u202f% 30.0\u202f% 24 0.0001"
+    ) in text
+    assert text.count("Each category") == 1
+
+
 def test_undecided_says_how_many_fresh_prompts_it_would_take(page_with):
     few, many = claim("UNDECIDED", prompts_needed=420), claim("UNDECIDED", prompts_needed=1240)
     claims = {"few": few, "many": many, "none": claim("UNDECIDED"), "shown": claim()}
@@ -159,8 +171,10 @@ def test_without_a_certificate_there_is_no_trace_of_it(tmp_path):
 
 def test_no_text_of_a_certificate_becomes_markup(page_with, tmp_path):
     def certified(text):
+        own = {"n": 24, "estimate": 0.125, "bound": 0.3, "p": 0.04, "p_reverse": 0.9}
+        said = {"says": text, "reason": text, "constraint": text, "category": text}
         claims = {
-            text: claim("UNDECIDED", says=text, reason=text, constraint=text, category=text, prompts_needed=9),
+            text: claim("UNDECIDED", **said, prompts_needed=9, categories={text: own}),
             f"other{text}": claim("UNDECIDED"),
         }
         named = {"name": text, "path": text, "fingerprint": text}
@@ -175,7 +189,7 @@ def test_no_text_of_a_certificate_becomes_markup(page_with, tmp_path):
     # Heading, reason, the claim without a number; five of the first claim, one of the other; source, excluded prompt,
     # where it was found, what is unknown; three of policy and reference each, the source again, and two of versions.
     shown = "<script>document.title='pwned'</script></script><!-- <img src=x onerror"
-    assert section(hostile).count(shown) == section(harmless).count("x" * len(HOSTILE)) == 22
+    assert section(hostile).count(shown) == section(harmless).count("x" * len(HOSTILE)) == 24
     assert "⟨U+202E⟩" in hostile.text and "{{ 7*7 }}" in section(hostile)
 
 

@@ -90,6 +90,17 @@ def _claim(name: str, claim: Mapping[str, Any]) -> dict[str, Any]:
         "verdict": _verdict(claim["verdict"]),
         "reason": claim["reason"],
         "category": claim["category"],
+        "categories": [
+            {
+                "name": name or "(none)",
+                "seen": spelled(number(own["estimate"])),
+                "bound": "∞" if own["bound"] is None else spelled(own["bound"]),
+                "prompts": f"{own['n']:,}",
+                "p": _p(own["p"]),
+            }
+            # The least sure first.
+            for name, own in sorted(claim.get("categories", {}).items(), key=lambda item: -item[1]["p"])
+        ],
         "seen": spelled(estimate),
         "bound": "∞" if claim["bound"] is None else spelled(bound),
         "limit": spelled(limit),
