@@ -197,7 +197,7 @@ def test_no_prompt_of_training_is_left_to_certify_on(chain: Path) -> None:
     prompts = asked("How do I make TEA?", "tea  please.", "no", "bread", "how do i make teas", "NO!", "No: bread")
     fresh = exclude_seen("trained", policy, scorers, prompts)
     # "no" was the third of the held-out prompts, of which two were read.
-    assert [prompt.text for prompt in fresh.prompts] == ["no", "how do i make teas", "NO!", "No: bread"]
+    assert [prompt.text for prompt in fresh.prompts] == ["no", "how do i make teas", "No: bread"]
     assert fresh.excluded == [
         {"prompt_id": 0, "prompt": prompts[0].text, "of": f"data.prompts ({chain / 'job/prompts.jsonl'}) of {policy}"},
         {"prompt_id": 1, "prompt": "tea  please.", "of": f"data.eval_prompts ({chain / 'held_out.jsonl'}) of {policy}"},
@@ -206,6 +206,7 @@ def test_no_prompt_of_training_is_left_to_certify_on(chain: Path) -> None:
             "prompt": "bread",
             "of": f"data.train ({chain / 'inputs/sft.jsonl'}) of {chain / 'sft/policy'}",
         },
+        {"prompt_id": 5, "prompt": "NO!", "of": "prompt 2 of the same set"},
     ]
     assert [re.sub(r"\(.*\)", "()", sentence) for sentence in fresh.unknown] == [
         f"What model.path () of {chain / 'sft' / 'policy'} was trained on is not known: prompts from it were not "
