@@ -25,8 +25,11 @@ from repo_fast.report.tables import grid
 Plan = Mapping[str, Any]
 
 EXIT_STATUS: Mapping[str, int] = {"PASS": 0, "PASS (asymptotic)": 0, "FAIL": 3, "UNDECIDED": 4}
-_FROM_PLAN = ("delta", "look", "delta_of_look", "ledger", "accept_asymptotic")
-_FROM_PLAN += ("policy", "reference", "unknown", "k", "seed")
+# What a certificate has of its plan as it stands there.
+_FROM_PLAN = (
+    *("delta", "look", "delta_of_look", "ledger", "accept_asymptotic"),
+    *("policy", "reference", "unknown", "k", "seed"),
+)
 # Of which the numbers in a certificate are a function, beside the rows and the plan.
 _PACKAGES = ("numpy", "scipy", "torch", "transformers")
 _INDEPENDENT = "It holds if prompts are drawn independently: variants of one prompt are not."

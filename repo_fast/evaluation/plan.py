@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 CLAIMS_FILE, SAMPLES_FILE, CERTIFICATE_FILE = "claims.json", "samples.jsonl", "certificate.json"
 # What a certificate is made of.
 FILES = (CLAIMS_FILE, SAMPLES_FILE)
-
-
 _TUNED = "Whether the policy, its settings or the limits were tuned on these prompts in other runs cannot be seen."
 
 
@@ -136,7 +134,7 @@ def begin(
         InputError: The folder has other claims, or the ledger cannot be written.
     """
     key, path = identity(plan), output_dir / CLAIMS_FILE
-    noted = read_claims(path) if path.exists() else None
+    noted = read_json(path) if path.exists() else None
     if noted is not None and noted.get("key") != key:
         raise InputError(
             f"{path} has other claims, or the same of other responses; expected a new output_dir, or the command that "
@@ -213,7 +211,7 @@ def check_no_claims(output_dir: Path) -> None:
         )
 
 
-def read_claims(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file that holds a mapping.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any
 
 from repo_fast.errors import InputError, first_line
 from repo_fast.evaluation.certificate import EXIT_STATUS, certificate_table, decide, made_with, prompts_fingerprint
-from repo_fast.evaluation.plan import CLAIMS_FILE, FILES, SAMPLES_FILE, digest, identity, read_claims
+from repo_fast.evaluation.plan import CLAIMS_FILE, FILES, SAMPLES_FILE, digest, identity, read_json
 
 # Other versions of SciPy may round differently.
 _TOLERANCE = 1e-9
@@ -31,8 +31,8 @@ def verify(path: Path) -> int:
     Raises:
         InputError: A file is missing or not the one that it is of, or it does not follow from them.
     """
-    certificate, folder = read_claims(path), path.parent
-    plan = read_claims(folder / CLAIMS_FILE)
+    certificate, folder = read_json(path), path.parent
+    plan = read_json(folder / CLAIMS_FILE)
     try:
         rows = list(_rows(folder / SAMPLES_FILE))
         _check_plan(plan, folder / CLAIMS_FILE)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bench import report
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +81,7 @@ def test_plots_where_there_are_several_lengths(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_from_a_measurement_to_its_table(tmp_path):
     """The two steps of `make bench`, on the smallest measurement."""
     # Beside other tests of a parallel run, whose workers pytest-benchmark would take itself for one of.

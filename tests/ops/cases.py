@@ -127,6 +127,14 @@ def error(value: Tensor, truth: Tensor) -> float:
     return (value.double() - truth).norm().item()
 
 
+def rounding(truth: Tensor) -> float:
+    """The error of float32 numbers that are each one unit in the last place off.
+
+    Where a cap makes all logits of a row one number, no rounding of 16 bits is left, and plain PyTorch's error is this.
+    """
+    return torch.finfo(torch.float32).eps * truth.norm().item()
+
+
 def head_options(options: dict[str, Any]) -> dict[str, Any]:
     """Those of `linear_log_probs`: what becomes of the products."""
     return {name: options[name] for name in ("temperature", "logit_scale", "softcap") if name in options}
@@ -195,7 +203,7 @@ def assert_fused_is_exact(case: Case, options: dict[str, Any]) -> None:
         assert abs(result.loss.item() - loss.item()) <= 1e-5 * scale
         floor = 1e-5
     else:
-        assert error(result.log_probs, log_probs) <= 2 * error(plain[1], log_probs)
+        assert error(result.log_probs, log_probs) <= max(2 * error(plain[1], log_probs), rounding(log_probs))
         assert error(result.entropy, entropy) <= max(2 * error(plain[2], entropy), 1e-5)
         # A single number's error can be 0 by luck. So: twice what plain PyTorch's errors in log p and H can do to it.
         slack = (plain[1] - log_probs).abs().max() + (plain[2] - entropy).abs().max()
@@ -241,7 +249,7 @@ def assert_log_probs_are_exact(case: Case, temperature: float, seed: int = 0, **
         assert ((ours[1] - truth[1]).abs() <= bound).all()
         floor = 1e-5
     else:
-        assert error(ours[0], truth[0]) <= 2 * error(plain[0], truth[0])
+        assert error(ours[0], truth[0]) <= max(2 * error(plain[0], truth[0]), rounding(truth[0]))
         assert error(ours[1], truth[1]) <= max(2 * error(plain[1], truth[1]), 1e-5)
         floor = 0.0
     for value, wide, ordinary in zip(ours[2:], truth[2:], plain[2:], strict=True):
