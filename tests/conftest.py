@@ -16,7 +16,10 @@ import repo_fast.ops.triton  # noqa: E402, F401
 del os.environ["TRITON_INTERPRET"]
 
 from tests import scorers  # noqa: E402
+from tests.interpreter import patch_the_language_once_a_launch  # noqa: E402
 from tests.job_runs import Job  # noqa: E402
+
+patch_the_language_once_a_launch()
 
 
 def pytest_configure() -> None:
