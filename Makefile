@@ -44,8 +44,8 @@ pipeline: setup ## From demonstrations and preferences to a safer policy: SFT, r
 test: lint ## Check and test everything but what is marked slow
 	$(VENV)/bin/pytest -m "not slow" $(SPREAD) $(ARGS)
 
-test-vllm: $(VLLM_VENV)/.done ## Test rollouts by vLLM's CPU build, in an environment of its own
-	$(VLLM_VENV)/bin/pytest tests/rollout/test_vllm.py $(ARGS)
+test-vllm: $(VLLM_VENV)/.done ## Test what vLLM's CPU build draws, in an environment of its own
+	$(VLLM_VENV)/bin/pytest tests/rollout/test_vllm.py tests/evaluation/test_vllm.py $(ARGS)
 
 # vLLM brings its own versions of some packages. The three that it brings for pictures and sound do not fit torch's CPU
 # build.

@@ -73,7 +73,7 @@ def measure(folder: Path, geometry: Geometry, ranks: Ranks) -> dict[str, Any]:
         ONE_BATCH: lambda: generate_gathered(engine, mine, settings, ranks),
     }
     if importlib.util.find_spec("vllm") is not None:
-        from repo_fast.rollout.vllm import VllmSampler
+        from repo_fast.rollout.vllm_sampler import VllmSampler
 
         longest = geometry.prompts[1] + geometry.responses[1]
         dtype = torch.float32 if ranks.device.type == "cpu" else torch.bfloat16

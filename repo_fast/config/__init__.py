@@ -28,6 +28,7 @@ from repo_fast.config.sections import (
     RunConfig,
     SamplingConfig,
     ScorerConfig,
+    VllmConfig,
 )
 from repo_fast.config.sft import SftConfig, SftDataConfig
 from repo_fast.config.supervised import SupervisedConfig
@@ -36,6 +37,7 @@ from repo_fast.config.train import (
     DataConfig,
     EvaluationConfig,
     RolloutConfig,
+    RolloutVllmConfig,
     TrainConfig,
     UpdateConfig,
 )
@@ -69,6 +71,7 @@ __all__ = [
     "PreferenceDataConfig",
     "PreferenceLossConfig",
     "RolloutConfig",
+    "RolloutVllmConfig",
     "RubricConfig",
     "RunConfig",
     "SamplingConfig",
@@ -80,6 +83,7 @@ __all__ = [
     "SupervisedConfig",
     "TrainConfig",
     "UpdateConfig",
+    "VllmConfig",
     "by_column",
     "certified_policy",
     "find_config",

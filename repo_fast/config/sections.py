@@ -17,6 +17,8 @@ from repo_fast.errors import InputError
 Plain = str | bool | int | float | list | dict | None
 # Before the folder of a guard model, and the name of a judge's.
 GUARD, JUDGE = "guard:", "judge:"
+# vLLM's own lower limit of the temperature.
+_VLLM_COLDEST = 0.01
 # What a column of a data file may be.
 COLUMN_ROLES = ("prompt", "response", "chosen", "rejected", "history", "system", "ignore")
 
@@ -122,6 +124,19 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class VllmConfig:
+    """vLLM in the same process, on the same devices."""
+
+    memory_share: float = 0.9
+    """Of the device's memory, for weights and cache while it draws; in (0, 1). On CPU the environment variable
+    VLLM_CPU_KVCACHE_SPACE (GiB) says how large the cache is."""
+    tensor_parallel: int = 1
+    """Ranks that share one engine: neighbours, so that it divides the number of ranks. 1: each has its own."""
+    compile: bool = True
+    """Compile the model and capture CUDA graphs: faster, and a minute at the start."""
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How responses are drawn."""
 
@@ -136,6 +151,12 @@ class SamplingConfig:
     finished like others: score models read it with the end of a turn."""
     batch_size: int = 64
     """Responses generated at once on a rank (responses)."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """What draws: `hf`, the policy's own module; or vLLM (`pip install repo_fast[vllm]`), which computes a prompt once
+    for all its responses, and with `vllm.tensor_parallel` holds a policy that is too large for one device. It is
+    verified: a mean gap of its log-probabilities to those of `transformers` above 0.001 nats in float32, or 0.1 in
+    bfloat16, is an error. What one engine drew is never taken for what the other would."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
 
 @dataclass(frozen=True)
@@ -262,6 +283,14 @@ def check_sampling(key: str, sampling: SamplingConfig) -> None:
     require_at_least(1, {f"{key}.max_new_tokens": sampling.max_new_tokens, f"{key}.batch_size": sampling.batch_size})
     require(sampling.temperature > 0, f"{key}.temperature", sampling.temperature, "a number above 0")
     require(0 < sampling.top_p <= 1, f"{key}.top_p", sampling.top_p, "a number in (0, 1]")
+    vllm = sampling.vllm
+    if sampling.engine == "hf":
+        require(vllm == type(vllm)(), f"{key}.vllm", vllm, f"its defaults with {key}.engine 'hf'")
+    coldest = _VLLM_COLDEST if sampling.engine == "vllm" else 0.0
+    expected = f"at least {coldest} with {key}.engine 'vllm', which draws at that where less is asked for"
+    require(sampling.temperature >= coldest, f"{key}.temperature", sampling.temperature, expected)
+    require(0 < vllm.memory_share < 1, f"{key}.vllm.memory_share", vllm.memory_share, "a number in (0, 1)")
+    require_at_least(1, {f"{key}.vllm.tensor_parallel": vllm.tensor_parallel})
 
 
 def check_scorer(key: str, scorer: ScorerConfig) -> None:

@@ -20,6 +20,7 @@ from repo_fast.config.sections import (
     RunConfig,
     SamplingConfig,
     ScorerConfig,
+    VllmConfig,
     check_fields,
     check_lora,
     check_model,
@@ -64,18 +65,14 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class VllmConfig:
+class RolloutVllmConfig(VllmConfig):
     """vLLM beside the trainer, on the same devices."""
 
     memory_share: float = 0.35
     """Of the device's memory, for weights and cache while it draws; in (0, 1). On CPU the environment variable
     VLLM_CPU_KVCACHE_SPACE (GiB) says how large the cache is."""
-    tensor_parallel: int = 1
-    """Ranks that share one engine: neighbours, so that it divides the number of ranks. 1: each has its own."""
     sleep: bool = True
     """On CUDA, give weights and cache back between steps."""
-    compile: bool = True
-    """Compile the model and capture CUDA graphs: faster, and a minute at the start."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ class RolloutConfig(SamplingConfig):
     """What draws: `hf`, the policy's own module; or vLLM in the same process, with the weights handed over before each
     step (`pip install repo_fast[vllm]`), and verified: a mean gap of its log-probabilities to the trainer's above 0.001
     nats in float32, or 0.1 in bfloat16, ends the run. Evaluations are drawn by it too."""
-    vllm: VllmConfig = field(default_factory=VllmConfig)
+    vllm: RolloutVllmConfig = field(default_factory=RolloutVllmConfig)
     score_early: bool = False
     """Call scoring functions on responses that are done while others are still drawn: with `hf` after each batch of
     `batch_size`, with `vllm` as they end. A function is then called several times a step, and not in the main thread
@@ -415,13 +412,8 @@ def _check_old_log_probs(config: TrainConfig) -> None:
 
 
 def _check_vllm(config: TrainConfig) -> None:
-    engine, vllm = config.rollout.engine, config.rollout.vllm
-    if engine == "hf":
-        require(vllm == VllmConfig(), "rollout.vllm", vllm, "its defaults with rollout.engine 'hf'")
+    if config.rollout.engine == "hf":
         return
-    share, parallel = vllm.memory_share, vllm.tensor_parallel
-    require(0 < share < 1, "rollout.vllm.memory_share", share, "a number in (0, 1)")
-    require_at_least(1, {"rollout.vllm.tensor_parallel": parallel})
     for key, value, neutral in (
         ("policy.lora.rank", config.policy.lora.rank, 0),
         ("policy.pad_token", config.policy.pad_token, None),

@@ -32,6 +32,7 @@ from repo_fast.data import Prompt, PromptTemplate, load_tokenizer
 from repo_fast.errors import InputError
 from repo_fast.evaluation.cache import describe, drawn_before, fingerprint, key_of, locked, scorer_fingerprint
 from repo_fast.evaluation.certificate import EXIT_STATUS, Plan, certificate_table
+from repo_fast.evaluation.drawing import open_drawer
 from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
 from repo_fast.evaluation.judge import ComparingJudge
 from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, Rows, judge_policies
@@ -40,8 +41,6 @@ from repo_fast.jobs.assembly import ScorerLoader, loading_options
 from repo_fast.jobs.training_prompts import prompt_hash
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import first_attention
-from repo_fast.models.policy import Policy
-from repo_fast.models.vocabulary import never_drawn
 from repo_fast.report.comparison import Judgments, compare
 from repo_fast.report.evaluations import written
 from repo_fast.report.jsonl import write_rows
@@ -51,8 +50,8 @@ from repo_fast.report.page import write_page
 from repo_fast.report.tables import comparison_table
 from repo_fast.report.unit_file import UnitFile
 from repo_fast.rollout import Request, Rollout
-from repo_fast.rollout.hf import end_tokens, generate
 from repo_fast.rollout.units import Unit, drawn_in_turn, units_of
+from repo_fast.rollout.vllm import version
 from repo_fast.scoring import FunctionScorer, Guard, Scorer, ScorerSpec, finite_scores
 
 log = logging.getLogger(__name__)
@@ -235,9 +234,12 @@ class Evaluator:
 
     def _drawn_by(self, policy: PolicyInput) -> dict[str, Any]:
         """What responses depend on beside the policy's weights, the prompts, and how many there are."""
+        sampling = to_dict(self.config)["sampling"]
+        engine, vllm = sampling.pop("engine"), sampling.pop("vllm")
         return {
             "template": self.config.template,
-            "sampling": to_dict(self.config)["sampling"],
+            "sampling": sampling,
+            **({"engine": f"vllm {version()}", "ranks": vllm["tensor_parallel"]} if engine == "vllm" else {}),
             "seed": self.config.seed,
             "random numbers": "one a token",
             **self._dated(policy.template),
@@ -245,27 +247,24 @@ class Evaluator:
         }
 
     def _draw_units(self, policy: PolicyInput, units: list[Unit], done: int, file: UnitFile) -> None:
-        with self.ranks.together("loading a policy"):
-            model = Policy.from_pretrained(policy.path, **self._loading).model.to(self.ranks.device)
-        never = never_drawn(
-            model.config.vocab_size, policy.tokenizer, end_tokens(model.generation_config, policy.tokenizer)
-        )
-
-        def draw(unit: Unit | None) -> list[dict[str, Any]]:
-            with self.ranks.together("generation"):
-                if unit is None:
-                    return []
-                sampling, device = self.config.sampling, self.ranks.device
-                return _rows(generate(model, policy.tokenizer, unit.requests, sampling, device, never), unit.sample)
-
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
-        started, tokens, said, reached = time.perf_counter(), 0, 0.0, done
-        with torch.random.fork_rng(devices=devices), self._appending(file) as append:
-            for drawn in drawn_in_turn(units[done:], self.ranks, draw):
-                for rows in drawn:
+        with contextlib.ExitStack() as held:
+            drawer = held.enter_context(contextlib.closing(open_drawer(self.config, policy, self.ranks, self._loading)))
+            held.enter_context(torch.random.fork_rng(devices=devices))
+            append = held.enter_context(self._appending(file))
+
+            def draw(group: list[Unit] | None) -> list[list[dict[str, Any]]]:
+                """The rows of each unit."""
+                own = group or []
+                return [_rows(rollout, unit.sample) for unit, rollout in zip(own, drawer.draw(own), strict=True)]
+
+            started, tokens, said, reached = time.perf_counter(), 0, 0.0, done
+            for drawn in drawn_in_turn(drawer.grouped(units[done:]), self.ranks, draw):
+                for rows in itertools.chain.from_iterable(drawn):
                     append(rows)
                     tokens += sum(len(row["tokens"]) for row in rows)
-                seconds, reached = time.perf_counter() - started, reached + len(drawn)
+                    reached += 1
+                seconds = time.perf_counter() - started
                 if seconds - said > SECONDS_BETWEEN_MESSAGES or reached == len(units):
                     said = seconds
                     log.info("  %d of %d batches, %.0f s, %.0f tokens/s", reached, len(units), said, tokens / seconds)
@@ -401,7 +400,7 @@ class Evaluator:
                 "prompts_source": self.config.prompts,
                 "samples_per_prompt": self.config.samples_per_prompt,
                 "threshold": self._threshold,
-                **to_dict(self.config)["sampling"],
+                **{key: value for key, value in to_dict(self.config)["sampling"].items() if key != "vllm"},
                 "seed": self.config.seed,
                 "resamples": self.config.resamples,
                 "reward": self.config.reward.path,

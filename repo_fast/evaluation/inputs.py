@@ -16,6 +16,7 @@ from repo_fast.jobs.inputs import check_scorer_inputs, exempt_prompts, fields_ke
 from repo_fast.models.on_paper import check_positions
 from repo_fast.rollout import Request
 from repo_fast.rollout.hf import end_tokens, generation_settings
+from repo_fast.rollout.vllm import check_installed
 from repo_fast.scoring import FunctionScorer, ScorerSpec
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
         InputError: The first thing that cannot be used.
     """
     _check_output_folder(Path(config.output_dir))
+    if config.sampling.engine == "vllm":
+        check_installed("sampling")
     scorers = scorer_specs(config.scorers)
     well_formed = None
     if config.well_formed is not None:

@@ -103,7 +103,7 @@ def build_sampler(config: TrainConfig, inputs: Inputs, policy: Engine, ranks: Ra
     if config.rollout.engine == "hf":
         pad_is_new = config.policy.pad_token is not None
         return HfSampler(inputs.tokenizer, config.rollout, ranks, pad_is_new=pad_is_new)
-    from repo_fast.rollout.vllm import VllmSampler
+    from repo_fast.rollout.vllm_sampler import VllmSampler
 
     return VllmSampler(
         inputs.policy_path,

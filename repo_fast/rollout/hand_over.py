@@ -82,6 +82,7 @@ class Verification:
         longest: Tokens of a row at most; at least 2.
         dtype: Of weights and activations.
         ranks: This process among all.
+        instead: What to do where it does not, for the message.
     """
 
     def __init__(
@@ -94,8 +95,9 @@ class Verification:
         longest: int,
         dtype: torch.dtype,
         ranks: Ranks,
+        instead: str,
     ) -> None:
-        self._engine, self._path, self._ranks, self._dtype = engine, path, ranks, dtype
+        self._engine, self._path, self._ranks, self._dtype, self._instead = engine, path, ranks, dtype, instead
         self.rows = fixed_rows(tokens, start, longest)
         self._first: torch.Tensor | None = None
         self.is_over = False
@@ -114,20 +116,31 @@ class Verification:
         if self.is_over:
             return
         ours = policy_log_probs(policy, self.rows, self._ranks.device)
+        self.check(ours, log_probs)
+        if self._first is None:
+            self._first = ours
+        moved = float((ours - self._first).abs().mean())
+        self.is_over = self._ranks.any(moved >= _DECISIVE * TOLERANCE[self._dtype])
+
+    def check(self, ours: torch.Tensor | None, log_probs: LogProbs) -> None:
+        """Compare with what the policy computed of `rows` (`policy_log_probs`); None on a rank that did not.
+
+        Raises:
+            InputError: As above.
+        """
         tolerance = TOLERANCE[self._dtype]
         with self._ranks.together(f"the verification of {self._engine}"):
-            gap = float((log_probs(self.rows) - ours).abs().mean())
+            theirs = log_probs(self.rows)
+            if ours is None:
+                return
+            gap = float((theirs - ours).abs().mean())
             # A NaN is not within it.
             if not gap <= tolerance:
                 raise InputError(
                     f"{self._engine} does not compute what the policy {self._path!r} does: log-probabilities of "
                     f"{ours.numel()} tokens differ by {gap:.3g} nats on average, expected at most {tolerance:g} in "
-                    f"{str(self._dtype).removeprefix('torch.')}; choose --rollout.engine hf"
+                    f"{str(self._dtype).removeprefix('torch.')}; {self._instead}"
                 )
-        if self._first is None:
-            self._first = ours
-        moved = float((ours - self._first).abs().mean())
-        self.is_over = self._ranks.any(moved >= _DECISIVE * tolerance)
 
 
 def fixed_tokens(tokenizer: PreTrainedTokenizerBase, ordinary: Sequence[int]) -> list[int]:

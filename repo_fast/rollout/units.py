@@ -8,12 +8,12 @@ units.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import Any, TypeVar
 
 from repo_fast.collectives import Ranks
 from repo_fast.rollout import Request
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -47,21 +47,19 @@ def units_of(requests: Sequence[Request], samples_per_prompt: int, size: int, se
 
 
 def drawn_in_turn(
-    units: Sequence[Unit], ranks: Ranks, draw: Callable[[Unit | None], Sequence[Any]]
+    items: Sequence[Item], ranks: Ranks, draw: Callable[[Item | None], Sequence[Any]]
 ) -> Iterator[list[list[Any]]]:
-    """Draw units, one on each rank at a time. All ranks must go through all of them.
+    """Draw what is left, an item on each rank at a time. All ranks must go through all of them.
 
     Args:
-        units: What is left to draw.
+        items: Units, or groups of them.
         ranks: This process among all.
-        draw: Gives the rows of a unit, of which there is at least one. A rank that has none left is given None, and
+        draw: Gives the rows of an item, of which there is at least one. A rank that has none left is given None, and
             takes part in what all ranks have to call.
 
     Yields:
-        On every rank the rows of as many units as there are ranks, in order; of the last ones, of those that are left.
+        On every rank the rows of as many items as there are ranks, in order; of the last ones, of those that are left.
     """
-    for first in range(0, len(units), ranks.size):
-        mine = units[first + ranks.rank] if first + ranks.rank < len(units) else None
-        if mine is not None:
-            torch.manual_seed(mine.seed)
+    for first in range(0, len(items), ranks.size):
+        mine = items[first + ranks.rank] if first + ranks.rank < len(items) else None
         yield [rows for rows in ranks.gather_list([draw(mine)]) if rows]

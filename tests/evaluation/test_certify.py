@@ -10,7 +10,7 @@ import pytest
 from repo_fast.data import Dialogue
 from repo_fast.errors import InputError
 from repo_fast.evaluate import main
-from repo_fast.evaluation import bounds, evaluator
+from repo_fast.evaluation import bounds, drawing
 from repo_fast.evaluation.ledger import Ledger, ledger_of
 from repo_fast.jobs.training_prompts import Source, prompt_hashes, write_record
 from tests.job_runs import PROMPTS, run, snapshot, torchrun, write_lines
@@ -176,7 +176,7 @@ def test_a_look_is_spent_before_anything_is_drawn(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(evaluator, "generate", killed)
+        patch.setattr(drawing, "generate", killed)
         certify(policies, prompts, tmp_path / "out", "--claim", "unsafe_prompts=0.9")
     assert read(tmp_path / "out", "claims.json")["look"] == 1 and not (tmp_path / "out" / "certificate.json").exists()
     assert looks(prompts) == [1]

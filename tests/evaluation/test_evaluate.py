@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from repo_fast.evaluate import main
-from repo_fast.evaluation import evaluator
+from repo_fast.evaluation import drawing, evaluator
 from repo_fast.evaluation.cache import locked, scorer_fingerprint
 from repo_fast.report.measures import Evaluation, prompt_measures
 from repo_fast.scoring import FunctionScorer, ScorerSpec
@@ -113,7 +113,7 @@ def test_the_report_measures_what_samples_jsonl_holds(folder: Path, tmp_path: Pa
 def paid(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts the responses that are drawn, and scored by `reward`."""
     counts = {"drawn": 0, "scored": 0}
-    generate, score = evaluator.generate, evaluator.finite_scores
+    generate, score = drawing.generate, evaluator.finite_scores
 
     def counted_generate(model, tokenizer, requests: list, *rest):
         counts["drawn"] += len(requests)
@@ -123,7 +123,7 @@ def paid(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["scored"] += len(rollout.responses) * (scorer.name == "reward")
         return score(scorer, rollout, exempt)
 
-    monkeypatch.setattr(evaluator, "generate", counted_generate)
+    monkeypatch.setattr(drawing, "generate", counted_generate)
     monkeypatch.setattr(evaluator, "finite_scores", counted_score)
     return counts
 

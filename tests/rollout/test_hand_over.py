@@ -121,7 +121,16 @@ def test_the_policys_own_log_probabilities_are_those_of_transformers(policy: Pol
 
 
 def verification(dtype: torch.dtype = torch.float32, ranks: Ranks = ALONE) -> Verification:
-    return Verification("vLLM", "some/policy", list(TOKENS) * 8, start=1, longest=20, dtype=dtype, ranks=ranks)
+    return Verification(
+        "vLLM",
+        "some/policy",
+        list(TOKENS) * 8,
+        start=1,
+        longest=20,
+        dtype=dtype,
+        ranks=ranks,
+        instead="choose --rollout.engine hf",
+    )
 
 
 def engine_of(policy: Policy, gap: float = 0.0) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:

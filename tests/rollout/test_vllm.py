@@ -31,7 +31,7 @@ def test_without_vllm_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"not installed: expected pip install repo_fast\[vllm\]"):
-        engine.VllmSampler("x", None, None, None, None, dtype=None, longest=1, seed=0)
+        engine.VllmEngine("x", None, None, None, "rollout", dtype=None, longest=1, seed=0)
 
 
 @pytest.mark.parametrize(

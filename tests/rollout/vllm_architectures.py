@@ -10,8 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from repo_fast.collectives import Ranks
-from repo_fast.config import EngineConfig, OptimizerConfig, RolloutConfig
-from repo_fast.config.train import VllmConfig
+from repo_fast.config import EngineConfig, OptimizerConfig, RolloutConfig, RolloutVllmConfig
 from repo_fast.data import Prompt
 from repo_fast.engine import Engine, start_distributed, stop_distributed
 from repo_fast.errors import InputError
@@ -112,9 +111,9 @@ def start(path: str, ranks: Ranks) -> Engine:
 
 
 def sampler(path: str, policy: Engine, ranks: Ranks) -> Any:
-    from repo_fast.rollout.vllm import VllmSampler
+    from repo_fast.rollout.vllm_sampler import VllmSampler
 
-    settings = RolloutConfig(engine="vllm", temperature=0.8, max_new_tokens=8, vllm=VllmConfig(compile=False))
+    settings = RolloutConfig(engine="vllm", temperature=0.8, max_new_tokens=8, vllm=RolloutVllmConfig(compile=False))
     return VllmSampler(path, policy, TOKENIZER, settings, ranks, dtype=torch.float32, longest=32, seed=0)
 
 

@@ -20,7 +20,8 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from repo_fast.engine import Engine
 from repo_fast.learning.learner import Learner
 from repo_fast.rollout import vllm as engine
-from repo_fast.rollout.vllm import VllmSampler
+from repo_fast.rollout.vllm import VllmEngine
+from repo_fast.rollout.vllm_sampler import VllmSampler
 from repo_fast.train import main
 
 RANK = os.environ["RANK"]
@@ -28,13 +29,13 @@ RANK = os.environ["RANK"]
 
 def fail_in_the_second_step() -> None:
     """When the rollout's first tokens are drawn."""
-    generate, step = VllmSampler._generate, LLMEngine.step
+    draw, step = VllmEngine.draw, LLMEngine.step
     rollouts, tokens = 0, 0
 
     def counted(*args: Any) -> Any:
         nonlocal rollouts, tokens
         rollouts, tokens = rollouts + 1, 0
-        return generate(*args)
+        return draw(*args)
 
     def failing(engine: LLMEngine) -> Any:
         nonlocal tokens
@@ -45,7 +46,7 @@ def fail_in_the_second_step() -> None:
             raise RuntimeError("the paged cache has no page 7")
         return step(engine)
 
-    VllmSampler._generate, LLMEngine.step = counted, failing
+    VllmEngine.draw, LLMEngine.step = counted, failing
 
 
 def keep_the_head_of_the_first_step() -> None:
@@ -77,7 +78,7 @@ def compare(found: dict[str, list]) -> None:
     def compared_hand_over(self: VllmSampler, policy: Engine) -> None:
         kept = {name.removeprefix("model."): weight.clone() for name, weight in policy.weights_one_by_one()}
         hand_over(self, policy)
-        inside = self._engine.collective_rpc(lambda worker: weights_of(worker.model_runner.model))[0]
+        inside = self._engine._engine.collective_rpc(lambda worker: weights_of(worker.model_runner.model))[0]
         found["unequal"].append(unequal(kept, inside))
 
     Learner.experience, VllmSampler._hand_over = compared_experience, compared_hand_over
