@@ -5,7 +5,7 @@
     cache/KEY/samples.jsonl         the responses of one policy, as drawn for one set of prompts and settings
     cache/KEY/reward-KEY.jsonl      their scores by one scorer, in the order of the responses
 
-Rows are appended in *units*, each of which is drawn or scored at once; one that a kill left incomplete is done again.
+Rows are appended in *units* (`repo_fast/report/unit_file.py`), each of which is drawn or scored at once.
 A key is a hash of everything that the rows depend on, so another setting is another file, and nothing is overwritten.
 """
 
@@ -16,15 +16,13 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from repo_fast.errors import InputError
 from repo_fast.models.model_config import load_config
-from repo_fast.report.jsonl import open_log, read_records, write_record
 from repo_fast.scoring import ScorerSpec
 
 LOCK_FILE = "lock"
@@ -139,41 +137,3 @@ def locked(folder: Path) -> Iterator[None]:
                 "one at a time: wait for it, or give another output_dir or cache_dir"
             ) from None
         yield
-
-
-class UnitFile:
-    """Rows on disk, in units.
-
-    Args:
-        path: The file; its folder exists.
-        sizes: How many rows each unit has. There may be more units in the file.
-    """
-
-    def __init__(self, path: Path, sizes: Sequence[int]) -> None:
-        self.path, self.sizes = path, sizes
-
-    def complete(self) -> int:
-        """How many units are there, from the first on."""
-        rows = Counter(row["step"] for row in read_records(self.path)) if self.path.is_file() else Counter()
-        done = 0
-        while done < len(self.sizes) and rows[done] == self.sizes[done]:
-            done += 1
-        return done
-
-    @contextlib.contextmanager
-    def appending(self) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
-        """Yields what writes the rows of the next unit; what was left of an incomplete one is cut away first."""
-        done = self.complete()
-        with open_log(self.path, resume_step=done - 1) as file:
-
-            def append(rows: Sequence[Mapping[str, Any]]) -> None:
-                nonlocal done
-                for row in rows:
-                    write_record(file, {"step": done, **row})
-                done += 1
-
-            yield append
-
-    def read(self) -> list[dict[str, Any]]:
-        """All rows, in order. All units have to be complete."""
-        return [row for row in read_records(self.path) if row["step"] < len(self.sizes)]

@@ -5,9 +5,8 @@
 is one call in `Evaluator.run`. Every rank has whole models of its own and takes a share of the responses; only one
 policy, or the scorers, are in memory at a time.
 
-What is drawn depends neither on the number of ranks nor on what was drawn before: responses come in units, one response
-for each prompt of a block, and each unit has a random state of its own, the same for every policy. More samples a
-prompt are further units.
+What is drawn depends neither on the number of ranks nor on what was drawn before: responses come in units
+(`repo_fast/rollout/units.py`), whose random states are the same for every policy.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import ONLY, EngineConfig, EvaluateConfig, to_dict, to_yaml
 from repo_fast.data import Prompt, PromptTemplate, load_tokenizer
 from repo_fast.errors import InputError
-from repo_fast.evaluation.cache import UnitFile, describe, drawn_before, fingerprint, key_of, locked, scorer_fingerprint
+from repo_fast.evaluation.cache import describe, drawn_before, fingerprint, key_of, locked, scorer_fingerprint
 from repo_fast.evaluation.certificate import EXIT_STATUS, Plan, certificate_table
 from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
 from repo_fast.evaluation.judge import ComparingJudge
@@ -50,8 +49,10 @@ from repo_fast.report.measures import Evaluation, Thresholds
 from repo_fast.report.model_card import model_card, read_training, write_model_card
 from repo_fast.report.page import write_page
 from repo_fast.report.tables import comparison_table
+from repo_fast.report.unit_file import UnitFile
 from repo_fast.rollout import Request, Rollout
 from repo_fast.rollout.hf import end_tokens, generate
+from repo_fast.rollout.units import Unit, drawn_in_turn, units_of
 from repo_fast.scoring import FunctionScorer, Guard, Scorer, ScorerSpec, finite_scores
 
 log = logging.getLogger(__name__)
@@ -209,12 +210,10 @@ class Evaluator:
             if self.ranks.is_first:
                 folder.mkdir(parents=True, exist_ok=True)
                 describe(folder, about, self._hashes)
-        size = self.config.sampling.batch_size
-        blocks = [policy.requests[start : start + size] for start in range(0, len(policy.requests), size)]
         # The reference has a second sample.
         count = self.config.samples_per_prompt * (2 if name == self.inputs.reference else 1)
-        units = [(k, block) for k in range(count) for block in blocks]
-        file = UnitFile(folder / "samples.jsonl", [len(block) for _, block in units])
+        units = units_of(policy.requests, count, self.config.sampling.batch_size, self.config.seed)
+        file = UnitFile(folder / "samples.jsonl", [len(unit.requests) for unit in units])
         done = file.complete()
         log.info("policy %s: %d responses, %d of them in the cache", name, sum(file.sizes), sum(file.sizes[:done]))
         self.ranks.barrier()
@@ -245,30 +244,28 @@ class Evaluator:
             **self._computing(policy.path),
         }
 
-    def _draw_units(
-        self, policy: PolicyInput, units: list[tuple[int, list[Request]]], done: int, file: UnitFile
-    ) -> None:
+    def _draw_units(self, policy: PolicyInput, units: list[Unit], done: int, file: UnitFile) -> None:
         with self.ranks.together("loading a policy"):
             model = Policy.from_pretrained(policy.path, **self._loading).model.to(self.ranks.device)
         never = never_drawn(
             model.config.vocab_size, policy.tokenizer, end_tokens(model.generation_config, policy.tokenizer)
         )
+
+        def draw(unit: Unit | None) -> list[dict[str, Any]]:
+            with self.ranks.together("generation"):
+                if unit is None:
+                    return []
+                sampling, device = self.config.sampling, self.ranks.device
+                return _rows(generate(model, policy.tokenizer, unit.requests, sampling, device, never), unit.sample)
+
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
-        started, tokens, said = time.perf_counter(), 0, 0.0
+        started, tokens, said, reached = time.perf_counter(), 0, 0.0, done
         with torch.random.fork_rng(devices=devices), self._appending(file) as append:
-            for first in range(done, len(units), self.ranks.size):
-                unit, rows = first + self.ranks.rank, []
-                with self.ranks.together("generation"):
-                    if unit < len(units):
-                        k, block = units[unit]
-                        torch.manual_seed(self.config.seed * 1_000_003 + unit)
-                        sampling, device = self.config.sampling, self.ranks.device
-                        rows = _rows(generate(model, policy.tokenizer, block, sampling, device, never), k)
-                for drawn in self.ranks.gather_list([rows]):
-                    if drawn:
-                        append(drawn)
-                        tokens += sum(len(row["tokens"]) for row in drawn)
-                seconds, reached = time.perf_counter() - started, min(first + self.ranks.size, len(units))
+            for drawn in drawn_in_turn(units[done:], self.ranks, draw):
+                for rows in drawn:
+                    append(rows)
+                    tokens += sum(len(row["tokens"]) for row in rows)
+                seconds, reached = time.perf_counter() - started, reached + len(drawn)
                 if seconds - said > SECONDS_BETWEEN_MESSAGES or reached == len(units):
                     said = seconds
                     log.info("  %d of %d batches, %.0f s, %.0f tokens/s", reached, len(units), said, tokens / seconds)

@@ -1,0 +1,67 @@
+"""Responses to held-out prompts in *units*, each drawn at once from a random state of its own.
+
+A unit is one response to each prompt of a block, and its random state depends on the seed and its number alone. So what
+is drawn of a policy depends neither on the number of ranks, nor on what was drawn before, nor on where a kill came in
+between; and training and evaluation draw the same responses of the same weights. More samples a prompt are further
+units.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from repo_fast.collectives import Ranks
+from repo_fast.rollout import Request
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is drawn at once.
+
+    Attributes:
+        seed: Of its random state.
+        sample: Which of the responses to each of its prompts, from 0.
+        requests: One for each prompt of a block.
+    """
+
+    seed: int
+    sample: int
+    requests: list[Request]
+
+
+def units_of(requests: Sequence[Request], samples_per_prompt: int, size: int, seed: int) -> list[Unit]:
+    """Units in the order in which they are drawn: first one response to every prompt, then a second, ...
+
+    Args:
+        requests: One for each prompt.
+        samples_per_prompt: K, responses to each.
+        size: Prompts of a block. The shortest texts come first: neighbours are generated together.
+        seed: Of the job.
+    """
+    ordered = sorted(requests, key=lambda request: len(request.prompt.text))
+    blocks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    parts = [(sample, block) for sample in range(samples_per_prompt) for block in blocks]
+    return [Unit(seed * 1_000_003 + number, sample, block) for number, (sample, block) in enumerate(parts)]
+
+
+def drawn_in_turn(
+    units: Sequence[Unit], ranks: Ranks, draw: Callable[[Unit | None], Sequence[Any]]
+) -> Iterator[list[list[Any]]]:
+    """Draw units, one on each rank at a time. All ranks must go through all of them.
+
+    Args:
+        units: What is left to draw.
+        ranks: This process among all.
+        draw: Gives the rows of a unit, of which there is at least one. A rank that has none left is given None, and
+            takes part in what all ranks have to call.
+
+    Yields:
+        On every rank the rows of as many units as there are ranks, in order; of the last ones, of those that are left.
+    """
+    for first in range(0, len(units), ranks.size):
+        mine = units[first + ranks.rank] if first + ranks.rank < len(units) else None
+        if mine is not None:
+            torch.manual_seed(mine.seed)
+        yield [rows for rows in ranks.gather_list([draw(mine)]) if rows]
