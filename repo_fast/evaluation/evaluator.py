@@ -260,7 +260,7 @@ class Evaluator:
 
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
         started, tokens, said, reached = time.perf_counter(), 0, 0.0, done
-        with torch.random.fork_rng(devices=devices), self._appending(file) as append:
+        with torch.random.fork_rng(devices=devices), file.appending(self.ranks.is_first) as append:
             for drawn in drawn_in_turn(units[done:], self.ranks, draw):
                 for rows in drawn:
                     append(rows)
@@ -270,10 +270,6 @@ class Evaluator:
                     said = seconds
                     log.info("  %d of %d batches, %.0f s, %.0f tokens/s", reached, len(units), said, tokens / seconds)
         self.ranks.barrier()
-
-    def _appending(self, file: UnitFile) -> contextlib.AbstractContextManager[Callable[[Sequence], None]]:
-        """What writes rows: the first rank's."""
-        return file.appending() if self.ranks.is_first else contextlib.nullcontext(lambda rows: None)
 
     # ----------------------------------------------------------------------------------------------------- scores
 
@@ -322,7 +318,7 @@ class Evaluator:
             before = scorer.truncated
             requests = {request.prompt.id: request for request in policy.requests}
             rows = iter(samples.rows[sum(samples.units[:done]) :])
-            with self._appending(file) as append:
+            with file.appending(self.ranks.is_first) as append:
                 for sizes in _grouped(samples.units[done:], _SCORED_AT_ONCE):
                     responses = list(itertools.islice(rows, sum(sizes)))
                     with self.ranks.together(f"the {column.name}"):

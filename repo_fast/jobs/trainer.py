@@ -3,38 +3,47 @@
     prompts -> Rollout -> scores -> Experience -> packed micro-batches -> loss -> step -> metrics, checkpoint
 
 is one call in `Trainer._take_step`; what is learned from a rollout stands in `learning/learner.py`. Around the loop are
-the before/after evaluation on held-out prompts, the logs, and the checkpoints.
+the evaluations on held-out prompts, before, after and while training, the logs, and the checkpoints.
 """
 
 import contextlib
+import random
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy
 import torch
 
 from repo_fast.collectives import Ranks
-from repo_fast.config import ONLY, TrainConfig
+from repo_fast.config import ONLY, SECOND_REWARD, TrainConfig
 from repo_fast.data import PromptSampler
 from repo_fast.engine import Engine
 from repo_fast.errors import InputError
+from repo_fast.jobs import best_policy, checkpoint
 from repo_fast.jobs.assembly import build_models, build_sampler
 from repo_fast.jobs.checkpoint import RandomState
 from repo_fast.jobs.inputs import Inputs
 from repo_fast.jobs.multiplier_start import describe_start, multipliers_from
 from repo_fast.jobs.run import Run
+from repo_fast.jobs.step_evaluations import StepEvaluations
+from repo_fast.jobs.training_prompts import INSIDE, write_record
+from repo_fast.jobs.watch import EXIT_STATUS, Watch
 from repo_fast.learning.learner import Learner
 from repo_fast.models.policy import save_policy
 from repo_fast.objective.algorithm import prompt_means
 from repo_fast.report.evaluations import read_evaluation, write_evaluation, written
+from repo_fast.report.jsonl import Value
 from repo_fast.report.measures import Evaluation, Thresholds, threshold_of
 from repo_fast.report.metrics import read_metrics
-from repo_fast.report.plots import plot_metrics
+from repo_fast.report.plots import plot_evaluations, plot_metrics
 from repo_fast.report.samples import SampleLog
-from repo_fast.report.tables import batch_size_table, before_after_table
+from repo_fast.report.tables import batch_size_table, before_after_table, table_measures
 from repo_fast.rollout import Request, Rollout
 from repo_fast.rollout.dealing import over_ranks
+from repo_fast.rollout.units import Unit, units_of
 from repo_fast.scoring import EarlyScores, FunctionScorer, JudgedScorer, finite_scores
 from repo_fast.speed.profiling import draw_timeline, traced
 from repo_fast.speed.throughput import Measured, Throughput, speed_table
@@ -62,6 +71,7 @@ class Trainer(Run):
         by_name = {name: cost.threshold for name, cost in config.costs.items()}
         self.threshold: Thresholds = by_name.get(ONLY, by_name)
         models, self.scorers = build_models(config, inputs, ranks)
+        self.second_reward = self.scorers.pop(SECOND_REWARD, None)
         self.rollout_engine = build_sampler(config, inputs, models.policy, ranks)
         self.early_scorers = {
             name: scorer
@@ -76,6 +86,8 @@ class Trainer(Run):
             ranks,
         )
         self.sampler = PromptSampler(len(inputs.requests), config.rollout.prompts_per_step, config.seed)
+        self.watch = Watch(config)
+        self._stopping_rule: str | None = None
         self.start(inputs.resume_from, inputs.policy_path, inputs.fingerprints, inputs.training_prompts)
 
     def trained(self) -> dict[str, Engine]:
@@ -83,26 +95,40 @@ class Trainer(Run):
         return {"policy": models.policy} | {f"{name}_critic": engine for name, engine in models.critics.items()}
 
     def state_dict(self) -> dict:
-        return {"learner": self.learner.state_dict(), "sampler": self.sampler.state_dict()}
+        return {
+            "learner": self.learner.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "watch": self.watch.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.learner.load_state_dict(state["learner"])
         self.sampler.load_state_dict(state["sampler"], self.config.resume_changed_data)
+        if "watch" in state:
+            # Not of a run of before it was watched.
+            self.watch.load_state_dict(state["watch"])
 
     def run(self) -> int:
         """Train to the last step, or to where the run is stopped; evaluate before and after; write the policy.
 
         Returns:
-            The exit status: 0, or 128 + the signal that stopped the run.
+            The exit status: 0; 128 + the signal that stopped the run; or 5 for a warning that did.
         """
         self.listen()
         with contextlib.closing(self.rollout_engine), self.reports() as stack:
             if self.ranks.is_first:
                 self.sample_log = SampleLog(self.output_dir, self.resume_step)
                 stack.callback(self.sample_log.close)
+                self.watch.open(self.output_dir, self.resume_step, self.say)
+                stack.callback(self.watch.close)
+                self._drop_later_best()
                 for text in (self._batch_sizes(), *self.inputs.notes, *self._notes()):
                     self.say(text)
+            self.evaluations = self._step_evaluations()
+            stack.callback(self.evaluations.close)
             self._evaluate_before()
+            # Of a resumed run, what was left of it.
+            self._evaluate_step()
             while self.step < self.total_steps and not self.must_stop():
                 if self.step + 1 == self.config.profile:
                     folder = self.output_dir / "profile"
@@ -112,9 +138,29 @@ class Trainer(Run):
                 else:
                     self._take_step()
                 self.checkpoint_if_due()
+                self._evaluate_step()
             if self.step == self.total_steps:
                 self._finish()
         return self.exit_status()
+
+    def must_stop(self) -> bool:
+        if super().must_stop():
+            return True
+        if self.config.evaluation.stop_on:
+            rules = [self.watch.stopped_by(self.step)] if self.ranks.is_first else []
+            self._stopping_rule = self.ranks.gather_list(rules)[0]
+        if self._stopping_rule is not None:
+            self.save_checkpoint()
+        return self._stopping_rule is not None
+
+    def exit_status(self) -> int:
+        if self.step == self.total_steps or self._stopping_rule is None:
+            return super().exit_status()
+        self.say(
+            f"stopped after step {self.step} of {self.total_steps} by the warning {self._stopping_rule!r}; go on with "
+            "--resume auto, without it in evaluation.stop_on"
+        )
+        return EXIT_STATUS
 
     # ----------------------------------------------------------------------------------------------------- a step
 
@@ -218,6 +264,7 @@ class Trainer(Run):
             everyone = self.ranks.gather_list(list(zip(rollout.prompts, rollout.responses, strict=True)))
         if self.ranks.is_first:
             self.log(record)
+            self.watch.see_step(record)
             if everyone is not None:
                 prompts, responses = zip(*everyone, strict=True)
                 self.sample_log.write(self.step, prompts, responses, rewards, by_name, prompt_ids)
@@ -230,6 +277,10 @@ class Trainer(Run):
             return
         for name in ("before", "before_again"):
             self._evaluate(name)
+        if self.config.evaluation.every is not None:
+            with self.ranks.together("a first evaluation"):
+                if self.ranks.is_first:
+                    self._note_evaluation(self._start_measures())
         self._begin_multipliers()
         with self.ranks.together("a first table"):
             if self.ranks.is_first:
@@ -248,6 +299,12 @@ class Trainer(Run):
             scores = self.score(rollout, self.inputs.eval_exempt)
             # Before the first step the policy is the reference.
             kl = self.learner.response_kl(rollout) if self.step else torch.zeros(len(rollout.responses))
+        rows = self.ranks.gather_list(self._evaluated(rollout, scores, kl))
+        if self.ranks.is_first:
+            write_evaluation(self._evaluation_file(name), ({"step": self.step, **row} for row in rows))
+
+    def _evaluated(self, rollout: Rollout, scores: dict[str, torch.Tensor], kl: torch.Tensor) -> list[dict[str, Value]]:
+        """This rank's responses as `write_evaluation` takes them, but for the step."""
         columns = {
             "prompt_id": rollout.prompt_ids.tolist(),
             "category": [self.inputs.categories[i] for i in rollout.prompt_ids.tolist()],
@@ -260,18 +317,20 @@ class Trainer(Run):
         if self.inputs.well_formed is not None:
             with self.ranks.together("the well-formed check"):
                 columns["well_formed"] = self.inputs.well_formed.score(rollout).tolist()
-        rows = self.ranks.gather_list(
-            [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        )
-        if self.ranks.is_first:
-            write_evaluation(self.output_dir / f"eval_{name}.jsonl", ({"step": self.step, **row} for row in rows))
+        if self.second_reward is not None:
+            with self.ranks.together(f"the {self.second_reward.name}"):
+                columns[SECOND_REWARD] = finite_scores(self.second_reward, rollout).tolist()
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
-    def _read_evaluation(self, name: str) -> Evaluation:
+    def _evaluation_file(self, name: str) -> Path:
+        return self.output_dir / f"eval_{name}.jsonl"
+
+    def _read_evaluation(self, path: Path) -> Evaluation:
         """For the first rank to call."""
         # One that is not about all prompts is told from others as several are.
         by_name = ONLY not in self.config.costs or any(self.inputs.eval_exempt.values())
         constraints = list(self.config.costs) if by_name else []
-        return read_evaluation(self.output_dir / f"eval_{name}.jsonl", constraints)[0]
+        return read_evaluation(path, constraints)[0]
 
     def _begin_multipliers(self) -> None:
         """Start those multipliers that are to be what the reference's responses ask for, and say what that is."""
@@ -281,13 +340,135 @@ class Trainer(Run):
         found: list[tuple[str, float]] = []
         with self.ranks.together("the start of the multipliers"):
             if self.ranks.is_first:
-                names = ("before", "before_again")
-                start = multipliers_from(self.config, [self._read_evaluation(name) for name in names])
+                files = [self._evaluation_file(name) for name in ("before", "before_again")]
+                start = multipliers_from(self.config, [self._read_evaluation(file) for file in files])
                 found = list(zip(self.config.costs, start.multipliers, strict=True))
                 self.say(describe_start(self.config, start))
         for name, multiplier in self.ranks.gather_list(found):
             if name in asked:
                 self.learner.constraints.begin(name, multiplier)
+
+    # --------------------------------------------------------------------------------- evaluations while training
+
+    def _step_evaluations(self) -> StepEvaluations:
+        evaluation, size = self.config.evaluation, self.config.rollout.batch_size
+        units: list[Unit] = []
+        if evaluation.every is not None:
+            units = units_of(self.inputs.eval_requests, evaluation.samples_per_prompt, size, self.config.seed)
+        return StepEvaluations(self.output_dir, units, self.ranks, self.resume_step)
+
+    def _evaluate_step(self) -> None:
+        """Evaluate the policy at the steps that the configuration says, behind a checkpoint of it.
+
+        Of a resumed run also its first step, where that is one of them: what is on disk of it is not drawn again, and
+        what follows from it is made sure of.
+        """
+        every = self.config.evaluation.every
+        if every is None or self.step == 0 or self.step % every:
+            return
+        self.save_checkpoint()
+        if not self.ranks.any(self.evaluations.row(self.step) is not None):
+            with self.phase("evaluate"), self._nothing_changed():
+                if not self.evaluations.draw(self.step, self._draw_unit, self._leave_evaluation):
+                    return
+            with self.ranks.together("the measures of an evaluation"):
+                if self.ranks.is_first:
+                    self._note_evaluation(self._step_measures())
+        elif self.ranks.is_first:
+            self.watch.see_evaluation(self.evaluations.row(self.step) or {})
+        self._keep_best()
+
+    @contextlib.contextmanager
+    def _nothing_changed(self) -> Iterator[None]:
+        """What comes after is as if nothing had been drawn or scored inside."""
+        state, scorers = RandomState.now(), [*self.scorers.values()]
+        truncated = [scorer.truncated for scorer in scorers]
+        try:
+            yield
+        finally:
+            state.restore()
+            for scorer, count in zip(scorers, truncated, strict=True):
+                scorer.truncated = count
+
+    def _draw_unit(self, unit: Unit | None) -> list[dict[str, Value]]:
+        """The scored responses of a unit; of none on a rank without one. All ranks must call it."""
+        if unit is not None:
+            # Scorers may draw from these. torch's has been set.
+            random.seed(unit.seed)
+            numpy.random.seed(unit.seed % 2**32)
+        rollout = self.generate([] if unit is None else unit.requests)
+        scores = self.score(rollout, self.inputs.eval_exempt)
+        return self._evaluated(rollout, scores, self.learner.response_kl(rollout))
+
+    def _leave_evaluation(self) -> bool:
+        """Whether a signal has come that ends the run here: it goes on with this evaluation when it is resumed."""
+        return self.step < self.total_steps and self.ranks.any(self.stop_signal is not None)
+
+    def _start_measures(self) -> dict[str, Value]:
+        """As the table's column "before": interference is that of the second sample."""
+        before, again = (self._read_evaluation(self._evaluation_file(name)) for name in ("before", "before_again"))
+        sampled = table_measures(again, before, self.threshold)
+        return {
+            name: sampled[name] if name.endswith("interference_rate") else value
+            for name, value in table_measures(before, before, self.threshold).items()
+        }
+
+    def _step_measures(self) -> dict[str, Value]:
+        evaluation = self._read_evaluation(self.evaluations.responses(self.step))
+        file, before = self._evaluation_file("before"), None
+        if file.is_file():
+            # Not in the folder of a run that was resumed from another one's.
+            before = self._read_evaluation(file)
+            if set(before.prompt_ids) != set(evaluation.prompt_ids):  # type: ignore[arg-type]
+                # The run was gone on with, with other data.
+                before = None
+        return {**table_measures(evaluation, before, self.threshold)}
+
+    def _note_evaluation(self, measures: dict[str, Value]) -> None:
+        """Write and show an evaluation, and look at it. For the first rank to call."""
+        row = {"step": self.step, **measures}
+        self.evaluations.write(row)
+        self.metrics_log.show({"step": self.step} | {f"evaluation/{name}": value for name, value in measures.items()})
+        shown = [
+            (name, value) for name, value in measures.items() if name.endswith(("reward", "violation", "safety_rate"))
+        ]
+        self.say(f"evaluation at step {self.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in shown))
+        self.watch.see_evaluation(row)
+
+    def _keep_best(self) -> None:
+        """Write the policy where this step's evaluation is the best so far. All ranks must call it."""
+        best = self.watch.best
+        is_new = self.ranks.is_first and best is not None and best.step == self.step
+        if not self.ranks.any(is_new and best_policy.read_best(self.output_dir) != best):
+            return
+        with self.phase("save best policy"):
+            state = self.learner.models.policy.whole_state()
+            with self.ranks.together("writing the best policy"):
+                if self.ranks.is_first and best is not None:
+
+                    def write(folder: Path) -> None:
+                        self.write_model(folder, state)
+                        write_record(folder, INSIDE, self.inputs.training_prompts)
+                        best_policy.write_best(folder, best)
+
+                    self.write_folder(best_policy.FOLDER, write)
+                    self.prune_checkpoints()
+
+    def prune_checkpoints(self) -> None:
+        best = self.watch.best
+        checkpoint.prune(self.output_dir, self.config.checkpoint.keep, None if best is None else best.step)
+
+    def _drop_later_best(self) -> None:
+        """Remove the policy of a step that this run has not come to yet. For the first rank to call."""
+        written, best = best_policy.read_best(self.output_dir), self.watch.best
+        if written is not None and written.step > self.step:
+            shutil.rmtree(self.output_dir / best_policy.FOLDER)
+            written = None
+        if best is not None and best.step < self.step and written != best:
+            self.say(
+                f"the best evaluation so far, {best.measure} {best.value:.4g} at step {best.step}, has no policy in "
+                f"{self.output_dir / best_policy.FOLDER}: one comes with the first that is better"
+            )
 
     # -------------------------------------------------------------------------------------------------------- end
 
@@ -308,6 +489,8 @@ class Trainer(Run):
             return
         metrics = read_metrics(self.output_dir / "metrics.jsonl")
         plot_metrics(metrics, self.output_dir / "plots", self.threshold)
+        if rows := self.evaluations.rows():
+            plot_evaluations(rows, self.output_dir / "plots", self.threshold)
         self.say(speed_table(metrics, self.ranks.size))
         if self.inputs.eval_requests and not (self.output_dir / "eval_before.jsonl").is_file():
             self.say("no before/after table: the start was evaluated in the folder of the checkpoint resumed from")
@@ -319,8 +502,8 @@ class Trainer(Run):
 
     def _table(self, after: str) -> str:
         """The start beside another evaluation. For the first rank to call."""
-        names = ("before", "before_again", after)
-        before, again, other = (self._read_evaluation(name) for name in names)
+        files = [self._evaluation_file(name) for name in ("before", "before_again", after)]
+        before, again, other = (self._read_evaluation(file) for file in files)
         return before_after_table(before, other, self.threshold, before_again=again)
 
     def _notes(self) -> list[str]:
