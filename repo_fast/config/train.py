@@ -450,6 +450,11 @@ def _check_evaluation(config: TrainConfig) -> None:
             "evaluation.stop_on has 'exploitation' with evaluation.every null, expected a number of steps: it is seen "
             "in evaluations alone"
         )
+    if "exploitation" in evaluation.stop_on and not (evaluation.well_formed or evaluation.second_reward.path):
+        raise InputError(
+            "evaluation.stop_on has 'exploitation' without evaluation.second_reward or evaluation.well_formed, "
+            "expected one of them: what the reward rises at the expense of"
+        )
     if best is None:
         return
     if evaluation.every is None:

@@ -56,11 +56,12 @@ def constraint_of(measure: str) -> str | None:
 
 
 def value_of(evaluation: Mapping[str, Value], measure: str) -> float:
-    """A measure of `measures_to_keep` in a row of `evaluations.jsonl`."""
+    """A measure of `measures_to_keep` in a row of `evaluations.jsonl`; NaN where nothing in it is that."""
     if measure in evaluation:
         return float(evaluation[measure])  # type: ignore[arg-type]
     # Of several constraints, or of one that is not about all prompts.
-    return float(sum(value for name, value in evaluation.items() if name.endswith(f"_{measure}")))  # type: ignore[misc]
+    own = [value for name, value in evaluation.items() if name.endswith(f"_{measure}")]
+    return float(sum(own)) if own else math.nan  # type: ignore[arg-type]
 
 
 def better(evaluation: Mapping[str, Value], measure: str, best: Best | None) -> Best | None:
