@@ -17,7 +17,7 @@ import numpy
 import torch
 
 from repo_fast.config import ONLY, SECOND_REWARD, TrainConfig
-from repo_fast.jobs import best_policy, checkpoint
+from repo_fast.jobs import checkpoint
 from repo_fast.jobs.checkpoint import RandomState
 from repo_fast.jobs.inputs import Inputs
 from repo_fast.jobs.multiplier_start import describe_start, multipliers_from
@@ -26,6 +26,7 @@ from repo_fast.jobs.step_evaluations import StepEvaluations
 from repo_fast.jobs.training_prompts import INSIDE, write_record
 from repo_fast.jobs.watch import Watch
 from repo_fast.learning.learner import Learner
+from repo_fast.report import best as best_policy
 from repo_fast.report.evaluations import read_evaluation, write_evaluation, written
 from repo_fast.report.jsonl import Value
 from repo_fast.report.measures import Evaluation, Thresholds
@@ -205,15 +206,16 @@ class EvaluatedRun(Run):
         if every is None or self.step == 0 or self.step % every:
             return
         self.save_checkpoint()
-        if not self.ranks.any(self.evaluations.row(self.step) is not None):
+        row = self.evaluations.row(self.step)
+        if not self.ranks.any(row is not None):
             with self.phase("evaluate"), self._nothing_changed():
                 if not self.evaluations.draw(self.step, self._draw_unit, self._leave_evaluation):
                     return
             with self.ranks.together("the measures of an evaluation"):
                 if self.ranks.is_first:
                     self._note_evaluation(self._step_measures())
-        elif self.ranks.is_first:
-            self.watch.see_evaluation(self.evaluations.row(self.step) or {})
+        elif row is not None:
+            self.watch.see_evaluation(row)
         self._keep_best()
 
     @contextlib.contextmanager
@@ -277,7 +279,7 @@ class EvaluatedRun(Run):
         """Write the policy where this step's evaluation is the best so far. All ranks must call it."""
         best = self.watch.best
         is_new = self.ranks.is_first and best is not None and best.step == self.step
-        if not self.ranks.any(is_new and best_policy.read_best(self.output_dir) != best):
+        if not self.ranks.any(is_new and best_policy.read_best(self.output_dir / best_policy.FOLDER) != best):
             return
         with self.phase("save best policy"):
             state = self.learner.models.policy.whole_state()
@@ -298,12 +300,13 @@ class EvaluatedRun(Run):
 
     def drop_later_best(self) -> None:
         """Remove the policy of a step that this run has not come to yet. For the first rank to call."""
-        written, best = best_policy.read_best(self.output_dir), self.watch.best
+        folder, best = self.output_dir / best_policy.FOLDER, self.watch.best
+        written = best_policy.read_best(folder)
         if written is not None and written.step > self.step:
-            shutil.rmtree(self.output_dir / best_policy.FOLDER)
+            shutil.rmtree(folder)
             written = None
         if best is not None and best.step < self.step and written != best:
             self.say(
                 f"the best evaluation so far, {best.measure} {best.value:.4g} at step {best.step}, has no policy in "
-                f"{self.output_dir / best_policy.FOLDER}: one comes with the first that is better"
+                f"{folder}: one comes with the first that is better"
             )

@@ -52,7 +52,7 @@ class Watch:
         self._begun: dict[str, int] = {}
         self.best: Best | None = None
         self._file: TextIO | None = None
-        self._written: set[tuple[Value, Value]] = set()
+        self._written: set[tuple[Value, Value, Value]] = set()
         self._say: Callable[[str], None] = print
 
     def open(self, output_dir: Path, resume_step: int | None, say: Callable[[str], None]) -> None:
@@ -65,7 +65,7 @@ class Watch:
         """
         path = output_dir / FILE
         self._file, self._say = open_log(path, resume_step), say
-        self._written = {(row["rule"], row["about"]) for row in read_records(path) if row["step"] == resume_step}
+        self._written = {(row["step"], row["rule"], row["about"]) for row in read_records(path)}
 
     def close(self) -> None:
         if self._file is not None:
@@ -98,13 +98,12 @@ class Watch:
         found = {f"{rule}:{own.about}": own for rule, apply in rules.items() for own in apply(history)}
         for key in [key for key in self._begun if key.partition(":")[0] in rules and key not in found]:
             del self._begun[key]
-        for key in found.keys() - self._begun.keys():
-            self._begun[key] = step
         for key, warned in found.items():
             rule = key.partition(":")[0]
-            if self._begun[key] != step or (rule, warned.about) in self._written or self._file is None:
+            if self._begun.setdefault(key, step) != step or (step, rule, warned.about) in self._written:
                 continue
             record = {"step": step, "rule": rule, "about": warned.about, **warned.values, "text": warned.text}
+            assert self._file is not None, "a watch that is not open has seen something"
             write_record(self._file, record)
             self._say(f"warning ({rule}) at step {step}: {warned.text}")
 

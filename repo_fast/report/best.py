@@ -1,12 +1,19 @@
 """The best of the evaluations of a run, by one measure: which direction is better, and what several constraints add up
-to."""
+to.
 
+Its policy is `best_policy/`, a Hugging Face folder that comes and goes as a whole, with `best_evaluation.json` in it
+(step, measure, value), and the record of what its training has read, by which certificates know it.
+"""
+
+import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from repo_fast.report.jsonl import Value
 
+FOLDER, FILE = "best_policy", "best_evaluation.json"
 # Measures of the before/after table that say how good a policy is, and whether more of it is better. A KL or a length
 # says nothing by itself, and interference is relative to a sample that another folder may have.
 MORE_IS_BETTER = {
@@ -76,3 +83,14 @@ def better(evaluation: Mapping[str, Value], measure: str, best: Best | None) -> 
     if best is not None and not (value > best.value if more else value < best.value):
         return None
     return Best(int(evaluation["step"]), measure, value)  # type: ignore[arg-type]
+
+
+def write_best(folder: Path, best: Best) -> None:
+    """Say in the folder of a policy of which evaluation it is."""
+    (folder / FILE).write_text(json.dumps(asdict(best), indent=1) + "\n", encoding="utf-8")
+
+
+def read_best(folder: Path) -> Best | None:
+    """Of which evaluation the policy in a folder is; None where it does not say, or is not there."""
+    file = folder / FILE
+    return Best(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
