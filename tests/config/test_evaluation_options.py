@@ -1,10 +1,11 @@
 """Options of what is looked at while training: those that cannot be honoured are one line."""
 
+import copy
 from pathlib import Path
 
 import pytest
 
-from repo_fast.config import parse
+from repo_fast.config import parse, to_dict
 from repo_fast.config.evaluate import EvaluateConfig
 from repo_fast.errors import InputError
 from repo_fast.jobs import checkpoint
@@ -74,6 +75,21 @@ def test_other_jobs_have_no_best_evaluation() -> None:
     for kind in (SftConfig, EvaluateConfig):
         with pytest.raises(InputError, match=r"unknown option 'checkpoint\.keep_best'"):
             parse(["--checkpoint.keep_best", "mean_reward"], kind)
+
+
+def test_a_resume_may_change_what_is_looked_at_and_not_what_is_drawn(tmp_path: Path) -> None:
+    config = to_dict(parse([]))
+    then = copy.deepcopy(config)
+    for key in ("every", "second_reward", "kl_bound", "stop_on"):
+        # As checkpoints of before have it.
+        del then["evaluation"][key]
+    del then["checkpoint"]["keep_best"]
+    checkpoint.check_run(tmp_path, {"ranks": 1, "config": then}, config, ranks=1)
+    looked = ["--evaluation.every", "5", "--evaluation.stop_on", "[kl]", "--checkpoint.keep_best", "mean_reward"]
+    checkpoint.check_run(tmp_path, {"ranks": 1, "config": config}, to_dict(parse(looked)), ranks=1)
+    drawn = to_dict(parse(["--evaluation.second_reward.path", "m:f"]))
+    with pytest.raises(InputError, match=r"evaluation\.second_reward\.path is '' there and 'm:f' here"):
+        checkpoint.check_run(tmp_path, {"ranks": 1, "config": config}, drawn, ranks=1)
 
 
 def test_the_best_checkpoint_is_not_pruned(tmp_path: Path) -> None:
