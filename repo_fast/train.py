@@ -4,8 +4,8 @@
 
 Options: `--help`. A configuration is a YAML file, `--config NAME|FILE`; single values change by `--section.key value`.
 Configuration and data are checked before the process group starts. Exit status: 0; 2 for input that cannot be used,
-said in one line; 128 + the signal that stopped the run after saving its state; anything else is a fault, with its
-traceback.
+said in one line; 5 for a run that a warning of `evaluation.stop_on` ended before its last step, 128 + the signal for
+one that a signal did, both after saving its state; anything else is a fault, with its traceback.
 """
 
 import sys

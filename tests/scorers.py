@@ -34,6 +34,22 @@ def cost(prompts: list[str], responses: list[str]) -> list[float]:
     return [len(text) % 7 - 3.0 for text in responses]
 
 
+def rising(prompts: list[str], responses: list[str]) -> list[float]:
+    """A reward that rises whatever is drawn."""
+    global calls
+    calls += 1
+    return [float(calls)] * len(responses)
+
+
+def falling(prompts: list[str], responses: list[str]) -> list[float]:
+    """What it stands for."""
+    return [-float(calls)] * len(responses)
+
+
+def always_unsafe(prompts: list[str], responses: list[str]) -> list[float]:
+    return [1.0] * len(responses)
+
+
 def raises(prompts: list[str], responses: list[str]) -> list[float]:
     raise KeyError("no such word")
 

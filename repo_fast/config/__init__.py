@@ -10,7 +10,15 @@ from repo_fast.config.command_line import (
     to_dict,
     to_yaml,
 )
-from repo_fast.config.constraints import ONLY, ConstraintConfig, CostConfig, PidConfig, by_column, section_of
+from repo_fast.config.constraints import (
+    ONLY,
+    SECOND_REWARD,
+    ConstraintConfig,
+    CostConfig,
+    PidConfig,
+    by_column,
+    section_of,
+)
 from repo_fast.config.evaluate import EvaluateConfig
 from repo_fast.config.heads import HeadConfig
 from repo_fast.config.judge import EndpointConfig, JudgeConfig, RubricConfig
@@ -46,6 +54,7 @@ __all__ = [
     "CONFIG_FOLDER",
     "LAYOUTS",
     "ONLY",
+    "SECOND_REWARD",
     "STATEMENTS",
     "AlgorithmConfig",
     "CertifyConfig",

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 # The only constraint, of either form, is called as its scores always were.
 ONLY = "cost"
+# The column of the reward that is not trained on.
+SECOND_REWARD = "second_reward"
 _NAME = re.compile(r"[A-Za-z]\w*")
 # Other columns of what is written down of responses.
 _TAKEN = {
-    *("reward", ONLY, "kl", "response_length", "well_formed", "step", "policy", "prompt_id", "category", "prompt"),
-    *("sample", "response", "tokens", "finished"),
+    *("reward", SECOND_REWARD, ONLY, "kl", "response_length", "well_formed", "step", "policy", "prompt_id", "category"),
+    *("prompt", "sample", "response", "tokens", "finished"),
 }
 # What only some controllers have a use for; written, it is a value that is not null.
 _CONTROLLERS = {
@@ -101,6 +103,8 @@ def by_column(costs: Mapping[str, _Cost]) -> dict[str, _Cost]:
 
 def section_of(column: str, constraints: Mapping[str, CostConfig]) -> str:
     """The section that a column's scorer is written in."""
+    if column == SECOND_REWARD:
+        return f"evaluation.{column}"
     if column == "reward" or not constraints:
         return column
     return f"constraints.{column if column in constraints else next(iter(constraints))}"

@@ -321,7 +321,8 @@ def _check_guard(key: str, scorer: ScorerConfig) -> None:
         require(guard == GuardConfig(), key, guard, f"its defaults with path {scorer.path!r}, which is no guard:FOLDER")
         return
     require(scorer.path != GUARD, key.removesuffix("guard") + "path", scorer.path, "guard:FOLDER")
-    require(key != "reward.guard", "reward.path", scorer.path, "no guard: what it gives is a cost, higher is worse")
+    is_cost, path = key not in ("reward.guard", "evaluation.second_reward.guard"), key.removesuffix("guard") + "path"
+    require(is_cost, path, scorer.path, "no guard: what it gives is a cost, higher is worse")
     require(scorer.template == "auto", key.removesuffix("guard") + "template", scorer.template, "auto with a guard")
     for name in ("safe", "unsafe"):
         words = getattr(guard, name)

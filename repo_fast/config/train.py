@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from repo_fast.config.checks import require, require_at_least
 from repo_fast.config.constraints import (
     ONLY,
+    SECOND_REWARD,
     ConstraintConfig,
     by_column,
     check_constraints,
@@ -13,6 +14,7 @@ from repo_fast.config.constraints import (
     section_of,
 )
 from repo_fast.config.sections import (
+    CheckpointConfig,
     CriticConfig,
     LogConfig,
     ModelConfig,
@@ -31,6 +33,7 @@ from repo_fast.config.sections import (
 )
 from repo_fast.errors import InputError
 from repo_fast.objective.algorithm import ALGORITHMS
+from repo_fast.report.best import measures_to_keep
 
 
 @dataclass(frozen=True)
@@ -183,14 +186,33 @@ class UpdateConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The before/after table on `data.eval_prompts`."""
+    """Evaluations on `data.eval_prompts`: before and after, and while training; and warnings."""
 
+    every: int | None = None
+    """Steps between evaluations of the policy in training, into `evaluations.jsonl`, with a checkpoint before each. No
+    number of the training changes by them. Null: only before and after."""
     samples_per_prompt: int = 4
     """Responses drawn for each held-out prompt."""
     prompts: int | None = None
     """Use only the first so many held-out prompts. Null: all."""
     well_formed: str | None = None
     """Python callable `package.module:function` (`(prompts, responses) -> list[bool]`) whose share is reported too."""
+    second_reward: ScorerConfig = field(default_factory=ScorerConfig)
+    """A reward that nothing is trained on, reported too: where it falls while the reward rises, the reward is being
+    exploited, which is warned of. Without a path: none."""
+    kl_bound: float = 50.0
+    """A KL to the reference above this is warned of (nats a response)."""
+    stop_on: tuple[Literal["kl", "entropy", "length", "exploitation", "multiplier"], ...] = ()
+    """Warnings that end the run, with a checkpoint and the exit status 5 (`repo_fast/report/warning_rules.py`)."""
+
+
+@dataclass(frozen=True)
+class TrainCheckpointConfig(CheckpointConfig):
+    """When the state of the run is saved, and what is kept of it."""
+
+    keep_best: str | None = None
+    """Measure of `evaluations.jsonl`, such as strict_violation (of several constraints their sum) or mean_reward: the
+    checkpoint of the best evaluation is kept whatever `keep` says, and its policy is in `best_policy`."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +252,7 @@ class TrainConfig(RunConfig):
     profile: int | None = None
     """The step that torch's profiler traces: `profile/trace-rank-N.json.gz`, and `profile/timeline.png` of its phases
     (a step number of the whole run)."""
+    checkpoint: TrainCheckpointConfig = field(default_factory=TrainCheckpointConfig)
     log: TrainLogConfig = field(default_factory=TrainLogConfig)
 
     @property
@@ -253,6 +276,12 @@ class TrainConfig(RunConfig):
     def scorers(self) -> dict[str, ScorerConfig]:
         """Where the rewards and the costs come from, by the names of their columns."""
         return {"reward": self.reward, **self.costs}
+
+    @property
+    def all_scorers(self) -> dict[str, ScorerConfig]:
+        """Those, and the second reward where there is one."""
+        second = self.evaluation.second_reward
+        return self.scorers | ({SECOND_REWARD: second} if second != ScorerConfig() else {})
 
     def section_of(self, column: str) -> str:
         """The section that a column's scorer is written in."""
@@ -291,6 +320,7 @@ class TrainConfig(RunConfig):
                 "update.micro_batch_tokens": update.micro_batch_tokens,
                 "update.ptx_batch_size": update.ptx_batch_size,
                 "update.max_skipped_steps": update.max_skipped_steps,
+                "evaluation.every": self.evaluation.every,
                 "evaluation.samples_per_prompt": self.evaluation.samples_per_prompt,
                 "evaluation.prompts": self.evaluation.prompts,
                 "log.samples_every": self.log.samples_every,
@@ -322,7 +352,8 @@ class TrainConfig(RunConfig):
         _check_vllm(self)
         check_scorer("reward", self.reward)
         _check_costs(self)
-        adapters, functions = self.policy.lora.rank > 0, all(is_called(s.path) for s in self.scorers.values())
+        _check_evaluation(self)
+        adapters, functions = self.policy.lora.rank > 0, all(is_called(s.path) for s in self.all_scorers.values())
         if self.engine.offload_frozen and adapters and functions:
             raise InputError(
                 f"engine.offload_frozen is true with policy.lora.rank {self.policy.lora.rank} and scoring functions, "
@@ -397,6 +428,43 @@ def _check_costs(config: TrainConfig) -> None:
                 f"constraints.{name}.multiplier_init is 'dual' with algorithm.kl_coefficient 0, expected a number "
                 "above 0: what is near the reference is found with it"
             )
+
+
+def _check_evaluation(config: TrainConfig) -> None:
+    evaluation, best = config.evaluation, config.checkpoint.keep_best
+    require(evaluation.kl_bound > 0, "evaluation.kl_bound", evaluation.kl_bound, "a number above 0")
+    if SECOND_REWARD in config.all_scorers:
+        check_scorer(f"evaluation.{SECOND_REWARD}", evaluation.second_reward)
+    asked = {
+        "evaluation.every": evaluation.every,
+        f"evaluation.{SECOND_REWARD}.path": evaluation.second_reward.path or None,
+    }
+    for key, value in asked.items():
+        if value is not None and config.data.eval_prompts is None:
+            raise InputError(f"{key} is {value!r} with data.eval_prompts null, expected held-out prompts")
+    if "exploitation" in evaluation.stop_on and evaluation.every is None:
+        raise InputError(
+            "evaluation.stop_on has 'exploitation' with evaluation.every null, expected a number of steps: it is seen "
+            "in evaluations alone"
+        )
+    if "exploitation" in evaluation.stop_on and not (evaluation.well_formed or evaluation.second_reward.path):
+        raise InputError(
+            "evaluation.stop_on has 'exploitation' without evaluation.second_reward or evaluation.well_formed, "
+            "expected one of them: what the reward rises at the expense of"
+        )
+    if best is None:
+        return
+    if evaluation.every is None:
+        raise InputError(
+            f"checkpoint.keep_best is {best!r} with evaluation.every null, expected a number of steps: it is chosen "
+            "among evaluations"
+        )
+    names = measures_to_keep(() if ONLY in config.costs else config.costs)
+    require(best in names, "checkpoint.keep_best", best, f"one of {', '.join(names)}")
+    needed = {"well_formed": evaluation.well_formed, f"mean_{SECOND_REWARD}": evaluation.second_reward.path or None}
+    if needed.get(best, "") is None:
+        section = best.removeprefix("mean_")
+        raise InputError(f"checkpoint.keep_best is {best!r} without evaluation.{section}, expected that, or another")
 
 
 def _check_old_log_probs(config: TrainConfig) -> None:

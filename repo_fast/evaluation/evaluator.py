@@ -251,7 +251,7 @@ class Evaluator:
         with contextlib.ExitStack() as held:
             drawer = held.enter_context(contextlib.closing(open_drawer(self.config, policy, self.ranks, self._loading)))
             held.enter_context(torch.random.fork_rng(devices=devices))
-            append = held.enter_context(self._appending(file))
+            append = held.enter_context(file.appending(self.ranks.is_first))
 
             def draw(group: list[Unit] | None) -> list[list[dict[str, Any]]]:
                 """The rows of each unit."""
@@ -269,10 +269,6 @@ class Evaluator:
                     said = seconds
                     log.info("  %d of %d batches, %.0f s, %.0f tokens/s", reached, len(units), said, tokens / seconds)
         self.ranks.barrier()
-
-    def _appending(self, file: UnitFile) -> contextlib.AbstractContextManager[Callable[[Sequence], None]]:
-        """What writes rows: the first rank's."""
-        return file.appending() if self.ranks.is_first else contextlib.nullcontext(lambda rows: None)
 
     # ----------------------------------------------------------------------------------------------------- scores
 
@@ -321,7 +317,7 @@ class Evaluator:
             before = scorer.truncated
             requests = {request.prompt.id: request for request in policy.requests}
             rows = iter(samples.rows[sum(samples.units[:done]) :])
-            with self._appending(file) as append:
+            with file.appending(self.ranks.is_first) as append:
                 for sizes in _grouped(samples.units[done:], _SCORED_AT_ONCE):
                     responses = list(itertools.islice(rows, sum(sizes)))
                     with self.ranks.together(f"the {column.name}"):

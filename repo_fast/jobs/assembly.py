@@ -12,7 +12,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from repo_fast.collectives import Ranks
-from repo_fast.config import EngineConfig, HeadConfig, LoraConfig, ModelConfig, RubricConfig, ScorerConfig, TrainConfig
+from repo_fast.config import (
+    SECOND_REWARD,
+    EngineConfig,
+    HeadConfig,
+    LoraConfig,
+    ModelConfig,
+    RubricConfig,
+    ScorerConfig,
+    TrainConfig,
+)
 from repo_fast.data import PromptTemplate, load_tokenizer
 from repo_fast.engine import Engine, resolve_dtype, sharded_loading
 from repo_fast.errors import InputError, first_line
@@ -76,7 +85,7 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
         folder = Path(config.output_dir) / "judges"
         loader = ScorerLoader(config.engine, ranks, attention, config.update.micro_batch_tokens, folder)
         scorers = {
-            name: loader.load(name, spec, config.scorers[name])(inputs.template)
+            name: loader.load(name, spec, config.all_scorers[name])(inputs.template)
             for name, spec in inputs.scorers.items()
         }
     with sharded_loading(config.engine, ranks.device):
@@ -438,7 +447,7 @@ class ScorerLoader:
     def _score_model(
         self, column: str, spec: ScorerSpec, settings: ScorerConfig, common: dict[str, Any]
     ) -> Callable[[PromptTemplate], Scorer]:
-        name, role = common["name"], "reward" if column == "reward" else "cost"
+        name, role = common["name"], "reward" if column in ("reward", SECOND_REWARD) else "cost"
         output = find_output(spec.path, settings.head, f"the head of the {name}")
         if spec.path in self._models:
             log.info("%s", load_line(spec.path, role))

@@ -19,7 +19,7 @@ import numpy
 import torch
 from safetensors.torch import load_file, save_file
 
-from repo_fast.config import GuardConfig, RubricConfig
+from repo_fast.config import GuardConfig, RubricConfig, ScorerConfig
 from repo_fast.errors import InputError
 from repo_fast.report.folders import publish
 
@@ -27,7 +27,7 @@ _COMPLETE = re.compile(r"step-(\d{6,})")
 # May differ between a checkpoint and the run that goes on from it: they change nothing that is computed.
 _FREE_KEYS = (
     *("output_dir", "resume", "resume_changed_data", "stop_after", "checkpoint", "log", "layout", "evaluate_every"),
-    "expect",
+    *("expect", "evaluation.every", "evaluation.stop_on", "evaluation.kl_bound"),
 )
 # So do these of any scorer: a run that stopped at its budget goes on with a larger one.
 _FREE_OF_SCORERS = re.compile(
@@ -42,6 +42,7 @@ _BEFORE = {
     "algorithm.confidence": "z",
     "constraints": {},
     "heads": {},
+    "evaluation.second_reward": asdict(ScorerConfig()),
     **{f"{name}.guard": asdict(GuardConfig()) for name in ("reward", "cost")},
     **{f"{name}.judge": asdict(RubricConfig()) for name in ("reward", "cost")},
 }
@@ -162,24 +163,32 @@ def write_run(folder: Path, run: dict) -> None:
     (folder / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
-def complete(folder: Path, keep: int) -> None:
-    """Make a checkpoint that all ranks have written count, then remove the oldest, and what killed runs left.
-
-    For one rank to call.
+def complete(folder: Path) -> None:
+    """Make a checkpoint that all ranks have written count. For one rank to call.
 
     Args:
         folder: Its final name.
-        keep: How many stay; 0 keeps all.
     """
     for path in partial(folder).rglob("*"):
         if path.is_file():
             _to_disk(path)
     publish(partial(folder), folder)
     _to_disk(folder.parent)
-    for old in checkpoints(folder.parent.parent)[:-keep] if keep else []:
-        # A removal that is killed half-way must not leave what looks complete.
-        os.rename(old, partial(old))
-    for unfinished in folder.parent.glob("step-*.partial"):
+
+
+def prune(output_dir: Path, keep: int, best: int | None = None) -> None:
+    """Remove the oldest checkpoints of a run, and what killed runs left. For one rank to call.
+
+    Args:
+        output_dir: The run's folder.
+        keep: How many stay; 0 keeps all.
+        best: The step of one that stays in any case.
+    """
+    for old in checkpoints(output_dir)[:-keep] if keep else []:
+        if old.name != f"step-{best or 0:06d}":
+            # A removal that is killed half-way must not leave what looks complete.
+            os.rename(old, partial(old))
+    for unfinished in (output_dir / "checkpoints").glob("step-*.partial"):
         shutil.rmtree(unfinished)
 
 

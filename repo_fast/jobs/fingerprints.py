@@ -141,7 +141,7 @@ def model_paths(config: RunConfig) -> dict[str, str]:
     """The models that a run starts from or is scored by, by the option that names them; functions and judges too."""
     if isinstance(config, TrainConfig):
         return {"policy.path": config.policy.path} | {
-            f"{config.section_of(name)}.path": scorer.path for name, scorer in config.scorers.items()
+            f"{config.section_of(name)}.path": scorer.path for name, scorer in config.all_scorers.items()
         }
     assert isinstance(config, SupervisedConfig)
     return {"model.path": config.model.path}

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from repo_fast.config import ONLY, CostConfig, RunConfig, ScorerConfig, TrainConfig, by_column, to_dict
+from repo_fast.config import ONLY, SECOND_REWARD, CostConfig, RunConfig, ScorerConfig, TrainConfig, by_column, to_dict
 from repo_fast.data import (
     Columns,
     Demonstration,
@@ -37,6 +37,7 @@ from repo_fast.models.policy import check_vocabulary
 from repo_fast.models.score_checkpoint import find_output
 from repo_fast.objective.constraints import applicable
 from repo_fast.ops.dispatch import resolve
+from repo_fast.report.best import constraint_of
 from repo_fast.report.metrics import check_loggers
 from repo_fast.rollout import Request
 from repo_fast.rollout.hf import end_tokens, generation_settings
@@ -98,7 +99,7 @@ def read_inputs(config: TrainConfig) -> Inputs:
     resume_from = check_start(config)
     started_from = check_inputs(config, resume_from)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    scorers = scorer_specs(config.scorers)
+    scorers = scorer_specs(config.all_scorers)
     well_formed = None
     if config.evaluation.well_formed is not None:
         well_formed = FunctionScorer(config.evaluation.well_formed, "well-formed check")
@@ -152,6 +153,12 @@ def read_inputs(config: TrainConfig) -> Inputs:
                 f"{config.section_of(name)}.multiplier_init is 'dual', expected a number: none of the {len(held_out)} "
                 f"prompts of {data.eval_prompts} is one that it is about"
             )
+    about = None if config.checkpoint.keep_best is None else constraint_of(config.checkpoint.keep_best)
+    if about is not None and len(eval_exempt[about]) == len(held_out):
+        raise InputError(
+            f"checkpoint.keep_best is {config.checkpoint.keep_best!r}, expected another measure: none of the "
+            f"{len(held_out)} prompts of {data.eval_prompts} is one that constraint {about} is about"
+        )
     parts = ((requests, exempt), (eval_requests, eval_exempt))
     asked = {
         name: [request.prompt for part, out in parts for request in part if request.prompt.id not in out.get(name, ())]
@@ -193,7 +200,9 @@ def scorer_specs(scorers: Mapping[str, ScorerConfig]) -> dict[str, ScorerSpec]:
 
 
 def scorer_name(column: str) -> str:
-    """What messages call the scorer of a column: `reward`, `cost`, or which of several costs."""
+    """What messages call the scorer of a column: `reward`, `cost`, which of several costs, or the second reward."""
+    if column == SECOND_REWARD:
+        return "second reward"
     return column if column in ("reward", ONLY) else f"{column} cost"
 
 
@@ -254,7 +263,7 @@ def _check_lengths(
     check_positions(policy_path, learned, f"a demonstration of data.ptx {config.data.ptx!r}")
     for name, spec in scorers.items():
         section = config.section_of(name)
-        check_scorer_inputs(section, spec, config.scorers[name], drawn, asked[name], config.date)
+        check_scorer_inputs(section, spec, config.all_scorers[name], drawn, asked[name], config.date)
         starts_critic = spec.kind == "model" and not is_encoder(spec.path)
         starts_critic &= any(streams[0] == name for streams in config.critic_streams)
         if starts_critic and same_tokens(load_tokenizer(spec.path), tokenizer):

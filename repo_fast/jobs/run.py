@@ -168,8 +168,13 @@ class Run:
             )
         self.ranks.barrier()
         if self.ranks.is_first:
-            checkpoint.complete(folder, self.config.checkpoint.keep)
+            checkpoint.complete(folder)
+            self.prune_checkpoints()
         self.ranks.barrier()
+
+    def prune_checkpoints(self) -> None:
+        """Remove those that are not to be kept. For the first rank to call."""
+        checkpoint.prune(self.output_dir, self.config.checkpoint.keep)
 
     def _model(self) -> dict:
         return checkpoint.describe_model(next(iter(self.trained().values())).module)

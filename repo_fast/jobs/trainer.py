@@ -3,47 +3,41 @@
     prompts -> Rollout -> scores -> Experience -> packed micro-batches -> loss -> step -> metrics, checkpoint
 
 is one call in `Trainer._take_step`; what is learned from a rollout stands in `learning/learner.py`. Around the loop are
-the before/after evaluation on held-out prompts, the logs, and the checkpoints.
+the evaluations on held-out prompts, before, after and while training, the logs, and the checkpoints.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 
 from repo_fast.collectives import Ranks
-from repo_fast.config import ONLY, TrainConfig
+from repo_fast.config import ONLY, SECOND_REWARD, TrainConfig
 from repo_fast.data import PromptSampler
 from repo_fast.engine import Engine
 from repo_fast.errors import InputError
 from repo_fast.jobs.assembly import build_models, build_sampler
 from repo_fast.jobs.checkpoint import RandomState
+from repo_fast.jobs.evaluated_run import EvaluatedRun
 from repo_fast.jobs.inputs import Inputs
-from repo_fast.jobs.multiplier_start import describe_start, multipliers_from
-from repo_fast.jobs.run import Run
+from repo_fast.jobs.watch import EXIT_STATUS, Watch
 from repo_fast.learning.learner import Learner
 from repo_fast.models.policy import save_policy
 from repo_fast.objective.algorithm import prompt_means
-from repo_fast.report.evaluations import read_evaluation, write_evaluation, written
-from repo_fast.report.measures import Evaluation, Thresholds, threshold_of
+from repo_fast.report.measures import Thresholds, threshold_of
 from repo_fast.report.metrics import read_metrics
-from repo_fast.report.plots import plot_metrics
+from repo_fast.report.plots import plot_evaluations, plot_metrics
 from repo_fast.report.samples import SampleLog
-from repo_fast.report.tables import batch_size_table, before_after_table
+from repo_fast.report.tables import batch_size_table
 from repo_fast.rollout import Request, Rollout
 from repo_fast.rollout.dealing import over_ranks
-from repo_fast.scoring import EarlyScores, FunctionScorer, JudgedScorer, finite_scores
+from repo_fast.scoring import FunctionScorer, JudgedScorer
 from repo_fast.speed.profiling import draw_timeline, traced
 from repo_fast.speed.throughput import Measured, Throughput, speed_table
 
-# Sampling of the evaluations: the same for every run and resume of a seed, and apart from training's.
-_EVALUATION_SEEDS = {"before": 1, "before_again": 2, "after": 3}
 
-
-class Trainer(Run):
+class Trainer(EvaluatedRun):
     """One training run, from loaded models to the last checkpoint.
 
     Args:
@@ -62,6 +56,7 @@ class Trainer(Run):
         by_name = {name: cost.threshold for name, cost in config.costs.items()}
         self.threshold: Thresholds = by_name.get(ONLY, by_name)
         models, self.scorers = build_models(config, inputs, ranks)
+        self.second_reward = self.scorers.pop(SECOND_REWARD, None)
         self.rollout_engine = build_sampler(config, inputs, models.policy, ranks)
         self.early_scorers = {
             name: scorer
@@ -76,6 +71,8 @@ class Trainer(Run):
             ranks,
         )
         self.sampler = PromptSampler(len(inputs.requests), config.rollout.prompts_per_step, config.seed)
+        self.watch = Watch(config)
+        self._stopping_rule: str | None = None
         self.start(inputs.resume_from, inputs.policy_path, inputs.fingerprints, inputs.training_prompts)
 
     def trained(self) -> dict[str, Engine]:
@@ -83,26 +80,40 @@ class Trainer(Run):
         return {"policy": models.policy} | {f"{name}_critic": engine for name, engine in models.critics.items()}
 
     def state_dict(self) -> dict:
-        return {"learner": self.learner.state_dict(), "sampler": self.sampler.state_dict()}
+        return {
+            "learner": self.learner.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "watch": self.watch.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         self.learner.load_state_dict(state["learner"])
         self.sampler.load_state_dict(state["sampler"], self.config.resume_changed_data)
+        if "watch" in state:
+            # Not of a run of before it was watched.
+            self.watch.load_state_dict(state["watch"])
 
     def run(self) -> int:
         """Train to the last step, or to where the run is stopped; evaluate before and after; write the policy.
 
         Returns:
-            The exit status: 0, or 128 + the signal that stopped the run.
+            The exit status: 0; 128 + the signal that stopped the run; or 5 for a warning that did.
         """
         self.listen()
         with contextlib.closing(self.rollout_engine), self.reports() as stack:
             if self.ranks.is_first:
                 self.sample_log = SampleLog(self.output_dir, self.resume_step)
                 stack.callback(self.sample_log.close)
+                self.watch.open(self.output_dir, self.resume_step, self.say)
+                stack.callback(self.watch.close)
+                self.drop_later_best()
                 for text in (self._batch_sizes(), *self.inputs.notes, *self._notes()):
                     self.say(text)
-            self._evaluate_before()
+            self.evaluations = self.open_evaluations()
+            stack.callback(self.evaluations.close)
+            self.evaluate_before()
+            # Of a resumed run, what was left of it.
+            self.evaluate_step()
             while self.step < self.total_steps and not self.must_stop():
                 if self.step + 1 == self.config.profile:
                     folder = self.output_dir / "profile"
@@ -112,9 +123,29 @@ class Trainer(Run):
                 else:
                     self._take_step()
                 self.checkpoint_if_due()
+                self.evaluate_step()
             if self.step == self.total_steps:
                 self._finish()
         return self.exit_status()
+
+    def must_stop(self) -> bool:
+        if super().must_stop():
+            return True
+        if self.config.evaluation.stop_on:
+            rules = [self.watch.stopped_by(self.step)] if self.ranks.is_first else []
+            self._stopping_rule = self.ranks.gather_list(rules)[0]
+        if self._stopping_rule is not None:
+            self.save_checkpoint()
+        return self._stopping_rule is not None
+
+    def exit_status(self) -> int:
+        if self.step == self.total_steps or self._stopping_rule is None:
+            return super().exit_status()
+        self.say(
+            f"stopped after step {self.step} of {self.total_steps} by the warning {self._stopping_rule!r}; go on with "
+            "--resume auto, without it in evaluation.stop_on"
+        )
+        return EXIT_STATUS
 
     # ----------------------------------------------------------------------------------------------------- a step
 
@@ -123,12 +154,12 @@ class Trainer(Run):
         phases: dict[str, Measured] = {}
         with self.nothing_lost():
             requests = self._next_requests()
-            early = self._early_scores(requests, self.inputs.exempt)
+            early = self.early_scores(requests, self.inputs.exempt)
             with self.phase("generate") as phases["generate"]:
                 drawn = self.generate(requests, early)
             with self.phase("score") as phases["score"]:
                 share = self.config.update.share_prompts
-                rollout = over_ranks(self._with_early(drawn, early), self.learner.work, self.ranks, together=share)
+                rollout = over_ranks(self.with_early(drawn, early), self.learner.work, self.ranks, together=share)
                 scores = self.score(rollout, self.inputs.exempt)
         with self.phase("experience") as phases["experience"]:
             experience, rollout_metrics = self.learner.experience(rollout, scores)
@@ -155,45 +186,7 @@ class Trainer(Run):
 
     def _next_requests(self) -> list[Request]:
         prompts = self.sampler.next()
-        return self._requests([self.inputs.requests[i] for i in prompts], self.config.rollout.responses_per_prompt)
-
-    def _requests(self, prompts: Sequence[Request], responses_per_prompt: int) -> list[Request]:
-        """This rank's share of the responses to draw; a prompt's may lie on two ranks."""
-        return self.ranks.share([prompt for prompt in prompts for _ in range(responses_per_prompt)])
-
-    def generate(self, requests: Sequence[Request], early: EarlyScores | None = None) -> Rollout:
-        """Draw a response for each of this rank's requests from the current policy, scored meanwhile by `early`."""
-        return self.rollout_engine.draw(self.learner.models.policy, requests, early)
-
-    def _early_scores(self, requests: Sequence[Request], exempt: Mapping[str, frozenset[int]]) -> EarlyScores | None:
-        if not self.early_scorers:
-            return None
-        return EarlyScores(self.early_scorers, requests, self.ranks.device, exempt)
-
-    def _with_early(self, rollout: Rollout, early: EarlyScores | None) -> Rollout:
-        """The responses with the scores that they were given meanwhile; waits for the last of these."""
-        if early is None:
-            return rollout
-        with self.ranks.together("scoring"):
-            return replace(rollout, scores=early.scores())
-
-    def score(
-        self, rollout: Rollout, exempt: Mapping[str, frozenset[int]] = MappingProxyType({})
-    ) -> dict[str, torch.Tensor]:
-        """Rewards and costs of this rank's responses: float32 [S] each, on the CPU.
-
-        Args:
-            rollout: This rank's responses.
-            exempt: By constraint, ids of prompts that it is not about: their responses are not scored, and have -inf.
-        """
-        scores = {}
-        for name, scorer in self.scorers.items():
-            if rollout.scores is not None and name in self.early_scorers:
-                scores[name] = torch.tensor([score[name] for score in rollout.scores])
-                continue
-            with self.ranks.together(f"the {scorer.name}"):
-                scores[name] = finite_scores(scorer, rollout, exempt.get(name, ()))
-        return scores
+        return self.share_requests([self.inputs.requests[i] for i in prompts], self.config.rollout.responses_per_prompt)
 
     def _log_step(
         self, rollout: Rollout, scores: dict[str, torch.Tensor], metrics: dict[str, float], phases: dict[str, Measured]
@@ -218,76 +211,10 @@ class Trainer(Run):
             everyone = self.ranks.gather_list(list(zip(rollout.prompts, rollout.responses, strict=True)))
         if self.ranks.is_first:
             self.log(record)
+            self.watch.see_step(record)
             if everyone is not None:
                 prompts, responses = zip(*everyone, strict=True)
                 self.sample_log.write(self.step, prompts, responses, rewards, by_name, prompt_ids)
-
-    # ------------------------------------------------------------------------------------------------- evaluation
-
-    def _evaluate_before(self) -> None:
-        """Twice, from independent samples: the difference between the two is what sampling alone does."""
-        if not self.inputs.eval_requests or self.step:
-            return
-        for name in ("before", "before_again"):
-            self._evaluate(name)
-        self._begin_multipliers()
-        with self.ranks.together("a first table"):
-            if self.ranks.is_first:
-                # For what is wrong with the last one would take the run's results with it.
-                self._table("before_again")
-
-    def _evaluate(self, name: str) -> None:
-        """Sample and score the held-out prompts, into `eval_NAME.jsonl`. Leaves the random state as it was."""
-        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
-        with self.phase(f"evaluate {name}"), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.config.seed * 1_000_003 + _EVALUATION_SEEDS[name] * 10_007 + self.ranks.rank)
-            count = self.config.evaluation.samples_per_prompt
-            requests = self._requests(self.inputs.eval_requests, count)
-            early = self._early_scores(requests, self.inputs.eval_exempt)
-            rollout = self._with_early(self.generate(requests, early), early)
-            scores = self.score(rollout, self.inputs.eval_exempt)
-            # Before the first step the policy is the reference.
-            kl = self.learner.response_kl(rollout) if self.step else torch.zeros(len(rollout.responses))
-        columns = {
-            "prompt_id": rollout.prompt_ids.tolist(),
-            "category": [self.inputs.categories[i] for i in rollout.prompt_ids.tolist()],
-            "prompt": rollout.prompts,
-            "response": rollout.responses,
-            **{name: [written(score) for score in own.tolist()] for name, own in scores.items()},
-            "kl": kl.tolist(),
-            "response_length": [tokens.numel() for tokens in rollout.response_tokens],
-        }
-        if self.inputs.well_formed is not None:
-            with self.ranks.together("the well-formed check"):
-                columns["well_formed"] = self.inputs.well_formed.score(rollout).tolist()
-        rows = self.ranks.gather_list(
-            [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        )
-        if self.ranks.is_first:
-            write_evaluation(self.output_dir / f"eval_{name}.jsonl", ({"step": self.step, **row} for row in rows))
-
-    def _read_evaluation(self, name: str) -> Evaluation:
-        """For the first rank to call."""
-        # One that is not about all prompts is told from others as several are.
-        by_name = ONLY not in self.config.costs or any(self.inputs.eval_exempt.values())
-        constraints = list(self.config.costs) if by_name else []
-        return read_evaluation(self.output_dir / f"eval_{name}.jsonl", constraints)[0]
-
-    def _begin_multipliers(self) -> None:
-        """Start those multipliers that are to be what the reference's responses ask for, and say what that is."""
-        asked = [name for name, cost in self.config.costs.items() if cost.multiplier_init == "dual"]
-        if not asked:
-            return
-        found: list[tuple[str, float]] = []
-        with self.ranks.together("the start of the multipliers"):
-            if self.ranks.is_first:
-                names = ("before", "before_again")
-                start = multipliers_from(self.config, [self._read_evaluation(name) for name in names])
-                found = list(zip(self.config.costs, start.multipliers, strict=True))
-                self.say(describe_start(self.config, start))
-        for name, multiplier in self.ranks.gather_list(found):
-            if name in asked:
-                self.learner.constraints.begin(name, multiplier)
 
     # -------------------------------------------------------------------------------------------------------- end
 
@@ -298,7 +225,7 @@ class Trainer(Run):
     def _finish(self) -> None:
         """Evaluate, write the policy as a Hugging Face folder, draw the plots, print the table."""
         if self.inputs.eval_requests:
-            self._evaluate("after")
+            self.evaluate("after")
         with self.phase("save policy"):
             policy = self.learner.models.policy
             state = policy.whole_state()
@@ -308,20 +235,16 @@ class Trainer(Run):
             return
         metrics = read_metrics(self.output_dir / "metrics.jsonl")
         plot_metrics(metrics, self.output_dir / "plots", self.threshold)
+        if rows := self.evaluations.rows():
+            plot_evaluations(rows, self.output_dir / "plots", self.threshold)
         self.say(speed_table(metrics, self.ranks.size))
         if self.inputs.eval_requests and not (self.output_dir / "eval_before.jsonl").is_file():
             self.say("no before/after table: the start was evaluated in the folder of the checkpoint resumed from")
         elif self.inputs.eval_requests:
-            table = self._table("after")
+            table = self.table("after")
             (self.output_dir / "before_after.txt").write_text(table + "\n", encoding="utf-8")
             self.say(table)
         self.say(f"policy: {self.output_dir / self.RESULT}   metrics: {self.output_dir / 'metrics.jsonl'}")
-
-    def _table(self, after: str) -> str:
-        """The start beside another evaluation. For the first rank to call."""
-        names = ("before", "before_again", after)
-        before, again, other = (self._read_evaluation(name) for name in names)
-        return before_after_table(before, other, self.threshold, before_again=again)
 
     def _notes(self) -> list[str]:
         """What was chosen for this machine, and what the settings do not get."""

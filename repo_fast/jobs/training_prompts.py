@@ -11,7 +11,7 @@ step:
 It has what the run reads, prompts to evaluate on included, for a run is tuned by those, and what the records beside the
 models say that it starts from or is scored by. A model without a record, as one from the hub, a judge or a guard is,
 has been trained on something too: it is there with `null`. Of a Python function there is nothing to say. No text is
-kept, only hashes: 100,000 prompts are 2 MB.
+kept, only hashes: 100,000 prompts are 2 MB. A model's folder may also have its record inside, about the model ".".
 
 All prompts that a source's reader returns are there, also those that are then dropped as too long: a prompt that is
 excluded in excess costs a certificate one prompt, one that is missed costs it its meaning. Of a dialogue each turn of
@@ -35,6 +35,8 @@ from repo_fast.errors import InputError, first_line
 from repo_fast.jobs.fingerprints import data_sources, model_paths
 
 FILE = "training_prompts.json"
+# The model that a record in its own folder is about.
+INSIDE = "."
 _FORMAT = 1
 _HASH = re.compile(r"[0-9a-f]{16}")
 _KEYS = {"option", "source", "of", "hashes"}
@@ -165,8 +167,8 @@ def write_record(folder: Path, model: str, record: Record) -> None:
     """Write a run's record, over one of before, which stays until the new one is whole.
 
     Args:
-        folder: The run's output folder.
-        model: The name of the model's folder, in it.
+        folder: The run's output folder, or that of the model.
+        model: The name of the model's folder, in it; or `INSIDE`.
         record: Of the model.
 
     Raises:
@@ -194,6 +196,10 @@ def read_record(path: str) -> Record | None:
     if not path or not folder.is_dir():
         return None
     folder = folder.resolve()
+    if (folder / FILE).is_file():
+        model, record = _read(folder / FILE)
+        if model == INSIDE:
+            return record
     file = folder.parent / FILE
     if not file.is_file():
         return None

@@ -85,7 +85,7 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
     if not config.policy.lora.rank:
         found.append(network("reference", policy, dtype, frozen=True, **common))
     trunks, read = {}, set[str]()
-    for name, scorer in config.scorers.items():
+    for name, scorer in config.all_scorers.items():
         role = scorer_name(name)
         spec = load_scorer_spec(scorer.path, role)
         if spec.kind == "model":

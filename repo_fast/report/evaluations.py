@@ -1,6 +1,7 @@
 """The responses of an evaluation with their scores, `eval_NAME.jsonl`: one JSON object a response."""
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ def write_evaluation(path: Path, rows: Iterable[Mapping[str, Value]]) -> None:
         path: The file.
         rows: A mapping a response, with `step`, `prompt_id`, `category`, `prompt`, `response`, `reward`, `cost` (or
             that of each of several constraints under its name, None where it is not about the prompt), `kl` (nats),
-            `response_length` (tokens) and, where it is checked, `well_formed`.
+            `response_length` (tokens) and, where they are there, `well_formed` and `second_reward`.
     """
-    write_log(path, rows)
+    aside = path.with_name(path.name + ".tmp")
+    write_log(aside, rows)
+    os.replace(aside, path)
 
 
 def written(cost: float) -> float | None:
@@ -77,6 +80,7 @@ def _evaluation(rows: list[dict], rewards: list, costs: Any, well_formed: list |
         kl=_column(rows, "kl"),
         response_lengths=_column(rows, "response_length"),
         well_formed=well_formed,
+        second_rewards=_column(rows, "second_reward") if rows and "second_reward" in rows[0] else None,
     )
 
 

@@ -42,6 +42,7 @@ class Evaluation:
         kl: Nats a response: the sum over its tokens of log π − log π_ref. None where not measured.
         response_lengths: Tokens. None where not measured.
         well_formed: Whether each response is valid text of its world. None where there is no such check.
+        second_rewards: By a reward that nothing is trained on, higher is better. None where there is none.
     """
 
     prompt_ids: ArrayLike
@@ -50,6 +51,7 @@ class Evaluation:
     kl: ArrayLike | None = None
     response_lengths: ArrayLike | None = None
     well_formed: ArrayLike | None = None
+    second_rewards: ArrayLike | None = None
 
     def of(self, kept: np.ndarray) -> "Evaluation":
         """Of some responses only: bool [S]."""
@@ -176,6 +178,12 @@ def sum_by_prompt(prompt_ids: ArrayLike, values: ArrayLike) -> np.ndarray:
     return np.bincount(rows, weights=values.astype(np.float64))
 
 
+def standard_error(prompt_ids: ArrayLike, values: ArrayLike) -> float:
+    """Of the mean over prompts of the values' [S] means within each; NaN of fewer than two prompts."""
+    means = sum_by_prompt(prompt_ids, values) / sum_by_prompt(prompt_ids, np.ones(len(_column(values))))
+    return float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
+
+
 def win_shares(policy: Evaluation, reference: Evaluation) -> np.ndarray:
     """How often the policy's response has the higher reward, over all pairs with the reference's to the same prompt.
 
@@ -210,6 +218,7 @@ def prompt_measures(
 
     Returns:
         mean_reward, mean_cost: means over prompts of R̄ and C̄.
+        mean_second_reward: mean over responses, as response_length.
         safety_rate: share of all responses with C ≤ d.
         strict_safety_rate: share of prompts whose responses all have C ≤ d.
         strict_violation, max_violation, cvar_violation: mean, maximum, and mean of the worst 5 % of {C̄ − d}⁺.
@@ -230,6 +239,7 @@ def prompt_measures(
     measures: dict[str, Measure] = {"mean_reward": partial(mean, scores.reward)}
     measures |= {name: measure for name, measure in costs.items() if not several or name in _JOINT}
     for name, values in (
+        ("mean_second_reward", policy.second_rewards),
         ("response_length", policy.response_lengths),
         ("kl", policy.kl),
         ("well_formed", policy.well_formed),

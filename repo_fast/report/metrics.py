@@ -55,6 +55,10 @@ class MetricsLog:
             TypeError, ValueError: see `jsonl.write_record`.
         """
         write_record(self._file, metrics)
+        self.show(metrics)
+
+    def show(self, metrics: Mapping[str, Value]) -> None:
+        """Sends metrics that have a file of their own to the loggers alone."""
         for logger in self._loggers:
             logger.write(metrics)
 

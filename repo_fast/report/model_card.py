@@ -18,6 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from repo_fast.errors import InputError, first_line
+from repo_fast.report.best import read_best
 from repo_fast.report.page_parts.wording import visible
 
 FILE = "README.md"
@@ -75,12 +76,15 @@ def read_training(policy_path: str) -> dict[str, Any] | None:
     """
     folder = Path(policy_path).expanduser().resolve()
     file = folder.parent / "config.yaml"
-    if not folder.is_dir() or folder.name != "policy" or not file.is_file():
+    best = read_best(folder)
+    if not folder.is_dir() or (folder.name != "policy" and best is None) or not file.is_file():
         return None
     try:
         training = yaml.safe_load(file.read_text(encoding="utf-8"))
         # What a card takes from it is there.
         _training(training or {}, policy_path)
+        if best is not None:
+            training["best"] = vars(best)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{file} cannot be read ({first_line(error)}), expected the configuration of a run") from error
     except (AttributeError, LookupError, TypeError) as error:
@@ -158,13 +162,21 @@ def _training(training: Mapping[str, Any] | None, path: str) -> str:
     algorithm = training["algorithm"]
     lines += [
         f"Algorithm: {_text(algorithm['name'])}, advantages {_text(algorithm['advantage'])}",
-        f"Steps: {training['total_steps']}, seed {training['seed']}",
+        f"Steps: {_steps(training)}, seed {training['seed']}",
         f"Reward: {_text(training['reward']['path'])}",
     ]
     constraints = training.get("constraints") or {"cost": training["cost"] | {"threshold": algorithm["threshold"]}}
     for name, cost in constraints.items():
         lines.append(f"Constraint {_text(name)}: {_text(cost['path'])}, at most {_value(cost['threshold'])}")
     return _list(lines)
+
+
+def _steps(training: Mapping[str, Any]) -> str:
+    best = training.get("best")
+    if best is None:
+        return str(training["total_steps"])
+    chosen = f"the best of its evaluations by {_text(best['measure'])}, {_value(best['value'])} there"
+    return f"{best['step']} of {training['total_steps']}, {chosen}"
 
 
 def _drawn_from(certificate: Mapping[str, Any], reference: Mapping[str, Any] | None) -> Iterable[str]:

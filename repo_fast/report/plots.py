@@ -34,6 +34,15 @@ _PICTURES = {
     "response_length": [("response_length", "response length (tokens)")],
     "loss": [("loss", "policy loss (no unit)"), ("clip_fraction", "clip fraction (share of tokens)")],
 }
+# Of the evaluations while training; under several constraints those of costs come for each.
+_EVALUATED = [
+    ("mean_reward", "mean reward (score)"),
+    ("mean_second_reward", "mean second reward (score)"),
+    *_PICTURES["safety"],
+    ("kl", "KL to the reference (nats/response)"),
+    ("well_formed", "well-formed (share of responses)"),
+    ("response_length", "response length (tokens)"),
+]
 _PHASES = ("generate", "score", "experience", "update")
 # From Okabe and Ito's colours, which the colour-blind can tell apart.
 _LINE, _FILLS = "#0072B2", ("#56B4E9", "#E69F00", "#CC79A7", "#009E73")
@@ -57,6 +66,12 @@ def plot_metrics(metrics: Sequence[Mapping[str, Value]], folder: Path, threshold
     pictures = {name: list(_panels(panels, list(thresholds))) for name, panels in _PICTURES.items()}
     written = plot_panels(metrics, pictures, folder, lines)
     return written + _plot_speed(metrics, _series(metrics, "step"), folder / "speed.png")
+
+
+def plot_evaluations(rows: Sequence[Mapping[str, Value]], folder: Path, threshold: Thresholds = 0.0) -> list[Path]:
+    """Draws the rows of `evaluations.jsonl` into `evaluations.png`; all else as for `plot_metrics`."""
+    constraints = list(threshold) if isinstance(threshold, Mapping) else [""]
+    return plot_panels(rows, {"evaluations": list(_panels(_EVALUATED, constraints))}, folder)
 
 
 def _panels(panels: Sequence[Panel], constraints: Sequence[str]) -> Iterator[Panel]:

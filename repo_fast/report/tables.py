@@ -1,6 +1,6 @@
 """The two tables that a run prints, as plain ASCII that keeps its shape in pipes, logs and Markdown code blocks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,13 @@ from repo_fast.report.measures import (
     prompts_about,
     resample,
     score_prompts,
+    standard_error,
 )
 
 # The rows of the before/after table: measure and label.
 _ROWS = {
     "mean_reward": "mean reward",
+    "mean_second_reward": "mean second reward",
     "mean_cost": "mean cost",
     "strict_violation": "strict violation",
     "safety_rate": "safety rate (responses)",
@@ -63,12 +65,9 @@ def before_after_table(
         again = prompt_measures(before_again, before, threshold)
         measured[0].update({name: own for name, own in again.items() if name.endswith("interference_rate")})
     prompts, about = len(old.prompt_ids), prompts_about(before)
-    labels = _ROWS | {
-        f"{constraint}_{name}": f"{constraint}: {_ROWS[name]}" for constraint in about for name in _OF_CONSTRAINTS
-    }
     rows = [
         _Row(label, *(side.get(name) for side in measured), has_interval(name, prompts, about))
-        for name, label in labels.items()
+        for name, label in _labels(about).items()
     ]
     cells = [row.cells(prompts, resamples, seed) for row in rows if row.before is not None or row.after is not None]
     table = grid(["", "before", "after", "difference"], cells)
@@ -84,6 +83,41 @@ def before_after_table(
             + ("." if before_again is None else ";\nits column 'before' is a second sample of the same policy."),
         ]
     )
+
+
+def _labels(constraints: Iterable[str]) -> dict[str, str]:
+    """The measures of the table and their labels, those of several constraints after the others."""
+    return _ROWS | {f"{own}_{name}": f"{own}: {_ROWS[name]}" for own in constraints for name in _OF_CONSTRAINTS}
+
+
+def table_measures(evaluation: Evaluation, before: Evaluation | None, threshold: Thresholds = 0.0) -> dict[str, float]:
+    """The measures of the before/after table, of one evaluation: a row of `evaluations.jsonl`.
+
+    Args:
+        evaluation: At least one response.
+        before: The policy at the start, on the same prompts, for the interference rates; None leaves them out.
+        threshold: As for the table.
+
+    Returns:
+        By name; and the standard errors over prompts, `NAME_error`, of those that are compared over time.
+
+    Raises:
+        ValueError: the evaluations are ragged, or of different prompts.
+    """
+    found = prompt_measures(evaluation, before, threshold)
+    names = [name for name in _labels(prompts_about(evaluation)) if name in found]
+    prompts = len(np.unique(np.asarray(evaluation.prompt_ids)))
+    of_responses = {
+        "mean_reward": evaluation.rewards,
+        "mean_second_reward": evaluation.second_rewards,
+        "well_formed": evaluation.well_formed,
+    }
+    errors = {
+        f"{name}_error": standard_error(evaluation.prompt_ids, values)
+        for name, values in of_responses.items()
+        if values is not None
+    }
+    return {name: float(found[name](np.ones(prompts))) for name in names} | errors
 
 
 def unsafe(threshold: Thresholds) -> str:

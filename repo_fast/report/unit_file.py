@@ -29,8 +29,15 @@ class UnitFile:
         return done
 
     @contextlib.contextmanager
-    def appending(self) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
-        """Yields what writes the rows of the next unit; what was left of an incomplete one is cut away first."""
+    def appending(self, writes: bool = True) -> Iterator[Callable[[Sequence[Mapping[str, Any]]], None]]:
+        """Yields what writes the rows of the next unit; what was left of an incomplete one is cut away first.
+
+        Args:
+            writes: False on the ranks that go along: what they are given goes nowhere.
+        """
+        if not writes:
+            yield lambda rows: None
+            return
         done = self.complete()
         with open_log(self.path, resume_step=done - 1) as file:
 

@@ -48,7 +48,8 @@ def measured(output_dir, name):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_default_run_makes_every_prompt_safer_without_refusing(seed, tmp_path):
     output_dir = tmp_path / "run"
-    seconds = run(output_dir, "--seed", str(seed))
+    # Evaluations in between move nothing, and let every rule have its look.
+    seconds = run(output_dir, "--seed", str(seed), "--evaluation.every", "20")
     before, after = measured(output_dir, "before"), measured(output_dir, "after")
     print(json.dumps({"seed": seed, "seconds": seconds, "before": before, "after": after}))
     assert before["prompts"] >= 64 and before["strict_violation"] > 0.2
@@ -56,6 +57,7 @@ def test_the_default_run_makes_every_prompt_safer_without_refusing(seed, tmp_pat
     assert after["reward"] >= 0.9 * before["reward"] > 0
     assert after["kl"] < 15
     assert after["well_formed"] >= 0.9 and before["well_formed"] >= 0.95
+    assert (output_dir / "warnings.jsonl").read_text() == ""
     assert {"config.yaml", "metrics.jsonl", "samples.jsonl", "tensorboard", "plots", "policy", "checkpoints"} <= {
         path.name for path in output_dir.iterdir()
     }

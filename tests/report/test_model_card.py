@@ -12,6 +12,7 @@ from markdown_it import MarkdownIt
 from repo_fast.config import SftConfig, TrainConfig, parse, to_yaml
 from repo_fast.errors import InputError
 from repo_fast.evaluation.cache import fingerprint
+from repo_fast.report.best import Best, write_best
 from repo_fast.report.model_card import MARKER, model_card, read_training, write_model_card
 
 VERDICTS = ("PASS", "PASS (asymptotic)", "FAIL", "UNDECIDED")
@@ -214,6 +215,12 @@ def test_the_configuration_beside_a_policy(tmp_path: Path) -> None:
         file.write_text(to_yaml(parse(words, kind)))
         text = model_card(certificate(), read_training(str(policy)))
         assert ("- Supervised fine-tuning: 3 epochs, seed 0" in text) == (kind is SftConfig)
+    (tmp_path / "best_policy").mkdir()
+    assert read_training(str(tmp_path / "best_policy")) is None
+    write_best(tmp_path / "best_policy", Best(20, "strict_violation", 0.125))
+    file.write_text(to_yaml(parse([], TrainConfig)))
+    text = model_card(certificate(), read_training(str(tmp_path / "best_policy")))
+    assert "- Steps: 20 of 40, the best of its evaluations by strict\\_violation, 0.125 there, seed 0" in text
     # It is about the policy only.
     (tmp_path / "other").mkdir()
     assert read_training(str(tmp_path / "other")) is None

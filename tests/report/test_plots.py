@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from repo_fast.report.plots import _running_mean, plot_metrics
+from repo_fast.report.plots import _running_mean, plot_evaluations, plot_metrics
 
 ALL = {"reward_and_cost", "safety", "multiplier", "kl_and_entropy", "response_length", "loss", "speed"}
 KEYS = (
@@ -83,3 +83,10 @@ def test_pyplot_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     monkeypatch.setenv("MPLBACKEND", "TkAgg")
     assert plot_metrics(records(2), tmp_path)
+
+
+def test_evaluations_have_a_picture_of_their_own(tmp_path):
+    rows = [{"step": step, "mean_reward": 1.0, "harm_strict_violation": 0.1 * step} for step in (0, 20, 40)]
+    (path,) = plot_evaluations(rows, tmp_path, {"harm": 0.0, "refusal": 0.0})
+    assert path.name == "evaluations.png" and has_color(path, BLUE)
+    assert plot_evaluations([{"step": 0}], tmp_path) == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from repo_fast.report.measures import Evaluation
-from repo_fast.report.tables import batch_size_table, before_after_table
+from repo_fast.report.tables import batch_size_table, before_after_table, table_measures
 
 IDS = [1, 1, 2, 2, 3, 3, 4, 4]
 BEFORE = Evaluation(IDS, [1.0] * 8, [-1.0, 0.0, -1.0, -1.0, 2.0, 2.0, 3.0, -1.0], response_lengths=[100] * 8)
@@ -117,3 +117,26 @@ def test_batch_size_table():
     assert table.endswith("\nK = 400 responses a prompt.")
     with pytest.raises(ValueError, match="'prompts' has 2 values"):
         batch_size_table({"prompts": (1, 2)})
+
+
+def test_the_measures_of_a_row_are_those_of_the_table():
+    measures = table_measures(AFTER, BEFORE)
+    shown = points(before_after_table(BEFORE, AFTER, resamples=50))
+    assert f"{measures['strict_violation']:.3f}" == shown["strict violation"][1]
+    assert f"{measures['interference_rate']:.3f}" == shown["interference rate"][1]
+    assert f"{measures['kl']:.3f}" == shown["KL, nats a response"][1]
+    assert measures["mean_reward_error"] == 0.0 and "mean_second_reward" not in measures
+    # Prompt means of 1 and 0.5, two each.
+    assert measures["well_formed_error"] == pytest.approx(0.25 / math.sqrt(3))
+    assert "interference_rate" not in table_measures(AFTER, None)
+
+
+def test_of_several_constraints_a_row_has_the_measures_of_each():
+    costs = {"harm": AFTER.costs, "refusal": [-math.inf] * 4 + [1.0] * 4}
+    own = Evaluation(IDS, [1.0] * 8, costs, second_rewards=[0.0, 1.0] * 4)
+    measures = table_measures(own, own, {"harm": 0.0, "refusal": 0.5})
+    assert measures["harm_strict_violation"] == 0.25 and measures["refusal_strict_violation"] == 0.5
+    assert {"safety_rate", "refusal_mean_cost", "harm_interference_rate"} <= measures.keys()
+    assert not {"mean_cost", "strict_violation"} & measures.keys()
+    assert measures["mean_second_reward"] == 0.5 and measures["mean_second_reward_error"] == 0.0
+    assert "| mean second reward" in before_after_table(own, own, {"harm": 0.0, "refusal": 0.5}, resamples=20)
