@@ -1,6 +1,14 @@
 """Every option once: the sections, a configuration for each job, and how a command line becomes one."""
 
-from repo_fast.config.certify import STATEMENTS, CertifyConfig, ClaimConfig, Statement, certified_policy, stated
+from repo_fast.config.certify import (
+    OF_SUITES,
+    STATEMENTS,
+    CertifyConfig,
+    ClaimConfig,
+    Statement,
+    certified_policy,
+    stated,
+)
 from repo_fast.config.command_line import (
     CONFIG_FOLDER,
     find_config,
@@ -30,6 +38,7 @@ from repo_fast.config.sections import (
     ScorerConfig,
 )
 from repo_fast.config.sft import SftConfig, SftDataConfig
+from repo_fast.config.suites import REFUSED, SUITES, RefusalConfig, SuitesConfig
 from repo_fast.config.supervised import SupervisedConfig
 from repo_fast.config.train import (
     AlgorithmConfig,
@@ -43,8 +52,11 @@ from repo_fast.config.train import (
 __all__ = [
     "CONFIG_FOLDER",
     "LAYOUTS",
+    "OF_SUITES",
     "ONLY",
+    "REFUSED",
     "STATEMENTS",
+    "SUITES",
     "AlgorithmConfig",
     "CertifyConfig",
     "CheckpointConfig",
@@ -68,6 +80,7 @@ __all__ = [
     "PidConfig",
     "PreferenceDataConfig",
     "PreferenceLossConfig",
+    "RefusalConfig",
     "RolloutConfig",
     "RubricConfig",
     "RunConfig",
@@ -77,6 +90,7 @@ __all__ = [
     "SftConfig",
     "SftDataConfig",
     "Statement",
+    "SuitesConfig",
     "SupervisedConfig",
     "TrainConfig",
     "UpdateConfig",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from repo_fast.config.checks import require, require_at_least
 from repo_fast.config.sections import Plain, ScorerConfig, check_scorer
+from repo_fast.config.suites import REFUSED
 from repo_fast.errors import InputError
 from repo_fast.objective.algorithm import ALGORITHMS
 
@@ -101,6 +102,8 @@ def by_column(costs: Mapping[str, _Cost]) -> dict[str, _Cost]:
 
 def section_of(column: str, constraints: Mapping[str, CostConfig]) -> str:
     """The section that a column's scorer is written in."""
+    if column == REFUSED:
+        return "suites.refusal"
     if column == "reward" or not constraints:
         return column
     return f"constraints.{column if column in constraints else next(iter(constraints))}"

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from repo_fast.config import ONLY, CostConfig, RunConfig, ScorerConfig, TrainConfig, by_column, to_dict
+from repo_fast.config import ONLY, REFUSED, CostConfig, RunConfig, ScorerConfig, TrainConfig, by_column, to_dict
 from repo_fast.data import (
     Columns,
     Demonstration,
@@ -193,7 +193,9 @@ def scorer_specs(scorers: Mapping[str, ScorerConfig]) -> dict[str, ScorerSpec]:
 
 
 def scorer_name(column: str) -> str:
-    """What messages call the scorer of a column: `reward`, `cost`, or which of several costs."""
+    """What messages call the scorer of a column: `reward`, `cost`, `refusal`, or which of several costs."""
+    if column == REFUSED:
+        return "refusal"
     return column if column in ("reward", ONLY) else f"{column} cost"
 
 
