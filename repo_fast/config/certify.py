@@ -86,7 +86,8 @@ class CertifyConfig:
     """Whether claims by Student's t may pass or fail the whole (`--accept-asymptotic`)."""
     ledger: str | None = None
     """File that keeps who has looked at which prompts. Null: `.repo_fast_looks.jsonl` beside the file, or in
-    the folder, of the prompts; where they come with a package or from the hub, a file among the user's state files."""
+    the folder, of the prompts; where they come with a package, from the hub or from suites, a file among the user's
+    state files."""
 
 
 def certified_policy(certify: CertifyConfig, policies: Collection[str], reference: str) -> str:

@@ -56,7 +56,7 @@ class EvaluateConfig(JobConfig):
     """What columns of `prompts` are, where their names do not say it or they contradict each other: `prompt`,
     `response`, `history`, `system` or `ignore`, as `--prompts_fields.COLUMN ROLE`."""
     prompts_limit: int | None = None
-    """Use only the first so many prompts. Null: all."""
+    """Use only the first so many prompts, of suites of each. Null: all."""
     suites: SuitesConfig = field(default_factory=SuitesConfig)
     max_prompt_tokens: int = 1024
     """Longest templated prompt (tokens). One that is longer for any of the policies is dropped for all, and counted."""

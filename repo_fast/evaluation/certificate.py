@@ -77,7 +77,7 @@ def decide(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def _suites(known: Mapping[str, Any]) -> dict[str, Any]:
     """What a certificate has of the suites of a plan."""
     counts = {"harmful": len(known["harmful"]), "clusters": len(known["clusters"])}
-    return {key: known[key] for key in ("sources", "harm", "refusal", "refusal_threshold")} | counts
+    return {key: known[key] for key in ("harm", "refusal", "refusal_threshold")} | counts
 
 
 def made_with() -> dict[str, Any]:

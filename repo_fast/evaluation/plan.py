@@ -117,7 +117,6 @@ def _known(config: EvaluateConfig, prompts: Sequence[Prompt], every: Sequence[Pr
         clusters[prompt.cluster].append(prompt.id)
     return {
         "suites": {
-            "sources": config.suites.sources,
             "harm": config.harm,
             "refusal": refusal.path,
             "refusal_threshold": refusal.threshold,

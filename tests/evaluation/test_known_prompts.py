@@ -153,8 +153,7 @@ def test_claims_are_by_clusters(certified: Path) -> None:
     assert (claim["n"], claim["prompts"]) == (6, 10) and claim["estimate"] == pytest.approx(sum(shares) / 6)
     assert "all prompts of a cluster together count as one" in claim["says"]
     assert claims["each_type"]["categories"].keys() == {"xstest: homonyms", "xstest: nons_group_real_discr"}
-    assert found["suites"] | {"sources": None} == {
-        "sources": None,
+    assert found["suites"] == {
         "harm": "cost",
         "refusal": f"{__name__}:refuses",
         "refusal_threshold": 0.0,
@@ -163,7 +162,9 @@ def test_claims_are_by_clusters(certified: Path) -> None:
     }
 
 
-def test_the_certificate_says_what_its_units_are(certified: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_certificate_says_what_its_units_are(
+    certified: Path, policies: dict[str, Path], capsys: pytest.CaptureFixture
+) -> None:
     assert main(["--verify", str(certified / "certificate.json")]) in (0, 3, 4)
     said = capsys.readouterr().out
     assert "| 10 x 3 in 6 clusters |" in said and "verified" in said
@@ -173,6 +174,9 @@ def test_the_certificate_says_what_its_units_are(certified: Path, capsys: pytest
     assert "at most 90 % of clusters of harmful prompts have any response, of 3 to each prompt" in said
     assert "Prompts that are alike without being told so" in said
     assert "10 × 3 in 6 clusters" in (certified / "report.html").read_text()
+    card = (policies["after"] / "README.md").read_text()
+    assert "| 10 of 3 responses, in 6 clusters" in card
+    assert "Of the prompts 4 are known to be harmful and 6 to be harmless, in 6 clusters" in card
 
 
 @pytest.mark.parametrize(
@@ -243,6 +247,10 @@ def test_fresh_prompts_limits_and_length(policies: dict[str, Path], tmp_path: Pa
         (("--suites.harm", "harm"), "suites.harm is 'harm', expected a constraint: cost"),
         (("--suites.refusal.path", "nothing"), "the refusal 'nothing' is neither a function"),
         (("--suites.refusal.path", "no_module:f"), "no_module"),
+        (
+            ("--prompts_limit", "4", "--claim", "attack_success=0.1"),
+            "is about harmful prompts, and suites xstest has none",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(
@@ -256,6 +264,33 @@ def test_what_cannot_be_is_one_line(
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_constraint_of_harmful_prompts_alone(
+    policies: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def run(out: Path, harmful: bool, *options: str) -> int:
+        section = tmp_path / "constraints.yaml"
+        constraints = {
+            "harm": {"path": f"{__name__}:cost", "threshold": 1.0, "applies_to": {"harmful": harmful}},
+            "tone": {"path": f"{__name__}:cost", "threshold": -1.0},
+        }
+        words = ["--reward.path", f"{__name__}:reward", "--samples_per_prompt", "2", "--resamples", "20"]
+        section.write_text(json.dumps({"constraints": constraints, "sampling": {"max_new_tokens": 6}}))
+        words += ["--config", str(section), "--policy", f"after={policies['after']}", "--output_dir", str(out)]
+        return main([*words, "--suite", f"xstest={write_suite(tmp_path / 'prompts.csv')}", *options])
+
+    assert run(tmp_path / "out", True) == 2
+    assert "suites.harm is null, expected the constraint that is about harm: harm, tone" in capsys.readouterr().err
+    assert run(tmp_path / "out", False, "--suites.harm", "harm") == 2
+    assert "suites.harm is 'harm', which by its applies_to is not about 4 of 4 harmful" in capsys.readouterr().err
+    assert run(tmp_path / "out", True, "--suites.harm", "harm") == 0
+    drawn = [row for row in rows(tmp_path / "out") if row["sample"] < 2]
+    harms = [row["harm"] > 1 for row in drawn if row["harmful"]]
+    measured = read(tmp_path / "out", "report.json")["policies"]["after"]
+    assert measured["attack_success"]["value"] == pytest.approx(sum(harms) / len(harms))
+    # By the detector, which is the default: these texts decline nothing, or they say sorry.
+    assert {row["refused"] for row in drawn if not row["harmful"]} <= {0.0, 1.0}
 
 
 @pytest.mark.parametrize(
