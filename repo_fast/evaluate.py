@@ -12,6 +12,12 @@ FAIL, 4 for UNDECIDED, and `certificate.json`, which `--verify` makes again from
         --prompts world:certify --claim unsafe_prompts=0.2 --claim interference=0.1 --output_dir outputs/certificate
     python -m repo_fast.evaluate --verify outputs/certificate/certificate.json
 
+Instead of prompts, known sets of harmful and harmless ones (`repo_fast.evaluation.suites`), for attack success and
+over-refusal:
+
+    python -m repo_fast.evaluate --policy before=FOLDER --policy after=FOLDER --suite harmbench,xstest=prompts.csv \\
+        --reward.path FOLDER --cost.path FOLDER --claim attack_success=0.1 --claim over_refusal=0.1
+
 Under torchrun the ranks share the work. Samples, scores and judgments are cached in the output folder: a stopped
 evaluation goes on where it was, and one more `--policy` costs only that policy. Written are `report.json` (measures
 with 95 % intervals), `samples.jsonl` (every response with its scores) and `report.html`, which needs no network.
@@ -26,7 +32,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from repo_fast.config import CertifyConfig, EvaluateConfig, read_config_file
+from repo_fast.config import SUITES, CertifyConfig, EvaluateConfig, read_config_file
 from repo_fast.errors import InputError
 from repo_fast.jobs.launch import guarded, launch
 
@@ -53,9 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def spelled_out(words: list[str]) -> list[str]:
     """The command line with its short forms as options of the configuration.
 
-    `--policy NAME=PATH` and `--claim NAME=LIMIT` may come several times; `--certify FILE` is the section of that name,
-    and `--accept-asymptotic` an option of it.
+    `--policy NAME=PATH` and `--claim NAME=LIMIT` may come several times, and so may `--suite NAME[,NAME]`, of which
+    each may be NAME=PATH; `--certify FILE` is the section of that name, and `--accept-asymptotic` an option of it.
     """
+    suites: dict[str, str | None] = {}
     named: dict[str, dict[str, str]] = {"policy": {}, "claim": {}}
     others: list[str] = []
     remaining = iter(words)
@@ -65,6 +72,8 @@ def spelled_out(words: list[str]) -> list[str]:
             others += ["--certify.accept_asymptotic", value if has_value else "true"]
         elif option == "--certify":
             others += _section(value if has_value else next(remaining, ""))
+        elif option == "--suite":
+            _add_suites(suites, value if has_value else next(remaining, ""))
         elif option in ("--policy", "--claim"):
             kind, value = option[2:], value if has_value else next(remaining, "")
             name, separator, meant = value.partition("=")
@@ -77,7 +86,22 @@ def spelled_out(words: list[str]) -> list[str]:
             others.append(word)
     for name, limit in named["claim"].items():
         others += [f"--certify.claims.{_claim_name(name)}.limit", _number(f"--claim {name}", limit)]
+    if suites:
+        others += ["--suites.sources", json.dumps(suites)]
     return [*others, "--policies", json.dumps(named["policy"])] if named["policy"] else others
+
+
+def _add_suites(suites: dict[str, str | None], given: str) -> None:
+    for part in given.split(","):
+        name, has_path, path = part.partition("=")
+        if name not in SUITES:
+            raise InputError(
+                f"--suite {given!r} has the suite {name!r}, expected NAME or NAME=PATH, with commas between them, each "
+                f"one of {', '.join(SUITES)}; a path with a comma goes into a file, as suites.sources.NAME"
+            )
+        if name in suites:
+            raise InputError(f"--suite {part}: the suite is given twice, expected another one")
+        suites[name] = path if has_path else None
 
 
 def _claim_name(name: object) -> str:

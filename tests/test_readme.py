@@ -140,7 +140,7 @@ def test_every_option_and_target_named_exists():
     named = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", README)) | set(re.findall(r"`([a-z]+\.[a-z_]+)`", README))
     others = {"nproc", "help", "print_config", "config", "out"}  # of torchrun, the parser, the benchmarks
     others |= {"convert", "to", "check"}  # of repo_fast.score
-    others |= {"policy", "claim", "accept", "verify"}  # of repo_fast.evaluate
+    others |= {"policy", "claim", "suite", "accept", "verify"}  # of repo_fast.evaluate
     others |= {"gpus", "device"}  # of repo_fast.plan
     files = {name for name in named if name.endswith((".yaml", ".json", ".jsonl", ".html", ".txt", ".py"))}
     assert named - others - files <= {key for kind in JOBS.values() for key in known_keys(kind)}

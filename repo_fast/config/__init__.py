@@ -1,6 +1,14 @@
 """Every option once: the sections, a configuration for each job, and how a command line becomes one."""
 
-from repo_fast.config.certify import STATEMENTS, CertifyConfig, ClaimConfig, Statement, certified_policy, stated
+from repo_fast.config.certify import (
+    OF_SUITES,
+    STATEMENTS,
+    CertifyConfig,
+    ClaimConfig,
+    Statement,
+    certified_policy,
+    stated,
+)
 from repo_fast.config.command_line import (
     CONFIG_FOLDER,
     find_config,
@@ -39,6 +47,7 @@ from repo_fast.config.sections import (
     VllmConfig,
 )
 from repo_fast.config.sft import SftConfig, SftDataConfig
+from repo_fast.config.suites import REFUSED, SUITES, RefusalConfig, SuitesConfig
 from repo_fast.config.supervised import SupervisedConfig
 from repo_fast.config.train import (
     AlgorithmConfig,
@@ -53,9 +62,12 @@ from repo_fast.config.train import (
 __all__ = [
     "CONFIG_FOLDER",
     "LAYOUTS",
+    "OF_SUITES",
     "ONLY",
+    "REFUSED",
     "SECOND_REWARD",
     "STATEMENTS",
+    "SUITES",
     "AlgorithmConfig",
     "CertifyConfig",
     "CheckpointConfig",
@@ -79,6 +91,7 @@ __all__ = [
     "PidConfig",
     "PreferenceDataConfig",
     "PreferenceLossConfig",
+    "RefusalConfig",
     "RolloutConfig",
     "RolloutVllmConfig",
     "RubricConfig",
@@ -89,6 +102,7 @@ __all__ = [
     "SftConfig",
     "SftDataConfig",
     "Statement",
+    "SuitesConfig",
     "SupervisedConfig",
     "TrainConfig",
     "UpdateConfig",

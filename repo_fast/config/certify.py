@@ -17,6 +17,8 @@ Statement = Literal[
     "worst_category",
     "interference",
     "no_worse",
+    "attack_success",
+    "over_refusal",
 ]
 STATEMENTS: tuple[Statement, ...] = Statement.__args__  # type: ignore[attr-defined]
 # What only some statements have a use for; written, it is a value that is not null.
@@ -25,9 +27,12 @@ _USERS: dict[str, tuple[Statement, ...]] = {
     "of": ("worst_category",),
     "bounds": ("mean_cost", "no_worse", "worst_category"),
     "measure": ("no_worse", "worst_category"),
+    "any": ("attack_success", "over_refusal", "worst_category"),
 }
+# What only prompts of suites say something of.
+OF_SUITES: tuple[Statement, ...] = ("attack_success", "over_refusal")
 # Limits of these are shares of prompts or responses.
-_SHARES: tuple[Statement, ...] = ("unsafe_prompts", "unsafe_responses", "all_constraints")
+_SHARES: tuple[Statement, ...] = ("unsafe_prompts", "unsafe_responses", "all_constraints", *OF_SUITES)
 _NAME = re.compile(r"\w+")
 
 
@@ -40,7 +45,8 @@ class ClaimConfig:
     cost is above the threshold is; `unsafe_responses`, the share of responses; `all_constraints`, the share of prompts
     that are unsafe by any constraint; `interference`, of the prompts that are safe under the reference, the share that
     is unsafe, less that under a second sample of the reference; `no_worse`, how far a measure is below the reference's;
-    `worst_category`, `of` in every category. Null: the claim's name."""
+    `attack_success`, of the responses to harmful prompts of suites, the share that is harmful; `over_refusal`, of those
+    to harmless ones, the share that refuses; `worst_category`, `of` in every category. Null: the claim's name."""
     limit: float | None = None
     """The most that is claimed: a share, or in the unit of the cost or measure."""
     constraint: str | None = None
@@ -54,6 +60,9 @@ class ClaimConfig:
     only."""
     measure: str | None = None
     """`no_worse`: `reward`, `well_formed`, or a constraint's name, of whose costs less is better. Null: `reward`."""
+    any: bool | None = None
+    """`attack_success`, `over_refusal`: whether it is claimed of the share of clusters of prompts with any such
+    response among all that were drawn, rather than of the share of responses. Null: false."""
 
     @property
     def of_each(self) -> Statement | None:
@@ -77,7 +86,8 @@ class CertifyConfig:
     """Whether claims by Student's t may pass or fail the whole (`--accept-asymptotic`)."""
     ledger: str | None = None
     """File that keeps who has looked at which prompts. Null: `.repo_fast_looks.jsonl` beside the file, or in
-    the folder, of the prompts; where they come with a package or from the hub, a file among the user's state files."""
+    the folder, of the prompts; where they come with a package, from the hub or from suites, a file among the user's
+    state files."""
 
 
 def certified_policy(certify: CertifyConfig, policies: Collection[str], reference: str) -> str:
@@ -108,6 +118,7 @@ def check_certify(
     reference: str,
     constraints: Sequence[str],
     measures: Sequence[str],
+    suites: bool,
 ) -> None:
     """Raise `InputError` for a claim that cannot be tested.
 
@@ -117,6 +128,7 @@ def check_certify(
         reference: Name of the one that the others are compared with.
         constraints: Names of the constraints.
         measures: What each response is scored by.
+        suites: Whether the prompts are of suites.
     """
     require(0 < certify.delta < 1, "certify.delta", certify.delta, "a number between 0 and 1")
     require(certify.ledger != "", "certify.ledger", certify.ledger, "a file, or null")
@@ -129,7 +141,10 @@ def check_certify(
     alone = certified_policy(certify, policies, reference) == reference
     for name, claim in certify.claims.items():
         require(_NAME.fullmatch(name) is not None, "the claim's name", name, "letters, digits and _")
-        _check_claim(f"certify.claims.{name}", stated(name, claim), constraints, measures, alone)
+        whole = stated(name, claim)
+        if whole.of_each in OF_SUITES and not suites:
+            raise InputError(f"certify.claims.{name} is {whole.of_each} without suites, expected a --suite NAME")
+        _check_claim(f"certify.claims.{name}", whole, constraints, measures, alone)
 
 
 def stated(name: str, claim: ClaimConfig) -> ClaimConfig:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from repo_fast.config.checks import require, require_at_least
 from repo_fast.config.sections import Plain, ScorerConfig, check_scorer
+from repo_fast.config.suites import REFUSED
 from repo_fast.errors import InputError
 from repo_fast.objective.algorithm import ALGORITHMS
 
@@ -105,6 +106,8 @@ def section_of(column: str, constraints: Mapping[str, CostConfig]) -> str:
     """The section that a column's scorer is written in."""
     if column == SECOND_REWARD:
         return f"evaluation.{column}"
+    if column == REFUSED:
+        return "suites.refusal"
     if column == "reward" or not constraints:
         return column
     return f"constraints.{column if column in constraints else next(iter(constraints))}"

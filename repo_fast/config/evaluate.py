@@ -16,6 +16,7 @@ from repo_fast.config.sections import (
     check_sampling,
     check_scorer,
 )
+from repo_fast.config.suites import REFUSED, SuitesConfig, check_suites
 from repo_fast.errors import InputError
 
 # What someone who has just run `make train` was looking for.
@@ -46,16 +47,17 @@ class EvaluateConfig(JobConfig):
     `--policy NAME=PATH`, once for each."""
     reference: str | None = None
     """Name of the policy that the others are compared with. Null: the first one."""
-    prompts: str = "world:test"
+    prompts: str | None = None
     """Prompts: a file (.jsonl, .json, .txt or .csv, also as .gz, or .parquet) or a folder of such, `world:test` or
-    `world:certify` (further ones), or a `datasets` hub name."""
+    `world:certify` (further ones), or a `datasets` hub name. Null: `suites`, or without any `world:test`."""
     prompts_split: str = "test"
     """Split to read when `prompts` is a `datasets` name, or a folder with several."""
     prompts_fields: dict[str, str] = field(default_factory=dict)
     """What columns of `prompts` are, where their names do not say it or they contradict each other: `prompt`,
     `response`, `history`, `system` or `ignore`, as `--prompts_fields.COLUMN ROLE`."""
     prompts_limit: int | None = None
-    """Use only the first so many prompts. Null: all."""
+    """Use only the first so many prompts, of suites of each. Null: all."""
+    suites: SuitesConfig = field(default_factory=SuitesConfig)
     max_prompt_tokens: int = 1024
     """Longest templated prompt (tokens). One that is longer for any of the policies is dropped for all, and counted."""
     template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
@@ -91,13 +93,29 @@ class EvaluateConfig(JobConfig):
 
     @property
     def scorers(self) -> dict[str, ScorerConfig]:
-        """Where the rewards and the costs come from, by the names of their columns."""
-        return {"reward": self.reward, **self.costs}
+        """Where the rewards, the costs and, with suites, refusals come from, by the names of their columns."""
+        return {"reward": self.reward, **self.costs} | ({REFUSED: self.suites.refusal} if self.suites.sources else {})
+
+    @property
+    def prompts_source(self) -> str:
+        """What the prompts are from."""
+        return self.suites.source if self.suites.sources else self.prompts or "world:test"
+
+    @property
+    def harm(self) -> str:
+        """The column of the cost that says whether an answer to a harmful prompt of a suite is harmful."""
+        return next(iter(self.costs)) if len(self.costs) == 1 else str(self.suites.harm)
 
     @property
     def compared_with(self) -> str:
         """Name of the reference."""
         return next(iter(self.policies)) if self.reference is None else self.reference
+
+    @property
+    def _given_prompts(self) -> list[tuple[str, object]]:
+        """Options of prompts that are no suite's, with their values."""
+        defaults: dict[str, object] = {"prompts": None, "prompts_split": "test", "prompts_fields": {}}
+        return [(name, value) for name, other in defaults.items() if (value := getattr(self, name)) != other]
 
     def check(self) -> None:
         super().check()
@@ -128,8 +146,9 @@ class EvaluateConfig(JobConfig):
         alone = not self.constraints or self.threshold == 0
         require(alone, "threshold", self.threshold, "0 with constraints, which have one each")
         names = list(self.constraints or self.costs)
+        check_suites(self.suites, names, self._given_prompts)
         measures = ["reward", *(["well_formed"] if self.well_formed is not None else []), *names]
-        check_certify(self.certify, self.policies, self.compared_with, names, measures)
+        check_certify(self.certify, self.policies, self.compared_with, names, measures, bool(self.suites.sources))
         check_judge("judge", self.judge)
         require(self.cache_dir != "", "cache_dir", self.cache_dir, "a folder, or null")
         judged = self.judge.samples_per_prompt

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 import repo_fast
-from repo_fast.config import ClaimConfig, stated
+from repo_fast.config import OF_SUITES, ClaimConfig, stated
 from repo_fast.errors import InputError
 from repo_fast.evaluation.cache import key_of
 from repo_fast.evaluation.claims import Evidence, Judged, Verdict, judge
-from repo_fast.evaluation.statements import Responses, Samples, Values, values_of
+from repo_fast.evaluation.statements import Known, Responses, Samples, Values, values_of
 from repo_fast.report.tables import grid
 
 Plan = Mapping[str, Any]
@@ -32,9 +32,11 @@ _FROM_PLAN = (
 )
 # Of which the numbers in a certificate are a function, beside the rows and the plan.
 _PACKAGES = ("numpy", "scipy", "torch", "transformers")
+# What responses have of their prompts.
+_OF_PROMPTS, _OF_KNOWN = ("prompt_id", "prompt", "category"), ("suite", "harmful", "cluster")
 _INDEPENDENT = "It holds if prompts are drawn independently: variants of one prompt are not."
 # Whose limits are shares, and are written in per cent.
-_SHARES = ("unsafe_prompts", "unsafe_responses", "all_constraints", "interference")
+_SHARES = ("unsafe_prompts", "unsafe_responses", "all_constraints", "interference", *OF_SUITES)
 
 
 def decide(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -68,7 +70,14 @@ def decide(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         "claims": claims,
         "prompts": {key: value for key, value in plan["prompts"].items() if key not in ("ids", "categories")},
         **{key: plan[key] for key in _FROM_PLAN},
+        **({"suites": _suites(plan["suites"])} if "suites" in plan else {}),
     }
+
+
+def _suites(known: Mapping[str, Any]) -> dict[str, Any]:
+    """What a certificate has of the suites of a plan."""
+    counts = {"harmful": len(known["harmful"]), "clusters": len(known["clusters"])}
+    return {key: known[key] for key in ("harm", "refusal", "refusal_threshold")} | counts
 
 
 def made_with() -> dict[str, Any]:
@@ -77,9 +86,15 @@ def made_with() -> dict[str, Any]:
     return {"date": datetime.date.today().isoformat(), "versions": versions}
 
 
-def prompts_fingerprint(prompts: Iterable[tuple[int, str, str | None]]) -> str:
-    """What tells a list of prompts (id, text, category) from another, whatever their order."""
-    return key_of({"prompts": sorted(prompts)})
+def prompts_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What tells a list of prompts from another, whatever their order.
+
+    Args:
+        rows: One a prompt, with what responses have of it: `prompt_id`, `prompt` and `category`; where it is of a suite
+            `suite`, `harmful` and `cluster` too.
+    """
+    asked = (tuple(row[key] for key in (*_OF_PROMPTS, *_OF_KNOWN) if key in _OF_PROMPTS or key in row) for row in rows)
+    return key_of({"prompts": sorted(asked)})
 
 
 def samples_of(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> Samples:
@@ -129,6 +144,21 @@ def samples_of(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> Samples:
         plan["thresholds"],
         [row_of(name, prompt, 0)["category"] or "" for prompt in ids],
         plan["prompts"]["categories"],
+        _known(plan["suites"], ids) if "suites" in plan else None,
+    )
+
+
+def _known(suites: Mapping[str, Any], ids: Sequence[int]) -> Known:
+    """What a plan says of its prompts, which are of suites."""
+    unit_of = {prompt: unit for unit, prompts in enumerate(suites["clusters"].values()) for prompt in prompts}
+    harmful = frozenset(suites["harmful"])
+    return Known(
+        np.array([prompt in harmful for prompt in ids], dtype=bool),
+        np.array([unit_of[prompt] for prompt in ids], dtype=np.int64),
+        suites["harm"],
+        suites["refusal_threshold"],
+        suites["harmful_categories"],
+        suites["harmless_categories"],
     )
 
 
@@ -148,7 +178,7 @@ def certificate_table(certificate: Mapping[str, Any]) -> str:
             name,
             claim["verdict"],
             *_numbers(claim),
-            f"{claim['n']} x {claim['k']}",
+            _size(claim),
             f"{claim['p']:.2g}",
             f"{claim['p_adjusted']:.2g}",
         ]
@@ -164,6 +194,11 @@ def certificate_table(certificate: Mapping[str, Any]) -> str:
     for name, claim in claims.items():
         if claim["prompts_needed"] is not None:
             lines.append(f"{name}: {claim['prompts_needed']:,} fresh prompts would show it, if they are as these are.")
+    if known := certificate.get("suites"):
+        lines.append(
+            f"{prompts['n']} prompts, {known['harmful']} of them harmful, in {known['clusters']} clusters: those of one"
+            " are alike, and count once."
+        )
     for count, why in (
         (len(prompts["excluded"]), "known to the policy or its scorers, or there twice: certificate.json lists them"),
         (prompts["too_long"], "too long"),
@@ -171,6 +206,13 @@ def certificate_table(certificate: Mapping[str, Any]) -> str:
         if count:
             lines.append(f"Left out: {count} prompts, {why}.")
     return "\n".join([*lines, _INDEPENDENT, *certificate["unknown"]])
+
+
+def _size(claim: Mapping[str, Any]) -> str:
+    prompts = f"{claim['n']} x {claim['k']}"
+    if claim.get("prompts", claim["n"]) == claim["n"]:
+        return prompts
+    return f"{claim['prompts']} x {claim['k']} in {claim['n']} clusters"
 
 
 def _numbers(claim: Mapping[str, Any]) -> list[str]:
@@ -194,8 +236,8 @@ def _share(value: float, digits: int = 12) -> str:
     return f"{100 * value:.{digits}g} %"
 
 
-def _says(plan: Plan, claim: ClaimConfig) -> str:
-    """A claim in words."""
+def _says(plan: Plan, claim: ClaimConfig, clustered: bool) -> str:
+    """A claim in words; `clustered` where some of its prompts count together."""
     limit, k, statement = claim.limit, plan["k"], str(claim.of_each)
     assert limit is not None
     share, names = _share(limit), list(plan["thresholds"])
@@ -215,12 +257,38 @@ def _says(plan: Plan, claim: ClaimConfig) -> str:
         "interference": f"of the prompts that are safe under {reference}, at most {share} more have {above}, {over}, "
         "than when that is sampled again",
         "no_worse": f"the mean {claim.measure or 'reward'} is at most {limit:g} worse than that of {reference}",
+        **_says_of_suites(plan, claim, share),
     }
     text = texts[statement]
-    narrowed = statement not in ("all_constraints", "no_worse") and name in plan["exempt"]
+    narrowed = statement not in ("all_constraints", "no_worse", *OF_SUITES) and name in plan["exempt"]
     if narrowed or (statement == "no_worse" and claim.measure in plan["exempt"]):
         text = f"of the prompts that {name if narrowed else claim.measure} is about, {text}"
+    if clustered and not claim.any:
+        text += ", where all prompts of a cluster together count as one"
     return f"in every category, {text}" if claim.statement == "worst_category" else text
+
+
+def _says_of_suites(plan: Plan, claim: ClaimConfig, share: str) -> dict[str, str]:
+    """Claims about known prompts in words, by their statements."""
+    if "suites" not in plan:
+        return {}
+    known = plan["suites"]
+    names = list(plan["thresholds"])
+    cost = f"{known['harm']} cost" if len(names) > 1 else "cost"
+    failing = {
+        "attack_success": ("harmful", f"a {cost} above {plan['thresholds'][known['harm']]:g}"),
+        "over_refusal": ("harmless", f"a score of {known['refusal']} above {known['refusal_threshold']:g}, a refusal"),
+    }
+    if claim.any:
+        # Of K to each prompt, and so of more to a cluster.
+        drawn = f"of {plan['k']} to each prompt"
+        return {
+            name: f"at most {share} of clusters of {kind} prompts have any response, {drawn}, with {what}"
+            for name, (kind, what) in failing.items()
+        }
+    return {
+        name: f"at most {share} of responses to {kind} prompts have {what}" for name, (kind, what) in failing.items()
+    }
 
 
 def _written(
@@ -243,9 +311,10 @@ def _written(
         # At the first look of another set, as large a part of which it is about.
         needed = math.ceil(needed * plan["prompts"]["n"] / own.values.size)
     estimate = float(own.values.mean()) if own.values.size else math.nan
+    n, prompts = sum(each.values.size for each in values.values()), sum(each.n_prompts for each in values.values())
     written = {
         "statement": claim.statement,
-        "says": _says(plan, claim),
+        "says": _says(plan, claim, prompts != n),
         "constraint": _constraint(plan, claim),
         "verdict": judged.verdict,
         "p": whole.p,
@@ -255,13 +324,15 @@ def _written(
         "estimate": estimate if math.isfinite(estimate) else None,
         "bound": bound if math.isfinite(bound) else None,
         "limit": claim.limit,
-        "n": sum(len(each.values) for each in values.values()),
+        "n": n,
         "k": plan["k"],
         "share": claim.of_each in _SHARES,
         "asymptotic": whole.asymptotic,
         "category": None if part is None else part or "(none)",
         "prompts_needed": needed,
     }
+    if "suites" in plan:
+        written["prompts"] = prompts
     if claim.statement == "worst_category":
         written["categories"] = {
             name: {
@@ -280,6 +351,8 @@ def _constraint(plan: Plan, claim: ClaimConfig) -> str | None:
     """Whose costs a claim is about; None: of all together, or of none."""
     if claim.of_each == "no_worse":
         return claim.measure if claim.measure in plan["thresholds"] else None
+    if claim.of_each in OF_SUITES:
+        return plan["suites"]["harm"] if claim.of_each == "attack_success" else None
     if len(plan["thresholds"]) == 1 and claim.of_each != "all_constraints":
         return next(iter(plan["thresholds"]))
     return claim.constraint

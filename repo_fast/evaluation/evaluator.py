@@ -14,6 +14,7 @@ import datetime
 import itertools
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from repo_fast.collectives import Ranks
-from repo_fast.config import ONLY, EngineConfig, EvaluateConfig, to_dict, to_yaml
+from repo_fast.config import ONLY, REFUSED, EngineConfig, EvaluateConfig, to_dict, to_yaml
 from repo_fast.data import Prompt, PromptTemplate, load_tokenizer
 from repo_fast.errors import InputError
 from repo_fast.evaluation.cache import describe, drawn_before, fingerprint, key_of, locked, scorer_fingerprint
@@ -37,6 +38,7 @@ from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
 from repo_fast.evaluation.judge import ComparingJudge
 from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, Rows, judge_policies
 from repo_fast.evaluation.plan import CLAIMS_FILE, SAMPLES_FILE, begin, certify, check_no_claims, plan_of
+from repo_fast.evaluation.suites import KnownPrompt
 from repo_fast.jobs.assembly import ScorerLoader, loading_options
 from repo_fast.jobs.training_prompts import prompt_hash
 from repo_fast.models.model_config import load_config
@@ -44,7 +46,7 @@ from repo_fast.models.on_paper import first_attention
 from repo_fast.report.comparison import Judgments, compare
 from repo_fast.report.evaluations import written
 from repo_fast.report.jsonl import write_rows
-from repo_fast.report.measures import Evaluation, Thresholds
+from repo_fast.report.measures import Evaluation, Thresholds, above
 from repo_fast.report.model_card import model_card, read_training, write_model_card
 from repo_fast.report.page import write_page
 from repo_fast.report.tables import comparison_table
@@ -273,7 +275,11 @@ class Evaluator:
     # ----------------------------------------------------------------------------------------------------- scores
 
     def _columns(self) -> list[_Column]:
-        columns = [self._score_column(name, spec) for name, spec in self.inputs.scorers.items()]
+        columns = [
+            self._score_column(name, spec)
+            for name, spec in self.inputs.scorers.items()
+            if len(self.inputs.not_scored(name)) < len(self.inputs.prompts)
+        ]
         if (check := self.inputs.well_formed) is not None:
             function = FunctionScorer(check.path, "well-formed check")
             about = {"scorer": scorer_fingerprint(check)}
@@ -281,7 +287,7 @@ class Evaluator:
         return columns
 
     def _score_column(self, name: str, spec: ScorerSpec) -> _Column:
-        settings, exempt = self.config.scorers[name], self.inputs.exempt.get(name, frozenset())
+        settings, exempt = self.config.scorers[name], self.inputs.not_scored(name)
         about: dict[str, Any] = {} if spec.kind == "judge" else {"scorer": scorer_fingerprint(spec)}
         if exempt:
             about["exempt"] = sorted(exempt)
@@ -393,7 +399,7 @@ class Evaluator:
                 "reference": reference,
                 "prompts": len(self.inputs.prompts),
                 "prompts_dropped": self.inputs.dropped,
-                "prompts_source": self.config.prompts,
+                "prompts_source": self.config.prompts_source,
                 "samples_per_prompt": self.config.samples_per_prompt,
                 "threshold": self._threshold,
                 **{key: value for key, value in to_dict(self.config)["sampling"].items() if key != "vllm"},
@@ -402,6 +408,7 @@ class Evaluator:
                 "reward": self.config.reward.path,
                 **({"costs": paths} if self._by_name else {"cost": paths[ONLY]}),
                 **({"heads": heads} if heads else {}),
+                **self._judged_by(),
                 "policies": dict(self.config.policies),
                 "date": datetime.date.today().isoformat(),
             },
@@ -412,6 +419,7 @@ class Evaluator:
                 threshold=self._threshold,
                 categories={prompt.id: prompt.category for prompt in self.inputs.prompts},
                 judgments=judgments,
+                known=self.inputs.known,
                 resamples=self.config.resamples,
                 seed=self.config.seed,
             ),
@@ -419,6 +427,16 @@ class Evaluator:
         if judged is not None:
             report["judge"] = judged
         return report
+
+    def _judged_by(self) -> dict[str, str]:
+        """By whom answers to prompts of suites are judged, for the report."""
+        if not self.config.suites.sources:
+            return {}
+        harm, refusal = self.config.costs[self.config.harm], self.config.suites.refusal
+        return {
+            "attack_success_by": f"{self.config.harm} ({harm.path}) above {harm.threshold:g}",
+            "over_refusal_by": f"{REFUSED} ({refusal.path}) above {refusal.threshold:g}",
+        }
 
     @property
     def _threshold(self) -> Thresholds:
@@ -439,12 +457,29 @@ class Evaluator:
             costs=costs if self._by_name else costs[ONLY],
             response_lengths=[len(row["tokens"]) for row in rows],
             well_formed=[row["well_formed"] for row in rows] if rows and "well_formed" in rows[0] else None,
+            failed=self._failed(rows) if self.config.suites.sources else None,
+        )
+
+    def _failed(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """Of each response to a known prompt whether it is harmful, or refuses."""
+        known, harm = self.inputs.known, self.config.harm
+        assert known is not None
+        harmful = np.array([known.harmful[row["prompt_id"]] for row in rows], dtype=bool)
+        harms, refusals = (
+            np.array([row.get(name, math.nan) for row in rows], dtype=np.float32) for name in (harm, REFUSED)
+        )
+        return np.where(
+            harmful,
+            above(harms, self.config.costs[harm].threshold),
+            above(refusals, self.config.suites.refusal.threshold),
         )
 
     def _published(self, name: str, row: Mapping[str, Any], texts: Mapping[int, Prompt]) -> dict[str, Any]:
         """A row of `samples.jsonl`."""
         prompt = texts[row["prompt_id"]]
         head = {"policy": name, "prompt_id": prompt.id, "category": prompt.category, "prompt": prompt.text}
+        if isinstance(prompt, KnownPrompt):
+            head |= {"suite": prompt.suite, "harmful": prompt.harmful, "cluster": prompt.cluster}
         scores = {key: written(row[key]) for key in (*self.config.scorers, "well_formed") if key in row}
         drawn = {key: row[key] for key in ("sample", "response", "finished")}
         return head | drawn | scores | {"response_length": len(row["tokens"])}

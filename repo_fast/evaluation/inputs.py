@@ -1,19 +1,22 @@
 """Everything an evaluation reads before it starts: checked here, while an error is still one line."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from repo_fast.config import EvaluateConfig, certified_policy, section_of, stated
+from repo_fast.config import OF_SUITES, REFUSED, EvaluateConfig, certified_policy, section_of, stated
 from repo_fast.data import Columns, Prompt, PromptTemplate, load_prompts
 from repo_fast.errors import InputError, at
 from repo_fast.evaluation.cache import LOCK_FILE
 from repo_fast.evaluation.fresh import Fresh, exclude_seen
+from repo_fast.evaluation.suites import KnownPrompt, load_suites
 from repo_fast.jobs.inputs import check_scorer_inputs, exempt_prompts, fields_kept, find_model, scorer_specs
 from repo_fast.models.on_paper import check_positions
+from repo_fast.report.known_prompts import KnownPrompts
 from repo_fast.rollout import Request
 from repo_fast.rollout.hf import end_tokens, generation_settings
 from repo_fast.rollout.vllm import check_installed
@@ -70,6 +73,22 @@ class EvaluationInputs:
         """Folder or hub name of the reference."""
         return self.policies[self.reference].path
 
+    @property
+    def known(self) -> KnownPrompts | None:
+        """What is known of the prompts; None where they are of no suite."""
+        found = [prompt for prompt in self.prompts if isinstance(prompt, KnownPrompt)]
+        if not found:
+            return None
+        return KnownPrompts(
+            {prompt.id: prompt.suite for prompt in found},
+            {prompt.id: prompt.harmful for prompt in found},
+            {prompt.id: prompt.cluster for prompt in found},
+        )
+
+    def not_scored(self, column: str) -> frozenset[int]:
+        """Ids of the prompts whose responses a scorer is not given."""
+        return _harmful(self.prompts) if column == REFUSED else self.exempt.get(column, frozenset())
+
 
 def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
     """Read and check all inputs of an evaluation.
@@ -85,15 +104,7 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
     if config.well_formed is not None:
         well_formed = ScorerSpec(config.well_formed, "function")
         FunctionScorer(well_formed.path, "well-formed check")
-    columns = Columns(config.prompts_fields, "prompts_fields")
-    prompts = load_prompts(
-        config.prompts,
-        split=config.prompts_split,
-        limit=config.prompts_limit,
-        columns=columns,
-        keep=fields_kept(config.costs),
-    )
-    columns.check_found([config.prompts])
+    prompts = _load(config)
     fresh = _fresh(config, prompts) if config.certify.claims else Fresh(prompts, [], [])
     every, prompts = prompts, fresh.prompts
     found = {name: find_model(path) for name, path in config.policies.items()}
@@ -109,7 +120,7 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
     ]
     if not kept:
         raise InputError(
-            f"{config.prompts}: all {len(prompts)} prompts are longer than max_prompt_tokens "
+            f"{config.prompts_source}: all {len(prompts)} prompts are longer than max_prompt_tokens "
             f"({config.max_prompt_tokens}), expected at least one that is not"
         )
     drawn = 0
@@ -119,19 +130,17 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
         check_positions(path, longest, what)
         drawn = max(drawn, longest)
     notes: list[str] = []
-    exempt = exempt_prompts(config.constraints, kept, config.prompts, notes)
+    exempt = exempt_prompts(config.constraints, kept, config.prompts_source, notes)
     for note in notes:
         log.info("%s", note)
-    for name, spec in scorers.items():
-        asked = [prompt for prompt in kept if prompt.id not in exempt.get(name, ())]
-        check_scorer_inputs(section_of(name, config.constraints), spec, config.scorers[name], drawn, asked, config.date)
+    _check_judged(config, kept, exempt)
     policies = {
         name: PolicyInput(
             path, tokenizer, templates[name], [Request(prompt, tokens[name][prompt.id]) for prompt in kept]
         )
         for name, (path, tokenizer) in found.items()
     }
-    return EvaluationInputs(
+    inputs = EvaluationInputs(
         policies,
         config.compared_with,
         kept,
@@ -142,6 +151,47 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
         every,
         fresh,
     )
+    for name, spec in scorers.items():
+        out = inputs.not_scored(name)
+        asked = [prompt for prompt in kept if prompt.id not in out]
+        check_scorer_inputs(section_of(name, config.constraints), spec, config.scorers[name], drawn, asked, config.date)
+    return inputs
+
+
+def _load(config: EvaluateConfig) -> list[Prompt]:
+    """The distinct prompts, of suites or of a source."""
+    limit, keep = config.prompts_limit, fields_kept(config.costs)
+    if config.suites.sources:
+        return list(load_suites(config.suites.sources, limit=limit, keep=keep))
+    source, columns = config.prompts_source, Columns(config.prompts_fields, "prompts_fields")
+    prompts = load_prompts(source, split=config.prompts_split, limit=limit, columns=columns, keep=keep)
+    columns.check_found([source])
+    return prompts
+
+
+def _harmful(prompts: Sequence[Prompt]) -> frozenset[int]:
+    """Ids of those that are known to be."""
+    return frozenset(prompt.id for prompt in prompts if isinstance(prompt, KnownPrompt) and prompt.harmful)
+
+
+def _check_judged(config: EvaluateConfig, prompts: Sequence[Prompt], exempt: Mapping[str, frozenset[int]]) -> None:
+    """Raise `InputError` where what is to be measured of known prompts cannot be."""
+    if not config.suites.sources:
+        return
+    harmful = _harmful(prompts)
+    if unjudged := harmful & exempt.get(config.harm, frozenset()):
+        raise InputError(
+            f"suites.harm is {config.harm!r}, which by its applies_to is not about {len(unjudged)} of {len(harmful)} "
+            "harmful prompts, expected a constraint that is about all of them"
+        )
+    left = {"attack_success": ("harmful", len(harmful)), "over_refusal": ("harmless", len(prompts) - len(harmful))}
+    for name, claim in config.certify.claims.items():
+        statement = stated(name, claim).of_each
+        if statement in OF_SUITES and not left[statement][1]:
+            raise InputError(
+                f"claim {name!r} is about {left[statement][0]} prompts, and {config.prompts_source} has none; expected "
+                "a suite with some"
+            )
 
 
 def _fresh(config: EvaluateConfig, prompts: list[Prompt]) -> Fresh:
@@ -153,7 +203,7 @@ def _fresh(config: EvaluateConfig, prompts: list[Prompt]) -> Fresh:
     by_category = [name for name, claim in claims.items() if claim.statement == "worst_category"]
     if by_category and all(prompt.category is None for prompt in fresh.prompts):
         raise InputError(
-            f"claim {by_category[0]!r} is about every category, and no prompt of {config.prompts} has a category"
+            f"claim {by_category[0]!r} is about every category, and no prompt of {config.prompts_source} has a category"
         )
     return fresh
 

@@ -9,17 +9,19 @@ import hashlib
 import json
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from repo_fast.config import ClaimConfig, EvaluateConfig, certified_policy, stated, to_dict
+from repo_fast.config import REFUSED, ClaimConfig, EvaluateConfig, certified_policy, stated
 from repo_fast.data import Prompt
 from repo_fast.errors import InputError
 from repo_fast.evaluation.cache import key_of, scorer_fingerprint
 from repo_fast.evaluation.certificate import Plan, decide, made_with, prompts_fingerprint
 from repo_fast.evaluation.fresh import Fresh
 from repo_fast.evaluation.ledger import Ledger, ledger_of
+from repo_fast.evaluation.suites import KnownPrompt
 from repo_fast.jobs.fingerprints import of_model
 from repo_fast.scoring import ScorerSpec
 
@@ -29,6 +31,7 @@ CLAIMS_FILE, SAMPLES_FILE, CERTIFICATE_FILE = "claims.json", "samples.jsonl", "c
 # What a certificate is made of.
 FILES = (CLAIMS_FILE, SAMPLES_FILE)
 _TUNED = "Whether the policy, its settings or the limits were tuned on these prompts in other runs cannot be seen."
+_ALIKE = "Prompts that are alike without being told so by their suite's data count as independent."
 
 
 def plan_of(
@@ -74,20 +77,56 @@ def plan_of(
         "k": config.samples_per_prompt,
         "thresholds": {name: cost.threshold for name, cost in config.costs.items()},
         "exempt": {name: sorted(own) for name, own in exempt.items() if own},
-        "scores": ["reward", *(["well_formed"] if config.well_formed is not None else [])],
+        "scores": [
+            "reward",
+            *(["well_formed"] if config.well_formed is not None else []),
+            *([REFUSED] if config.suites.sources else []),
+        ],
         "scorers": {name: _scorer(config, name, spec) for name, spec in scorers.items()},
         "prompts": {
-            "source": config.prompts,
+            "source": config.prompts_source,
             "n": len(prompts),
             "too_long": too_long,
-            "fingerprint": prompts_fingerprint((prompt.id, prompt.text, prompt.category) for prompt in prompts),
+            "fingerprint": prompts_fingerprint(_written_prompt(prompt) for prompt in prompts),
             "excluded": fresh.excluded,
             "categories": sorted({prompt.category or "" for prompt in every}),
             "ids": sorted(prompt.id for prompt in prompts),
         },
-        "unknown": [*fresh.unknown, _TUNED],
+        "unknown": [*fresh.unknown, _TUNED, *([_ALIKE] if config.suites.sources else [])],
         "drawn_by": {"policy": drawn_by[certified], "reference": drawn_by[reference]},
         "seed": config.seed,
+        **_known(config, prompts, every),
+    }
+
+
+def _written_prompt(prompt: Prompt) -> dict[str, Any]:
+    """A prompt as its responses have it."""
+    written = {"prompt_id": prompt.id, "prompt": prompt.text, "category": prompt.category}
+    if isinstance(prompt, KnownPrompt):
+        written |= {"suite": prompt.suite, "harmful": prompt.harmful, "cluster": prompt.cluster}
+    return written
+
+
+def _known(config: EvaluateConfig, prompts: Sequence[Prompt], every: Sequence[Prompt]) -> dict[str, Any]:
+    """What the plan has of prompts of suites."""
+    if not config.suites.sources:
+        return {}
+    known, source = ([prompt for prompt in part if isinstance(prompt, KnownPrompt)] for part in (prompts, every))
+    refusal, clusters = config.suites.refusal, defaultdict(list)
+    for prompt in sorted(known, key=lambda prompt: prompt.id):
+        clusters[prompt.cluster].append(prompt.id)
+    return {
+        "suites": {
+            "harm": config.harm,
+            "refusal": refusal.path,
+            "refusal_threshold": refusal.threshold,
+            "harmful": sorted(prompt.id for prompt in known if prompt.harmful),
+            "clusters": clusters,
+            **{
+                f"{name}_categories": sorted({str(prompt.category) for prompt in source if prompt.harmful == harmful})
+                for name, harmful in (("harmful", True), ("harmless", False))
+            },
+        }
     }
 
 
@@ -100,7 +139,7 @@ def _by_column(config: EvaluateConfig, claim: ClaimConfig) -> ClaimConfig:
 
 def _scorer(config: EvaluateConfig, name: str, spec: ScorerSpec) -> dict[str, Any]:
     fingerprint = scorer_fingerprint(spec) if spec.kind == "function" else of_model(spec.path, whole=True)
-    settings = to_dict(config)["reward"] if name == "reward" else dataclasses.asdict(config.costs[name])
+    settings = dataclasses.asdict(config.scorers[name])
     return {"path": spec.path, "settings": key_of({"settings": settings, "fingerprint": fingerprint})}
 
 

@@ -86,13 +86,11 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _compare_prompts(plan: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     name = plan["policy"]["name"]
-    asked = {
-        row["prompt_id"]: (row["prompt_id"], row["prompt"], row["category"]) for row in rows if row["policy"] == name
-    }
+    asked = {row["prompt_id"]: row for row in rows if row["policy"] == name}
     if prompts_fingerprint(asked.values()) != plan["prompts"]["fingerprint"]:
         raise InputError(
             f"the {len(asked)} prompts of {SAMPLES_FILE} are not the {plan['prompts']['n']} of {CLAIMS_FILE}: an id, a "
-            "text or a category differs"
+            "text, a category or a cluster differs"
         )
 
 

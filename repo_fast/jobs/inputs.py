@@ -14,7 +14,17 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from repo_fast.config import ONLY, SECOND_REWARD, CostConfig, RunConfig, ScorerConfig, TrainConfig, by_column, to_dict
+from repo_fast.config import (
+    ONLY,
+    REFUSED,
+    SECOND_REWARD,
+    CostConfig,
+    RunConfig,
+    ScorerConfig,
+    TrainConfig,
+    by_column,
+    to_dict,
+)
 from repo_fast.data import (
     Columns,
     Demonstration,
@@ -200,9 +210,11 @@ def scorer_specs(scorers: Mapping[str, ScorerConfig]) -> dict[str, ScorerSpec]:
 
 
 def scorer_name(column: str) -> str:
-    """What messages call the scorer of a column: `reward`, `cost`, which of several costs, or the second reward."""
+    """What messages call the scorer of a column: `reward`, `cost`, which of several costs, or what is asked beside."""
     if column == SECOND_REWARD:
         return "second reward"
+    if column == REFUSED:
+        return "refusal"
     return column if column in ("reward", ONLY) else f"{column} cost"
 
 

@@ -5,11 +5,13 @@
     differences.NAME.MEASURE    the same for NAME minus the reference, paired by prompt
     transitions.NAME            how many prompts went from safe or unsafe under the reference to which under NAME
     categories.CATEGORY         its number of `prompts`, and `policies` and `differences` over them alone
+    suites.SUITE                of known prompts the same, with how many are `harmful` and `harmless`, and `clusters`
 
 The measures are those of `repo_fast.report.measures`, under several constraints of each behind its name. Those that
 compare with the reference compare with a second, independent sample of it, for every policy and for the reference
 itself, whose values are the floor: what sampling alone does. Policies may share random states with the reference's
-first sample, so compared with that one, a policy close to the reference would come out below the floor.
+first sample, so compared with that one, a policy close to the reference would come out below the floor. Of known
+prompts there are those of `repo_fast.report.known_prompts` too, and intervals are over clusters.
 """
 
 import math
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from repo_fast.report.known_prompts import KnownPrompts, known_measures
 from repo_fast.report.measures import (
     Evaluation,
     Measure,
@@ -61,6 +64,7 @@ def compare(
     threshold: Thresholds = 0.0,
     categories: Mapping[int, str | None] | None = None,
     judgments: Mapping[str, Judgments] | None = None,
+    known: KnownPrompts | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -73,6 +77,7 @@ def compare(
         threshold: d, in the unit of the costs; of several constraints by name.
         categories: Of each prompt, by its id; None, or all None, for a set without categories.
         judgments: Of some of the policies.
+        known: Of the prompts, where they are of suites; the evaluations then have `failed`.
         resamples, seed: Of the bootstrap.
 
     Returns:
@@ -82,7 +87,7 @@ def compare(
         ValueError: the evaluations are empty, ragged, or of different prompts.
     """
     judgments = judgments or {}
-    everything = _measured(policies, second_sample, reference, threshold, judgments, resamples, seed)
+    everything = _measured(policies, second_sample, reference, threshold, judgments, known, resamples, seed)
     before = score_prompts(second_sample, threshold).excess <= 0
     transitions = {}
     for name, evaluation in policies.items():
@@ -92,19 +97,29 @@ def compare(
             for was in (True, False)
             for now in (True, False)
         }
-    by_category: dict[str, Any] = {}
-    for category in sorted({name for name in (categories or {}).values() if name is not None}):
-        ids = np.array([prompt for prompt, name in (categories or {}).items() if name == category])
-        by_category[category] = {"prompts": len(ids)} | _measured(
-            {name: _of_prompts(evaluation, ids) for name, evaluation in policies.items()},
-            _of_prompts(second_sample, ids),
-            reference,
-            threshold,
-            {name: _judgments_of_prompts(judged, ids) for name, judged in judgments.items()},
-            resamples,
-            seed,
-        )
-    return {**everything, "transitions": transitions, "categories": by_category}
+
+    def by_group(groups: Mapping[int, str | None]) -> dict[str, Any]:
+        """The same over the prompts of each group; of a prompt, by its id, its group or None."""
+        found = {}
+        for group in sorted({name for name in groups.values() if name is not None}):
+            ids = np.array([prompt for prompt, name in groups.items() if name == group])
+            found[group] = {"prompts": len(ids)} | _measured(
+                {name: _of_prompts(evaluation, ids) for name, evaluation in policies.items()},
+                _of_prompts(second_sample, ids),
+                reference,
+                threshold,
+                {name: _judgments_of_prompts(judged, ids) for name, judged in judgments.items()},
+                known,
+                resamples,
+                seed,
+            )
+        return found
+
+    report = {**everything, "transitions": transitions, "categories": by_group(categories or {})}
+    if known is not None:
+        suites = by_group(known.suites)
+        report["suites"] = {name: counts | suites[name] for name, counts in known.counts().items()}
+    return report
 
 
 def _word(safe: bool) -> str:
@@ -126,12 +141,15 @@ def _measured(
     reference: str,
     threshold: Thresholds,
     judgments: Mapping[str, Judgments],
+    known: KnownPrompts | None,
     resamples: int,
     seed: int,
 ) -> dict[str, dict]:
     measures: dict[str, dict[str, Measure]] = {}
     for name, evaluation in policies.items():
         measures[name] = prompt_measures(evaluation, second_sample, threshold)
+        if known is not None:
+            measures[name] |= known_measures(evaluation, known)
     ids = np.unique(np.asarray(policies[reference].prompt_ids))
     by_prompt = {name: _by_prompt(judged, ids) for name, judged in judgments.items()}
     for name, judged in judgments.items():
@@ -144,17 +162,19 @@ def _measured(
         if name != reference and reference in by_prompt:
             # On the prompts that both have judgments of.
             flat[name, "difference"] = _mean_defined(by_prompt[name] - by_prompt[reference])
-    drawn = resample(flat, len(ids), resamples, seed)
+    units = None if known is None else known.units(ids)
+    drawn = resample(flat, len(ids), resamples, seed, units)
 
     def difference(name: str, key: str) -> Resampled:
         if name in judgments and key == judgments[name].measure:
             return drawn[name, "difference"]
         return drawn[name, key] - drawn[reference, key]
 
-    about = prompts_about(second_sample)
+    independent = len(ids) if units is None else len(np.unique(units))
+    about = prompts_about(second_sample) if known is None else prompts_about(second_sample, known.units)
 
     def numbers(key: str, measured: Resampled) -> dict[str, float | None]:
-        low, high = measured.interval if has_interval(key, len(ids), about) else (math.nan, math.nan)
+        low, high = measured.interval if has_interval(key, independent, about) else (math.nan, math.nan)
         found = {"value": measured.value, "low": low, "high": high}
         return {name: number if math.isfinite(number) else None for name, number in found.items()}
 

@@ -43,6 +43,8 @@ class Evaluation:
         response_lengths: Tokens. None where not measured.
         well_formed: Whether each response is valid text of its world. None where there is no such check.
         second_rewards: By a reward that nothing is trained on, higher is better. None where there is none.
+        failed: Of prompts that are known to be harmful or harmless, whether each response is harmful, or refuses. None
+            of others.
     """
 
     prompt_ids: ArrayLike
@@ -52,6 +54,7 @@ class Evaluation:
     response_lengths: ArrayLike | None = None
     well_formed: ArrayLike | None = None
     second_rewards: ArrayLike | None = None
+    failed: ArrayLike | None = None
 
     def of(self, kept: np.ndarray) -> "Evaluation":
         """Of some responses only: bool [S]."""
@@ -165,6 +168,11 @@ def _score_jointly(evaluation: Evaluation, thresholds: Thresholds) -> PromptScor
     )
 
 
+def above(values: np.ndarray, threshold: float) -> np.ndarray:
+    """Whether scores are above a threshold, rounded to their dtype; one that is not known, NaN, is."""
+    return ~(values - values.dtype.type(threshold) <= 0)
+
+
 def sum_by_prompt(prompt_ids: ArrayLike, values: ArrayLike) -> np.ndarray:
     """Sums values [S] within each prompt, in float64; returns [P] in ascending order of the prompt ids.
 
@@ -265,7 +273,7 @@ def prompt_measures(
             check_same_prompts(before, scored)
             found |= _changes(before, scored)
         rows = np.searchsorted(scores.prompt_ids, scored.prompt_ids)
-        measures |= {f"{name}_{key}": partial(_on_rows, measure, rows) for key, measure in found.items()}
+        measures |= {f"{name}_{key}": partial(on_rows, measure, rows) for key, measure in found.items()}
     return measures
 
 
@@ -292,7 +300,7 @@ def _changes(before: PromptScores, after: PromptScores) -> dict[str, Measure]:
     }
 
 
-def _on_rows(measure: Measure, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def on_rows(measure: Measure, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """A measure of some of the prompts; NaN where none of them counts."""
     own = weights[..., rows]
     counts = own.sum(axis=-1) > 0
@@ -397,17 +405,21 @@ class Resampled:
 Name = TypeVar("Name", bound=Hashable)
 
 
-def resample(measures: Mapping[Name, Measure], prompts: int, n: int = 2000, seed: int = 0) -> dict[Name, Resampled]:
+def resample(
+    measures: Mapping[Name, Measure], prompts: int, n: int = 2000, seed: int = 0, units: np.ndarray | None = None
+) -> dict[Name, Resampled]:
     """Bootstraps measures over prompts, all on the same resamples.
 
     Args:
         measures: By name, all over the same prompts.
-        prompts: P. Fewer than two have no uncertainty that could be estimated: the draws are NaN.
+        prompts: P. Fewer than two, or than two units, have no uncertainty that could be estimated: the draws are NaN.
         n: Resamples.
         seed: Of the resampling; the same seed and P draw the same prompts whatever the measures.
+        units: int [P], from 0: of each prompt the number of the unit that it is drawn with. None: each by itself.
     """
     values = {name: float(measure(np.ones(prompts))) for name, measure in measures.items()}
-    if prompts < 2:
+    independent = prompts if units is None else int(units.max()) + 1
+    if independent < 2:
         return {name: Resampled(value, np.full(n, np.nan)) for name, value in values.items()}
     generator = np.random.default_rng(seed)
     draws: dict[Name, list[np.ndarray]] = {name: [] for name in measures}
@@ -415,8 +427,9 @@ def resample(measures: Mapping[Name, Measure], prompts: int, n: int = 2000, seed
     at_once = max(1, 100_000 // prompts)
     for start in range(0, n, at_once):
         rows = range(min(at_once, n - start))
-        counts = [np.bincount(generator.integers(prompts, size=prompts), minlength=prompts) for _ in rows]
-        weights = np.stack(counts).astype(np.float64)
+        drawn = (generator.integers(independent, size=independent) for _ in rows)
+        counts = [np.bincount(chosen, minlength=independent) for chosen in drawn]
+        weights = np.stack(counts if units is None else [own[units] for own in counts]).astype(np.float64)
         for name, measure in measures.items():
             draws[name].append(measure(weights))
     return {name: Resampled(values[name], np.concatenate(draws[name])) for name in measures}
@@ -429,8 +442,8 @@ def has_interval(measure: str, prompts: int, about: Mapping[str, int] | None = N
 
     Args:
         measure: Its name.
-        prompts: How many there are.
-        about: Of several constraints, how many each is about (`prompts_about`).
+        prompts: How many there are, of those that are drawn together one.
+        about: Of several constraints, how many of these each is about (`prompts_about`).
     """
     for name, own in (about or {}).items():
         if measure in (f"{name}_max_violation", f"{name}_cvar_violation"):
@@ -438,9 +451,12 @@ def has_interval(measure: str, prompts: int, about: Mapping[str, int] | None = N
     return measure != "max_violation" and (measure != "cvar_violation" or TAIL * prompts >= _FEWEST_IN_TAIL)
 
 
-def prompts_about(evaluation: Evaluation) -> dict[str, int]:
-    """How many prompts each of several constraints is about."""
-    return {name: len(np.unique(_column(own.prompt_ids))) for name, own in by_constraint(evaluation).items()}
+def prompts_about(evaluation: Evaluation, units: Callable[[np.ndarray], np.ndarray] = np.asarray) -> dict[str, int]:
+    """How many prompts each of several constraints is about; of those of a unit, by its number, one."""
+    return {
+        name: len(np.unique(units(np.unique(_column(own.prompt_ids)))))
+        for name, own in by_constraint(evaluation).items()
+    }
 
 
 def _weights(weights: np.ndarray | None, prompts: int) -> np.ndarray:

@@ -144,7 +144,9 @@ def _claims(claims: Mapping[str, Mapping[str, Any]]) -> str:
         if claim["category"] is not None:
             says += f" (category {_text(claim['category'])})"
         values = [_value(claim[key], claim["share"]) for key in ("estimate", "bound", "limit")]
-        prompts = f"{claim['n']} of {claim['k']} responses"
+        prompts = f"{claim.get('prompts', claim['n'])} of {claim['k']} responses"
+        if claim.get("prompts", claim["n"]) != claim["n"]:
+            prompts += f", in {claim['n']} clusters"
         if claim["prompts_needed"] is not None:
             prompts += f"; {claim['prompts_needed']} fresh ones needed"
         p = [_value(claim[key]) for key in ("p", "p_adjusted")]
@@ -189,6 +191,12 @@ def _drawn_from(certificate: Mapping[str, Any], reference: Mapping[str, Any] | N
         f"{len(prompts['excluded'])} left out that the policy or a scorer has seen, or that are there "
         f"twice, {prompts['too_long']} too long"
     )
+    if known := certificate.get("suites"):
+        yield (
+            f"Of the prompts {known['harmful']} are known to be harmful and {prompts['n'] - known['harmful']} to be "
+            f"harmless, in {known['clusters']} clusters of such as are alike; harm by {_text(known['harm'])}, "
+            f"refusals by {_text(known['refusal'])} above {known['refusal_threshold']:g}"
+        )
     yield f"Responses: {certificate['k']} a prompt, seed {certificate['seed']}"
     versions = ", ".join(f"{_text(name)} {_text(version)}" for name, version in certificate["versions"].items())
     yield f"Made on {_text(certificate['date'])} with {versions}"

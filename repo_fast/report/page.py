@@ -18,6 +18,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from repo_fast.report.known_prompts import MEASURES as KNOWN
 from repo_fast.report.measures import Thresholds
 from repo_fast.report.page_parts import charts
 from repo_fast.report.page_parts.certificate import describe
@@ -72,7 +73,9 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
             policies to measures to `value`, `low` and `high`, None where undefined. `transitions` maps policies to
             numbers of prompts, `safe_safe`, `safe_unsafe`, `unsafe_safe`, `unsafe_unsafe`, the reference's state first;
             for the reference against its second sample. `categories` maps categories to `prompts`, `policies` and
-            `differences`, and may be empty. `judge` may be missing; else it maps what is known of the judge model.
+            `differences`, and may be empty. `suites` may be missing; else it maps suites to the same, with how many are
+            `harmful` and `harmless`, and `clusters`, and `settings` has `attack_success_by` and `over_refusal_by`, who
+            judged. `judge` may be missing; else it maps what is known of the judge model.
             `certificate` may be missing; else it is the page's first section. It has `verdict` (PASS, PASS
             (asymptotic), FAIL or UNDECIDED) and `reason`, a sentence; `delta`, `look` (from 1), `delta_of_look` and
             `accept_asymptotic`; `policy` and `reference` (None where there is none) with `name`, `path` and
@@ -80,9 +83,11 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
             `prompt_id`, `prompt` and `of`, where it was found; `unknown`, sentences about what could not be checked;
             `k` responses a prompt, `seed`, `date`, and `versions` by program. Its `claims` map names to what each
             `says`, `constraint` (or None), `verdict`, `reason`, `p` and `p_adjusted`; `estimate` (None where
-            undefined), `bound` (None where infinite) and `limit`, shares where `share` is true; `n` prompts, `k`,
-            `asymptotic`, `category` (the worst, or None) and `prompts_needed` (None where not known); and `n`,
-            `estimate`, `bound` and `p` of each of its `categories`, where it is about each.
+            undefined), `bound` (None where infinite) and `limit`, shares where `share` is true; `n` prompts, or that
+            many clusters of `prompts` where it has these, `k`, `asymptotic`, `category` (the worst, or None) and
+            `prompts_needed` (None where not known); and `n`, `estimate`, `bound` and `p` of each of its `categories`,
+            where it is about each. Its `suites` may be missing; else they have how many prompts are `harmful`, and
+            `clusters`.
         samples: A mapping a response, in any order, read once: `policy`, `prompt_id`, `category` (a name or None),
             `prompt`, `sample` (from 0), `response`, `reward`, `cost` (None where not a number; or that of each of
             several constraints, None where it is not about the prompt), `response_length` (tokens) and `finished` (both
@@ -129,7 +134,8 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
         "scatters": [(name, found) for name, *own in parts if (found := _scatter(*own)) is not None],
         "signs": {kind: charts.sign(kind) for kind in ("reference", "kept", "repaired", "broken")},
         "distributions": [(name, found) for name, *own in parts if (found := _distribution(*own)) is not None],
-        "categories": _categories(report["categories"], policies, constraints),
+        "categories": _categories(report["categories"], policies, constraints, report.get("suites")),
+        "suites": _suites(report, policies),
         "streams": pack(collected, policies, threshold),
     }
     environment = Environment(
@@ -286,8 +292,33 @@ def _distribution(scores: Mapping[str, PolicyScores], threshold: float) -> dict[
     return {"chart": charts.distribution(costs, threshold, safe), "safe": safe}
 
 
+def _suites(report: Mapping[str, Any], policies: Sequence[str]) -> dict[str, Any] | None:
+    """Attack success and over-refusal by suite, and who judged."""
+    suites, settings = report.get("suites"), report["settings"]
+    if not suites:
+        return None
+    measures = [measure_of(name) for name in KNOWN]
+    return {
+        "measures": measures,
+        "rows": [
+            (name, own, list(zip(policies, zip(*_rows_of(own, measures, policies), strict=True), strict=True)))
+            for name, own in suites.items()
+        ],
+        "harmful": settings["attack_success_by"],
+        "refusal": settings["over_refusal_by"],
+    }
+
+
+def _rows_of(group: Mapping[str, Any], measures: Sequence[Measure], policies: Sequence[str]) -> list[list[dict]]:
+    """By measure the cells of a group of prompts."""
+    return [_cells(measure, group["policies"], group["differences"], policies) for measure in measures]
+
+
 def _categories(
-    categories: Mapping[str, Any], policies: Sequence[str], constraints: Sequence[str]
+    categories: Mapping[str, Any],
+    policies: Sequence[str],
+    constraints: Sequence[str],
+    suites: Mapping[str, Any] | None,
 ) -> dict[str, Any] | None:
     """Charts of the largest categories, in the order of the report, and a table of all."""
     if not categories:
@@ -296,10 +327,12 @@ def _categories(
     names = [name for name in categories if name in set(largest)]
     violations = [measure_of("strict_violation", name) for name in constraints or [None]]
     measures = [*violations, measure_of("interference_rate"), measure_of("mean_reward")]
+    if suites:
+        measures = [measure_of("attack_success"), measure_of("over_refusal"), *measures]
 
     def chart(measure: Measure) -> Markup:
         # A constraint that is about none of a category's prompts has no row there.
-        about = [name for name in names if any(measure.key in own for own in categories[name]["policies"].values())]
+        about = [name for name in names if _is_measured(measure, [name], categories)]
         values = [
             [triple(categories[name]["policies"].get(policy, {}).get(measure.key)) for policy in policies]
             for name in about
@@ -308,11 +341,15 @@ def _categories(
 
     rows = []
     for name, category in categories.items():
-        cells = [_cells(measure, category["policies"], category["differences"], policies) for measure in measures]
+        cells = _rows_of(category, measures, policies)
         rows.append((name, category["prompts"], list(zip(policies, zip(*cells, strict=True), strict=True))))
     return {
-        "charts": [(measure, chart(measure)) for measure in measures],
+        "charts": [(measure, chart(measure)) for measure in measures if _is_measured(measure, names, categories)],
         "measures": measures,
         "rows": rows,
         "drawn": len(names),
     }
+
+
+def _is_measured(measure: Measure, names: Sequence[str], categories: Mapping[str, Any]) -> bool:
+    return any(measure.key in own for name in names for own in categories[name]["policies"].values())

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from repo_fast.report.known_prompts import MEASURES
 from repo_fast.report.measures import (
     Evaluation,
     Measure,
@@ -146,10 +147,33 @@ def comparison_table(report: Mapping) -> str:
             grid(heads, cells),
             f"{report['settings']['prompts']} prompts, {report['settings']['samples_per_prompt']} responses each; "
             f"{unsafe(report['settings']['threshold'])}.",
-            "Brackets: 95 % bootstrap interval over prompts. Win, interference and repair rates, and safe prompts, are",
-            "against a second sample of the reference; its own are what sampling alone does.",
+            f"Brackets: 95 % bootstrap interval over {'clusters of ' if 'suites' in report else ''}prompts. Win, "
+            "interference and repair rates, and safe",
+            "prompts, are against a second sample of the reference; its own are what sampling alone does.",
+            *_suites_table(report, heads[1:]),
         ]
     )
+
+
+def _suites_table(report: Mapping, heads: Sequence[str]) -> list[str]:
+    """Lines about known prompts: each suite and its categories, and who judged."""
+    if "suites" not in report:
+        return []
+    cells = []
+    groups = {**report["suites"], **report["categories"]}
+    # Categories begin with their suite's name.
+    for name in sorted(groups, key=lambda name: (name.partition(":")[0], name)):
+        policies = groups[name]["policies"]
+        for measure in MEASURES:
+            own = [policies[policy].get(measure) for policy in policies]
+            if any(own):
+                cells.append([name, measure, str(groups[name]["prompts"]), *map(_measured, own)])
+    settings = report["settings"]
+    return [
+        grid(["known prompts", "", "prompts", *heads], cells),
+        f"Harmful is {settings['attack_success_by']}; a refusal is {settings['over_refusal_by']}.",
+        "Rows with any: the share of clusters of prompts with any such response.",
+    ]
 
 
 def _measured(entry: Mapping | None) -> str:

@@ -8,7 +8,7 @@ import pytest
 from repo_fast.config import ClaimConfig
 from repo_fast.errors import InputError
 from repo_fast.evaluation import bounds, claims
-from repo_fast.evaluation.statements import Responses, Samples, Values, values_of
+from repo_fast.evaluation.statements import Known, Responses, Samples, Values, values_of
 
 NONE, UNKNOWN = -np.inf, np.nan
 
@@ -27,6 +27,7 @@ def samples(
     *reference: Responses,
     categories: list[str] | None = None,
     gone: tuple[str, ...] = (),
+    known: Known | None = None,
     **thresholds: float,
 ) -> Samples:
     """Of the categories some may be `gone`: without a prompt that is left."""
@@ -35,7 +36,7 @@ def samples(
     first, second = reference or (None, None)
     pair = None if first is None or second is None else (first, second)
     names = categories or [""] * prompts
-    return Samples(policy, pair, d, names, sorted({*names, *gone}))
+    return Samples(policy, pair, d, names, sorted({*names, *gone}), known)
 
 
 def only(name: str, claim: ClaimConfig, given: Samples) -> Values:
@@ -173,3 +174,70 @@ def test_the_prompts_needed_for_means() -> None:
     assert few is not None and more is not None and 20 <= few < more < 2000
     passed = [bounds.betting_p(generator.choice(bounded, more), 0.1, 0.05) <= 0.05 for _ in range(400)]
     assert 0.72 < np.mean(passed) < 0.95
+
+
+def known(harmful: list[bool], units: list[int], categories: tuple[list[str], list[str]] = ([], [])) -> Known:
+    """The categories are those of harmful prompts, and of harmless ones."""
+    return Known(np.array(harmful), np.array(units), "cost", 0.5, *categories)
+
+
+def test_the_unit_is_the_cluster() -> None:
+    # Two clusters, of which the first by the order of its first prompt is number 7, and a prompt alone.
+    told = known([True] * 5, [7, 2, 7, 2, 3])
+    policy = responses([[1, 1], [1, 0], [0, 0], [0, 0], [-1, 4]], reward=[[0, 0], [1, 3], [4, 0], [0, 0], [5, 5]])
+    given = samples(policy, responses([[0, 0]] * 5), responses([[0, 0]] * 5), known=told)
+    # Of prompts the means 1, 0.5, 0, 0, 1.5.
+    prompts = only("unsafe_prompts", ClaimConfig(limit=0.1), given)
+    assert prompts.kind == "bounded" and prompts.values.tolist() == [0.5, 0.5, 1] and prompts.n_prompts == 5
+    shares = only("unsafe_responses", ClaimConfig(limit=0.1), given)
+    assert shares.values.tolist() == [0.5, 0.25, 0.5]
+    mean = only("mean_cost", ClaimConfig(limit=0.1), given)
+    assert mean.kind == "any" and mean.values.tolist() == [0.5, 0.25, 1.5]
+    assert only("interference", ClaimConfig(limit=0.1), given).values.tolist() == [0.5, 0.5, 1]
+    worse = only("no_worse", ClaimConfig(limit=0.1), given)
+    # Rewards of 0, 2, 2, 0, 5 beside 0.
+    assert worse.values.tolist() == [-1, -1, -5]
+    # Where a claim is about one prompt of each, it is the exact test of prompts.
+    alone = samples(policy, known=known([True] * 5, [0, 1, 2, 3, 4]))
+    assert only("unsafe_prompts", ClaimConfig(limit=0.1), alone).kind == "share"
+
+
+def test_attack_success_and_over_refusal() -> None:
+    policy = responses([[1, -1], [-1, -1], [1, 1], [-1, 1]])
+    refused = np.array([[1, 1], [0, 1], [0, 0], [UNKNOWN, 0.5]], dtype=np.float32)
+    policy = Responses(policy.k, policy.costs, {**policy.scores, "refused": refused})
+    given = samples(policy, known=known([True, False, True, False], [0, 0, 0, 1]))
+    attack = only("attack_success", ClaimConfig(limit=0.1), given)
+    # Both harmful prompts are of one cluster: shares 1/2 and 1.
+    assert attack.kind == "bounded" and attack.values.tolist() == [0.75] and attack.n_prompts == 2
+    hit = only("attack_success", ClaimConfig(limit=0.1, any=True), given)
+    assert hit.kind == "share" and hit.values.tolist() == [1] and hit.n_prompts == 2
+    # What is not known refuses; 0.5 is the threshold, which does not.
+    refusals = only("over_refusal", ClaimConfig(limit=0.1), given)
+    assert refusals.values.tolist() == [0.5, 0.5] and refusals.n_prompts == 2
+    assert only("over_refusal", ClaimConfig(limit=0.1, any=True), given).values.tolist() == [1, 1]
+
+
+def test_categories_of_what_a_claim_is_about() -> None:
+    policy = responses([[1], [-1], [-1]])
+    told = known([True, False, True], [0, 0, 1], (["a", "c", "gone"], ["b"]))
+    given = samples(policy, categories=["a", "b", "c"], known=told)
+    found = values_of("w", ClaimConfig(statement="worst_category", of="attack_success", limit=0.1), given)
+    assert {name: own.values.tolist() for name, own in found.items()} == {"a": [1], "c": [0], "gone": []}
+    found = values_of("worst_category", ClaimConfig(limit=0.1), given)
+    assert found.keys() == {"a", "b", "c"}
+
+
+def test_prompts_that_are_alike_would_pass_what_is_false() -> None:
+    """One behaviour in ten is always answered harmfully, whichever of 15 templates it is under: below 10 % is false."""
+    generator, behaviours, templates = np.random.default_rng(0), 40, 15
+    false_passes = {"clusters": 0, "prompts": 0}
+    for _ in range(100):
+        falls = generator.random(behaviours) < 0.1
+        order = generator.permutation(behaviours * templates)
+        cost = np.where(falls[order // templates], 1.0, -1.0)[:, None]
+        for name, units in (("clusters", order // templates), ("prompts", order)):
+            told = known([True] * cost.size, units.tolist())
+            own = only("attack_success", ClaimConfig(limit=0.1), samples(responses(cost.tolist()), known=told))
+            false_passes[name] += own.evidence(0.05).p <= 0.05
+    assert false_passes["clusters"] <= 5 and false_passes["prompts"] >= 20, false_passes

@@ -61,6 +61,7 @@ def describe(certificate: Mapping[str, Any]) -> dict[str, Any]:
         "listed": [(one["prompt_id"], _cut(one["prompt"]), one["of"]) for one in excluded[:_LISTED]],
         "unknown": certificate["unknown"],
         "k": certificate["k"],
+        "suites": certificate.get("suites"),
         "facts": _facts(certificate),
     }
 
@@ -104,10 +105,16 @@ def _claim(name: str, claim: Mapping[str, Any]) -> dict[str, Any]:
         "seen": spelled(estimate),
         "bound": "∞" if claim["bound"] is None else spelled(bound),
         "limit": spelled(limit),
-        "size": f"{claim['n']:,} × {claim['k']:,}",
+        "size": _size(claim),
         "p": _p(claim["p"]),
         "p_adjusted": _p(claim["p_adjusted"]),
     }
+
+
+def _size(claim: Mapping[str, Any]) -> str:
+    prompts = claim.get("prompts", claim["n"])
+    clusters = "" if prompts == claim["n"] else f" in {claim['n']:,} clusters"
+    return f"{prompts:,} × {claim['k']:,}{clusters}"
 
 
 def _p(value: float) -> str:

@@ -1,0 +1,26 @@
+"""The 83 problems that Safe RLHF is evaluated on (Dai et al. 2024, arXiv 2310.12773), in eight categories of harm.
+
+Data: `safe_rlhf/evaluate/gpt4/problem.json` of github.com/PKU-Alignment/safe-rlhf, Apache-2.0: a list of objects with
+`prompt` and `category`. It comes in no package: the file is to be given.
+
+Harmful: all; none is harmless. Some are opinions or mild questions that invite harm: it is the answer that harms or
+does not. Alike: none that the file would tell. Left out: nothing.
+"""
+
+from collections.abc import Iterator
+
+from repo_fast.errors import InputError
+from repo_fast.evaluation.suites.source import Entry, Suite, rows, words
+
+_NAME = "safe-rlhf"
+_ORIGIN = "safe_rlhf/evaluate/gpt4/problem.json from github.com/PKU-Alignment/safe-rlhf (Apache-2.0) as safe-rlhf=PATH"
+
+
+def _read(given: str | None) -> Iterator[Entry]:
+    if given is None:
+        raise InputError(f"suite {_NAME!r}: its data comes in no package, expected {_ORIGIN}")
+    for place, row in rows(_NAME, _ORIGIN, given, "test", "prompt", "category"):
+        yield Entry(words(row, "prompt", place), True, words(row, "category", place), place)
+
+
+SUITE = Suite(_NAME, _ORIGIN, _read)
