@@ -71,6 +71,7 @@ def test_measures_by_hand() -> None:
     assert difference(values, "a", "start", "x")["seeds"] == [1.0, 3.0]
 
 
+@pytest.mark.slow
 def test_the_shrunk_experiment_runs_and_is_not_run_again(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,7 @@
 """The packaged runs do what they are for: on held-out prompts they end far safer, as helpful, and close to their start.
 
-One seed of the default run, and a short one of two constraints, are part of `make test`; all three seeds, and two
-constraints beside the first of them alone, of `make acceptance`.
+One seed of the default run is part of `make test`; all three seeds, a short run of two constraints, and two constraints
+beside the first of them alone, of `make acceptance`.
 """
 
 import json
@@ -74,6 +74,7 @@ def harm(output_dir, name):
     return strict_violation(score_prompts(by_constraint(evaluation)["harm"]).excess)
 
 
+@pytest.mark.slow
 def test_a_short_run_under_two_constraints_is_safer_and_hardly_more_cautious(tmp_path):
     run(tmp_path / "run", "--config", "tiny-constraints", "--total_steps", "20")
     assert harm(tmp_path / "run", "before") > 0.4

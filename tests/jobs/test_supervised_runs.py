@@ -136,6 +136,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict
     return folder, on_ranks(2, "tests.jobs.test_supervised_runs:runs_on_two_ranks", folder)
 
 
+@pytest.mark.slow
 def test_two_ranks_end_alike(two_ranks: tuple[Path, list[dict[str, int]]]) -> None:
     """A signal to one rank stops both."""
     first, second = two_ranks[1]
@@ -144,6 +145,7 @@ def test_two_ranks_end_alike(two_ranks: tuple[Path, list[dict[str, int]]]) -> No
     assert first == {name: 128 + signal.SIGTERM if name in stopped else 0 for name in first}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "cost"])
 def test_two_ranks_resume_exactly(two_ranks: tuple[Path, list[dict[str, int]]], kind: str) -> None:
     """The cost model with adapters."""
@@ -151,6 +153,7 @@ def test_two_ranks_resume_exactly(two_ranks: tuple[Path, list[dict[str, int]]], 
     assert_same_run(folder / f"{kind}-stopped", folder / f"{kind}-whole")
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_training_with_adapters_exactly(two_ranks: tuple[Path, list[dict[str, int]]]) -> None:
     """Adapters in the policy and in the critics' shared trunk."""
     folder, _ = two_ranks
@@ -164,6 +167,7 @@ def test_two_ranks_resume_training_with_adapters_exactly(two_ranks: tuple[Path, 
         assert same_bits(*(torch.load(run / path.relative_to(theirs), weights_only=False) for run in (ours, theirs)))
 
 
+@pytest.mark.slow
 def test_the_number_of_ranks_changes_no_update(two_ranks: tuple[Path, list[dict[str, int]]], tmp_path: Path) -> None:
     folder, _ = two_ranks
     statuses = descents(folder, tmp_path)

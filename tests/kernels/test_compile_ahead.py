@@ -15,11 +15,11 @@ from tests.kernels.compile_ahead import CHIPS, ROCM, ROWS, SHARED_LIMITS, RowLoo
 KERNELS = Path(__file__).parents[2] / "kernels"
 
 
-@pytest.fixture(
-    scope="module",
-    params=[["sm_90"], pytest.param([chip for chip in CHIPS if chip != "sm_90"], marks=pytest.mark.slow)],
-    ids=" ".join,
-)
+# Minutes of a compiler.
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=[["sm_90"], [chip for chip in CHIPS if chip != "sm_90"]], ids=" ".join)
 def table(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> list[Usage]:
