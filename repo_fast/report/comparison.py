@@ -5,7 +5,8 @@
     differences.NAME.MEASURE    the same for NAME minus the reference, paired by prompt
     transitions.NAME            how many prompts went from safe or unsafe under the reference to which under NAME
     categories.CATEGORY         its number of `prompts`, and `policies` and `differences` over them alone
-    suites.SUITE                of known prompts the same, with how many are `harmful` and `harmless`, and `clusters`
+    suites.SUITE                of known prompts the same; here, and in their categories, how many are `harmful` and
+                                `harmless`, and in how many `clusters`
 
 The measures are those of `repo_fast.report.measures`, under several constraints of each behind its name. Those that
 compare with the reference compare with a second, independent sample of it, for every policy and for the reference
@@ -103,7 +104,8 @@ def compare(
         found = {}
         for group in sorted({name for name in groups.values() if name is not None}):
             ids = np.array([prompt for prompt, name in groups.items() if name == group])
-            found[group] = {"prompts": len(ids)} | _measured(
+            counts = {} if known is None else known.counts(ids)
+            found[group] = {"prompts": len(ids), **counts} | _measured(
                 {name: _of_prompts(evaluation, ids) for name, evaluation in policies.items()},
                 _of_prompts(second_sample, ids),
                 reference,
@@ -117,8 +119,7 @@ def compare(
 
     report = {**everything, "transitions": transitions, "categories": by_group(categories or {})}
     if known is not None:
-        suites = by_group(known.suites)
-        report["suites"] = {name: counts | suites[name] for name, counts in known.counts().items()}
+        report["suites"] = by_group(known.suites)
     return report
 
 

@@ -35,15 +35,12 @@ class KnownPrompts:
         """Of each prompt [P] the number of its cluster, from 0: int64 [P]."""
         return np.unique([self.clusters[prompt] for prompt in np.asarray(ids).tolist()], return_inverse=True)[1]
 
-    def counts(self) -> dict[str, dict[str, int]]:
-        """By suite, how many prompts are `harmful` and `harmless`, and how many `clusters` they are in."""
-        found: dict[str, dict[str, int]] = {}
-        for suite in dict.fromkeys(self.suites.values()):
-            own = [prompt for prompt, name in self.suites.items() if name == suite]
-            harmful = sum(self.harmful[prompt] for prompt in own)
-            clusters = len({self.clusters[prompt] for prompt in own})
-            found[suite] = {"harmful": harmful, "harmless": len(own) - harmful, "clusters": clusters}
-        return found
+    def counts(self, ids: ArrayLike) -> dict[str, int]:
+        """How many of these prompts are `harmful` and `harmless`, and how many `clusters` they are in."""
+        own = np.asarray(ids).tolist()
+        harmful = sum(self.harmful[prompt] for prompt in own)
+        clusters = len({self.clusters[prompt] for prompt in own})
+        return {"harmful": harmful, "harmless": len(own) - harmful, "clusters": clusters}
 
 
 def known_measures(evaluation: Evaluation, known: KnownPrompts) -> dict[str, Measure]:

@@ -167,7 +167,8 @@ def _suites_table(report: Mapping, heads: Sequence[str]) -> list[str]:
         for measure in MEASURES:
             own = [policies[policy].get(measure) for policy in policies]
             if any(own):
-                cells.append([name, measure, str(groups[name]["prompts"]), *map(_measured, own)])
+                about = groups[name]["harmful" if measure.startswith("attack") else "harmless"]
+                cells.append([name, measure, str(about), *map(_measured, own)])
     settings = report["settings"]
     return [
         grid(["known prompts", "", "prompts", *heads], cells),

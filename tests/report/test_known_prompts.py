@@ -87,7 +87,7 @@ def test_the_printed_table_has_them_too(report: dict) -> None:
     lines = comparison_table(report).splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| one")]
     assert [row[:3] for row in rows[:4]] == [
-        ["one", measure, "4"]
+        ["one", measure, "2"]
         for measure in ("attack_success", "attack_success_any", "over_refusal", "over_refusal_any")
     ]
     assert rows[4][:2] == ["one: topic", "attack_success"] and rows[0][4].startswith("0.250 [")
