@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=2 VLLM_CPU_KVCACHE_SPACE=1 python -m bench.evaluation_phase [--geometry NAME]
 
 At the CPU's geometry: 32 prompts of 16 to 64 tokens, K = 8 responses of 1 to 256 tokens to each. Both are what
-`repo_fast.evaluate` draws with, in turn, round by round; the first round is not counted. Printed is the median of tokens a
-second, and how long each took to begin: to load the policy, and of vLLM to start and to be verified.
+`repo_fast.evaluate` draws with, in turn, round by round; the first round is not counted. Printed is the median of
+tokens a second, and how long each took to begin: to load the policy, and of vLLM to start and to be verified.
 """
 
 import argparse
