@@ -20,7 +20,7 @@ from bench.job_folder import write_job
 from bench.measuring.machine import environment_table, machine
 from bench.measuring.tables import render
 from bench.training_phase import GEOMETRIES, Geometry
-from repo_fast.config import EvaluateConfig, SamplingConfig
+from repo_fast.config import EvaluateConfig, SamplingConfig, ScorerConfig
 from repo_fast.data import PromptTemplate, load_prompts, load_tokenizer
 from repo_fast.engine import start_distributed, stop_distributed
 from repo_fast.evaluation.drawing import open_drawer
@@ -29,6 +29,8 @@ from repo_fast.rollout import Request
 from repo_fast.rollout.units import units_of
 
 ENGINES = ("hf", "vllm")
+# Which a configuration has to have; nothing is scored.
+SCORER = ScorerConfig(path="bench.job_folder:reward")
 SAMPLES_PER_PROMPT = 8
 ROUNDS = 5
 
@@ -51,7 +53,8 @@ def measure(folder: Path, geometry: Geometry) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     drawers = {}
     for engine in ENGINES:
-        config = EvaluateConfig(sampling=SamplingConfig(max_new_tokens=geometry.responses[1], engine=engine))
+        sampling = SamplingConfig(max_new_tokens=geometry.responses[1], engine=engine)
+        config = EvaluateConfig(policies={"policy": path}, sampling=sampling, reward=SCORER, cost=SCORER)
         started = time.perf_counter()
         drawers[engine] = open_drawer(config, policy, ranks, loading)
         found[engine] = {"seconds_to_begin": time.perf_counter() - started, "tokens_per_s": []}
