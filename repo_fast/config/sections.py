@@ -101,6 +101,9 @@ class EngineConfig:
     """Recompute activations in the backward instead of keeping them."""
     parameter_persistence_threshold: int = 10_000
     """ZeRO stage 3: parameters smaller than this stay on every rank (elements)."""
+    share_base: bool | Literal["auto"] = "auto"
+    """Frozen weights that models have alike, to the bit, are kept once (ZeRO stages 1 and 2). `auto`: where they are
+    alike; `true`: an adapted model whose base is unlike the policy's is an error; `false`: models are kept apart."""
     ops_backend: Literal["auto", "torch", "cpp", "triton"] = "auto"
     """Backend of `repo_fast.ops`."""
 

@@ -69,3 +69,5 @@ class SupervisedConfig(RunConfig):
         require_at_least(0, {"evaluate_every": self.evaluate_every})
         offload = self.engine.offload_frozen
         require(not offload, "engine.offload_frozen", offload, "false: this job has no frozen model")
+        share = self.engine.share_base
+        require(share == "auto", "engine.share_base", share, "auto: this job has one model")

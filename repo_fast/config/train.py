@@ -359,6 +359,7 @@ class TrainConfig(RunConfig):
                 f"engine.offload_frozen is true with policy.lora.rank {self.policy.lora.rank} and scoring functions, "
                 "expected false: no model is frozen"
             )
+        _check_share_base(self)
         if rollout.score_early and not any(is_called(scorer.path) for scorer in self.scorers.values()):
             paths = [f"{name}.path {scorer.path!r}" for name, scorer in self.scorers.items()]
             raise InputError(
@@ -412,6 +413,19 @@ class TrainConfig(RunConfig):
                 f"critics.lora.rank is {self.critics.lora.rank} with algorithm.advantage {algorithm.advantage!r}, "
                 "which has no critics; expected 0"
             )
+
+
+def _check_share_base(config: TrainConfig) -> None:
+    """Raise `InputError` where all models are to share the policy's base and one cannot, whatever its weights are."""
+    if config.engine.share_base is not True:
+        return
+    said, stage = "engine.share_base is true", config.engine.zero_stage
+    if stage == 3:
+        raise InputError(f"{said} with engine.zero_stage 3, which shards each model by itself; expected 1 or 2")
+    sections = {"policy": config.policy} | ({"critics": config.critics} if config.critic_streams else {})
+    for name, section in sections.items():
+        if not section.lora.rank:
+            raise InputError(f"{said} with {name}.lora.rank 0, expected adapters: what is trained whole is not shared")
 
 
 def _check_costs(config: TrainConfig) -> None:

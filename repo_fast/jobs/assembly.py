@@ -35,6 +35,7 @@ from repo_fast.models.packing import settle_packing, state_before
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_checkpoint import LAYOUTS, find_output, output_names
 from repo_fast.models.score_model import ScoreModel
+from repo_fast.models.sharing import SharedWeights
 from repo_fast.models.trunk import train_last_layers
 from repo_fast.models.vocabulary import fit_vocabulary
 from repo_fast.packing.rows import PackedBatch
@@ -77,19 +78,23 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
     loading = loading_options(attention, config.engine, ranks)
     steps = config.total_steps * config.update.epochs * config.update.minibatches
     policy = load_policy(inputs.policy_path, inputs.tokenizer, config.policy, config.engine, ranks)
+    shared = shared_weights(config.engine)
+    shared.take("the policy", policy.model)
     with sharded_loading(config.engine, ranks.device, frozen=True):
         reference = None
         if not config.policy.lora.rank:
-            reference = Policy.from_pretrained(inputs.policy_path, **loading)
+            reference = Policy.from_pretrained(inputs.policy_path, **loading).requires_grad_(False)
             _fit_vocabulary(reference.model, inputs.tokenizer, config.policy)
+            shared.take("the reference", reference.model)
         folder = Path(config.output_dir) / "judges"
-        loader = ScorerLoader(config.engine, ranks, attention, config.update.micro_batch_tokens, folder)
+        loader = ScorerLoader(config.engine, ranks, attention, config.update.micro_batch_tokens, folder, shared)
         scorers = {
             name: loader.load(name, spec, config.all_scorers[name])(inputs.template)
             for name, spec in inputs.scorers.items()
         }
     with sharded_loading(config.engine, ranks.device):
-        critics = _critics(config, inputs, loading)
+        critics = _critics(config, inputs, loading, shared)
+    _say_what_is_shared(config, shared, ranks)
     policy_engine = Engine(policy, config.engine, ranks, config.policy_optimizer, steps)
     settle_policy("the policy", policy_engine, attention, ranks)
     frozen: Any = WithoutAdapters(policy_engine)
@@ -101,6 +106,28 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
         critic_engines[name] = Engine(critic, config.engine, ranks, config.critic_optimizer, steps)
         settle_scores(f"the critic of {name}", critic_engines[name], critic.head(critic.streams[0]), attention, ranks)
     return Models(policy_engine, frozen, critic_engines), scorers
+
+
+def shared_weights(engine: EngineConfig) -> SharedWeights:
+    """Where the models of a job keep the frozen weights that they have alike, as `engine.share_base` says."""
+    return SharedWeights(required=engine.share_base is True, apart=engine.share_base is False or engine.zero_stage == 3)
+
+
+def _say_what_is_shared(config: TrainConfig, shared: SharedWeights, ranks: Ranks) -> None:
+    stage, (size,) = config.engine.zero_stage, ranks.sum(torch.tensor([sum(shared.spared.values())])).tolist()
+    models = ", ".join(name for name, spared in shared.spared.items() if spared)
+    if size and not shared.apart:
+        log.info(
+            "one copy of the weights that %s have frozen: %.3g GB saved on each rank", models, size / ranks.size / 1e9
+        )
+    if size and stage == 3 and config.engine.share_base:
+        said = (
+            "engine.zero_stage 3 keeps copies of frozen weights (%s): %.3g GB over all ranks that 1 and 2 would share"
+        )
+        log.info(said, models, size / 1e9)
+    if config.policy.lora.rank and config.engine.share_base:
+        for name, weight in shared.unlike.items():
+            log.info("%s has a base of its own: its %s is unlike the policy's (a merged folder's is)", name, weight)
 
 
 def build_sampler(config: TrainConfig, inputs: Inputs, policy: Engine, ranks: Ranks) -> Sampler:
@@ -319,13 +346,14 @@ def _say_what_is_trained(path: str, module: nn.Module) -> None:
         log.info("%s: %s", path, describe(module))
 
 
-def _critics(config: TrainConfig, inputs: Inputs, loading: dict) -> dict[str, Critic]:
+def _critics(config: TrainConfig, inputs: Inputs, loading: dict, shared: SharedWeights) -> dict[str, Critic]:
     """By name: one for each stream, or one for all."""
     critics = {}
     for group in config.critic_streams:
         model, outputs = _critic_start(group, config, inputs, loading)
         critic = critics["_".join(group)] = Critic(model, group, loading["dtype"], outputs)
         prepare_training(critic.trunk, None, config.critics.lora, config.engine)
+        shared.take(f"the critic of {' and '.join(group)}", critic.trunk)
         _say_what_is_trained(f"critic of {' and '.join(group)}", critic)
         if len(group) > 1:
             log.info("%s", _saved_by_sharing(critic, loading["dtype"]))
@@ -386,6 +414,7 @@ class ScorerLoader:
         attention: As for a policy.
         token_budget: Largest packed row or padded batch (tokens).
         folder: For the answers of a judge.
+        shared: The frozen weights of the job's models.
     """
 
     engine: EngineConfig
@@ -393,6 +422,7 @@ class ScorerLoader:
     attention: str
     token_budget: int
     folder: Path
+    shared: SharedWeights = field(default_factory=SharedWeights)
     # All of one dtype: the path alone tells them apart.
     _models: dict[str, _Loaded] = field(default_factory=dict)
 
@@ -434,7 +464,9 @@ class ScorerLoader:
         self, spec: ScorerSpec, settings: ScorerConfig, common: dict[str, Any]
     ) -> Callable[[PromptTemplate], Scorer]:
         name, loading = common["name"], loading_options(self.attention, self.engine, self.ranks)
-        guarding = Engine(Policy.from_pretrained(spec.path, **loading), self.engine, self.ranks)
+        model = Policy.from_pretrained(spec.path, **loading).requires_grad_(False)
+        self.shared.take(f"the {name} guard", model.model)
+        guarding = Engine(model, self.engine, self.ranks)
         settle_policy(f"the {name} guard", guarding, self.attention, self.ranks)
         tokenizer, backend = load_tokenizer(spec.path, must_end=False), self.engine.ops_backend
 
@@ -475,6 +507,8 @@ class ScorerLoader:
         loading = loading_options(self.attention, self.engine, self.ranks)
         model = load_score_model(path, role=role, **loading)
         tokenizer = load_tokenizer(path, must_end=not isinstance(model, EncoderClassifier))
+        if isinstance(model, ScoreModel):
+            self.shared.take(f"the {name} model", model.requires_grad_(False).trunk)
         frozen = Engine(model, self.engine, self.ranks)
         if isinstance(model, ScoreModel):
             settle_scores(f"the {name} model", frozen, model.score_head, self.attention, self.ranks)

@@ -27,7 +27,7 @@ _COMPLETE = re.compile(r"step-(\d{6,})")
 # May differ between a checkpoint and the run that goes on from it: they change nothing that is computed.
 _FREE_KEYS = (
     *("output_dir", "resume", "resume_changed_data", "stop_after", "checkpoint", "log", "layout", "evaluate_every"),
-    *("expect", "evaluation.every", "evaluation.stop_on", "evaluation.kl_bound"),
+    *("expect", "evaluation.every", "evaluation.stop_on", "evaluation.kl_bound", "engine.share_base"),
 )
 # So do these of any scorer: a run that stopped at its budget goes on with a larger one.
 _FREE_OF_SCORERS = re.compile(

@@ -131,6 +131,8 @@ def test_so_does_one_of_a_supervised_job(kind, name, tmp_path, capsys):
 def test_a_job_without_frozen_models_has_none_to_keep_on_the_host(kind):
     with pytest.raises(InputError, match="engine.offload_frozen is True, expected false: this job has no frozen model"):
         parse(["--config", "alpaca-7b", "--engine.offload_frozen", "true"], kind)
+    with pytest.raises(InputError, match="engine.share_base is False, expected auto: this job has one model"):
+        parse(["--engine.share_base", "false"], kind)
 
 
 def test_the_score_recipe_has_the_published_settings():
@@ -368,6 +370,15 @@ def test_words_that_are_no_options_are_refused():
         (
             "--engine.offload_frozen true --policy.lora.rank 4",
             "engine.offload_frozen is true with policy.lora.rank 4 and scoring functions",
+        ),
+        ("--engine.share_base true", "engine.share_base is true with engine.zero_stage 3"),
+        (
+            "--engine.share_base true --engine.zero_stage 2 --critics.lora.rank 2",
+            "engine.share_base is true with policy.lora.rank 0, expected adapters",
+        ),
+        (
+            "--engine.share_base true --engine.zero_stage 2 --policy.lora.rank 2",
+            "engine.share_base is true with critics.lora.rank 0, expected adapters",
         ),
         ("--algorithm.importance_cap 0", "algorithm.importance_cap is 0"),
         ("--algorithm.advantage_scale joint", "algorithm.advantage_scale is 'joint' with algorithm.advantage 'gae'"),
