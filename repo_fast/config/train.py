@@ -283,6 +283,12 @@ class TrainConfig(RunConfig):
         second = self.evaluation.second_reward
         return self.scorers | ({SECOND_REWARD: second} if second != ScorerConfig() else {})
 
+    @property
+    def controlled(self) -> dict[str, ConstraintConfig]:
+        """The constraints whose multipliers are learned, by name."""
+        learned = ALGORITHMS[self.algorithm.name].constraint is not None
+        return {name: cost for name, cost in self.costs.items() if learned and cost.controller != "fixed"}
+
     def section_of(self, column: str) -> str:
         """The section that a column's scorer is written in."""
         return section_of(column, self.constraints)
@@ -456,6 +462,14 @@ def _check_evaluation(config: TrainConfig) -> None:
     for key, value in asked.items():
         if value is not None and config.data.eval_prompts is None:
             raise InputError(f"{key} is {value!r} with data.eval_prompts null, expected held-out prompts")
+    if evaluation.every is not None:
+        most = f"at most total_steps ({config.total_steps})"
+        require(evaluation.every <= config.total_steps, "evaluation.every", evaluation.every, most)
+    if "multiplier" in evaluation.stop_on and not config.controlled:
+        raise InputError(
+            f"evaluation.stop_on has 'multiplier' with algorithm.name {config.algorithm.name!r} and no multiplier that "
+            "is learned, expected other rules: its warning cannot come"
+        )
     if "exploitation" in evaluation.stop_on and evaluation.every is None:
         raise InputError(
             "evaluation.stop_on has 'exploitation' with evaluation.every null, expected a number of steps: it is seen "

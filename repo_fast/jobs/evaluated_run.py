@@ -30,6 +30,7 @@ from repo_fast.report import best as best_policy
 from repo_fast.report.evaluations import read_evaluation, write_evaluation, written
 from repo_fast.report.jsonl import Value
 from repo_fast.report.measures import Evaluation, Thresholds
+from repo_fast.report.plots import plot_evaluations
 from repo_fast.report.tables import before_after_table, table_measures
 from repo_fast.rollout import Request, Rollout, Sampler
 from repo_fast.rollout.units import Unit, units_of
@@ -194,16 +195,18 @@ class EvaluatedRun(Run):
         units: list[Unit] = []
         if evaluation.every is not None:
             units = units_of(self.inputs.eval_requests, evaluation.samples_per_prompt, size, self.config.seed)
-        return StepEvaluations(self.output_dir, units, self.ranks, self.resume_step)
+        # Units of before are of other prompts then, or scored by others.
+        keep = not self.config.resume_changed_data
+        return StepEvaluations(self.output_dir, units, self.ranks, self.resume_step, keep_units=keep)
 
     def evaluate_step(self) -> None:
-        """Evaluate the policy at the steps that the configuration says, behind a checkpoint of it.
+        """Evaluate the policy at the steps that the configuration says and at the last, behind a checkpoint of it.
 
         Of a resumed run also its first step, where that is one of them: what is on disk of it is not drawn again, and
         what follows from it is made sure of.
         """
         every = self.config.evaluation.every
-        if every is None or self.step == 0 or self.step % every:
+        if every is None or self.step == 0 or (self.step % every and self.step < self.total_steps):
             return
         self.save_checkpoint()
         row = self.evaluations.row(self.step)
@@ -274,6 +277,7 @@ class EvaluatedRun(Run):
             (name, value) for name, value in measures.items() if name.endswith(("reward", "violation", "safety_rate"))
         ]
         self.say(f"evaluation at step {self.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in shown))
+        plot_evaluations(self.evaluations.rows(), self.output_dir / "plots", self.threshold)
         self.watch.see_evaluation(row)
 
     def _keep_best(self) -> None:
@@ -294,17 +298,22 @@ class EvaluatedRun(Run):
 
                     self.write_folder(best_policy.FOLDER, write)
                     self.prune_checkpoints()
+                    start = "" if best.value_at_start is None else f" (at the start {best.value_at_start:.4g})"
+                    self.say(f"best policy so far: {best.measure} {best.value:.4g} at step {best.step}{start}")
 
     def prune_checkpoints(self) -> None:
         best = self.watch.best
         checkpoint.prune(self.output_dir, self.config.checkpoint.keep, None if best is None else best.step)
 
     def drop_later_best(self) -> None:
-        """Remove the policy of a step that this run has not come to yet. For the first rank to call."""
+        """Set the policy of a step that this run has not come to yet aside. For the first rank to call."""
         folder, best = self.output_dir / best_policy.FOLDER, self.watch.best
         written = best_policy.read_best(folder)
         if written is not None and written.step > self.step:
-            shutil.rmtree(folder)
+            aside = folder.with_name(f"{folder.name}-before-resume")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            self.say(f"{folder} is of step {written.step}, which this run has yet to come to: it is {aside} now")
             written = None
         if best is not None and best.step < self.step and written != best:
             self.say(

@@ -169,6 +169,11 @@ def read_inputs(config: TrainConfig) -> Inputs:
             f"checkpoint.keep_best is {config.checkpoint.keep_best!r}, expected another measure: none of the "
             f"{len(held_out)} prompts of {data.eval_prompts} is one that constraint {about} is about"
         )
+    if "exploitation" in config.evaluation.stop_on and len(held_out) < 2:
+        raise InputError(
+            f"evaluation.stop_on has 'exploitation' with {len(held_out)} prompt of {data.eval_prompts}, expected at "
+            "least 2: a difference is told from noise by how much prompts differ"
+        )
     parts = ((requests, exempt), (eval_requests, eval_exempt))
     asked = {
         name: [request.prompt for part, out in parts for request in part if request.prompt.id not in out.get(name, ())]

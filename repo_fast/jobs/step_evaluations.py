@@ -33,9 +33,18 @@ class StepEvaluations:
         units: What is drawn at each evaluation.
         ranks: This process among all.
         resume_step: None for a new run; else the step of the checkpoint that the run goes on from.
+        keep_units: Whether units of an evaluation that was broken off are kept.
     """
 
-    def __init__(self, output_dir: Path, units: Sequence[Unit], ranks: Ranks, resume_step: int | None) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        units: Sequence[Unit],
+        ranks: Ranks,
+        resume_step: int | None,
+        *,
+        keep_units: bool = True,
+    ) -> None:
         self._units, self._ranks, self._folder = units, ranks, output_dir / FOLDER
         self._rows: dict[int, Row] = {}
         self._file: TextIO | None = None
@@ -49,7 +58,8 @@ class StepEvaluations:
         self._rows = {int(row["step"]): row for row in read_records(output_dir / FILE)}  # type: ignore[arg-type]
         for path in self._folder.iterdir():
             named = _RESPONSES.fullmatch(path.name)
-            if named and kept is not None and int(named[1]) > kept:
+            later = named is not None and kept is not None and int(named[1]) > kept
+            if named and (later or (named[2] and not keep_units)):
                 path.unlink()
 
     def close(self) -> None:

@@ -106,11 +106,13 @@ class Trainer(EvaluatedRun):
                 stack.callback(self.sample_log.close)
                 self.watch.open(self.output_dir, self.resume_step, self.say)
                 stack.callback(self.watch.close)
-                self.drop_later_best()
                 for text in (self._batch_sizes(), *self.inputs.notes, *self._notes()):
                     self.say(text)
             self.evaluations = self.open_evaluations()
             stack.callback(self.evaluations.close)
+            if self.ranks.is_first:
+                self.watch.compare(self.evaluations.rows())
+                self.drop_later_best()
             self.evaluate_before()
             # Of a resumed run, what was left of it.
             self.evaluate_step()
@@ -126,13 +128,15 @@ class Trainer(EvaluatedRun):
                 self.evaluate_step()
             if self.step == self.total_steps:
                 self._finish()
+            elif self.step and self.ranks.is_first:
+                self._draw_plots()
         return self.exit_status()
 
     def must_stop(self) -> bool:
         if super().must_stop():
             return True
         if self.config.evaluation.stop_on:
-            rules = [self.watch.stopped_by(self.step)] if self.ranks.is_first else []
+            rules = [self.watch.stopped_by()] if self.ranks.is_first else []
             self._stopping_rule = self.ranks.gather_list(rules)[0]
         if self._stopping_rule is not None:
             self.save_checkpoint()
@@ -233,10 +237,7 @@ class Trainer(EvaluatedRun):
                 self.write_folder(self.RESULT, lambda folder: self.write_model(folder, state))
         if not self.ranks.is_first:
             return
-        metrics = read_metrics(self.output_dir / "metrics.jsonl")
-        plot_metrics(metrics, self.output_dir / "plots", self.threshold)
-        if rows := self.evaluations.rows():
-            plot_evaluations(rows, self.output_dir / "plots", self.threshold)
+        metrics = self._draw_plots()
         self.say(speed_table(metrics, self.ranks.size))
         if self.inputs.eval_requests and not (self.output_dir / "eval_before.jsonl").is_file():
             self.say("no before/after table: the start was evaluated in the folder of the checkpoint resumed from")
@@ -245,6 +246,14 @@ class Trainer(EvaluatedRun):
             (self.output_dir / "before_after.txt").write_text(table + "\n", encoding="utf-8")
             self.say(table)
         self.say(f"policy: {self.output_dir / self.RESULT}   metrics: {self.output_dir / 'metrics.jsonl'}")
+
+    def _draw_plots(self) -> list[dict]:
+        """Of what there is so far; gives the metrics. For the first rank to call."""
+        metrics = read_metrics(self.output_dir / "metrics.jsonl")
+        plot_metrics(metrics, self.output_dir / "plots", self.threshold)
+        if rows := self.evaluations.rows():
+            plot_evaluations(rows, self.output_dir / "plots", self.threshold)
+        return metrics
 
     def _notes(self) -> list[str]:
         """What was chosen for this machine, and what the settings do not get."""

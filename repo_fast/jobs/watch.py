@@ -6,7 +6,7 @@ comes before the step's evaluation, so a resumed run looks at that one again; wh
 `warnings.jsonl`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +22,7 @@ from repo_fast.report.warning_rules import (
     STEP_RULES,
     History,
     Rule,
+    Warned,
 )
 
 FILE = "warnings.jsonl"
@@ -38,11 +39,10 @@ class Watch:
 
     def __init__(self, config: TrainConfig) -> None:
         self._stop_on, self._measure = config.evaluation.stop_on, config.checkpoint.keep_best
-        self._kl_bound = config.evaluation.kl_bound
-        controlled = {name: cost for name, cost in config.costs.items() if cost.controller != "fixed"}
+        self._kl_bound, self._constraints = config.evaluation.kl_bound, tuple(config.costs)
         self._multiplier_max: dict[str, float] = {
             "" if name == ONLY else name: cost.multiplier_max  # type: ignore[misc]
-            for name, cost in controlled.items()
+            for name, cost in config.controlled.items()
         }
         names = [key if name == ONLY else f"{name}_{key}" for name in config.costs for key in STEP_KEYS]
         self._keys = ("step", *STEP_KEYS, *names)
@@ -85,17 +85,30 @@ class Watch:
         step = int(row["step"])  # type: ignore[arg-type]
         if step:
             self._apply(EVALUATION_RULES, step)
-        if step and self._measure is not None and (found := better(row, self._measure, self.best)) is not None:
-            self.best = found
+            self._compare(row)
 
-    def stopped_by(self, step: int) -> str | None:
-        """The rule of `evaluation.stop_on` whose warning began at a step, also before a resume from it; None: none."""
-        rules = (key.partition(":")[0] for key, began in self._begun.items() if began == step)
+    def compare(self, rows: Iterable[Mapping[str, Value]]) -> None:
+        """Choose the best among the evaluations of before a resume, where none was chosen by this measure."""
+        for row in rows if self.best is None else ():
+            if row["step"]:
+                self._compare(row)
+
+    def _compare(self, row: Mapping[str, Value]) -> None:
+        start = next((first for first in self._evaluations[:1] if first["step"] == 0), None)
+        if self._measure is not None:
+            self.best = better(row, self._measure, self.best, self._constraints, start) or self.best
+
+    def stopped_by(self) -> str | None:
+        """The rule of `evaluation.stop_on` of which a warning stands, however long; None: none."""
+        rules = (key.partition(":")[0] for key in self._begun)
         return next((rule for rule in rules if rule in self._stop_on), None)
 
-    def _apply(self, rules: Mapping[str, Rule], step: int) -> None:
+    def _found(self, rules: Mapping[str, Rule]) -> dict[str, Warned]:
         history = History(self._steps, self._evaluations, self._kl_bound, self._multiplier_max)
-        found = {f"{rule}:{own.about}": own for rule, apply in rules.items() for own in apply(history)}
+        return {f"{rule}:{own.about}": own for rule, apply in rules.items() for own in apply(history)}
+
+    def _apply(self, rules: Mapping[str, Rule], step: int) -> None:
+        found = self._found(rules)
         for key in [key for key in self._begun if key.partition(":")[0] in rules and key not in found]:
             del self._begun[key]
         for key, warned in found.items():
@@ -118,7 +131,9 @@ class Watch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._steps, self._evaluations = list(state["steps"]), list(state["evaluations"])
-        self._begun = dict(state["begun"])
+        # The bounds may be others than they were.
+        standing = self._found({**STEP_RULES, **EVALUATION_RULES})
+        self._begun = {key: step for key, step in state["begun"].items() if key in standing}
         best = state["best"]
         # By another measure nothing has been compared yet.
         self.best = Best(**best) if best is not None and best["measure"] == self._measure else None

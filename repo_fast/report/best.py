@@ -2,7 +2,8 @@
 to.
 
 Its policy is `best_policy/`, a Hugging Face folder that comes and goes as a whole, with `best_evaluation.json` in it
-(step, measure, value), and the record of what its training has read, by which certificates know it.
+(step, measure, its value there and at the start), and the record of what its training has read, by which certificates
+know it.
 """
 
 import json
@@ -37,11 +38,13 @@ class Best:
         step: After which it was.
         measure: By which it is the best, as `checkpoint.keep_best` names it.
         value: Of the measure there.
+        value_at_start: Of the measure before the first step, which no policy is kept of; None where it is not known.
     """
 
     step: int
     measure: str
     value: float
+    value_at_start: float | None = None
 
 
 def measures_to_keep(constraints: Collection[str]) -> list[str]:
@@ -62,27 +65,46 @@ def constraint_of(measure: str) -> str | None:
     return next(measure.removesuffix(f"_{own}") for own in reversed(OF_CONSTRAINTS) if measure.endswith(f"_{own}"))
 
 
-def value_of(evaluation: Mapping[str, Value], measure: str) -> float:
-    """A measure of `measures_to_keep` in a row of `evaluations.jsonl`; NaN where nothing in it is that."""
+def value_of(evaluation: Mapping[str, Value], measure: str, constraints: Collection[str]) -> float:
+    """A measure of `measures_to_keep` in a row of `evaluations.jsonl`; NaN where nothing in it is that.
+
+    Args:
+        evaluation: The row.
+        measure: Its name.
+        constraints: Names of all: what is not in the row by itself is the sum of theirs. A single one that is not about
+            all prompts is told by its name, too.
+    """
     if measure in evaluation:
         return float(evaluation[measure])  # type: ignore[arg-type]
-    # Of several constraints, or of one that is not about all prompts.
-    own = [value for name, value in evaluation.items() if name.endswith(f"_{measure}")]
+    own = [evaluation[key] for name in constraints if (key := f"{name}_{measure}") in evaluation]
     return float(sum(own)) if own else math.nan  # type: ignore[arg-type]
 
 
-def better(evaluation: Mapping[str, Value], measure: str, best: Best | None) -> Best | None:
+def better(
+    evaluation: Mapping[str, Value],
+    measure: str,
+    best: Best | None,
+    constraints: Collection[str] = (),
+    start: Mapping[str, Value] | None = None,
+) -> Best | None:
     """The evaluation, where it is better than the best so far; None where it is not: of equal ones the earlier stays.
 
     A value that is not finite is never better.
+
+    Args:
+        evaluation, measure, constraints: As for `value_of`.
+        best: The best so far; None: there is none.
+        start: The evaluation before the first step; None: it is not known.
     """
-    value, own = value_of(evaluation, measure), constraint_of(measure)
+    value, own = value_of(evaluation, measure, constraints), constraint_of(measure)
     more = MORE_IS_BETTER[measure if own is None else measure.removeprefix(f"{own}_")]
     if not math.isfinite(value):
         return None
     if best is not None and not (value > best.value if more else value < best.value):
         return None
-    return Best(int(evaluation["step"]), measure, value)  # type: ignore[arg-type]
+    at_start = math.nan if start is None else value_of(start, measure, constraints)
+    step = int(evaluation["step"])  # type: ignore[arg-type]
+    return Best(step, measure, value, at_start if math.isfinite(at_start) else None)
 
 
 def write_best(folder: Path, best: Best) -> None:

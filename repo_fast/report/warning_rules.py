@@ -79,7 +79,7 @@ Rule = Callable[[History], Iterator[Warned]]
 
 
 def kl(history: History) -> Iterator[Warned]:
-    """The mean `kl` of the last 5 steps is above `evaluation.kl_bound`.
+    """The mean `kl` of the last 5 steps is above `evaluation.kl_bound`, or no number.
 
     Why: so far from the reference, rewards and costs that were learned near it say little, and text degenerates. What
     is far depends on the length of responses, so the bound is an option.
@@ -88,7 +88,7 @@ def kl(history: History) -> Iterator[Warned]:
     responses are long and evaluations good, raise the bound.
     """
     now = _mean(history.steps[-RECENT:], "kl") if len(history.steps) >= RECENT else None
-    if now is not None and now > history.kl_bound:
+    if now is not None and not now <= history.kl_bound:
         text = f"KL {now:.3g} nats a response over {RECENT} steps, above evaluation.kl_bound {history.kl_bound:g}"
         advice = "raise algorithm.kl_coefficient, or lower the learning rate"
         yield Warned("", {"kl": now, "kl_bound": history.kl_bound}, f"{text}; {advice}")

@@ -31,6 +31,11 @@ CONSTRAINTS = "constraints: {a: {path: 'm:f'}, b: {path: 'm:g'}}\nreward: {path:
         ),
         ("--evaluation.second_reward.head h", "evaluation.second_reward.path is '', expected a callable"),
         ("--evaluation.kl_bound 0", "evaluation.kl_bound is 0.0, expected a number above 0"),
+        ("--total_steps 4 --evaluation.every 5", "evaluation.every is 5, expected at most total_steps (4)"),
+        (
+            "--evaluation.stop_on [multiplier] --algorithm.name ppo",
+            "evaluation.stop_on has 'multiplier' with algorithm.name 'ppo' and no multiplier that is learned",
+        ),
         ("--evaluation.stop_on [exploitation]", "evaluation.stop_on has 'exploitation' with evaluation.every null"),
         (
             "--evaluation.stop_on [exploitation] --evaluation.every 5 --evaluation.well_formed null",

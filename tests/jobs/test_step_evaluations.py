@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from repo_fast.engine import start_distributed
 from repo_fast.jobs import checkpoint
+from repo_fast.jobs.step_evaluations import StepEvaluations
 from repo_fast.jobs.training_prompts import read_record
 from repo_fast.report.jsonl import read_records
+from repo_fast.rollout.units import Unit
 from tests import scorers
 from tests.job_runs import Job, metrics, on_ranks, same_bits, snapshot, weights
 
@@ -121,6 +124,36 @@ def test_a_resume_from_before_takes_nothing_of_what_came_after(job: Job, whole: 
     assert job.here(run, *small(job), *EVERY, "--resume auto") == 0
     assert metrics(run) == metrics(whole)
     assert evaluated(run) == evaluated(whole)
+    assert (run / "best_policy-before-resume" / "model.safetensors").read_bytes() == b"of other weights"
+
+
+def test_the_last_step_is_evaluated_and_a_measure_may_be_chosen_late(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was evaluated before counts: its best has no policy, and is said."""
+    run, options = tmp_path / "run", (*SMALL[1:], *small(job)[-1:], "--total_steps 3", "--evaluation.every 2")
+    assert job.here(run, *options, "--stop_after 2") == 0
+    (run / "evaluations.jsonl").write_text(
+        "".join(json.dumps(row | {"mean_reward": 100.0 if row["step"] else 1.0}) + "\n" for row in rows(run))
+    )
+    capsys.readouterr()
+    assert job.here(run, *options, "--resume auto", "--checkpoint.keep_best mean_reward", "--stop_after 2") == 0
+    best = json.loads((run / "best_policy" / "best_evaluation.json").read_text())
+    assert (best["step"], best["value"]) == (2, 100.0) and best["value_at_start"] < 100
+    assert job.here(run, *options, "--resume auto", "--checkpoint.keep_best mean_reward") == 0
+    assert [row["step"] for row in rows(run)] == [0, 2, 3]
+    assert json.loads((run / "best_policy" / "best_evaluation.json").read_text()) == best
+    assert "best policy so far: mean_reward 100 at step 2 (at the start" in capsys.readouterr().out
+
+
+def test_units_of_before_the_data_changed_are_drawn_anew(job: Job, tmp_path: Path) -> None:
+    units = [Unit(0, [], 0)]
+    for keep in (True, False):
+        partial = tmp_path / str(keep) / "evaluations" / "step-000002.partial.jsonl"
+        partial.parent.mkdir(parents=True)
+        partial.write_text("{}\n")
+        StepEvaluations(tmp_path / str(keep), units, start_distributed(), 2, keep_units=keep).close()
+        assert partial.exists() == keep
 
 
 def test_an_evaluation_of_the_best_policy_draws_the_same(job: Job, tmp_path: Path) -> None:
@@ -157,6 +190,7 @@ def test_a_reward_that_rises_at_the_expense_of_another_ends_the_run(
     assert [(row["step"], row["rule"], row["about"]) for row in warned] == [(2, "exploitation", "mean_second_reward")]
     assert warned[0]["mean_second_reward"] < warned[0]["mean_second_reward_at_start"]
     assert not (run / "policy").exists()
+    assert {"evaluations.png", "safety.png"} <= {path.name for path in (run / "plots").iterdir()}
     assert "second_reward" in next(read_records(run / "eval_before.jsonl"))
 
 

@@ -33,7 +33,7 @@ def fired(history: History) -> set[tuple[str, str]]:
     [
         ({"kl": 51.0}, {("kl", "")}),
         ({"kl": 49.0}, set()),
-        ({"kl": float("nan")}, set()),
+        ({"kl": float("nan")}, {("kl", "")}),
         ({"entropy": 0.07}, {("entropy", "")}),
         ({"entropy": 0.09}, set()),
         ({"response_length": 5.0}, {("length", "short")}),
