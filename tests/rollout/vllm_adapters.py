@@ -1,7 +1,6 @@
 """LoRA policies with grown vocabularies, drawn by vLLM, for `tests/rollout/test_vllm_adapters.py`; on every rank."""
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,11 @@ from tests.tiny import save_policy, word_tokenizer
 
 STAGES = (1, 2, 3)
 FORMS = ("merged", "adapter")
+# All weights are trained; stage 3 alone.
+PLAIN = "plain"
+EACH = [*((stage, form) for stage in STAGES for form in FORMS), (3, PLAIN)]
 TOKENS = len(word_tokenizer())
 LORA = LoraConfig(rank=3, alpha=6.0)
-SETTINGS = ModelConfig(pad_token="<|pad|>", pad_vocabulary_to=16, lora=LORA)
 # vLLM caches prompts in whole pages, of 128 tokens on a CPU.
 LONG = 300
 LONGEST = LONG + 20
@@ -65,11 +66,12 @@ def start(path: str, stage: int, form: str, parallel: int, ranks: Ranks) -> tupl
     config = EngineConfig(zero_stage=stage, dtype="float32", parameter_persistence_threshold=0)
     with loud_rows():
         torch.manual_seed(0)
-        policy = load_policy(path, tokenizer, SETTINGS, config, ranks)
+        grown = ModelConfig(pad_token="<|pad|>", pad_vocabulary_to=16, lora=LoraConfig() if form == PLAIN else LORA)
+        policy = load_policy(path, tokenizer, grown, config, ranks)
     assert policy.model.config.vocab_size > TOKENS + 1
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0.0)
     engine = Engine(policy, config, ranks, optimizer, steps=8)
-    vllm = RolloutVllmConfig(compile=False, tensor_parallel=parallel, lora=form)
+    vllm = RolloutVllmConfig(compile=False, tensor_parallel=parallel, lora="merged" if form == PLAIN else form)
     settings = RolloutConfig(engine="vllm", temperature=0.8, max_new_tokens=8, vllm=vllm)
     sampler = VllmSampler(
         path, engine, tokenizer, settings, ranks, dtype=torch.float32, longest=LONGEST, seed=0, pad_is_new=True
@@ -112,19 +114,17 @@ def unequal_weights(policy: Engine, sampler: VllmSampler, form: str) -> list[str
     state = policy.whole_state()
     if not state:
         return []
-    if form == "merged":
-        kept = merged_state(policy.module, state)
-    else:
+    if form == "adapter":
         kept = dict(base_one_by_one(policy.module, state.items()))
+    else:
+        kept = merged_state(policy.module, state)
     return unequal({name.removeprefix("model."): value for name, value in kept.items()}, inside)
 
 
 def draws(path: str, stage: int, form: str, parallel: int, ranks: Ranks) -> dict[str, Any]:
     """At the start and after each of two updates, and what else became of the trainer and the engine."""
-    begun = time.perf_counter()
     policy, sampler = start(path, stage, form, parallel, ranks)
     found: dict[str, Any] = {name: [] for name in ("gaps", "moves", "same_adapters", "highest", "unequal", "all")}
-    found["start"] = time.perf_counter() - begun
     given, load = [], sampler._engine.load
     sampler._engine.load = lambda weights: (given.append(1), load(weights))[1]
     for updates in range(3):
@@ -196,13 +196,8 @@ def apart(folder: Path) -> dict[Any, dict[str, Any]]:
     """Each rank has an engine of its own: by stage and form what was drawn; and runs, stopped and gone on with."""
     keep_caches_small()
     ranks, path = start_distributed(), save(folder)
-    found: dict[Any, dict[str, Any]] = {}
-    for stage in STAGES:
-        for form in FORMS:
-            found[stage, form] = draws(path, stage, form, 1, ranks)
-    begun = time.perf_counter()
+    found: dict[Any, dict[str, Any]] = {(stage, form): draws(path, stage, form, 1, ranks) for stage, form in EACH}
     found["runs"] = runs(folder, path)
-    found["runs"]["seconds"] = time.perf_counter() - begun
     stop_distributed()
     return found
 
