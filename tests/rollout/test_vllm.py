@@ -3,6 +3,7 @@
 `make test-vllm`, since its packages are not among the others'.
 """
 
+import copy
 import json
 import os
 import re
@@ -14,8 +15,9 @@ import pytest
 import torch
 import yaml
 
-from repo_fast.config import TrainConfig, parse
+from repo_fast.config import TrainConfig, parse, to_dict
 from repo_fast.errors import InputError
+from repo_fast.jobs.checkpoint import check_run
 from repo_fast.report.jsonl import read_records
 from tests import scorers
 from tests.job_runs import OPTIONS, PROMPTS, assert_scored_by, metrics, run, snapshot, torchrun, weights, write_lines
@@ -47,6 +49,17 @@ def test_without_vllm_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: 
 def test_what_vllm_cannot_do_is_an_error(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse(words, TrainConfig)
+
+
+def test_a_checkpoint_from_before_adapters_is_of_merged_weights() -> None:
+    words = ["--rollout.engine", "vllm", "--policy.lora.rank", "4"]
+    now, alone = (to_dict(parse([*words, "--rollout.vllm.lora", form], TrainConfig)) for form in ("merged", "adapter"))
+    before = copy.deepcopy(now)
+    del before["rollout"]["vllm"]["lora"]
+    run = {"ranks": 1, "config": before}
+    check_run(Path("step-000001"), run, now, 1)
+    with pytest.raises(InputError, match=r"rollout.vllm.lora is 'merged' there and 'adapter' here"):
+        check_run(Path("step-000001"), run, alone, 1)
 
 
 @pytest.fixture(scope="module")
