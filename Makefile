@@ -45,7 +45,7 @@ test: lint ## Check and test everything but what is marked slow
 	$(VENV)/bin/pytest -m "not slow" $(SPREAD) $(ARGS)
 
 test-vllm: $(VLLM_VENV)/.done ## Test what vLLM's CPU build draws, in an environment of its own
-	$(VLLM_VENV)/bin/pytest tests/rollout/test_vllm.py tests/evaluation/test_vllm.py $(ARGS)
+	$(VLLM_VENV)/bin/pytest tests/rollout/test_vllm*.py tests/evaluation/test_vllm.py $(ARGS)
 
 # vLLM brings its own versions of some packages. The three that it brings for pictures and sound do not fit torch's CPU
 # build.

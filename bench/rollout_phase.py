@@ -78,7 +78,15 @@ def measure(folder: Path, geometry: Geometry, ranks: Ranks) -> dict[str, Any]:
         longest = geometry.prompts[1] + geometry.responses[1]
         dtype = torch.float32 if ranks.device.type == "cpu" else torch.bfloat16
         sampler = VllmSampler(
-            str(folder / "policy"), engine, tokenizer, settings, ranks, dtype=dtype, longest=longest, seed=0
+            str(folder / "policy"),
+            engine,
+            tokenizer,
+            settings,
+            ranks,
+            dtype=dtype,
+            longest=longest,
+            seed=0,
+            pad_is_new=False,
         )
         ways[OURS_VLLM] = lambda: _tokens(sampler.draw(engine, mine))
     rounds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}

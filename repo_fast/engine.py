@@ -286,16 +286,20 @@ class Engine:
             finally:
                 offload._register_deepspeed_module(self.module)
 
-    def weights_one_by_one(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def weights_one_by_one(self, chosen: Callable[[str], bool] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and whole weight of each parameter, then of each buffer that a model saves. On their device.
 
         All ranks must go through all of them. A weight under two names, such as that of a tied head, comes twice. Each
         is gathered when its turn comes, and let go of with the next: it must be copied, or kept, before.
+
+        Args:
+            chosen: By its name, whether a weight is wanted; others are not gathered. None: all.
         """
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
-                yield name, parameter.detach()
-        yield from self._saved_buffers()
+            if chosen is None or chosen(name):
+                with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                    yield name, parameter.detach()
+        yield from (buffer for buffer in self._saved_buffers() if chosen is None or chosen(buffer[0]))
 
     def whole_state(self) -> dict[str, torch.Tensor]:
         """The whole weights on the CPU, by name, on the first rank; empty on the others. All ranks must call it.

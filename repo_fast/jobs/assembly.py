@@ -136,8 +136,8 @@ def build_sampler(config: TrainConfig, inputs: Inputs, policy: Engine, ranks: Ra
     Raises:
         InputError: vLLM cannot draw from this policy, or is not installed.
     """
+    pad_is_new = config.policy.pad_token is not None
     if config.rollout.engine == "hf":
-        pad_is_new = config.policy.pad_token is not None
         return HfSampler(inputs.tokenizer, config.rollout, ranks, pad_is_new=pad_is_new)
     from repo_fast.rollout.vllm_sampler import VllmSampler
 
@@ -150,6 +150,7 @@ def build_sampler(config: TrainConfig, inputs: Inputs, policy: Engine, ranks: Ra
         dtype=resolve_dtype(config.engine.dtype, ranks.device),
         longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         seed=config.seed,
+        pad_is_new=pad_is_new,
     )
 
 

@@ -40,6 +40,7 @@ _BEFORE = {
     "data.fields": {},
     "data.train_on": "last",
     "algorithm.confidence": "z",
+    "rollout.vllm.lora": "merged",
     "constraints": {},
     "heads": {},
     "evaluation.second_reward": asdict(ScorerConfig()),

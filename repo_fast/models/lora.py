@@ -15,7 +15,8 @@ because DeepSpeed trains one dtype; it keeps float32 masters.
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from repo_fast.errors import InputError
 
 # peft's name for an adapter that is given none: its loaders look for this one.
 _ADAPTER = "default"
+# What of a layer makes its merged weight: W, A, B.
+_MERGED = ("base_layer.weight", f"lora_A.{_ADAPTER}.weight", f"lora_B.{_ADAPTER}.weight")
 HEAD_FILE = "score_head.safetensors"
 
 
@@ -107,33 +110,95 @@ def merged_state(module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str,
         state: Its whole weights on the CPU, by name, as `Engine.whole_state` gives them; left as it is.
 
     Returns:
+        What `merged_one_by_one` gives; `state` itself where there are no adapters, and on ranks where it is empty.
+    """
+    return dict(merged_one_by_one(module, state.items())) if state and has_adapters(module) else state
+
+
+def merged_one_by_one(
+    module: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same of weights that come one by one: a layer's is formed as soon as its A and B are there, in new memory.
+
+    Args:
+        module: The one that the weights are of; its own parameters may be shards.
+        weights: Name and whole weight of each, as `Engine.weights_one_by_one` gives them. Of one layer at a time, base
+            weight and adapter are held.
+
+    Yields:
         W + (alpha / rank) B A under W's plain name and in its dtype, summed in float32 and rounded once, and all other
-        weights as they are; `state` itself where there are no adapters, and on ranks where it is empty.
+        weights as they are.
     """
     scalings = {f"{name}.": layer.scaling[_ADAPTER] for name, layer in _lora_layers(module)}
-    if not scalings or not state:
-        return state
-    merged = {}
-    for name, value in state.items():
+    held: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in weights:
         layer = next((prefix for prefix in _prefixes(name) if prefix in scalings), None)
         if layer is None:
-            merged[name] = value
-        elif name == f"{layer}base_layer.weight":
-            a, b = (state[f"{layer}lora_{part}.{_ADAPTER}.weight"].float() for part in "AB")
-            merged[f"{layer}weight"] = torch.addmm(value.float(), b, a, alpha=scalings[layer]).to(value.dtype)
-        elif name.startswith(f"{layer}base_layer."):
-            merged[layer + name.removeprefix(f"{layer}base_layer.")] = value
-    return merged
+            yield name, value
+            continue
+        parts = held.setdefault(layer, {})
+        parts[name.removeprefix(layer)] = value
+        if all(part in parts for part in _MERGED):
+            del held[layer]
+            weight, a, b = (parts[part] for part in _MERGED)
+            parts[_MERGED[0]] = torch.addmm(weight.float(), b.float(), a.float(), alpha=scalings[layer]).to(
+                weight.dtype
+            )
+            del weight, a, b
+            yield from _base_parts(layer, parts)
+    if held:
+        raise ValueError(f"of {next(iter(held))[:-1]} and its adapter some weights are missing")
+
+
+def base_one_by_one(
+    module: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same of the model that the adapters were put into: its own weights, under plain names."""
+    layers = {f"{name}." for name, _ in _lora_layers(module)}
+    for name, value in weights:
+        layer = next((prefix for prefix in _prefixes(name) if prefix in layers), "")
+        yield from _base_parts(layer, {name.removeprefix(layer): value}) if layer else [(name, value)]
+
+
+def _base_parts(layer: str, parts: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of an adapted layer's weights its base's, under the names that they have without adapters."""
+    inside = "base_layer."
+    return ((layer + part.removeprefix(inside), value) for part, value in parts.items() if part.startswith(inside))
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """What an adapter is made of, besides its weights.
+
+    Attributes:
+        rank: Of B A.
+        alpha: The adapter's output is scaled by alpha / rank.
+        targets: Names of the linear layers that have one, such as `q_proj`, in alphabetic order.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+def adapter_shape(module: nn.Module) -> AdapterShape:
+    """That of the adapters of a module, which has some."""
+    config = _adapted(module)[1].peft_config[_ADAPTER]
+    return AdapterShape(config.r, config.lora_alpha, tuple(sorted(config.target_modules)))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's A or B."""
+    return name.endswith(tuple(f".{part}" for part in _MERGED[1:]))
 
 
 def adapter_state(module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The adapters' weights of `state` (see `merged_state`) under the names that peft's files have."""
     prefix, _ = _adapted(module)
-    ending = f".{_ADAPTER}.weight"
     return {
-        f"base_model.model.{name.removeprefix(prefix).removesuffix(ending)}.weight": value
+        f"base_model.model.{name.removeprefix(prefix).removesuffix(f'.{_ADAPTER}.weight')}.weight": value
         for name, value in state.items()
-        if name.endswith((f".lora_A{ending}", f".lora_B{ending}"))
+        if is_adapter(name)
     }
 
 

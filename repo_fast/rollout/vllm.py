@@ -12,8 +12,8 @@ import importlib.util
 import logging
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from repo_fast.collectives import Ranks
 from repo_fast.config import SamplingConfig
 from repo_fast.errors import InputError
+from repo_fast.models.lora import AdapterShape
 from repo_fast.models.model_config import load_config
 from repo_fast.models.vocabulary import never_drawn
 from repo_fast.rollout import Finished, Request, Rollout
@@ -29,6 +30,9 @@ from repo_fast.rollout.hf import end_tokens, generation_settings
 
 # Read when vLLM is imported. Its engine then runs in this process, which the weights are in.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+
+# What vLLM tells adapters by; there is one at most.
+_ADAPTER_NAME, _ADAPTER_ID = "policy", 1
 
 
 class VllmEngine:
@@ -44,10 +48,13 @@ class VllmEngine:
         longest: Tokens of a prompt and its response at most.
         seed: Of the engine. Each response has a seed of its own.
         tied: Of weights that `load` will give it, whether their head is the embedding. None: it reads the files.
+        vocabulary: Of those weights, the number of rows. None: as the files say.
+        pad_is_new: Whether the pad token was added for this run, and must not be drawn.
+        adapter: That of the LoRA adapter that `adapt` will give it, and that it draws with. None: there is none.
         sleeps: Whether it can give its memory back for a while.
 
     Raises:
-        InputError: vLLM is not installed, or cannot run the model.
+        InputError: vLLM is not installed, or cannot run the model, or no adapter of this rank.
     """
 
     def __init__(
@@ -62,6 +69,9 @@ class VllmEngine:
         longest: int,
         seed: int,
         tied: bool | None = None,
+        vocabulary: int | None = None,
+        pad_is_new: bool = False,
+        adapter: AdapterShape | None = None,
         sleeps: bool = False,
     ) -> None:
         check_installed(section)
@@ -73,15 +83,28 @@ class VllmEngine:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import vllm
+        from vllm.lora.request import LoRARequest
 
         self._path, self._tokenizer, self._config, self._ranks = path, tokenizer, config, ranks
         self._instead = f"choose --{section}.engine hf"
         self._parameters = vllm.SamplingParams
-        self._ends, never = _ends_and_never(path, tokenizer)
-        vocabulary = load_config(path).vocab_size
-        self._allowed = [token for token in range(vocabulary) if token not in never] if never else None
-        # A head in the files of an embedding that is tied makes vLLM doubt it.
-        given = {} if tied is None else {"load_format": "dummy", "hf_overrides": {"tie_word_embeddings": tied}}
+        rows = load_config(path).vocab_size if vocabulary is None else vocabulary
+        self._ends, never = _ends_and_never(path, tokenizer, rows, pad=pad_is_new)
+        self._allowed = [token for token in range(rows) if token not in never] if never else None
+        # What it holds is in memory: nothing is read from the path, which has only to be one.
+        self._request = None if adapter is None else LoRARequest(_ADAPTER_NAME, _ADAPTER_ID, "/in/memory")
+        self._adapter, self._sleep_level = adapter, 2 if adapter is None else 1
+        given: dict[str, Any] = {}
+        if tied is not None:
+            # A head in the files of an embedding that is tied makes vLLM doubt it.
+            overrides: dict[str, Any] = {"tie_word_embeddings": tied}
+            if rows != load_config(path).vocab_size:
+                overrides["vocab_size"] = rows
+            given = {"load_format": "dummy", "hf_overrides": overrides}
+        if adapter is not None:
+            given |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _room_for(adapter.rank)}
+            # Head and embedding have none, and the others compute faster without room for one.
+            given["lora_target_modules"] = list(adapter.targets)
         logging.getLogger("vllm").setLevel(logging.WARNING)
         with ranks.together("the start of vLLM"):
             try:
@@ -125,9 +148,12 @@ class VllmEngine:
     # ---------------------------------------------------------------------------------------------------- weights
 
     def sleep(self) -> None:
-        """Give weights and cache back."""
-        # At level 2 the weights go too, and are handed over anew.
-        self._engine.sleep(level=2)
+        """Give weights and cache back.
+
+        The weights go, and are handed over anew; but those that an adapter stands beside are handed over once, and wait
+        on the host.
+        """
+        self._engine.sleep(level=self._sleep_level)
 
     def wake(self, part: str) -> None:
         """Make room for the `weights` or the `kv_cache` again."""
@@ -142,11 +168,31 @@ class VllmEngine:
         self._engine.collective_rpc(_load, args=(weights,))
         self._engine.reset_prefix_cache()
 
+    def adapt(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace the adapter, and forget what was computed with the one before. After `load`, which drops it.
+
+        Args:
+            tensors: Its weights as in peft's files, whole, on any device; left as they are.
+
+        Raises:
+            InputError: The engine's model lacks a layer that has an adapter.
+        """
+        assert self._adapter is not None
+        missing = self._engine.collective_rpc(_adapt, args=(tensors, self._adapter))[0]
+        if missing:
+            raise InputError(
+                f"vLLM has no layer {missing[0]!r} for an adapter in its model of {self._path!r} "
+                f"({len(missing)} such in all); choose --rollout.vllm.lora merged"
+            )
+        # Its cache tells adapters by their name alone.
+        self._engine.reset_prefix_cache()
+
     def log_probs(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         """As `Verification` asks for them. The ranks of an engine all ask for the same."""
         outputs = self._engine.generate(
             [{"prompt_token_ids": row.tolist()} for row in rows],
             self._parameters(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False),
+            lora_request=self._request,
             use_tqdm=False,
         )
         return torch.tensor(
@@ -195,6 +241,7 @@ class VllmEngine:
         numbers = self._engine.enqueue(
             [{"prompt_token_ids": request.tokens.tolist()} for request, _ in shared],
             [self._parameters(seed=seed, **common) for _, seed in shared],
+            lora_request=self._request,
             use_tqdm=False,
         )
         # An output has the number of its request, without what enqueue makes it unique by.
@@ -261,9 +308,10 @@ def verification(
 
     Needs no vLLM.
     """
-    ends, never = _ends_and_never(path, tokenizer)
+    rows = load_config(path).vocab_size
+    ends, never = _ends_and_never(path, tokenizer, rows)
     special = never.union(ends, tokenizer.all_special_ids)
-    ordinary = [token for token in range(load_config(path).vocab_size) if token not in special]
+    ordinary = [token for token in range(rows) if token not in special]
     return Verification(
         "vLLM",
         path,
@@ -276,15 +324,30 @@ def verification(
     )
 
 
+def _room_for(rank: int) -> int:
+    """The least of the LoRA ranks that vLLM has kernels for."""
+    from vllm.config.lora import MaxLoRARanks
+
+    ranks = sorted(get_args(MaxLoRARanks))
+    if rank > ranks[-1]:
+        raise InputError(
+            f"policy.lora.rank is {rank} with rollout.vllm.lora 'adapter', expected at most {ranks[-1]}, which is "
+            "vLLM's largest; choose --rollout.vllm.lora merged"
+        )
+    return next(room for room in ranks if room >= rank)
+
+
 def _longest(longest: int) -> int:
     """Of three tokens, one can be compared."""
     return max(longest, 3)
 
 
-def _ends_and_never(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], set[int]]:
-    """The tokens that end a response, and those that are never drawn."""
+def _ends_and_never(
+    path: str, tokenizer: PreTrainedTokenizerBase, rows: int, *, pad: bool = False
+) -> tuple[list[int], set[int]]:
+    """The tokens that end a response, and those among so many rows that are never drawn, the pad token too if asked."""
     ends = end_tokens(generation_settings(path), tokenizer)
-    return ends, set(never_drawn(load_config(path).vocab_size, tokenizer, ends))
+    return ends, set(never_drawn(rows, tokenizer, ends, pad=pad))
 
 
 def _has_head(worker: Any) -> bool:
@@ -309,3 +372,31 @@ def _load(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         if method.moe_kernel is None:
             # It has been given nothing, which the verification will find.
             method.moe_kernel = kernel
+
+
+def _adapt(worker: Any, tensors: Mapping[str, torch.Tensor], adapter: AdapterShape) -> list[str]:
+    """Put an adapter into vLLM's worker, in place of the one before; returns its layers that the model lacks."""
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    manager = worker.model_runner.lora_manager
+    adapters = manager._adapter_manager
+    mapper = getattr(worker.get_model(), "hf_to_vllm_mapper", None)
+    made = LoRAModel.from_lora_tensors(
+        _ADAPTER_ID,
+        # vLLM multiplies B by the scaling where it stands.
+        {name: value.clone() for name, value in tensors.items()},
+        PEFTHelper(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets)),
+        device=str(next(iter(tensors.values())).device),
+        dtype=manager.lora_config.lora_dtype,
+        model_vocab_size=manager.vocab_size,
+        weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
+    )
+    # It leaves out what it finds no layer for, and says nothing.
+    layers = set(adapters.modules).union(*adapters.packed_modules.values())
+    missing = sorted(made.loras.keys() - layers)
+    if not missing:
+        adapters.remove_adapter(_ADAPTER_ID)
+        adapters.add_adapter(made)
+        adapters.activate_adapter(_ADAPTER_ID)
+    return missing

@@ -5,6 +5,9 @@ ZeRO-3 each is gathered, copied into the engine's own tensor, and released, so n
 vLLM then computes is verified, at the start and once the weights have moved (`hand_over.py`). Between steps the engine
 sleeps: on CUDA it gives its weights and its cache back.
 
+Of a policy with LoRA adapters the merged weights are handed over, formed a layer at a time; or the adapter alone, in
+memory, beside base weights that the engine was given at the start and keeps, on the host while it sleeps.
+
 Its log-probabilities differ from the trainer's by the kernels' rounding; each step logs by how much (`sampler_gap`).
 """
 
@@ -17,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from repo_fast.collectives import Ranks
 from repo_fast.config import RolloutConfig
 from repo_fast.errors import InputError
+from repo_fast.models.lora import adapter_shape, adapter_state, base_one_by_one, is_adapter, merged_one_by_one
 from repo_fast.rollout import Finished, Request, Rollout
 from repo_fast.rollout.hand_over import as_in_files
 from repo_fast.rollout.vllm import VllmEngine, verification
@@ -31,7 +35,7 @@ class VllmSampler:
     """A `Sampler` by vLLM. All ranks must make it.
 
     Args:
-        path: The policy's folder or hub name; only its configuration is read.
+        path: The policy's folder or hub name; only its configuration is read. Its vocabulary may have grown since.
         policy: The policy, whose weights the engine is given.
         tokenizer: Its own.
         config: Sampling, and the engine's settings.
@@ -39,6 +43,7 @@ class VllmSampler:
         dtype: Of weights and activations.
         longest: Tokens of a prompt and its response at most.
         seed: Of the engine. Each response has a seed of its own, from torch's global random state.
+        pad_is_new: Whether the pad token was added for this run, and must not be drawn.
 
     Raises:
         InputError: vLLM is not installed, cannot run the model, or does not compute what the policy does.
@@ -55,11 +60,15 @@ class VllmSampler:
         dtype: torch.dtype,
         longest: int,
         seed: int,
+        pad_is_new: bool,
     ) -> None:
-        tied = _is_tied(policy.module.model)
+        model = policy.module.model
+        tied = _is_tied(model)
         self._ranks = ranks
         self._sleeps = config.vllm.sleep and ranks.device.type == "cuda"
         self._left_out: str | None = None
+        self._adapter_alone = config.vllm.lora == "adapter"
+        self._base_is_there = False
         self._engine = VllmEngine(
             path,
             tokenizer,
@@ -70,6 +79,9 @@ class VllmSampler:
             longest=longest,
             seed=seed,
             tied=tied,
+            vocabulary=model.config.get_text_config().vocab_size,
+            pad_is_new=pad_is_new,
+            adapter=adapter_shape(policy.module) if self._adapter_alone else None,
             sleeps=self._sleeps,
         )
         self._verify = verification(path, tokenizer, ranks, _SECTION, dtype=dtype, longest=longest)
@@ -96,6 +108,8 @@ class VllmSampler:
 
     def draw(self, policy: "Engine", requests: Sequence[Request], finished: Finished | None = None) -> Rollout:
         self._wake(policy)
+        # The first time at the start does not count: a checkpoint may have been loaded after it.
+        self._base_is_there = True
         with self._ranks.together("generation"):
             seeds = torch.randint(2**31, (len(requests),)).tolist()
             rollout = self._engine.draw(requests, seeds, finished)
@@ -121,8 +135,19 @@ class VllmSampler:
 
     def _hand_over(self, policy: "Engine") -> None:
         """Copy the policy's weights into the engine's."""
+        if not (self._adapter_alone and self._base_is_there):
+            self._hand_over_all(policy)
+        if self._adapter_alone:
+            # Of all ranks together, for a share of it is nothing that an engine can be given.
+            adapter = adapter_state(policy.module, dict(policy.weights_one_by_one(is_adapter)))
+            with self._ranks.together("handing the adapter to vLLM"):
+                self._engine.adapt(adapter)
+
+    def _hand_over_all(self, policy: "Engine") -> None:
+        """The weights of a model without adapters: merged, or those that an adapter stands beside."""
         weights = policy.weights_one_by_one()
-        handed = ((name.removeprefix("model."), weight) for name, weight in weights if name != self._left_out)
+        plain = (base_one_by_one if self._adapter_alone else merged_one_by_one)(policy.module, weights)
+        handed = ((name.removeprefix("model."), weight) for name, weight in plain if name != self._left_out)
         named = as_in_files(policy.module.model, handed)
         with self._ranks.together("handing the weights to vLLM"):
             try:

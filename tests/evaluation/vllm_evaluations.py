@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def keep_caches_small() -> None:
     """There is no end of an engine but that of its process."""
     import vllm
 
+    # On a CPU this would be what each takes, whatever it is told.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     vllm.LLM = functools.partial(vllm.LLM, kv_cache_memory_bytes=2**24)
 
 

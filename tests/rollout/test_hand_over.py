@@ -1,7 +1,7 @@
 """Weights in the form of files, and the verification of an engine that was given them. The engines are stand-ins."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig
 from repo_fast.engine import Engine
 from repo_fast.errors import InputError
+from repo_fast.models.lora import adapter_shape, add_lora, base_one_by_one, is_adapter, merged_one_by_one
 from repo_fast.models.policy import Policy
 from repo_fast.rollout.hand_over import Verification, as_in_files, fixed_rows, fixed_tokens, policy_log_probs
 from tests.job_runs import on_ranks
@@ -75,6 +76,82 @@ def test_no_more_than_a_block_of_layers_is_held(tmp_path: Path) -> None:
     first = next(names for name, names in taken.items() if "layers.0." in name)
     # The next one's first name is what says that the block is over.
     assert [name for name in first if "layers.1." in name] == [next(name for name in begun if "layers.1." in name)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("LlamaForCausalLM", {}),
+        # With biases.
+        ("Qwen2ForCausalLM", {}),
+        # Adapters beside experts, which have none.
+        ("MixtralForCausalLM", {"num_local_experts": 3}),
+        # The head has another name there.
+        ("GPTNeoXForCausalLM", {}),
+    ],
+)
+def test_merged_weights_are_handed_over_as_a_folder_has_them(tmp_path: Path, kind: str, options: dict) -> None:
+    """Each W of the files, and scaling B A where there is an adapter, in float64."""
+    policy, files = adapted(tmp_path, kind, options)
+    state = dict(policy.state_dict())
+    handed = handed_over(policy, merged_one_by_one(policy, state.items()))
+    assert handed.keys() == files.keys()
+    base = handed_over(policy, base_one_by_one(policy, state.items()))
+    assert base.keys() == files.keys() and all(torch.equal(base[name], value) for name, value in files.items())
+    changed = set()
+    for name, value in files.items():
+        a, b = (state.get(f"model.{name.removesuffix('.weight')}.lora_{part}.default.weight") for part in "AB")
+        if a is None or b is None:
+            assert torch.equal(handed[name], value), name
+        else:
+            exact = value.double() + 2.5 * (b.double() @ a.double())
+            torch.testing.assert_close(handed[name].double(), exact, atol=2e-6, rtol=1e-6)
+            changed.add(name)
+    assert len(changed) == sum(".lora_A." in name for name in state) >= 8
+    assert all(not torch.equal(handed[name], files[name]) for name in changed)
+
+
+def adapted(folder: Path, kind: str, options: dict) -> tuple[Policy, dict[str, torch.Tensor]]:
+    """A policy with adapters that are not 0, and its folder's weights."""
+    architecture = getattr(transformers, kind)
+    torch.manual_seed(0)
+    architecture(architecture.config_class(**SIZES | options, tie_word_embeddings=False)).save_pretrained(folder)
+    policy = Policy.from_pretrained(str(folder), dtype=torch.float32, attention="sdpa")
+    add_lora(policy.model, rank=2, alpha=5.0)
+    for name, parameter in policy.named_parameters():
+        if is_adapter(name):
+            torch.nn.init.normal_(parameter)
+    return policy, load_file(folder / "model.safetensors")
+
+
+def handed_over(policy: Policy, weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return dict(as_in_files(policy.model, ((name.removeprefix("model."), weight) for name, weight in weights)))
+
+
+def test_of_one_layer_alone_base_and_adapter_are_held(tmp_path: Path) -> None:
+    policy, _ = adapted(tmp_path, "LlamaForCausalLM", {})
+    begun: list[str] = []
+
+    def one_by_one() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, value in policy.state_dict().items():
+            begun.append(name)
+            yield name, value
+
+    layer = "model.model.layers.0.self_attn.k_proj"
+    taken = {name: list(begun) for name, _ in merged_one_by_one(policy, one_by_one())}
+    assert taken[f"{layer}.weight"][-1] == f"{layer}.lora_B.default.weight"
+    without = ((name, value) for name, value in policy.state_dict().items() if name != f"{layer}.lora_A.default.weight")
+    with pytest.raises(ValueError, match=f"of {layer} and its adapter some weights are missing"):
+        list(merged_one_by_one(policy, without))
+
+
+def test_an_engine_gives_an_adapter_alone(tmp_path: Path) -> None:
+    policy, _ = adapted(tmp_path, "LlamaForCausalLM", {})
+    engine = Engine(policy, EngineConfig(zero_stage=1, dtype="float32"), ALONE)
+    given = dict(engine.weights_one_by_one(is_adapter))
+    assert set(given) == {name for name in policy.state_dict() if ".lora_" in name}
+    assert adapter_shape(policy).rank == 2 and adapter_shape(policy).alpha == 5.0
+    assert adapter_shape(policy).targets == tuple(sorted({name.split(".lora_")[0].split(".")[-1] for name in given}))
 
 
 @pytest.mark.parametrize("longest", [2, 7, 65, 4096])

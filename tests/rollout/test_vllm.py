@@ -3,6 +3,7 @@
 `make test-vllm`, since its packages are not among the others'.
 """
 
+import copy
 import json
 import os
 import re
@@ -14,10 +15,12 @@ import pytest
 import torch
 import yaml
 
-from repo_fast.config import TrainConfig, parse
+from repo_fast.config import TrainConfig, parse, to_dict
 from repo_fast.errors import InputError
+from repo_fast.jobs.checkpoint import check_run
+from repo_fast.report.jsonl import read_records
 from tests import scorers
-from tests.job_runs import OPTIONS, PROMPTS, assert_scored_by, metrics, run, torchrun, weights, write_lines
+from tests.job_runs import OPTIONS, PROMPTS, assert_scored_by, metrics, run, snapshot, torchrun, weights, write_lines
 from tests.rollout.vllm_architectures import DRAWN, REFUSED, SIZES, UNPACKED
 from tests.tiny import save_policy
 
@@ -38,13 +41,25 @@ def test_without_vllm_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: 
     ("words", "message"),
     [
         (["--rollout.vllm.tensor_parallel", "2"], "its defaults with rollout.engine 'hf'"),
-        (["--rollout.engine", "vllm", "--policy.lora.rank", "4"], "policy.lora.rank is 4, expected 0 with"),
+        (["--rollout.vllm.lora", "adapter", "--policy.lora.rank", "4"], "its defaults with rollout.engine 'hf'"),
+        (["--rollout.engine", "vllm", "--rollout.vllm.lora", "adapter"], "lora is 'adapter' with policy.lora.rank 0"),
         (["--rollout.engine", "vllm", "--rollout.vllm.memory_share", "1"], r"memory_share is 1.0, expected a number"),
     ],
 )
 def test_what_vllm_cannot_do_is_an_error(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse(words, TrainConfig)
+
+
+def test_a_checkpoint_from_before_adapters_is_of_merged_weights() -> None:
+    words = ["--rollout.engine", "vllm", "--policy.lora.rank", "4"]
+    now, alone = (to_dict(parse([*words, "--rollout.vllm.lora", form], TrainConfig)) for form in ("merged", "adapter"))
+    before = copy.deepcopy(now)
+    del before["rollout"]["vllm"]["lora"]
+    run = {"ranks": 1, "config": before}
+    check_run(Path("step-000001"), run, now, 1)
+    with pytest.raises(InputError, match=r"rollout.vllm.lora is 'merged' there and 'adapter' here"):
+        check_run(Path("step-000001"), run, alone, 1)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +77,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "job.yaml"
 
 
+def evaluated(job: Path) -> tuple[str, ...]:
+    """Options for evaluations: of 5 prompts in blocks of 4, 2 responses each."""
+    prompts = str(job.parent / "prompts.jsonl")
+    return ("--data.eval_prompts", prompts, "--evaluation.every", "2", "--evaluation.samples_per_prompt", "2")
+
+
 def train(job: Path, output_dir: Path, *options: str, environment: dict | None = None) -> subprocess.CompletedProcess:
     words = ["--config", str(job), "--output_dir", str(output_dir), *options]
     return run(
@@ -72,7 +93,7 @@ def train(job: Path, output_dir: Path, *options: str, environment: dict | None =
 @pytest.fixture(scope="module")
 def ten_steps(job: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("ten_steps")
-    finished = train(job, folder / "run", environment={"TEST_VLLM_OUT": str(folder)})
+    finished = train(job, folder / "run", *evaluated(job), environment={"TEST_VLLM_OUT": str(folder)})
     assert finished.returncode == 0, finished.stderr[-4000:]
     return folder / "run", [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
@@ -81,19 +102,38 @@ def test_the_sampler_draws_from_what_the_trainer_trains(job: Path, ten_steps: tu
     output_dir, ranks = ten_steps
     for found in ranks:
         assert len(found["gaps"]) == 10 and max(found["gaps"]) < NEAR
-        # Once more, at the start.
-        assert found["unequal"] == [[]] * 11
+        # Besides those of evaluations, once more at the start.
+        assert len(found["unequal"]) > 11 and not any(found["unequal"])
         assert all(1 <= length <= 8 for lengths in found["lengths"] for length in lengths)
     # The weights moved, or equality would say nothing.
     losses = [row["gradient_norm"] for row in metrics(output_dir)]
     assert min(losses) > 0 and len({row["kl"] for row in metrics(output_dir)}) > 5
 
 
+def test_evaluations_draw_from_the_weights_of_their_step(ten_steps: tuple[Path, list[dict]]) -> None:
+    """Those of before the step's update would be off by far more."""
+    output_dir, ranks = ten_steps
+    steps = range(2, 11, 2)
+    assert [row["step"] for row in read_records(output_dir / "evaluations.jsonl")] == [0, *steps]
+    for step in steps:
+        rows = list(read_records(output_dir / "evaluations" / f"step-{step:06d}.jsonl"))
+        assert len(rows) == 2 * len(PROMPTS) and len({row["response"] for row in rows}) > len(PROMPTS)
+    for found in ranks:
+        # Four units on two ranks, at each of five steps.
+        assert len(found["evaluated"]) >= 10 and max(gap for _, gap, _ in found["evaluated"]) < NEAR
+        moves = [moved for step, _, moved in found["evaluated"] if step in steps]
+        assert len(moves) >= 10 and min(moves) > 100 * NEAR
+
+
 def test_a_stopped_run_goes_on_to_the_same_bits(job: Path, ten_steps: tuple[Path, list[dict]], tmp_path: Path) -> None:
-    assert train(job, tmp_path / "run", "--stop_after", "4").returncode == 0
-    finished = train(job, tmp_path / "run", "--resume", "auto")
+    assert train(job, tmp_path / "run", *evaluated(job), "--stop_after", "4").returncode == 0
+    finished = train(job, tmp_path / "run", *evaluated(job), "--resume", "auto")
     assert finished.returncode == 0, finished.stderr[-4000:]
     assert metrics(tmp_path / "run") == metrics(ten_steps[0])
+    ours, theirs = tmp_path / "run", ten_steps[0]
+    assert snapshot(ours / "evaluations") == snapshot(theirs / "evaluations") != {}
+    for name in ("evaluations.jsonl", "eval_before.jsonl", "eval_after.jsonl"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
     theirs = weights(ten_steps[0])
     assert all((value == theirs[name]).all() for name, value in weights(tmp_path / "run").items())
 
@@ -169,8 +209,11 @@ def test_responses_are_scored_while_others_are_drawn(job: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("how", ["raise", "kill"])
-def test_a_failure_on_one_rank_ends_all_and_the_run_resumes(job: Path, tmp_path: Path, how: str) -> None:
-    every = ("--checkpoint.every", "1", "--total_steps", "3")
+def test_a_failure_on_one_rank_ends_all_and_the_run_resumes(
+    job: Path, ten_steps: tuple[Path, list[dict]], tmp_path: Path, how: str
+) -> None:
+    """To what the steps are where evaluations are drawn in between, and nothing fails."""
+    every = ("--checkpoint.every", "1", "--stop_after", "3")
     failed = train(job, tmp_path / "run", *every, environment={"TEST_VLLM": how})
     assert failed.returncode != 0
     if how == "raise":
@@ -181,4 +224,4 @@ def test_a_failure_on_one_rank_ends_all_and_the_run_resumes(job: Path, tmp_path:
     orphans = subprocess.run(["pgrep", "-f", str(tmp_path)], stdout=subprocess.PIPE, text=True).stdout.split()
     assert not [pid for pid in orphans if int(pid) != os.getpid()]
     assert train(job, tmp_path / "run", *every, "--resume", "auto").returncode == 0
-    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3]
+    assert metrics(tmp_path / "run") == metrics(ten_steps[0])[:3]

@@ -114,7 +114,9 @@ def sampler(path: str, policy: Engine, ranks: Ranks) -> Any:
     from repo_fast.rollout.vllm_sampler import VllmSampler
 
     settings = RolloutConfig(engine="vllm", temperature=0.8, max_new_tokens=8, vllm=RolloutVllmConfig(compile=False))
-    return VllmSampler(path, policy, TOKENIZER, settings, ranks, dtype=torch.float32, longest=32, seed=0)
+    return VllmSampler(
+        path, policy, TOKENIZER, settings, ranks, dtype=torch.float32, longest=32, seed=0, pad_is_new=False
+    )
 
 
 @torch.no_grad()

@@ -64,8 +64,13 @@ def keep_the_head_of_the_first_step() -> None:
 
 
 def compare(found: dict[str, list]) -> None:
-    """In each step: the largest gap between the sampler's and the trainer's log-probabilities, and unequal weights."""
-    experience, hand_over = Learner.experience, VllmSampler._hand_over
+    """In each step: the largest gap between the sampler's and the trainer's log-probabilities, and unequal weights.
+
+    Of each draw of an evaluation: the last step, the largest gap, and by how much the log-probabilities of that step's
+    responses have moved since.
+    """
+    experience, hand_over, response_kl = Learner.experience, VllmSampler._hand_over, Learner.response_kl
+    rollouts: list[Any] = []
 
     def compared_experience(self: Learner, rollout: Any, scores: Any) -> Any:
         result = experience(self, rollout, scores)
@@ -73,7 +78,18 @@ def compare(found: dict[str, list]) -> None:
         found["gaps"].append(float(gap.abs().max()))
         found["lengths"].append([tokens.numel() for tokens in rollout.response_tokens])
         found["finished"].append(rollout.finished.tolist())
+        rollouts.append(rollout)
         return result
+
+    def compared_response_kl(self: Learner, rollout: Any) -> Any:
+        now, drawn = self.log_probs(self.models.policy, rollout), rollout.sampler_log_probs
+        gap = float((now - torch.cat(drawn)).abs().max()) if drawn else 0.0
+        moved = 0.0
+        if rollouts:
+            before = torch.cat(rollouts[-1].sampler_log_probs)
+            moved = float((self.log_probs(self.models.policy, rollouts[-1]) - before).abs().mean())
+        found["evaluated"].append((len(rollouts), gap, moved))
+        return response_kl(self, rollout)
 
     def compared_hand_over(self: VllmSampler, policy: Engine) -> None:
         kept = {name.removeprefix("model."): weight.clone() for name, weight in policy.weights_one_by_one()}
@@ -82,6 +98,7 @@ def compare(found: dict[str, list]) -> None:
         found["unequal"].append(unequal(kept, inside))
 
     Learner.experience, VllmSampler._hand_over = compared_experience, compared_hand_over
+    Learner.response_kl = compared_response_kl
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -109,7 +126,7 @@ def unequal(kept: dict[str, torch.Tensor], inside: dict[str, torch.Tensor]) -> l
 
 
 if __name__ == "__main__":
-    found: dict[str, list] = {"gaps": [], "lengths": [], "finished": [], "unequal": []}
+    found: dict[str, list] = {name: [] for name in ("gaps", "lengths", "finished", "unequal", "evaluated")}
     if os.environ.get("TEST_VLLM") == "stale":
         keep_the_head_of_the_first_step()
     elif "TEST_VLLM" in os.environ:
