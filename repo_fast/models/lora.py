@@ -6,7 +6,7 @@ keeps its class and its attributes, and all that is particular here reads or set
 - *The reference is the policy with its adapters off*: the frozen weights are the start's to the last bit, so no second
   copy is needed. `adapters_off` switches that way around a forward, in any ZeRO stage.
 - *Two forms to save.* `merged_state` gives the weights of a model that never had adapters, `save_adapter` peft's
-  folder, which is small and needs the base model beside it.
+  folder, which is small and needs the base model beside it; `adapters.py` reads it again.
 
 The adapters are made before DeepSpeed starts, also beside weights that are ZeRO-3 shards already: they are plain
 parameters then, which DeepSpeed shards with the first rank's values. They have the dtype of the weights beside them,
@@ -26,7 +26,9 @@ from repo_fast.errors import InputError
 
 # peft's name for an adapter that is given none: its loaders look for this one.
 _ADAPTER = "default"
-HEAD_FILE = "score_head.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+BASE_FINGERPRINT = "base_fingerprint"
+"""In the metadata of `ADAPTER_FILE`: `Checkpoint.fingerprint` of the base."""
 
 
 def add_lora(transformer: nn.Module, *, rank: int, alpha: float, targets: Sequence[str] = ()) -> None:
@@ -119,11 +121,16 @@ def merged_state(module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str,
         if layer is None:
             merged[name] = value
         elif name == f"{layer}base_layer.weight":
-            a, b = (state[f"{layer}lora_{part}.{_ADAPTER}.weight"].float() for part in "AB")
-            merged[f"{layer}weight"] = torch.addmm(value.float(), b, a, alpha=scalings[layer]).to(value.dtype)
+            a, b = (state[f"{layer}lora_{part}.{_ADAPTER}.weight"] for part in "AB")
+            merged[f"{layer}weight"] = merged_weight(value, a, b, scalings[layer])
         elif name.startswith(f"{layer}base_layer."):
             merged[layer + name.removeprefix(f"{layer}base_layer.")] = value
     return merged
+
+
+def merged_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """W + scaling B A, [out, in], summed in float32 and rounded once to W's dtype."""
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling).to(weight.dtype)
 
 
 def adapter_state(module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -137,21 +144,24 @@ def adapter_state(module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str
     }
 
 
-def save_adapter(folder: Path, module: nn.Module, state: dict[str, torch.Tensor], base_path: str) -> None:
+def save_adapter(
+    folder: Path, module: nn.Module, state: dict[str, torch.Tensor], base_path: str, base_fingerprint: str | None = None
+) -> None:
     """Write the adapters as peft does: `PeftModel.from_pretrained(base, folder)` computes what the module does.
 
     The base is what the adapters were put into: `AutoModelForCausalLM` of a policy's folder, `AutoModel` of a score
-    model's. A score model's trained head is no part of peft's format, and is written beside, in
-    `score_head.safetensors`, as `score_head.weight` (and `score_head.bias`). Rows that were added to a vocabulary are
-    frozen and no part of the folder either: the tokens that the base lacks stay unknown to it.
+    model's, whose head and settings `save_score_model` writes beside. Rows that were added to a vocabulary are frozen
+    and no part of the folder: the tokens that the base lacks stay unknown to peft.
 
     Args:
         folder: Made if need be. For the first rank to call.
         module: A `Policy` or `ScoreModel` with adapters.
         state: Its whole weights on the CPU, by name.
         base_path: Folder or hub name of the base model, noted in `adapter_config.json`.
+        base_fingerprint: Of its weights, noted in the metadata of `adapter_model.safetensors`, which cannot be parted
+            from the adapters; None: not noted.
     """
-    prefix, transformer = _adapted(module)
+    _, transformer = _adapted(module)
     config = copy.copy(transformer.peft_config[_ADAPTER])
     config.base_model_name_or_path = base_path
     config.inference_mode = True
@@ -160,10 +170,8 @@ def save_adapter(folder: Path, module: nn.Module, state: dict[str, torch.Tensor]
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     tensors = {name: value.contiguous() for name, value in adapter_state(module, state).items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    head = {name: value.contiguous() for name, value in state.items() if not name.startswith(prefix)}
-    if head:
-        save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
+    noted = {} if base_fingerprint is None else {BASE_FINGERPRINT: base_fingerprint}
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt", **noted})
 
 
 def describe(module: nn.Module) -> str:

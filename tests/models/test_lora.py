@@ -26,6 +26,7 @@ from repo_fast.data import Prompt
 from repo_fast.engine import Engine, resolve_dtype, sharded_loading, start_distributed, stop_distributed
 from repo_fast.errors import InputError
 from repo_fast.models import policy as policies
+from repo_fast.models.adapters import Base
 from repo_fast.models.lora import (
     adapter_state,
     adapters_off,
@@ -33,11 +34,11 @@ from repo_fast.models.lora import (
     describe,
     has_adapters,
     merged_state,
-    save_adapter,
 )
 from repo_fast.models.loss_head import Projection
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
+from repo_fast.models.score_writing import save_score_model
 from repo_fast.models.vocabulary import fit_vocabulary
 from repo_fast.ops import linear_log_probs
 from repo_fast.packing.rows import PackedBatch, pack
@@ -169,7 +170,9 @@ class OnARank:
         state = engine.whole_state()
         found |= {"state": state, "merged": merged_state(model, state)}
         if self.ranks.is_first:
-            save_adapter(self.folder / f"critic-{stage}", model, state, str(self.folder / "critic"))
+            base = Base.of(str(self.folder / "critic"))
+            folder = self.folder / f"critic-{stage}"
+            save_score_model(folder, model, state, word_tokenizer(), score_type="reward", base=base)
         return found
 
 
@@ -490,7 +493,7 @@ def test_a_critic_trains_its_adapters_and_its_head(runs, stage: int) -> None:
     plain.load_state_dict(found["merged"])
     assert all(torch.allclose(score(plain), rank["critic"][stage]["scores"], atol=1e-5) for rank in ranks)
 
-    saved = folder / f"critic-{stage}"
+    saved = folder / f"critic-{stage}" / "adapter"
     plain = ScoreModel.from_pretrained(str(folder / "critic"), dtype=torch.float32)
     plain.trunk = PeftModel.from_pretrained(AutoModel.from_pretrained(folder / "critic"), saved)
     plain.score_head.load_state_dict(
