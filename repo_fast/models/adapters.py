@@ -213,10 +213,8 @@ def put_adapter(transformer: nn.Module, adapter: Adapter, name: str) -> None:
     adapted: list[Any] = [layer for layer in transformer.modules() if hasattr(layer, "lora_A")]
     if any(name in layer.lora_A for layer in adapted):
         raise ValueError(f"there are adapters {name!r} already")
-    active, trained = (
-        [layer._active_adapter for layer in adapted],
-        [p for p in transformer.parameters() if p.requires_grad],
-    )
+    active = [layer._active_adapter for layer in adapted]
+    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=sorted(layers))  # type: ignore[arg-type]
     # Without values at first: peft would draw some, from torch's global random state.
     inject_adapter_in_model(config, transformer, name, low_cpu_mem_usage=True)

@@ -169,10 +169,18 @@ class OnARank:
             found["scores"] = score(engine)
         state = engine.whole_state()
         found |= {"state": state, "merged": merged_state(model, state)}
+        folder = self.folder / f"critic-{stage}"
         if self.ranks.is_first:
             base = Base.of(str(self.folder / "critic"))
-            folder = self.folder / f"critic-{stage}"
             save_score_model(folder, model, state, word_tokenizer(), score_type="reward", base=base)
+        self.ranks.barrier()
+        for name in (".", "adapter"):
+            with sharded_loading(config, CPU, frozen=True):
+                model = ScoreModel.from_pretrained(str(folder / name), dtype=torch.float32)
+            sharded = any(hasattr(parameter, "ds_id") for parameter in model.trunk.parameters())
+            loaded = Engine(model, config, self.ranks)
+            with torch.no_grad():
+                found[f"loaded {name}"] = sharded, score(loaded), loaded.whole_state()
         return found
 
 
@@ -492,6 +500,11 @@ def test_a_critic_trains_its_adapters_and_its_head(runs, stage: int) -> None:
     plain = ScoreModel.from_pretrained(str(folder / "critic"), dtype=torch.float32)
     plain.load_state_dict(found["merged"])
     assert all(torch.allclose(score(plain), rank["critic"][stage]["scores"], atol=1e-5) for rank in ranks)
+
+    for rank in ranks:
+        (sharded, merged, whole), (_, adapted, state) = (rank["critic"][stage][f"loaded {n}"] for n in (".", "adapter"))
+        assert sharded == (stage == 3) and torch.equal(adapted, merged) and same_bits(state, whole)
+        assert torch.allclose(adapted, found["scores"], atol=1e-5)
 
     saved = folder / f"critic-{stage}" / "adapter"
     plain = ScoreModel.from_pretrained(str(folder / "critic"), dtype=torch.float32)
