@@ -145,7 +145,7 @@ def test_training_scores_by_an_adapter_as_by_the_merged_model(job: Job, cost_run
     for name, path in (("merged", model), ("adapter", model / "adapter")):
         assert job.here(tmp_path / name, "--total_steps 2", f"--cost.path {path}") == 0
     assert metrics(tmp_path / "adapter") == metrics(tmp_path / "merged")
-    assert len({row["mean_cost"] for row in metrics(tmp_path / "merged")}) == 2
+    assert len({row["cost"] for row in metrics(tmp_path / "merged")}) == 2
     assert same_bits(weights(tmp_path / "adapter"), weights(tmp_path / "merged"))
 
 
