@@ -353,11 +353,15 @@ def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 @contextlib.contextmanager
-def whole_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def whole_parameters(parameters: Sequence[nn.Parameter], *, changed: bool = False) -> Iterator[None]:
     """While this is open, those that are ZeRO-3 shards are whole, on every rank; for models that have no engine yet.
 
-    All ranks must open it. Changes to the parameters are lost.
+    All ranks must open it.
+
+    Args:
+        parameters: Shards, or whole ones.
+        changed: Whether the first rank's changes to them are kept; else changes to shards are lost.
     """
     shards = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    with deepspeed.zero.GatheredParameters(shards, enabled=bool(shards)):
+    with deepspeed.zero.GatheredParameters(shards, modifier_rank=0 if changed else None, enabled=bool(shards)):
         yield

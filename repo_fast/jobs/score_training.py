@@ -16,7 +16,7 @@ from repo_fast.jobs.assembly import check_heads_of, is_score_model, load_trained
 from repo_fast.jobs.inputs import check_inputs, check_start, find_model
 from repo_fast.jobs.supervised import SupervisedInputs, SupervisedRun
 from repo_fast.jobs.training_prompts import record_of
-from repo_fast.models.lora import merged_state, save_adapter
+from repo_fast.models.adapters import Base, is_adapter
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.score_writing import check_layout, save_score_model
@@ -68,6 +68,11 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
     resume_from = check_start(config)
     started_from = check_inputs(config, resume_from)
     path, tokenizer = find_model(config.model.path)
+    if config.model.lora.rank and is_adapter(path):
+        raise InputError(
+            f"model.lora.rank is {config.model.lora.rank} with model.path {path!r}, which holds adapters: new ones "
+            "need a base with weights of its own, expected the folder of the merged model"
+        )
     if is_score_model(path):
         check_heads_of(path, config.heads)
     elif config.expect is not None:
@@ -153,6 +158,8 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
 
     def load_model(self) -> ScoreModel:
         config, inputs, kind = self.config, self.inputs, self.config.kind
+        # As it is read: until the model is written, its folder may change.
+        self._base = Base.of(inputs.model_path) if config.model.lora.rank else None
         model = load_trained_score_model(
             inputs.model_path, kind, inputs.tokenizer, config.model, config.engine, self.ranks, tuple(config.heads)
         )
@@ -161,6 +168,18 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
 
     def transformer(self) -> torch.nn.Module:
         return self.engine.module.trunk
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | ({} if self._base is None else {"base": self._base.fingerprint})
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        # Checkpoints of before it was noted have none.
+        if self._base is not None and state.get("base", self._base.fingerprint) != self._base.fingerprint:
+            raise InputError(
+                f"model.path {self.inputs.model_path!r} has other weights than the checkpoint's adapters were trained "
+                "on, expected the same, whatever resume_changed_data says"
+            )
 
     def lengths(self, example: TokenizedPreference) -> list[int]:
         return [sequence.numel() for sequence in example.sequences]
@@ -207,11 +226,16 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
         return {"eval_loss": float(self.ranks.sum(loss)) / len(held_out), **measures_by_head(scored)}
 
     def write_model(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
-        merged, tokenizer = merged_state(self.engine.module, state), self.inputs.tokenizer
-        layout, kind, heads = self.config.layout, self.config.kind, to_dict(self.config)["heads"]
-        save_score_model(folder, self.engine.module, merged, tokenizer, score_type=kind, layout=layout, heads=heads)
-        if merged is not state:
-            save_adapter(folder / "adapter", self.engine.module, state, self.inputs.model_path)
+        save_score_model(
+            folder,
+            self.engine.module,
+            state,
+            self.inputs.tokenizer,
+            score_type=self.config.kind,
+            layout=self.config.layout,
+            heads=to_dict(self.config)["heads"],
+            base=self._base,
+        )
 
     def _scores(self, row: Sequence[TokenizedPreference]) -> torch.Tensor:
         """The scores of a micro-batch's responses, one after the other, of K heads: float32 [S, K]; of one token if it

@@ -200,6 +200,9 @@ def read_record(path: str) -> Record | None:
         model, record = _read(folder / FILE)
         if model == INSIDE:
             return record
+    if not (folder.parent / FILE).is_file() and (folder / "adapter_config.json").is_file():
+        # Adapters stand in the folder of the model that they are merged into.
+        folder = folder.parent
     file = folder.parent / FILE
     if not file.is_file():
         return None

@@ -6,7 +6,7 @@ keeps its class and its attributes, and all that is particular here reads or set
 - *The reference is the policy with its adapters off*: the frozen weights are the start's to the last bit, so no second
   copy is needed. `adapters_off` switches that way around a forward, in any ZeRO stage.
 - *Two forms to save.* `merged_state` gives the weights of a model that never had adapters, `save_adapter` peft's
-  folder, which is small and needs the base model beside it.
+  folder, which is small and needs the base model beside it; `adapters.py` reads it again.
 
 The adapters are made before DeepSpeed starts, also beside weights that are ZeRO-3 shards already: they are plain
 parameters then, which DeepSpeed shards with the first rank's values. They have the dtype of the weights beside them,
@@ -29,7 +29,9 @@ from repo_fast.errors import InputError
 _ADAPTER = "default"
 # What of a layer makes its merged weight: W, A, B.
 _MERGED = ("base_layer.weight", f"lora_A.{_ADAPTER}.weight", f"lora_B.{_ADAPTER}.weight")
-HEAD_FILE = "score_head.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+BASE_FINGERPRINT = "base_fingerprint"
+"""In the metadata of `ADAPTER_FILE`: `Checkpoint.fingerprint` of the base."""
 
 
 def add_lora(transformer: nn.Module, *, rank: int, alpha: float, targets: Sequence[str] = ()) -> None:
@@ -141,9 +143,7 @@ def merged_one_by_one(
         if all(part in parts for part in _MERGED):
             del held[layer]
             weight, a, b = (parts[part] for part in _MERGED)
-            parts[_MERGED[0]] = torch.addmm(weight.float(), b.float(), a.float(), alpha=scalings[layer]).to(
-                weight.dtype
-            )
+            parts[_MERGED[0]] = merged_weight(weight, a, b, scalings[layer])
             del weight, a, b
             yield from _base_parts(layer, parts)
     if held:
@@ -187,9 +187,14 @@ def adapter_shape(module: nn.Module) -> AdapterShape:
     return AdapterShape(config.r, config.lora_alpha, tuple(sorted(config.target_modules)))
 
 
-def is_adapter(name: str) -> bool:
+def of_adapter(name: str) -> bool:
     """Whether a parameter of this name is an adapter's A or B."""
     return name.endswith(tuple(f".{part}" for part in _MERGED[1:]))
+
+
+def merged_weight(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """W + scaling B A, [out, in], summed in float32 and rounded once to W's dtype."""
+    return torch.addmm(weight.float(), b.float(), a.float(), alpha=scaling).to(weight.dtype)
 
 
 def adapter_state(module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -198,25 +203,28 @@ def adapter_state(module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str
     return {
         f"base_model.model.{name.removeprefix(prefix).removesuffix(f'.{_ADAPTER}.weight')}.weight": value
         for name, value in state.items()
-        if is_adapter(name)
+        if of_adapter(name)
     }
 
 
-def save_adapter(folder: Path, module: nn.Module, state: dict[str, torch.Tensor], base_path: str) -> None:
+def save_adapter(
+    folder: Path, module: nn.Module, state: dict[str, torch.Tensor], base_path: str, base_fingerprint: str | None = None
+) -> None:
     """Write the adapters as peft does: `PeftModel.from_pretrained(base, folder)` computes what the module does.
 
     The base is what the adapters were put into: `AutoModelForCausalLM` of a policy's folder, `AutoModel` of a score
-    model's. A score model's trained head is no part of peft's format, and is written beside, in
-    `score_head.safetensors`, as `score_head.weight` (and `score_head.bias`). Rows that were added to a vocabulary are
-    frozen and no part of the folder either: the tokens that the base lacks stay unknown to it.
+    model's, whose head and settings `save_score_model` writes beside. Rows that were added to a vocabulary are frozen
+    and no part of the folder: the tokens that the base lacks stay unknown to peft.
 
     Args:
         folder: Made if need be. For the first rank to call.
         module: A `Policy` or `ScoreModel` with adapters.
         state: Its whole weights on the CPU, by name.
         base_path: Folder or hub name of the base model, noted in `adapter_config.json`.
+        base_fingerprint: Of its weights, noted in the metadata of `adapter_model.safetensors`, which cannot be parted
+            from the adapters; None: not noted.
     """
-    prefix, transformer = _adapted(module)
+    _, transformer = _adapted(module)
     config = copy.copy(transformer.peft_config[_ADAPTER])
     config.base_model_name_or_path = base_path
     config.inference_mode = True
@@ -225,10 +233,8 @@ def save_adapter(folder: Path, module: nn.Module, state: dict[str, torch.Tensor]
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     tensors = {name: value.contiguous() for name, value in adapter_state(module, state).items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    head = {name: value.contiguous() for name, value in state.items() if not name.startswith(prefix)}
-    if head:
-        save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
+    noted = {} if base_fingerprint is None else {BASE_FINGERPRINT: base_fingerprint}
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt", **noted})
 
 
 def describe(module: nn.Module) -> str:

@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from repo_fast.errors import InputError, first_line
+from repo_fast.models.weight_files import find_file
 
 
 def load_config(path: str) -> PretrainedConfig:
@@ -26,9 +27,21 @@ def _read_config(path: str) -> PretrainedConfig:
         # Said, or transformers would ask on standard input whether to run a folder's own code.
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        if _has_only_adapters(path):
+            raise InputError(
+                f"{path!r} holds adapters without a config.json, as policies', those of earlier versions and of other "
+                "programs do: expected the folder of the merged model, or the adapter/ of a score model with all of it"
+            ) from error
         raise InputError(f"{path!r} is not a Hugging Face model folder or hub name: {first_line(error)}") from error
     except StrictDataclassError as error:
         raise InputError(f"{path!r} has a config.json that cannot be: {' '.join(str(error).split())}") from error
+
+
+def _has_only_adapters(path: str) -> bool:
+    try:
+        return find_file(path, "config.json") is None and find_file(path, "adapter_config.json") is not None
+    except OSError:
+        return False
 
 
 def set_aside(path: str) -> dict[str, Any]:

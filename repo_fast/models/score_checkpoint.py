@@ -12,6 +12,10 @@ Three layouts hold the same model, a trunk and a head with one output, or K:
 take for one more setting. Outputs without names go by their numbers, from "0" on. `score_heads`, beside it, says what
 each was trained to call unsafe.
 
+A folder of adapters (`adapters.py`), written where a score model was trained so, has all that and the same
+`config.json`, whichever the layout; in place of the weights there are the adapters, and `score_head.safetensors` with
+the head, as `score_head.weight` and `.bias`, and the buffers `normalizer.*`. The trunk's weights are its base's.
+
 The first two are Safe RLHF's (https://github.com/PKU-Alignment/safe-rlhf, the Beaver models), the newer and the older.
 They add `score_type`, `score_dim`, `do_normalize` and whether the head has a bias to the configuration (under `bias` or
 `score_bias`, by release: both are read, and both are written), and the buffers `normalizer.mean`, `.var`
@@ -33,6 +37,7 @@ import torch
 from transformers import PretrainedConfig
 
 from repo_fast.errors import InputError, first_line
+from repo_fast.models.adapters import is_adapter, read_adapter
 from repo_fast.models.model_config import load_config, set_aside
 from repo_fast.models.weight_files import Checkpoint, find_file
 
@@ -41,6 +46,7 @@ _log = logging.getLogger(__name__)
 # Safe RLHF's normalizer, by its `score_type`: (subtract the mean, divide by the standard deviation).
 NORMALIZERS = {"reward": (True, True), "cost": (False, True), "critic": (False, False)}
 NORMALIZER_PREFIX = "normalizer."
+HEAD_FILE = "score_head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -188,10 +194,12 @@ class ScoreCheckpoint:
         config: As `load_config` gives it, without its pad token.
         layout: How it is stored.
         names: Of its outputs, as in `ScoreFormat`.
-        weights: Its tensors.
+        adapter: Of a folder of adapters, those; None of one with all weights.
+        weights: Its tensors; of a folder of adapters, the head's and the normalizer's.
 
     Raises:
-        InputError: It is not a score model of a known layout, or has no head for the outputs that it says it has.
+        InputError: It is not a score model of a known layout, or has no head for the outputs that it says it has; its
+            adapters cannot be read.
     """
 
     def __init__(self, path: str) -> None:
@@ -200,7 +208,10 @@ class ScoreCheckpoint:
         self.architecture = (self.config.architectures or ["none"])[0]
         self.layout = self._find_layout()
         self.names = _names_in(path, self.config)
-        self.weights = Checkpoint(path)
+        self.adapter = read_adapter(path) if is_adapter(path) else None
+        if self.adapter is not None and find_file(path, HEAD_FILE) is None:
+            raise InputError(f"{path!r} has adapters and no score head, expected one in {HEAD_FILE}")
+        self.weights = Checkpoint(path) if self.adapter is None else Checkpoint(path, [HEAD_FILE])
         if self._head("weight") not in self.weights.files:
             raise InputError(f"{path!r} has no score head: there is no {self._head('weight')} among its weights")
         weight = self.weights.read(self._head("weight"))
@@ -268,7 +279,7 @@ class ScoreCheckpoint:
         return form
 
     def _head(self, tensor: str) -> str:
-        return f"{self.layout.head}.{tensor}"
+        return f"{self.layout.head if self.adapter is None else 'score_head'}.{tensor}"
 
     def _find_layout(self) -> Layout:
         fitting = [layout for layout in LAYOUTS.values() if self.architecture.endswith(layout.suffix)]

@@ -9,6 +9,7 @@ Sequences are scored packed, several in a row whose `position_ids` start anew at
 "the last token" needs no mask. Whether the architecture keeps the sequences apart is found out by `settle_packing`.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel, PretrainedConfig
 
+from repo_fast.errors import InputError
+from repo_fast.models.adapters import Adapter, merge_adapter
 from repo_fast.models.attention import run_packed
 from repo_fast.models.model_config import load_config, set_aside
 from repo_fast.models.score_checkpoint import ScoreCheckpoint, ScoreFormat, identity_normalizer
@@ -66,18 +69,25 @@ class ScoreModel(nn.Module):
     def from_pretrained(cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str] = "sdpa") -> "ScoreModel":
         """Loads a reward or cost model; under ZeRO-3 loading, straight into shards.
 
+        Adapters are merged into the weights of their base, which is read from where their folder says it is.
+
         Args:
             path: Folder or hub name.
             dtype: Of the trunk's weights and activations. The head keeps its file's; the score is float32 in any case.
             attention: Name of a transformers attention implementation, or several: the first that can run.
 
         Raises:
-            InputError: The folder cannot be read, is not a score model of a known layout, or lacks a weight.
+            InputError: The folder cannot be read, is not a score model of a known layout, or lacks a weight; the base
+                of its adapters is not there, or has other weights than they were trained on.
         """
         checkpoint = ScoreCheckpoint(path)
         weight, bias = checkpoint.head()
         form = checkpoint.format()
-        return cls(_load_trunk(path, checkpoint.config, dtype, attention), weight, bias, format=form)
+        if checkpoint.adapter is None:
+            trunk = _load_trunk(path, checkpoint.config, dtype, attention)
+        else:
+            trunk = _load_adapted(checkpoint.adapter, checkpoint.config, dtype, attention)
+        return cls(trunk, weight, bias, format=form)
 
     @classmethod
     def from_policy(
@@ -128,3 +138,25 @@ class ScoreModel(nn.Module):
 
 def _load_trunk(path: str, config: PretrainedConfig, dtype: torch.dtype, attention: str | Sequence[str]) -> nn.Module:
     return load_transformer(AutoModel, path, "a transformer trunk", config=config, dtype=dtype, attention=attention)
+
+
+def _load_adapted(
+    adapter: Adapter, config: PretrainedConfig, dtype: torch.dtype, attention: str | Sequence[str]
+) -> nn.Module:
+    """The base's weights under the configuration that the adapters came with, as the merged folder has it."""
+    adapter.check_base()
+    base, rows = adapter.base.path, config.get_text_config().vocab_size
+    own = load_config(base).get_text_config().vocab_size
+    if own > rows:
+        raise InputError(f"{adapter.path!r} has vocab_size {rows}, expected at least the {own} of its base {base!r}")
+    config = copy.deepcopy(config)
+    config.get_text_config().vocab_size = own
+    trunk = _load_trunk(base, config, dtype, attention)
+    merge_adapter(trunk, adapter)
+    if own < rows:
+        # Here, so that scoring by other models does not load DeepSpeed.
+        from repo_fast.models.vocabulary import append_rows
+
+        # As when they were trained: those rows are frozen.
+        append_rows(trunk, rows)
+    return trunk

@@ -15,8 +15,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from repo_fast.errors import InputError
+from repo_fast.models.adapters import Base
+from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.model_config import restored
 from repo_fast.models.score_checkpoint import (
+    HEAD_FILE,
     NORMALIZER_PREFIX,
     NORMALIZERS,
     Layout,
@@ -72,8 +75,10 @@ def save_score_model(
     score_type: Literal["reward", "cost"],
     layout: str = "score",
     heads: Mapping[str, Any] | None = None,
+    base: Base | None = None,
 ) -> None:
-    """Write a score model that Safe RLHF, or with the third layout plain transformers, loads.
+    """Write a score model that Safe RLHF, or with the third layout plain transformers, loads; adapters merged, and also
+    by themselves in `adapter/`, with all that it takes to score by them on their base.
 
     Args:
         folder: Made where it does not exist.
@@ -83,12 +88,14 @@ def save_score_model(
         score_type: What the score means.
         layout: One of `LAYOUTS`, by name.
         heads: What each of several outputs was trained to call unsafe, JSON values by its name; under `score_heads`.
+        base: What adapters were put into; of a model with some.
 
     Raises:
         InputError: The layout is not known, or cannot hold the model.
     """
     wanted, form = find_layout(layout), model.format
     trunk: Any = model.trunk
+    adapted, state = state, merged_state(model, state)
     head = {name: tensor for name, tensor in state.items() if name.startswith("score_head.")}
     with restored(trunk.config, form.aside):
         settings = json.loads(trunk.config.to_json_string())
@@ -103,11 +110,10 @@ def save_score_model(
     prefix = f"{trunk.base_model_prefix}."
     if not all(name.startswith(prefix) for name in inner):
         inner = {prefix + name: tensor for name, tensor in inner.items()}
-    tensors = inner | {f"{wanted.head}.weight": head["score_head.weight"]}
-    if has_bias:
-        tensors[f"{wanted.head}.bias"] = head["score_head.bias"]
-    if not wanted.is_classifier:
-        tensors |= written.normalizer
+    if not has_bias:
+        head.pop("score_head.bias", None)
+    tensors = inner | {name.replace("score_head", wanted.head): tensor for name, tensor in head.items()}
+    tensors |= written.normalizer
 
     dtype = str(next(tensor.dtype for tensor in inner.values() if tensor.is_floating_point())).removeprefix("torch.")
     # Under both names: transformers 4, which Safe RLHF runs on, knows only the second.
@@ -120,9 +126,17 @@ def save_score_model(
     if heads:
         settings["score_heads"] = dict(heads)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_settings(folder, settings, architecture, wanted, written, has_bias)
     save_torch_state_dict(tensors, folder, max_shard_size=SHARD_SIZE)
-    tokenizer.save_pretrained(folder)
+    folders = [folder]
+    if adapted is not state:
+        assert base is not None
+        folders.append(folder / "adapter")
+        save_adapter(folder / "adapter", model, adapted, base.path, base.fingerprint)
+        values = {name: tensor.contiguous() for name, tensor in (head | dict(written.normalizer)).items()}
+        save_file(values, folder / "adapter" / HEAD_FILE, metadata={"format": "pt"})
+    for each in folders:
+        _write_settings(each, settings, architecture, wanted, written, has_bias)
+        tokenizer.save_pretrained(each)
 
 
 def convert_score_model(source: str, target: Path, *, layout: str, score_type: str | None = None) -> None:
@@ -137,7 +151,8 @@ def convert_score_model(source: str, target: Path, *, layout: str, score_type: s
         score_type: `reward`, `cost` or `critic`, in place of what the source says; needed where it says nothing.
 
     Raises:
-        InputError: The target is not empty, the source is no score model, or the layout is not known or cannot hold it.
+        InputError: The target is not empty, the source is no score model with all its weights, or the layout is not
+            known or cannot hold it.
     """
     wanted = find_layout(layout)
     if score_type is not None and score_type not in NORMALIZERS:
@@ -147,6 +162,8 @@ def convert_score_model(source: str, target: Path, *, layout: str, score_type: s
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"the target {str(target)!r} exists, expected a new or empty folder")
     checkpoint = ScoreCheckpoint(source)
+    if checkpoint.adapter is not None:
+        raise InputError(f"the source {source!r} holds adapters, expected the folder of the merged model")
     stem = checkpoint.architecture.removesuffix(checkpoint.layout.suffix)
     architecture = _architecture(stem, wanted, checkpoint.config.model_type)
     _, bias = checkpoint.head()

@@ -54,8 +54,7 @@ def fit_vocabulary(
     rows = -(-rows // multiple) * multiple
     if rows == config.vocab_size:
         return False
-    _append_rows(model, rows)
-    config.vocab_size = rows
+    append_rows(model, rows)
     return True
 
 
@@ -76,7 +75,9 @@ def never_drawn(
     return [token for token in range(vocabulary) if token not in drawn]
 
 
-def _append_rows(model: nn.Module, rows: int) -> None:
+def append_rows(model: nn.Module, rows: int) -> None:
+    """Give a model more rows, so many in all, each the mean of its own; as for `fit_vocabulary`."""
+    model.config.get_text_config().vocab_size = rows
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
     embedding.weight = _with_mean_rows(embedding.weight, rows)

@@ -1,10 +1,13 @@
 """The weight files of a model's folder or hub name, read tensor by tensor."""
 
 import contextlib
+import hashlib
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ class Checkpoint:
 
     Args:
         path: Folder or hub name.
+        names: Of the file, the first that is there.
 
     Attributes:
         files: The file of each tensor, by name.
@@ -31,10 +35,10 @@ class Checkpoint:
         InputError: There are no weights, or they cannot be read.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, names: Sequence[str] = WEIGHT_FILES) -> None:
         self.path = path
         with self._readable():
-            for name in WEIGHT_FILES:
+            for name in names:
                 if index := find_file(path, f"{name}.index.json"):
                     self.index: dict | None = json.loads(Path(index).read_text())
                     self.files: dict[str, str] = self.index["weight_map"]
@@ -48,7 +52,7 @@ class Checkpoint:
                     with _open(found) as tensors:
                         self.files = dict.fromkeys(tensors, name)
                     return
-        raise InputError(f"{path!r} has no weights, expected {' or '.join(WEIGHT_FILES)} (or sharded ones)")
+        raise InputError(f"{path!r} has no weights, expected {' or '.join(names)} (or sharded ones)")
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU."""
@@ -76,6 +80,25 @@ class Checkpoint:
                         found[name] = tensors.shape(name) if isinstance(tensors, _Lazy) else tuple(tensors[name].shape)
         return found
 
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits (SHA-256) of all weights: names, dtypes, shapes and every bit, however they are
+        distributed over files.
+
+        It reads them whole, so that no change of any passes; a process does so once for each file.
+        """
+        digests: dict[str, str] = {}
+        for file in sorted(set(self.files.values())):
+            with self._readable():
+                if (path := find_file(self.path, file)) is None:
+                    raise FileNotFoundError(f"{file} is missing")
+                status = Path(path).stat()
+                of_file = _digests(path, status.st_size, status.st_mtime_ns)
+                digests |= {name: digest for name, digest in of_file.items() if self.files.get(name) == file}
+        whole = hashlib.sha256()
+        for name in sorted(digests):
+            whole.update(f"{name} {digests[name]}\n".encode())
+        return whole.hexdigest()
+
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
         try:
@@ -87,6 +110,21 @@ class Checkpoint:
 def find_file(path: str, name: str) -> str | None:
     """A file of a folder or hub name, downloaded where need be; None where it has none of that name."""
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+
+
+@lru_cache
+def _digests(file: str, size: int, changed: int) -> dict[str, str]:
+    """Of each tensor in a file; its size and the time of its last change tell it from another of the same name."""
+
+    def digest(name: str) -> tuple[str, str]:
+        tensor = tensors[name]
+        seen = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+        seen.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return name, seen.hexdigest()
+
+    # Hashing leaves the interpreter to others.
+    with _open(file) as tensors, ThreadPoolExecutor() as pool:
+        return dict(pool.map(digest, tensors))
 
 
 class _Lazy(Mapping):

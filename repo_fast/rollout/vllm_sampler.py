@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from repo_fast.collectives import Ranks
 from repo_fast.config import RolloutConfig
 from repo_fast.errors import InputError
-from repo_fast.models.lora import adapter_shape, adapter_state, base_one_by_one, is_adapter, merged_one_by_one
+from repo_fast.models.lora import adapter_shape, adapter_state, base_one_by_one, merged_one_by_one, of_adapter
 from repo_fast.rollout import Finished, Request, Rollout
 from repo_fast.rollout.hand_over import as_in_files
 from repo_fast.rollout.vllm import VllmEngine, verification
@@ -139,7 +139,7 @@ class VllmSampler:
             self._hand_over_all(policy)
         if self._adapter_alone:
             # Of all ranks together, for a share of it is nothing that an engine can be given.
-            adapter = adapter_state(policy.module, dict(policy.weights_one_by_one(is_adapter)))
+            adapter = adapter_state(policy.module, dict(policy.weights_one_by_one(of_adapter)))
             with self._ranks.together("handing the adapter to vLLM"):
                 self._engine.adapt(adapter)
 

@@ -81,7 +81,8 @@ def _model_path(path: str, what: str) -> str:
     """The folder or hub name of a model."""
     folder = Path(path).expanduser()
     if path and folder.is_dir():
-        if not (folder / "config.json").is_file():
+        # Of adapters by themselves the reader of configurations says more.
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise InputError(f"the {what} folder {path!r} has no config.json")
         return str(folder)
     # A name whose first part is a folder here is a mistyped path rather than something to download.

@@ -2,28 +2,34 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from repo_fast import evaluate, score
 from repo_fast.config import CriticConfig, LoraConfig, parse
 from repo_fast.data import PromptTemplate
 from repo_fast.engine import Engine, start_distributed, stop_distributed
 from repo_fast.jobs import assembly
 from repo_fast.jobs.inputs import read_inputs
 from repo_fast.jobs.trainer import Trainer
+from repo_fast.jobs.training_prompts import read_record
 from repo_fast.models.attention import PACKED
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
+from repo_fast.plan.networks import networks
+from repo_fast.scoring.expectation import score_text
 from tests.job_runs import Job, metrics, same_bits, weights
 from tests.learning import learner_worker
 from tests.learning.learner_worker import plain_descent
 from tests.supervised_runs import PAIRS, assert_same_run, here, make_inputs, norm_wise, result
+from tests.tiny import save_policy
 
 ADAPTED = ("--model.lora.rank 3", "--model.lora.alpha 6")
 TRAINED = ("--policy.lora.rank 3", "--policy.lora.alpha 6", "--critics.lora.rank 2", "--total_steps 3")
@@ -36,14 +42,22 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(inputs: Path, job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+def cost_run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cost") / "run"
+    assert here("cost", inputs, folder, *ADAPTED) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(
+    inputs: Path, job: Job, cost_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Path]]:
     """Where each entry point started, and what it wrote."""
-    folders = {kind: tmp_path_factory.mktemp(kind) / "run" for kind in ("train", "sft", "cost")}
-    statuses = {kind: here(kind, inputs, folders[kind], *ADAPTED) for kind in ("sft", "cost")}
-    statuses["train"] = job.here(folders["train"], *TRAINED)
-    assert statuses == dict.fromkeys(folders, 0)
+    folders = {kind: tmp_path_factory.mktemp(kind) / "run" for kind in ("train", "sft")}
+    assert here("sft", inputs, folders["sft"], *ADAPTED) == 0
+    assert job.here(folders["train"], *TRAINED) == 0
     starts = {"train": job.folder / "policy", "sft": inputs / "policy", "cost": inputs / "policy"}
-    return {kind: (starts[kind], folder) for kind, folder in folders.items()}
+    return {kind: (starts[kind], folder) for kind, folder in (folders | {"cost": cost_run}).items()}
 
 
 def plain_names(state: dict[str, torch.Tensor], without: str) -> dict[str, torch.Tensor]:
@@ -97,13 +111,16 @@ def held_out() -> list[list[tuple[str, str]]]:
     ]
 
 
-def test_the_merged_score_model_scores_as_the_trained_one_did(runs: dict[str, tuple[Path, Path]]) -> None:
-    """`eval_scores.jsonl` was written with adapters; `model/` has none, and peft's folder needs the base and a head."""
-    start, run = runs["cost"]
+def test_the_merged_score_model_scores_as_the_trained_one_did(inputs: Path, cost_run: Path) -> None:
+    """`eval_scores.jsonl` was written with adapters; `model/` has none, and `adapter/` is peft's, with a head."""
+    start, run = inputs / "policy", cost_run
     lines = [json.loads(line) for line in (run / "eval_scores.jsonl").read_text().splitlines()]
     scored = torch.tensor([[line["score_0"], line["score_1"]] for line in lines])
     template = PromptTemplate(AutoTokenizer.from_pretrained(run / "model"))
-    model = ScoreModel.from_pretrained(str(run / "model"), dtype=torch.float32)
+    model, loaded = (
+        ScoreModel.from_pretrained(str(run / name), dtype=torch.float32) for name in ("model", "model/adapter")
+    )
+    assert same_bits(dict(loaded.state_dict()), dict(model.state_dict()))
     trunk = PeftModel.from_pretrained(AutoModel.from_pretrained(start), run / "model" / "adapter")
     head = load_file(run / "model" / "adapter" / "score_head.safetensors")["score_head.weight"]
     merged, adapted = torch.zeros(2, len(PAIRS), 2)
@@ -117,6 +134,107 @@ def test_the_merged_score_model_scores_as_the_trained_one_did(runs: dict[str, tu
     assert scored.std() > 0.05
     torch.testing.assert_close(merged, scored, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(adapted, scored, atol=1e-4, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- as a score model
+
+
+def test_training_scores_by_an_adapter_as_by_the_merged_model(job: Job, cost_run: Path, tmp_path: Path) -> None:
+    """The critic starts from it too, in shards, and all of it is trained."""
+    model = cost_run / "model"
+    for name, path in (("merged", model), ("adapter", model / "adapter")):
+        assert job.here(tmp_path / name, "--total_steps 2", f"--cost.path {path}") == 0
+    assert metrics(tmp_path / "adapter") == metrics(tmp_path / "merged")
+    assert len({row["cost"] for row in metrics(tmp_path / "merged")}) == 2
+    assert same_bits(weights(tmp_path / "adapter"), weights(tmp_path / "merged"))
+
+
+def test_evaluation_scores_by_an_adapter_as_by_the_merged_model(job: Job, cost_run: Path, tmp_path: Path) -> None:
+    model, words = cost_run / "model", ["--policy", f"start={job.folder / 'policy'}"]
+    words += ["--prompts", str(job.folder / "prompts.jsonl"), "--reward.path", "tests.scorers:reward"]
+    words += ["--cache_dir", str(tmp_path / "cache"), "--sampling.max_new_tokens", "6"]
+    costs = []
+    for name, path in (("merged", model), ("adapter", model / "adapter")):
+        assert evaluate.main([*words, "--output_dir", str(tmp_path / name), "--cost.path", str(path)]) == 0
+        rows = [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+        costs.append([row["cost"] for row in rows])
+    assert costs[0] == costs[1] and len(set(costs[0])) > 1
+
+
+def test_an_adapter_is_checked(cost_run: Path, capsys: pytest.CaptureFixture) -> None:
+    model = cost_run / "model"
+    text = "<user> tea </s> <assistant> no"
+    known = score_text(
+        ScoreModel.from_pretrained(str(model), dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(model), text
+    )
+    for folder in (model, model / "adapter"):
+        assert score.main(["--check", str(folder), "--expect", text, str(known)]) == 0
+        assert f"score {known:.4f}, as expected" in capsys.readouterr().out
+    assert score.main(["--check", str(model / "adapter"), "--expect", text, str(known + 1)]) == 2
+
+
+def test_its_base_has_to_be_what_it_was(
+    inputs: Path, cost_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    adapter = shutil.copytree(cost_run / "model" / "adapter", tmp_path / "adapter")
+    other = save_policy(tmp_path / "other", seed=7)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(other)}))
+    capsys.readouterr()
+    assert score.main(["--check", str(adapter)]) == 2
+    said = rf"error: '{adapter}' was trained on other weights than its base '{other}' has: .*\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
+    # As earlier versions wrote it, and as it is for a policy.
+    (adapter / "config.json").unlink()
+    assert score.main(["--check", str(adapter), "--kind", "cost"]) == 2
+    assert re.fullmatch(r"error: .* holds adapters without a config\.json.*\n", capsys.readouterr().err)
+
+
+def test_a_base_that_changes_under_a_run_stops_it(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Whatever is allowed of data: the adapters would be noted as of weights that they were not trained on."""
+    base = shutil.copytree(inputs / "policy", tmp_path / "policy")
+    options = (*ADAPTED, f"--model.path {base}")
+    assert here("cost", inputs, tmp_path / "run", *options, "--stop_after 2") == 0
+    state = load_file(base / "model.safetensors")
+    state["model.norm.weight"][0] += 1
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert here("cost", inputs, tmp_path / "run", *options, "--resume auto", "--resume_changed_data true") == 2
+    assert re.search(r"error: model\.path .* has other weights than the checkpoint's adapters", capsys.readouterr().err)
+
+
+def test_it_is_gone_on_with_as_a_whole_alone(
+    inputs: Path, cost_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    adapter = cost_run / "model" / "adapter"
+    capsys.readouterr()
+    assert here("cost", inputs, tmp_path / "adapted", *ADAPTED, f"--model.path {adapter}") == 2
+    assert re.fullmatch(
+        r"error: model\.lora\.rank is 3 with model\.path .* holds adapters.*\n", capsys.readouterr().err
+    )
+    assert here("cost", inputs, tmp_path / "whole", f"--model.path {adapter}", "--epochs 1") == 0
+    start, end = result(cost_run), result(tmp_path / "whole")
+    assert start.keys() == end.keys() and not torch.equal(start["model.norm.weight"], end["model.norm.weight"])
+
+
+def test_its_training_prompts_are_the_models(cost_run: Path, tmp_path: Path) -> None:
+    model = cost_run / "model"
+    known = read_record(str(model))
+    assert known and read_record(str(model / "adapter")) == known
+    assert read_record(str(shutil.copytree(model / "adapter", tmp_path / "adapter"))) is None
+
+
+def test_the_plan_counts_what_is_held(job: Job, cost_run: Path, tmp_path: Path) -> None:
+    """Merged as it is loaded: its base's weights, and no more."""
+    model = cost_run / "model"
+    found = []
+    for path in (model, model / "adapter"):
+        config = parse(job.words(tmp_path / "run", f"--cost.path {path}"))
+        found.append(networks(config, torch.float32))
+    assert found[0] == found[1]
+    scored = next(network for network in found[1] if network.role == "cost")
+    trunk = ScoreModel.from_pretrained(str(model / "adapter"), dtype=torch.float32).trunk
+    assert scored.parameters == sum(parameter.numel() for parameter in trunk.parameters()) and scored.trained == 0
 
 
 # --------------------------------------------------------------------------------------------------- the reference

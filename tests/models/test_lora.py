@@ -26,6 +26,7 @@ from repo_fast.data import Prompt
 from repo_fast.engine import Engine, resolve_dtype, sharded_loading, start_distributed, stop_distributed
 from repo_fast.errors import InputError
 from repo_fast.models import policy as policies
+from repo_fast.models.adapters import Base
 from repo_fast.models.lora import (
     adapter_state,
     adapters_off,
@@ -33,11 +34,11 @@ from repo_fast.models.lora import (
     describe,
     has_adapters,
     merged_state,
-    save_adapter,
 )
 from repo_fast.models.loss_head import Projection
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
+from repo_fast.models.score_writing import save_score_model
 from repo_fast.models.vocabulary import fit_vocabulary
 from repo_fast.ops import linear_log_probs
 from repo_fast.packing.rows import PackedBatch, pack
@@ -168,8 +169,18 @@ class OnARank:
             found["scores"] = score(engine)
         state = engine.whole_state()
         found |= {"state": state, "merged": merged_state(model, state)}
+        folder = self.folder / f"critic-{stage}"
         if self.ranks.is_first:
-            save_adapter(self.folder / f"critic-{stage}", model, state, str(self.folder / "critic"))
+            base = Base.of(str(self.folder / "critic"))
+            save_score_model(folder, model, state, word_tokenizer(), score_type="reward", base=base)
+        self.ranks.barrier()
+        for name in (".", "adapter"):
+            with sharded_loading(config, CPU, frozen=True):
+                model = ScoreModel.from_pretrained(str(folder / name), dtype=torch.float32)
+            sharded = any(hasattr(parameter, "ds_id") for parameter in model.trunk.parameters())
+            loaded = Engine(model, config, self.ranks)
+            with torch.no_grad():
+                found[f"loaded {name}"] = sharded, score(loaded), loaded.whole_state()
         return found
 
 
@@ -490,10 +501,14 @@ def test_a_critic_trains_its_adapters_and_its_head(runs, stage: int) -> None:
     plain.load_state_dict(found["merged"])
     assert all(torch.allclose(score(plain), rank["critic"][stage]["scores"], atol=1e-5) for rank in ranks)
 
-    saved = folder / f"critic-{stage}"
+    for rank in ranks:
+        (sharded, merged, whole), (_, adapted, state) = (rank["critic"][stage][f"loaded {n}"] for n in (".", "adapter"))
+        assert sharded == (stage == 3) and torch.equal(adapted, merged) and same_bits(state, whole)
+        assert torch.allclose(adapted, found["scores"], atol=1e-5)
+
+    saved = folder / f"critic-{stage}" / "adapter"
     plain = ScoreModel.from_pretrained(str(folder / "critic"), dtype=torch.float32)
     plain.trunk = PeftModel.from_pretrained(AutoModel.from_pretrained(folder / "critic"), saved)
-    plain.score_head.load_state_dict(
-        {name.removeprefix("score_head."): value for name, value in load_file(saved / "score_head.safetensors").items()}
-    )
+    head = load_file(saved / "score_head.safetensors")
+    plain.score_head.load_state_dict({part: head[f"score_head.{part}"] for part in ("weight", "bias")})
     assert torch.allclose(score(plain), found["scores"], atol=1e-5)

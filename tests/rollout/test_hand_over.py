@@ -18,7 +18,7 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig
 from repo_fast.engine import Engine
 from repo_fast.errors import InputError
-from repo_fast.models.lora import adapter_shape, add_lora, base_one_by_one, is_adapter, merged_one_by_one
+from repo_fast.models.lora import adapter_shape, add_lora, base_one_by_one, merged_one_by_one, of_adapter
 from repo_fast.models.policy import Policy
 from repo_fast.rollout.hand_over import Verification, as_in_files, fixed_rows, fixed_tokens, policy_log_probs
 from tests.job_runs import on_ranks
@@ -119,7 +119,7 @@ def adapted(folder: Path, kind: str, options: dict) -> tuple[Policy, dict[str, t
     policy = Policy.from_pretrained(str(folder), dtype=torch.float32, attention="sdpa")
     add_lora(policy.model, rank=2, alpha=5.0)
     for name, parameter in policy.named_parameters():
-        if is_adapter(name):
+        if of_adapter(name):
             torch.nn.init.normal_(parameter)
     return policy, load_file(folder / "model.safetensors")
 
@@ -148,7 +148,7 @@ def test_of_one_layer_alone_base_and_adapter_are_held(tmp_path: Path) -> None:
 def test_an_engine_gives_an_adapter_alone(tmp_path: Path) -> None:
     policy, _ = adapted(tmp_path, "LlamaForCausalLM", {})
     engine = Engine(policy, EngineConfig(zero_stage=1, dtype="float32"), ALONE)
-    given = dict(engine.weights_one_by_one(is_adapter))
+    given = dict(engine.weights_one_by_one(of_adapter))
     assert set(given) == {name for name in policy.state_dict() if ".lora_" in name}
     assert adapter_shape(policy).rank == 2 and adapter_shape(policy).alpha == 5.0
     assert adapter_shape(policy).targets == tuple(sorted({name.split(".lora_")[0].split(".")[-1] for name in given}))

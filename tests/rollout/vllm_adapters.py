@@ -16,7 +16,7 @@ from repo_fast.engine import Engine, start_distributed, stop_distributed
 from repo_fast.errors import InputError
 from repo_fast.jobs.assembly import load_policy
 from repo_fast.models import vocabulary
-from repo_fast.models.lora import adapter_shape, adapter_state, base_one_by_one, is_adapter, merged_state
+from repo_fast.models.lora import adapter_shape, adapter_state, base_one_by_one, merged_state, of_adapter
 from repo_fast.rollout import Request, Rollout
 from repo_fast.rollout import vllm as rollout_vllm
 from repo_fast.rollout.vllm_sampler import VllmSampler
@@ -101,7 +101,7 @@ def gap(policy: Engine, rollout: Rollout) -> float:
 
 
 def adapters(policy: Engine) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in policy.weights_one_by_one(is_adapter)}
+    return {name: value.clone() for name, value in policy.weights_one_by_one(of_adapter)}
 
 
 def unequal_weights(policy: Engine, sampler: VllmSampler, form: str) -> list[str]:
