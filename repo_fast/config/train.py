@@ -1,7 +1,8 @@
 """The configuration of `repo_fast.train`: reinforcement learning of a policy with rewards and costs."""
 
+import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from repo_fast.config.checks import require, require_at_least
 from repo_fast.config.constraints import (
@@ -156,13 +157,26 @@ class AlgorithmConfig:
     """A value's step from its old value is clipped to +- this in the critic loss."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus (nats a token)."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """What has an importance weight pi_old / pi_sampler, the two as computed by the trainer and by what drew the
+    response: each `token`, or the response, the product of its tokens' (`repo_fast/objective/importance.py`)."""
     importance_cap: float | None = None
-    """Truncated importance weights (Ionides 2008): a token's policy loss counts min(pi_old / pi_sampler, this), the
-    two as computed by the trainer and by what drew the response. Null: every token counts 1."""
+    """Truncated importance weights (Ionides 2008): a token's policy loss counts min(weight, this). Null: no cap; with
+    no mask either, every token counts 1."""
+    importance_mask: tuple[float, float] | None = None
+    """Masked importance weights: those outside [low, high], 0 <= low < 1 < high, count 0. Denominators, baselines,
+    multiplier and critics take all. Null: no mask."""
     reduction: Literal["sequence_mean", "token_mean", "sum"] = "sequence_mean"
     """How token losses become one number; denominators are those of the whole global batch."""
     ptx_coefficient: float = 0.0
     """Weight of the supervised cross-entropy on `data.ptx` (token mean over the global batch)."""
+
+    @property
+    def importance(self) -> dict[str, Any]:
+        """The options of `importance_weights`; empty where every token counts 1."""
+        if self.importance_cap is None and self.importance_mask is None:
+            return {}
+        return {"level": self.importance_level, "cap": self.importance_cap, "mask": self.importance_mask}
 
 
 @dataclass(frozen=True)
@@ -355,8 +369,7 @@ class TrainConfig(RunConfig):
         require(traced, "profile", self.profile, f"a step of the run, at most total_steps ({self.total_steps})")
         check_fields("data.fields", self.data.fields)
         check_sampling("rollout", rollout)
-        if algorithm.importance_cap is not None:
-            require(algorithm.importance_cap > 0, "algorithm.importance_cap", algorithm.importance_cap, "above 0")
+        _check_importance(self)
         _check_old_log_probs(self)
         _check_vllm(self)
         check_scorer("reward", self.reward)
@@ -498,6 +511,29 @@ def _check_evaluation(config: TrainConfig) -> None:
         raise InputError(f"checkpoint.keep_best is {best!r} without evaluation.{section}, expected that, or another")
 
 
+def _check_importance(config: TrainConfig) -> None:
+    algorithm, top_p = config.algorithm, config.rollout.top_p
+    cap, mask = algorithm.importance_cap, algorithm.importance_mask
+    if cap is not None:
+        require(0 < cap < math.inf, "algorithm.importance_cap", cap, "a finite number above 0")
+    if mask is not None:
+        low, high = mask
+        known = 0 <= low < 1 < high < math.inf
+        require(known, "algorithm.importance_mask", mask, "finite numbers [low, high] with 0 <= low < 1 < high")
+        between = cap is None or low < cap < high
+        require(between, "algorithm.importance_cap", cap, f"a number inside algorithm.importance_mask {mask}, or null")
+    if algorithm.importance_level == "sequence" and not algorithm.importance:
+        raise InputError(
+            "algorithm.importance_level is 'sequence' with algorithm.importance_cap and algorithm.importance_mask "
+            "null, expected one of them: without, every token counts 1"
+        )
+    if algorithm.importance_level == "sequence" and top_p < 1:
+        raise InputError(
+            f"rollout.top_p is {top_p} with algorithm.importance_level 'sequence', expected 1.0: a token's weight is "
+            "then the probability that top_p keeps, and the product over a long response vanishes"
+        )
+
+
 def _check_old_log_probs(config: TrainConfig) -> None:
     if config.update.old_log_probs == "trainer":
         return
@@ -506,6 +542,7 @@ def _check_old_log_probs(config: TrainConfig) -> None:
         ("update.minibatches", config.update.minibatches, 1),
         ("rollout.top_p", config.rollout.top_p, 1.0),
         ("algorithm.importance_cap", config.algorithm.importance_cap, None),
+        ("algorithm.importance_mask", config.algorithm.importance_mask, None),
     ):
         require(value == neutral, key, value, f"{neutral} with update.old_log_probs 'sampler'")
 

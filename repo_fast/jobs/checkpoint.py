@@ -41,6 +41,7 @@ _BEFORE = {
     "data.train_on": "last",
     "algorithm.confidence": "z",
     "rollout.vllm.lora": "merged",
+    "algorithm.importance_level": "token",
     "constraints": {},
     "heads": {},
     "evaluation.second_reward": asdict(ScorerConfig()),

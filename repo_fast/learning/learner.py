@@ -11,7 +11,7 @@ of the whole batch, is one number a response, gathered from all ranks.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from repo_fast.models.attention import PACKED, PADDED
 from repo_fast.models.loss_head import Projection
 from repo_fast.objective import algorithm as alg
 from repo_fast.objective.constraints import Controller, capped_rewards, wholly_capped
+from repo_fast.objective.importance import importance_metrics, importance_weights
 from repo_fast.ops import (
     PolicyLoss,
     fused_rectified_policy_loss,
@@ -166,6 +167,10 @@ class Learner:
         if settings.whiten:
             advantages = self._whitened(advantages, weights, applies, sequence_ids)
 
+        factors, correction = None, {}
+        if settings.importance:
+            factors, sums = importance_weights(old_log_probs - sampled, cu_seqlens, **settings.importance)
+            correction = importance_metrics(ranks.sum(sums))
         experience = Experience(
             rollout=rollout,
             cu_seqlens=cu_seqlens,
@@ -174,15 +179,9 @@ class Learner:
             old_log_probs=old_log_probs,
             reward_advantages=advantages[0],
             cost_advantages=self.constraints.plain(advantages[1:]),
+            importance_weights=factors,
             **values,
         )
-        correction: dict[str, float] = {}
-        if settings.importance_cap is not None:
-            weights_of_tokens = (old_log_probs - sampled).exp()
-            experience = replace(experience, importance_weights=weights_of_tokens.clamp(max=settings.importance_cap))
-            capped = (weights_of_tokens > settings.importance_cap).sum()
-            sums = ranks.sum(torch.stack([capped, torch.tensor(sampled.numel())]))
-            correction["importance_capped_share"] = float(sums[0] / sums[1])
         if settings.reward_cap is not None:
             correction["capped_prompts"] = self._capped_prompts(ranks.gather(scores["reward"]), prompt_ids)
         metrics = self._rollout_metrics(rollout, kl_sums) | self._gap(sampled, old_log_probs) | correction | lagrangian

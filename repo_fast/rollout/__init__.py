@@ -38,8 +38,9 @@ class Rollout:
             policy produced it, and never added when it did not.
         finished: bool [S], CPU. Whether the response ended by itself, rather than at the length limit.
         sampler_log_probs: S float32 CPU tensors. What the sampler says its tokens' log-probabilities (nats) were, under
-            the distribution it really drew from (temperature and top-p applied). Only compared and logged:
-            training uses the log-probabilities that the trainer computes itself. None for responses read from a file.
+            the distribution it really drew from (temperature and top-p applied). Compared and logged; training uses
+            those that the trainer computes itself, but for importance weights and `update.old_log_probs`. None for
+            responses read from a file.
         scores: S dicts by scorer. What was scored while others were drawn. None: nothing was.
         computed_positions: How many positions the sampler computed for them, padding included. 0: not known.
         dialogues: S dialogues, what each response answers. None: each prompt is one turn of the user's.

@@ -381,6 +381,24 @@ def test_words_that_are_no_options_are_refused():
             "engine.share_base is true with critics.lora.rank 0, expected adapters",
         ),
         ("--algorithm.importance_cap 0", "algorithm.importance_cap is 0"),
+        ("--algorithm.importance_cap .inf", "algorithm.importance_cap is inf, expected a finite number above 0"),
+        ("--algorithm.importance_mask [0.5,.inf]", "algorithm.importance_mask is (0.5, inf), expected finite numbers"),
+        ("--algorithm.importance_mask [2,5]", "algorithm.importance_mask is (2.0, 5.0), expected finite numbers [low,"),
+        ("--algorithm.importance_mask [-0.1,5]", "algorithm.importance_mask is (-0.1, 5.0), expected"),
+        ("--algorithm.importance_mask [0.5,.nan]", "algorithm.importance_mask is nan"),
+        ("--algorithm.importance_mask 3", "algorithm.importance_mask"),
+        (
+            "--algorithm.importance_mask [0.5,2] --algorithm.importance_cap 2",
+            "algorithm.importance_cap is 2.0, expected a number inside algorithm.importance_mask (0.5, 2.0), or null",
+        ),
+        (
+            "--algorithm.importance_level sequence",
+            "algorithm.importance_level is 'sequence' with algorithm.importance_cap and algorithm.importance_mask null",
+        ),
+        (
+            "--algorithm.importance_level sequence --algorithm.importance_cap 2 --rollout.top_p 0.9",
+            "rollout.top_p is 0.9 with algorithm.importance_level 'sequence', expected 1.0",
+        ),
         ("--algorithm.advantage_scale joint", "algorithm.advantage_scale is 'joint' with algorithm.advantage 'gae'"),
         (
             "--algorithm.advantage rloo --algorithm.advantage_scale none",
@@ -403,6 +421,10 @@ def test_words_that_are_no_options_are_refused():
         (
             "--update.old_log_probs sampler --update.minibatches 1 --algorithm.importance_cap 2",
             "algorithm.importance_cap is 2.0, expected None",
+        ),
+        (
+            "--update.old_log_probs sampler --update.minibatches 1 --algorithm.importance_mask [0,3]",
+            "algorithm.importance_mask is (0.0, 3.0), expected None with update.old_log_probs",
         ),
     ],
 )

@@ -300,7 +300,7 @@ def test_a_checkpoint_of_before_there_were_several_constraints(job: Job, stopped
     run = checkpoint.read_run(folder)
     then = run["config"]
     config = to_dict(parse([*job.words(stopped), "--date", then["date"]]))
-    del then["constraints"], then["algorithm"]["confidence"]
+    del then["constraints"], then["algorithm"]["confidence"], then["algorithm"]["importance_level"]
     for name in ("reward", "cost"):
         del then[name]["guard"], then[name]["judge"]
     then["critics"]["shared_trunk"] = False

@@ -23,10 +23,13 @@ from repo_fast.scoring import load_scorer_spec
 
 SETTINGS = {
     "gae": {"name": "repo", "advantage": "gae", "ptx_coefficient": 0.7},
-    "grpo": {"name": "repo", "advantage": "grpo", "reduction": "token_mean", "whiten": True},
+    "grpo": {"name": "repo", "advantage": "grpo", "reduction": "token_mean", "whiten": True}
+    # Of the nine responses' weights some lie below, between, and above all of these.
+    | {"importance_level": "sequence", "importance_mask": (0.5, 50.0), "importance_cap": 3.0},
     "lagrangian": {"name": "ppo_lag", "advantage": "rloo", "reduction": "sum"},
 }
 PROMPTS, PER_PROMPT = 3, 3
+SAID = -5.0  # What the sampler says of every token (nats); the tiny policy says about as much of one.
 
 
 def make_config(settings: dict, micro_batch_tokens: int = 4096, **sections) -> TrainConfig:
@@ -63,7 +66,7 @@ def make_rollout(ranks: Ranks, vocabulary: int = 24) -> tuple[Rollout, dict[str,
         prompt_tokens=[prompts[i % PROMPTS] for i in mine],
         response_tokens=[responses[i] for i in mine],
         finished=torch.ones(len(mine), dtype=torch.bool),
-        sampler_log_probs=[torch.zeros(len(responses[i])) for i in mine],
+        sampler_log_probs=[torch.full((len(responses[i]),), SAID) for i in mine],
     )
     return rollout, {"reward": scores[0, mine], "cost": scores[1, mine]}, torch.cat([noise[i] for i in mine])
 

@@ -50,6 +50,11 @@ def naive_violations(costs, ids, scope, threshold):
     return [mean[i] - threshold for i in ids]
 
 
+def bounded(weight, settings):
+    low, high = settings.importance_mask or (0.0, math.inf)
+    return min(weight, settings.importance_cap or math.inf) if low <= weight <= high else 0.0
+
+
 def naive_loss(model, rollout, experience, costs, row, settings, multiplier, temperature):
     """The policy loss of algorithm.md, written as its loops."""
     new = naive_log_probs(model, rollout, temperature)
@@ -82,9 +87,10 @@ def naive_loss(model, rollout, experience, costs, row, settings, multiplier, tem
                 losses.append(-(w_r * s(reward[i][t]) + w_c * s(-cost[i][t])))
             else:
                 losses.append(-s(w_r * reward[i][t] - w_c * cost[i][t]))
-            if settings.importance_cap is not None:
-                # The policy has not moved, and the sampler said log p = 0 of every token.
-                losses[-1] = losses[-1] * new[i][t].detach().exp().clamp(max=settings.importance_cap)
+            if settings.importance:
+                # The policy has not moved.
+                drawn = new[i].detach() if settings.importance_level == "sequence" else new[i][t].detach()
+                losses[-1] = losses[-1] * bounded(math.exp(float((drawn - worker.SAID).sum())), settings)
         sequences.append(torch.stack(losses))
         total = total + sequences[-1].sum()
     if settings.reduction == "sum":
@@ -102,7 +108,13 @@ def rows():
         for reduction in REDUCTIONS
     ]
     cases += [{"name": "repo", "scope": "response", "advantage": kind, "margin": 0.4} for kind in ("grpo", "rloo")]
-    cases += [{"name": "repo", "advantage": "rloo", "importance_cap": cap} for cap in (0.04, 2.0)]
+    cases += [{"name": "repo", "advantage": "rloo", "importance_cap": cap} for cap in (0.5, 2.0)]
+    # What counts 0 stays in every denominator.
+    cases += [
+        {"advantage": "rloo", "reduction": reduction, "importance_level": level, "importance_mask": mask}
+        for reduction in REDUCTIONS
+        for level, mask in (("token", (0.5, 5.0)), ("sequence", (0.5, 50.0)))
+    ]
     return cases
 
 
@@ -135,6 +147,8 @@ def test_every_row_surrogate_reduction_and_scope_equals_a_naive_float64_update(p
         ).sqrt()
         assert difference <= 1e-5 * scale, (case, float(difference / scale))
         assert abs(result["metrics"]["loss"] - loss.item()) <= 1e-5 * max(1.0, abs(loss.item())), case
+        if config.algorithm.importance_mask is not None:
+            assert 0.2 < result["metrics"]["importance_masked_share"] < 0.8, case
 
 
 def test_experience_with_critics_equals_a_naive_one(policy_folder, ranks):
@@ -245,7 +259,7 @@ def test_log_probs_of_tokens_that_another_distribution_drew_show_as_a_gap(policy
     true = learner.log_probs(learner.models.policy, rollout)
     experience, _ = learner.experience(rollout, scores)
     metrics = learner.update(experience)
-    assert metrics["sampler_gap"] == pytest.approx(-float(true.mean()), rel=1e-5)
+    assert metrics["sampler_gap"] == pytest.approx(worker.SAID - float(true.mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("scale", ["joint", "separate", "none"])
@@ -338,6 +352,8 @@ def test_the_update_does_not_depend_on_ranks_or_micro_batches(policy_folder, ran
     output, _ = two.communicate(timeout=240)
     assert two.returncode == 0, output[-3000:]
     results = torch.load(tmp_path / "two.pt")
+    capped, masked = (one["grpo", 4096]["metrics"][f"importance_{cut}_share"] for cut in ("capped", "masked"))
+    assert capped > 0 and masked > 0 and capped + masked < 1
     for name in worker.SETTINGS:
         whole = one[name, 4096]
         for other in (one[name, 40], results[name]):
