@@ -27,6 +27,7 @@ from repo_fast.config.sections import (
     check_lora,
     check_model,
     check_optimizer,
+    check_quantize,
     check_sampling,
     check_scorer,
     is_called,
@@ -303,6 +304,7 @@ class TrainConfig(RunConfig):
         rollout, algorithm, update, row = self.rollout, self.algorithm, self.update, ALGORITHMS[self.algorithm.name]
         check_model("policy", self.policy)
         check_lora("critics.lora", self.critics.lora)
+        check_quantize("critics", self.critics.quantize, self.critics.lora)
         check_optimizer("policy_optimizer", self.policy_optimizer)
         check_optimizer("critic_optimizer", self.critic_optimizer)
         require_at_least(
@@ -483,6 +485,7 @@ def _check_vllm(config: TrainConfig) -> None:
     if config.rollout.engine == "hf":
         return
     for key, value, neutral in (
+        ("policy.quantize", config.policy.quantize, None),
         ("policy.lora.rank", config.policy.lora.rank, 0),
         ("policy.pad_token", config.policy.pad_token, None),
         ("policy.pad_vocabulary_to", config.policy.pad_vocabulary_to, 1),

@@ -39,13 +39,16 @@ class Policy(nn.Module):
         self.model, self.aside = model, dict(aside)
 
     @classmethod
-    def from_pretrained(cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str]) -> "Policy":
+    def from_pretrained(
+        cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str], quantize: str | None = None
+    ) -> "Policy":
         """Load a Hugging Face folder; under ZeRO-3 loading, straight into shards.
 
         Args:
             path: Folder or hub name.
             dtype: Of weights and activations.
             attention: Name of a transformers attention implementation, or several: the first that can run.
+            quantize: As for `load_transformer`.
 
         Raises:
             InputError: The folder cannot be read, lacks weights, is not a causal language model with a linear head, or
@@ -53,7 +56,13 @@ class Policy(nn.Module):
         """
         config = load_config(path)
         model = load_transformer(
-            AutoModelForCausalLM, path, "a causal language model", config=config, dtype=dtype, attention=attention
+            AutoModelForCausalLM,
+            path,
+            "a causal language model",
+            config=config,
+            dtype=dtype,
+            attention=attention,
+            quantize=quantize,
         )
         head = check_head(path, model)
         head.__class__ = LossHead

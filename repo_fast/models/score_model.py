@@ -63,13 +63,16 @@ class ScoreModel(nn.Module):
         disable_dropout(trunk)
 
     @classmethod
-    def from_pretrained(cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str] = "sdpa") -> "ScoreModel":
+    def from_pretrained(
+        cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str] = "sdpa", quantize: str | None = None
+    ) -> "ScoreModel":
         """Loads a reward or cost model; under ZeRO-3 loading, straight into shards.
 
         Args:
             path: Folder or hub name.
             dtype: Of the trunk's weights and activations. The head keeps its file's; the score is float32 in any case.
             attention: Name of a transformers attention implementation, or several: the first that can run.
+            quantize: Of the trunk, as for `load_transformer`.
 
         Raises:
             InputError: The folder cannot be read, is not a score model of a known layout, or lacks a weight.
@@ -77,7 +80,7 @@ class ScoreModel(nn.Module):
         checkpoint = ScoreCheckpoint(path)
         weight, bias = checkpoint.head()
         form = checkpoint.format()
-        return cls(_load_trunk(path, checkpoint.config, dtype, attention), weight, bias, format=form)
+        return cls(_load_trunk(path, checkpoint.config, dtype, attention, quantize), weight, bias, format=form)
 
     @classmethod
     def from_policy(
@@ -86,6 +89,7 @@ class ScoreModel(nn.Module):
         *,
         dtype: torch.dtype,
         attention: str | Sequence[str] = "sdpa",
+        quantize: str | None = None,
         names: tuple[str, ...] = (),
     ) -> "ScoreModel":
         """The trunk of a causal language model with a zero head: where a critic starts without a score model.
@@ -94,6 +98,7 @@ class ScoreModel(nn.Module):
             path: Folder or hub name.
             dtype: Of the trunk's weights and activations.
             attention: Name of a transformers attention implementation, or several: the first that can run.
+            quantize: As for `load_transformer`.
             names: Of its outputs; empty: one without a name.
 
         Raises:
@@ -101,7 +106,8 @@ class ScoreModel(nn.Module):
         """
         config, outputs = load_config(path), max(1, len(names))
         form = ScoreFormat(normalizer=identity_normalizer(outputs), aside=set_aside(path), names=names)
-        return cls(_load_trunk(path, config, dtype, attention), torch.zeros(outputs, config.hidden_size), format=form)
+        trunk = _load_trunk(path, config, dtype, attention, quantize)
+        return cls(trunk, torch.zeros(outputs, config.hidden_size), format=form)
 
     def forward(
         self,
@@ -126,5 +132,8 @@ class ScoreModel(nn.Module):
         return scores[0] if len(scores) == 1 else torch.stack(scores, dim=1)
 
 
-def _load_trunk(path: str, config: PretrainedConfig, dtype: torch.dtype, attention: str | Sequence[str]) -> nn.Module:
-    return load_transformer(AutoModel, path, "a transformer trunk", config=config, dtype=dtype, attention=attention)
+def _load_trunk(
+    path: str, config: PretrainedConfig, dtype: torch.dtype, attention: str | Sequence[str], quantize: str | None
+) -> nn.Module:
+    options = {"config": config, "dtype": dtype, "attention": attention, "quantize": quantize}
+    return load_transformer(AutoModel, path, "a transformer trunk", **options)
