@@ -147,7 +147,8 @@ def save_adapter(folder: Path, module: nn.Module, state: dict[str, torch.Tensor]
     The base is what the adapters were put into: `AutoModelForCausalLM` of a policy's folder, `AutoModel` of a score
     model's. A score model's trained head is no part of peft's format, and is written beside, in
     `score_head.safetensors`, as `score_head.weight` (and `score_head.bias`). Rows that were added to a vocabulary are
-    frozen and no part of the folder either: the tokens that the base lacks stay unknown to it.
+    frozen and no part of the folder either: the tokens that the base lacks stay unknown to it. Adapters that were
+    trained beside a quantised base compute the same only beside that.
 
     Args:
         folder: Made if need be. For the first rank to call.

@@ -16,6 +16,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +108,16 @@ def settle_quantized(path: str, model: PreTrainedModel) -> None:
     everything = sum(size for size, _ in parameter_sizes(model))
     share = quantized_size(model) / everything
     _log.info("%s: %.1f %% of %s parameters in 4 bits (nf4)", path, 100 * share, f"{everything:,}")
+
+
+def say_dequantized(folder: Path, model: nn.Module) -> None:
+    """Log that what is written of a quantised model is numbers of its dtype again; nothing of another model."""
+    if quantized_size(model):
+        _log.info(
+            "%s is written dequantised, with the adapters merged: the base that they were trained beside in 4 bits, in "
+            "full size. adapter/ alone computes the same only beside that base",
+            folder,
+        )
 
 
 def quantized_size(model: nn.Module) -> int:

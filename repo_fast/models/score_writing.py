@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from repo_fast.errors import InputError
 from repo_fast.models.model_config import restored
+from repo_fast.models.quantization import say_dequantized
 from repo_fast.models.score_checkpoint import (
     NORMALIZER_PREFIX,
     NORMALIZERS,
@@ -122,6 +123,7 @@ def save_score_model(
     folder.mkdir(parents=True, exist_ok=True)
     _write_settings(folder, settings, architecture, wanted, written, has_bias)
     save_torch_state_dict(tensors, folder, max_shard_size=SHARD_SIZE)
+    say_dequantized(folder, model)
     tokenizer.save_pretrained(folder)
 
 
