@@ -27,6 +27,7 @@ from repo_fast.config.sections import (
     check_lora,
     check_model,
     check_optimizer,
+    check_quantize,
     check_sampling,
     check_scorer,
     is_called,
@@ -312,6 +313,7 @@ class TrainConfig(RunConfig):
         rollout, algorithm, update, row = self.rollout, self.algorithm, self.update, ALGORITHMS[self.algorithm.name]
         check_model("policy", self.policy)
         check_lora("critics.lora", self.critics.lora)
+        check_quantize("critics", self.critics.quantize, self.critics.lora)
         check_optimizer("policy_optimizer", self.policy_optimizer)
         check_optimizer("critic_optimizer", self.critic_optimizer)
         require_at_least(
@@ -515,3 +517,6 @@ def _check_vllm(config: TrainConfig) -> None:
         raise InputError(
             "rollout.vllm.lora is 'adapter' with policy.lora.rank 0, expected merged: the policy has no adapter"
         )
+    if config.rollout.engine == "vllm":
+        quantize = config.policy.quantize
+        require(quantize is None, "policy.quantize", quantize, "null with rollout.engine 'vllm'")
