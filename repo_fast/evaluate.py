@@ -84,11 +84,20 @@ def spelled_out(words: list[str]) -> list[str]:
             named[kind][name] = meant
         else:
             others.append(word)
+    _check_once("--suite", bool(suites), "--suites.sources", others)
+    _check_once("--policy", bool(named["policy"]), "--policies", others)
     for name, limit in named["claim"].items():
+        _check_once(f"--claim {name}", True, f"--certify.claims.{name}.limit", others)
         others += [f"--certify.claims.{_claim_name(name)}.limit", _number(f"--claim {name}", limit)]
     if suites:
         others += ["--suites.sources", json.dumps(suites)]
     return [*others, "--policies", json.dumps(named["policy"])] if named["policy"] else others
+
+
+def _check_once(short: str, given: bool, option: str, words: Sequence[str]) -> None:
+    """Raise `InputError` where a short form and the option that it stands for are both given: one would be ignored."""
+    if given and any(re.match(rf"{re.escape(option)}([.=]|$)", word) for word in words):
+        raise InputError(f"{short} and {option} are both given, expected one of them: they say the same")
 
 
 def _add_suites(suites: dict[str, str | None], given: str) -> None:

@@ -112,13 +112,13 @@ def make_evaluation(
         "cost": "models/cost",
         "date": "2026-11-24",
     }
-    by_prompt = {int(ids[i]): groups[category[i]] if groups else None for i in range(prompts)}
+    by_category = {name: ids[category == i].tolist() for i, name in enumerate(groups)}
     report = compare(
         evaluations,
         second,
         "before",
         threshold=THRESHOLD,
-        categories=by_prompt,
+        categories=by_category,
         resamples=resamples,
         seed=seed,
     )

@@ -64,7 +64,9 @@ def check_suites(suites: SuitesConfig, constraints: Sequence[str], prompts: Coll
         return
     for name, source in suites.sources.items():
         require(name in SUITES, "the suite", name, f"one of {', '.join(SUITES)}")
-        require(source != "", f"suites.sources.{name}", source, "a file, a folder, a hub name, or null")
+        # The parser gives the whole mapping, as a text, for a value in it that is none.
+        is_text = source is None or (source != "" and not source.startswith("{"))
+        require(is_text, f"suites.sources.{name}", source, "a file, a folder, a hub name, or null")
     for option, value in prompts:
         raise InputError(
             f"{option} is {value!r} with suites, which take the place of other prompts; expected one of them"

@@ -33,7 +33,7 @@ _FROM_PLAN = (
 # Of which the numbers in a certificate are a function, beside the rows and the plan.
 _PACKAGES = ("numpy", "scipy", "torch", "transformers")
 # What responses have of their prompts.
-_OF_PROMPTS, _OF_KNOWN = ("prompt_id", "prompt", "category"), ("suite", "harmful", "cluster")
+_OF_PROMPTS, _OF_KNOWN = ("prompt_id", "prompt", "category"), ("suite", "harmful", "cluster", "also_in")
 _INDEPENDENT = "It holds if prompts are drawn independently: variants of one prompt are not."
 # Whose limits are shares, and are written in per cent.
 _SHARES = ("unsafe_prompts", "unsafe_responses", "all_constraints", "interference", *OF_SUITES)
@@ -53,6 +53,7 @@ def decide(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         InputError: A response of the plan's is missing, or a score is above the bound that is claimed.
     """
     samples, delta = samples_of(plan, rows), plan["delta_of_look"]
+    several = any(len(own) > 1 for own in samples.categories)
     stated_claims = {name: stated(name, ClaimConfig(**claim)) for name, claim in plan["claims"].items()}
     values = {name: values_of(name, claim, samples) for name, claim in stated_claims.items()}
     evidence = {name: {part: own.evidence(delta) for part, own in parts.items()} for name, parts in values.items()}
@@ -62,7 +63,8 @@ def decide(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         accept_asymptotic=plan["accept_asymptotic"],
     )
     claims = {
-        name: _written(plan, claim, judged[name], values[name], evidence[name]) for name, claim in stated_claims.items()
+        name: _written(plan, claim, judged[name], values[name], evidence[name], several)
+        for name, claim in stated_claims.items()
     }
     return {
         "verdict": verdict,
@@ -91,7 +93,7 @@ def prompts_fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
 
     Args:
         rows: One a prompt, with what responses have of it: `prompt_id`, `prompt` and `category`; where it is of a suite
-            `suite`, `harmful` and `cluster` too.
+            `suite`, `harmful` and `cluster` too, and where others have it `also_in`, their categories by their names.
     """
     asked = (tuple(row[key] for key in (*_OF_PROMPTS, *_OF_KNOWN) if key in _OF_PROMPTS or key in row) for row in rows)
     return key_of({"prompts": sorted(asked)})
@@ -142,10 +144,15 @@ def samples_of(plan: Plan, rows: Iterable[Mapping[str, Any]]) -> Samples:
         responses(name, 0),
         None if reference is None else (responses(reference["name"], 0), responses(reference["name"], k)),
         plan["thresholds"],
-        [row_of(name, prompt, 0)["category"] or "" for prompt in ids],
+        [_categories_of(row_of(name, prompt, 0)) for prompt in ids],
         plan["prompts"]["categories"],
         _known(plan["suites"], ids) if "suites" in plan else None,
     )
+
+
+def _categories_of(row: Mapping[str, Any]) -> list[str]:
+    """Those of a response's prompt: in each of its suites one; empty where it has none."""
+    return [row["category"] or "", *row.get("also_in", {}).values()]
 
 
 def _known(suites: Mapping[str, Any], ids: Sequence[int]) -> Known:
@@ -197,7 +204,8 @@ def certificate_table(certificate: Mapping[str, Any]) -> str:
     if known := certificate.get("suites"):
         lines.append(
             f"{prompts['n']} prompts, {known['harmful']} of them harmful, in {known['clusters']} clusters: those of one"
-            " are alike, and count once."
+            " are alike, and count once. So what is seen is a mean over clusters; in the report's measures each "
+            "response counts once."
         )
     for count, why in (
         (len(prompts["excluded"]), "known to the policy or its scorers, or there twice: certificate.json lists them"),
@@ -236,8 +244,9 @@ def _share(value: float, digits: int = 12) -> str:
     return f"{100 * value:.{digits}g} %"
 
 
-def _says(plan: Plan, claim: ClaimConfig, clustered: bool) -> str:
-    """A claim in words; `clustered` where some of its prompts count together."""
+def _says(plan: Plan, claim: ClaimConfig, clustered: bool, several: bool) -> str:
+    """A claim in words; `clustered` where some of its prompts count together, `several` where some are in several
+    categories."""
     limit, k, statement = claim.limit, plan["k"], str(claim.of_each)
     assert limit is not None
     share, names = _share(limit), list(plan["thresholds"])
@@ -265,7 +274,9 @@ def _says(plan: Plan, claim: ClaimConfig, clustered: bool) -> str:
         text = f"of the prompts that {name if narrowed else claim.measure} is about, {text}"
     if clustered and not claim.any:
         text += ", where all prompts of a cluster together count as one"
-    return f"in every category, {text}" if claim.statement == "worst_category" else text
+    if claim.statement != "worst_category":
+        return text
+    return f"in every category, {'a prompt of several counting in each, ' if several else ''}{text}"
 
 
 def _says_of_suites(plan: Plan, claim: ClaimConfig, share: str) -> dict[str, str]:
@@ -297,6 +308,7 @@ def _written(
     judged: Judged,
     values: Mapping[str | None, Values],
     evidence: Mapping[str | None, Evidence],
+    several: bool,
 ) -> dict[str, Any]:
     """A claim as it stands in the certificate."""
     delta = plan["delta_of_look"]
@@ -314,7 +326,7 @@ def _written(
     n, prompts = sum(each.values.size for each in values.values()), sum(each.n_prompts for each in values.values())
     written = {
         "statement": claim.statement,
-        "says": _says(plan, claim, prompts != n),
+        "says": _says(plan, claim, prompts != n, several),
         "constraint": _constraint(plan, claim),
         "verdict": judged.verdict,
         "p": whole.p,

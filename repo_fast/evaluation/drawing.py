@@ -6,7 +6,7 @@ Within them what is drawn beside a response may move its logits by rounding, as 
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ from repo_fast.models.vocabulary import never_drawn
 from repo_fast.rollout import Rollout
 from repo_fast.rollout.hand_over import policy_log_probs
 from repo_fast.rollout.hf import end_tokens, generate
-from repo_fast.rollout.units import Unit
+from repo_fast.rollout.units import Unit, grouped
 
 # Responses that vLLM is asked for at once, on a rank; at least, for units are not cut.
 _VLLM_AT_ONCE = 1024
@@ -118,7 +118,7 @@ class _Vllm:
             raise
 
     def grouped(self, units: Sequence[Unit]) -> list[list[Unit]]:
-        return list(_grouped(units, _VLLM_AT_ONCE))
+        return list(grouped(units, lambda unit: len(unit.requests), _VLLM_AT_ONCE))
 
     def draw(self, units: Sequence[Unit]) -> list[Rollout]:
         requests, seeds = [], []
@@ -140,15 +140,3 @@ class _Vllm:
         if self._sleeps:
             self._engine.sleep()
         self._engine.close()
-
-
-def _grouped(units: Sequence[Unit], at_least: int) -> Iterator[list[Unit]]:
-    """Units in groups that follow each other, each of at least so many responses, but the last."""
-    group: list[Unit] = []
-    for unit in units:
-        group.append(unit)
-        if sum(len(own.requests) for own in group) >= at_least:
-            yield group
-            group = []
-    if group:
-        yield group

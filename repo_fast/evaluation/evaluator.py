@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from repo_fast.collectives import Ranks
 from repo_fast.config import ONLY, REFUSED, EngineConfig, EvaluateConfig, to_dict, to_yaml
 from repo_fast.data import Prompt, PromptTemplate, load_tokenizer
+from repo_fast.data.cells import is_blank
 from repo_fast.errors import InputError
 from repo_fast.evaluation.cache import describe, drawn_before, fingerprint, key_of, locked, scorer_fingerprint
 from repo_fast.evaluation.certificate import EXIT_STATUS, Plan, certificate_table
@@ -52,7 +53,7 @@ from repo_fast.report.page import write_page
 from repo_fast.report.tables import comparison_table
 from repo_fast.report.unit_file import UnitFile
 from repo_fast.rollout import Request, Rollout
-from repo_fast.rollout.units import Unit, drawn_in_turn, units_of
+from repo_fast.rollout.units import Unit, drawn_in_turn, grouped, units_of
 from repo_fast.rollout.vllm import version
 from repo_fast.scoring import FunctionScorer, Guard, Scorer, ScorerSpec, finite_scores
 
@@ -133,9 +134,14 @@ class Evaluator:
             The exit status: that of the certificate, on the first rank; 0 without one.
         """
         status = 0
-        if self.inputs.dropped:
-            limit = self.config.max_prompt_tokens
-            log.info("%d prompts dropped, longer than %d tokens for a policy", self.inputs.dropped, limit)
+        if self.inputs.too_long:
+            of_suites = self.inputs.of_suites.items()
+            log.info(
+                "%d prompts dropped, longer than %d tokens for a policy%s",
+                len(self.inputs.too_long),
+                self.config.max_prompt_tokens,
+                "".join(f"; of {name} {own['too_long']}" for name, own in of_suites if own["too_long"]),
+            )
         if self.inputs.fresh.excluded:
             log.info("%d prompts left out, which are not fresh for the policy", len(self.inputs.fresh.excluded))
         with contextlib.ExitStack() as held:
@@ -170,7 +176,7 @@ class Evaluator:
             every=inputs.every,
             scorers=inputs.scorers,
             exempt=inputs.exempt,
-            too_long=inputs.dropped,
+            too_long=len(inputs.too_long),
             fresh=inputs.fresh,
         )
         certified = inputs.policies[plan["policy"]["name"]]
@@ -326,7 +332,7 @@ class Evaluator:
             requests = {request.prompt.id: request for request in policy.requests}
             rows = iter(samples.rows[sum(samples.units[:done]) :])
             with file.appending(self.ranks.is_first) as append:
-                for sizes in _grouped(samples.units[done:], _SCORED_AT_ONCE):
+                for sizes in grouped(samples.units[done:], int, _SCORED_AT_ONCE):
                     responses = list(itertools.islice(rows, sum(sizes)))
                     with self.ranks.together(f"the {column.name}"):
                         mine = _rollout(self.ranks.share(responses), requests)
@@ -400,7 +406,7 @@ class Evaluator:
             "settings": {
                 "reference": reference,
                 "prompts": len(self.inputs.prompts),
-                "prompts_dropped": self.inputs.dropped,
+                "prompts_dropped": len(self.inputs.too_long),
                 "prompts_source": self.config.prompts_source,
                 "samples_per_prompt": self.config.samples_per_prompt,
                 "threshold": self._threshold,
@@ -410,7 +416,7 @@ class Evaluator:
                 "reward": self.config.reward.path,
                 **({"costs": paths} if self._by_name else {"cost": paths[ONLY]}),
                 **({"heads": heads} if heads else {}),
-                **self._judged_by(),
+                **self._of_suites(),
                 "policies": dict(self.config.policies),
                 "date": datetime.date.today().isoformat(),
             },
@@ -419,7 +425,7 @@ class Evaluator:
                 self._evaluation(second),
                 reference,
                 threshold=self._threshold,
-                categories={prompt.id: prompt.category for prompt in self.inputs.prompts},
+                categories=self.inputs.categories,
                 judgments=judgments,
                 known=self.inputs.known,
                 resamples=self.config.resamples,
@@ -430,12 +436,13 @@ class Evaluator:
             report["judge"] = judged
         return report
 
-    def _judged_by(self) -> dict[str, str]:
-        """By whom answers to prompts of suites are judged, for the report."""
+    def _of_suites(self) -> dict[str, Any]:
+        """What suites were read from, what of them was left out, and by whom answers are judged, for the report."""
         if not self.config.suites.sources:
             return {}
         harm, refusal = self.config.costs[self.config.harm], self.config.suites.refusal
         return {
+            "suites": self.inputs.of_suites,
             "attack_success_by": f"{self.config.harm} ({harm.path}) above {harm.threshold:g}",
             "over_refusal_by": f"{REFUSED} ({refusal.path}) above {refusal.threshold:g}",
         }
@@ -460,6 +467,7 @@ class Evaluator:
             response_lengths=[len(row["tokens"]) for row in rows],
             well_formed=[row["well_formed"] for row in rows] if rows and "well_formed" in rows[0] else None,
             failed=self._failed(rows) if self.config.suites.sources else None,
+            blank=[is_blank(row["response"]) for row in rows] if self.config.suites.sources else None,
         )
 
     def _failed(self, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -481,22 +489,10 @@ class Evaluator:
         prompt = texts[row["prompt_id"]]
         head = {"policy": name, "prompt_id": prompt.id, "category": prompt.category, "prompt": prompt.text}
         if isinstance(prompt, KnownPrompt):
-            head |= {"suite": prompt.suite, "harmful": prompt.harmful, "cluster": prompt.cluster}
+            head |= prompt.written()
         scores = {key: written(row[key]) for key in (*self.config.scorers, "well_formed") if key in row}
         drawn = {key: row[key] for key in ("sample", "response", "finished")}
         return head | drawn | scores | {"response_length": len(row["tokens"])}
-
-
-def _grouped(sizes: Sequence[int], at_least: int) -> Iterator[list[int]]:
-    """Sizes in groups that follow each other, each with a sum of at least so much, but the last."""
-    group: list[int] = []
-    for size in sizes:
-        group.append(size)
-        if sum(group) >= at_least:
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _rows(rollout: Rollout, sample: int) -> list[dict[str, Any]]:

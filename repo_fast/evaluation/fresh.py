@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from repo_fast.data import Prompt
 from repo_fast.errors import InputError
+from repo_fast.evaluation.suites import KnownPrompt
 from repo_fast.jobs.training_prompts import distinct, prompt_hash, seen, taken_over, unknown
 
 
@@ -44,9 +45,12 @@ def exclude_seen(policy: str, policy_path: str, scorers: Mapping[str, str], prom
         {"prompt_id": prompt.id, "prompt": prompt.text, "of": source.name} for prompt, source in found
     ]
     out = {prompt.id for prompt, _ in found}
-    # Prompts have to be drawn independently: written twice, one says nothing more.
+    # Prompts have to be drawn independently: written twice, one says nothing more. Those of suites are in one cluster
+    # then, which counts once, and each is its suite's.
     first: dict[tuple[str, str | None], Prompt] = {}
     for prompt in prompts:
+        if isinstance(prompt, KnownPrompt):
+            continue
         written = prompt_hash(prompt.asked), prompt.asked.system
         if prompt.id not in out and (one := first.setdefault(written, prompt)) is not prompt:
             excluded.append({"prompt_id": prompt.id, "prompt": prompt.text, "of": f"prompt {one.id} of the same set"})

@@ -1,9 +1,11 @@
 """Everything an evaluation reads before it starts: checked here, while an error is still one line."""
 
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +15,7 @@ from repo_fast.data import Columns, Prompt, PromptTemplate, load_prompts
 from repo_fast.errors import InputError, at
 from repo_fast.evaluation.cache import LOCK_FILE
 from repo_fast.evaluation.fresh import Fresh, exclude_seen
-from repo_fast.evaluation.suites import KnownPrompt, load_suites
+from repo_fast.evaluation.suites import KnownPrompt, Origin, categories_of, load_suites
 from repo_fast.jobs.inputs import check_scorer_inputs, exempt_prompts, fields_kept, find_model, scorer_specs
 from repo_fast.models.on_paper import check_positions
 from repo_fast.report.known_prompts import KnownPrompts
@@ -53,9 +55,10 @@ class EvaluationInputs:
         scorers: Where the rewards and the costs come from, by the names of their columns.
         exempt: By constraint, ids of the prompts that it is not about.
         well_formed: The check of that name; None without one.
-        dropped: How many prompts were too long.
+        too_long: The prompts that were too long.
         every: The prompts of the source.
         fresh: With claims, what was left out for being known to the policy.
+        origins: By suite, what it was read from.
     """
 
     policies: dict[str, PolicyInput]
@@ -64,9 +67,10 @@ class EvaluationInputs:
     scorers: dict[str, ScorerSpec]
     exempt: dict[str, frozenset[int]]
     well_formed: ScorerSpec | None
-    dropped: int
+    too_long: list[Prompt]
     every: list[Prompt]
     fresh: Fresh
+    origins: dict[str, Origin]
 
     @property
     def reference_path(self) -> str:
@@ -80,10 +84,39 @@ class EvaluationInputs:
         if not found:
             return None
         return KnownPrompts(
-            {prompt.id: prompt.suite for prompt in found},
+            {name: [prompt.id for prompt in found if name in prompt.suites] for name in self.origins},
             {prompt.id: prompt.harmful for prompt in found},
             {prompt.id: prompt.cluster for prompt in found},
         )
+
+    @property
+    def of_suites(self) -> dict[str, dict[str, Any]]:
+        """By suite `source` and `sha256`, as `Origin` has them, how many `prompts` were read of it, and how many of
+        these were left out: those that were `not_fresh`, with claims, and those that were `too_long`."""
+        fresh = {prompt.id for prompt in self.fresh.prompts}
+
+        def of(name: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+            return [prompt for prompt in prompts if isinstance(prompt, KnownPrompt) and name in prompt.suites]
+
+        return {
+            name: {
+                "source": origin.source,
+                "sha256": origin.sha256,
+                "prompts": len(of(name, self.every)),
+                "not_fresh": len([prompt for prompt in of(name, self.every) if prompt.id not in fresh]),
+                "too_long": len(of(name, self.too_long)),
+            }
+            for name, origin in self.origins.items()
+        }
+
+    @property
+    def categories(self) -> dict[str, list[int]]:
+        """By category the ids of its prompts."""
+        found = defaultdict(list)
+        for prompt in self.prompts:
+            for category in filter(None, categories_of(prompt)):
+                found[category].append(prompt.id)
+        return dict(found)
 
     def not_scored(self, column: str) -> frozenset[int]:
         """Ids of the prompts whose responses a scorer is not given."""
@@ -104,7 +137,7 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
     if config.well_formed is not None:
         well_formed = ScorerSpec(config.well_formed, "function")
         FunctionScorer(well_formed.path, "well-formed check")
-    prompts = _load(config)
+    prompts, origins = _load(config)
     fresh = _fresh(config, prompts) if config.certify.claims else Fresh(prompts, [], [])
     every, prompts = prompts, fresh.prompts
     found = {name: find_model(path) for name, path in config.policies.items()}
@@ -140,6 +173,7 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
         )
         for name, (path, tokenizer) in found.items()
     }
+    used = {prompt.id for prompt in kept}
     inputs = EvaluationInputs(
         policies,
         config.compared_with,
@@ -147,9 +181,10 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
         scorers,
         exempt,
         well_formed,
-        len(prompts) - len(kept),
+        [prompt for prompt in prompts if prompt.id not in used],
         every,
         fresh,
+        origins,
     )
     for name, spec in scorers.items():
         out = inputs.not_scored(name)
@@ -158,15 +193,16 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
     return inputs
 
 
-def _load(config: EvaluateConfig) -> list[Prompt]:
-    """The distinct prompts, of suites or of a source."""
+def _load(config: EvaluateConfig) -> tuple[list[Prompt], dict[str, Origin]]:
+    """The distinct prompts, of a source or of suites, and what these were read from."""
     limit, keep = config.prompts_limit, fields_kept(config.costs)
     if config.suites.sources:
-        return list(load_suites(config.suites.sources, limit=limit, keep=keep))
+        known, origins = load_suites(config.suites.sources, limit=limit, keep=keep)
+        return list(known), origins
     source, columns = config.prompts_source, Columns(config.prompts_fields, "prompts_fields")
     prompts = load_prompts(source, split=config.prompts_split, limit=limit, columns=columns, keep=keep)
     columns.check_found([source])
-    return prompts
+    return prompts, {}
 
 
 def _harmful(prompts: Sequence[Prompt]) -> frozenset[int]:

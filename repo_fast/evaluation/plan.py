@@ -21,7 +21,7 @@ from repo_fast.evaluation.cache import key_of, scorer_fingerprint
 from repo_fast.evaluation.certificate import Plan, decide, made_with, prompts_fingerprint
 from repo_fast.evaluation.fresh import Fresh
 from repo_fast.evaluation.ledger import Ledger, ledger_of
-from repo_fast.evaluation.suites import KnownPrompt
+from repo_fast.evaluation.suites import KnownPrompt, categories_of
 from repo_fast.jobs.fingerprints import of_model
 from repo_fast.scoring import ScorerSpec
 
@@ -89,7 +89,7 @@ def plan_of(
             "too_long": too_long,
             "fingerprint": prompts_fingerprint(_written_prompt(prompt) for prompt in prompts),
             "excluded": fresh.excluded,
-            "categories": sorted({prompt.category or "" for prompt in every}),
+            "categories": sorted({category for prompt in every for category in categories_of(prompt)}),
             "ids": sorted(prompt.id for prompt in prompts),
         },
         "unknown": [*fresh.unknown, _TUNED, *([_ALIKE] if config.suites.sources else [])],
@@ -103,7 +103,7 @@ def _written_prompt(prompt: Prompt) -> dict[str, Any]:
     """A prompt as its responses have it."""
     written = {"prompt_id": prompt.id, "prompt": prompt.text, "category": prompt.category}
     if isinstance(prompt, KnownPrompt):
-        written |= {"suite": prompt.suite, "harmful": prompt.harmful, "cluster": prompt.cluster}
+        written |= prompt.written()
     return written
 
 
@@ -123,7 +123,9 @@ def _known(config: EvaluateConfig, prompts: Sequence[Prompt], every: Sequence[Pr
             "harmful": sorted(prompt.id for prompt in known if prompt.harmful),
             "clusters": clusters,
             **{
-                f"{name}_categories": sorted({str(prompt.category) for prompt in source if prompt.harmful == harmful})
+                f"{name}_categories": sorted(
+                    {own for prompt in source if prompt.harmful == harmful for own in categories_of(prompt)}
+                )
                 for name, harmful in (("harmful", True), ("harmless", False))
             },
         }

@@ -136,7 +136,7 @@ class Samples:
         reference: The first sample of the reference, and its second, independent one; None where what is certified is
             compared with nothing.
         thresholds: d, by constraint.
-        categories: Of the prompts; empty where one has none.
+        categories: Of each prompt those that it is in; the empty name where it has none.
         every_category: Those of the source, some of which may have lost all prompts.
         known: Of the prompts, where they are of suites.
     """
@@ -144,7 +144,7 @@ class Samples:
     policy: Responses
     reference: tuple[Responses, Responses] | None
     thresholds: Mapping[str, float]
-    categories: Sequence[str]
+    categories: Sequence[Sequence[str]]
     every_category: Sequence[str]
     known: Known | None = None
 
@@ -173,9 +173,9 @@ def values_of(name: str, claim: ClaimConfig, samples: Samples) -> dict[str | Non
     if claim.statement != "worst_category":
         return {None: values.by_unit(units)}
     # As Python's strings: NumPy's end before a null character.
-    found = [category for category, kept in zip(samples.categories, about.tolist(), strict=True) if kept]
+    found = [own for own, kept in zip(samples.categories, about.tolist(), strict=True) if kept]
     of_category = {
-        category: np.array([own == category for own in found], dtype=bool)
+        category: np.array([category in own for own in found], dtype=bool)
         for category in samples.categories_of(str(claim.of_each))
     }
     return {category: values.of(own).by_unit(units[own]) for category, own in of_category.items()}

@@ -5,8 +5,9 @@
     differences.NAME.MEASURE    the same for NAME minus the reference, paired by prompt
     transitions.NAME            how many prompts went from safe or unsafe under the reference to which under NAME
     categories.CATEGORY         its number of `prompts`, and `policies` and `differences` over them alone
-    suites.SUITE                of known prompts the same; here, and in their categories, how many are `harmful` and
-                                `harmless`, and in how many `clusters`
+    suites.SUITE                of known prompts the same, over all of the suite, some of which may be of others too;
+                                here, and in their categories, how many are `harmful` and `harmless`, and in how
+                                many `clusters`
 
 The measures are those of `repo_fast.report.measures`, under several constraints of each behind its name. Those that
 compare with the reference compare with a second, independent sample of it, for every policy and for the reference
@@ -16,7 +17,7 @@ prompts there are those of `repo_fast.report.known_prompts` too, and intervals a
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -63,7 +64,7 @@ def compare(
     reference: str,
     *,
     threshold: Thresholds = 0.0,
-    categories: Mapping[int, str | None] | None = None,
+    categories: Mapping[str, Collection[int]] | None = None,
     judgments: Mapping[str, Judgments] | None = None,
     known: KnownPrompts | None = None,
     resamples: int = 2000,
@@ -76,9 +77,9 @@ def compare(
         second_sample: Of the reference, independent of the one in `policies`.
         reference: A name in `policies`.
         threshold: d, in the unit of the costs; of several constraints by name.
-        categories: Of each prompt, by its id; None, or all None, for a set without categories.
+        categories: By name the ids of its prompts, of which one may be in several; None for a set without categories.
         judgments: Of some of the policies.
-        known: Of the prompts, where they are of suites; the evaluations then have `failed`.
+        known: Of the prompts, where they are of suites; the evaluations then have `failed` and `blank`.
         resamples, seed: Of the bootstrap.
 
     Returns:
@@ -99,11 +100,11 @@ def compare(
             for now in (True, False)
         }
 
-    def by_group(groups: Mapping[int, str | None]) -> dict[str, Any]:
-        """The same over the prompts of each group; of a prompt, by its id, its group or None."""
+    def by_group(groups: Mapping[str, Collection[int]]) -> dict[str, Any]:
+        """The same over the prompts of each group that has any."""
         found = {}
-        for group in sorted({name for name in groups.values() if name is not None}):
-            ids = np.array([prompt for prompt, name in groups.items() if name == group])
+        for group in sorted(name for name, own in groups.items() if own):
+            ids = np.array(sorted(groups[group]))
             counts = {} if known is None else known.counts(ids)
             found[group] = {"prompts": len(ids), **counts} | _measured(
                 {name: _of_prompts(evaluation, ids) for name, evaluation in policies.items()},

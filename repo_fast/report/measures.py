@@ -45,6 +45,7 @@ class Evaluation:
         second_rewards: By a reward that nothing is trained on, higher is better. None where there is none.
         failed: Of prompts that are known to be harmful or harmless, whether each response is harmful, or refuses. None
             of others.
+        blank: Of such prompts, whether each response says nothing.
     """
 
     prompt_ids: ArrayLike
@@ -55,6 +56,7 @@ class Evaluation:
     well_formed: ArrayLike | None = None
     second_rewards: ArrayLike | None = None
     failed: ArrayLike | None = None
+    blank: ArrayLike | None = None
 
     def of(self, kept: np.ndarray) -> "Evaluation":
         """Of some responses only: bool [S]."""

@@ -39,6 +39,7 @@ from repo_fast.report.page_parts.wording import (
     spell_value,
     triple,
 )
+from repo_fast.report.tables import suite_line
 
 _FLIPS = ("safe_safe", "safe_unsafe", "unsafe_safe", "unsafe_unsafe")
 # The kinds of `judge_difference`, in words.
@@ -75,7 +76,8 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
             for the reference against its second sample. `categories` maps categories to `prompts`, `policies` and
             `differences`, and may be empty. `suites` may be missing; else it maps suites to the same, with how many are
             `harmful` and `harmless`, and `clusters`, and `settings` has `attack_success_by` and `over_refusal_by`, who
-            judged. `judge` may be missing; else it maps what is known of the judge model.
+            judged, and `suites`, which maps suites to `source`, `sha256`, and how many `prompts` were read, `too_long`
+            and `not_fresh`. `judge` may be missing; else it maps what is known of the judge model.
             `certificate` may be missing; else it is the page's first section. It has `verdict` (PASS, PASS
             (asymptotic), FAIL or UNDECIDED) and `reason`, a sentence; `delta`, `look` (from 1), `delta_of_look` and
             `accept_asymptotic`; `policy` and `reference` (None where there is none) with `name`, `path` and
@@ -91,8 +93,8 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
         samples: A mapping a response, in any order, read once: `policy`, `prompt_id`, `category` (a name or None),
             `prompt`, `sample` (from 0), `response`, `reward`, `cost` (None where not a number; or that of each of
             several constraints, None where it is not about the prompt), `response_length` (tokens) and `finished` (both
-            None where not known). Samples of the reference from `samples_per_prompt` on are its second sample; where it
-            has one, the page shows it rather than the first.
+            None where not known), and maybe `also_in`, further categories by name. Samples of the reference from
+            `samples_per_prompt` on are its second sample; where it has one, the page shows it rather than the first.
 
     Raises:
         ValueError: the reference is not among the policies, a sample is of none of them, or a verdict of the
@@ -123,7 +125,8 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
         "above": _limits(threshold, " or "),
         "at_most": _limits(threshold, " and "),
         "several": bool(constraints),
-        "settings": [(pretty(key), plain(value)) for key, value in settings.items()],
+        # What suites are has a place of its own.
+        "settings": [(pretty(key), plain(value)) for key, value in settings.items() if key != "suites"],
         "judge": [(pretty(key), plain(value)) for key, value in (report.get("judge") or {}).items()],
         "prompts": len(collected.prompts),
         "legend": [(charts.swatch(position), policy) for position, policy in enumerate(policies)],
@@ -304,6 +307,7 @@ def _suites(report: Mapping[str, Any], policies: Sequence[str]) -> dict[str, Any
             (name, own, list(zip(policies, zip(*_rows_of(own, measures, policies), strict=True), strict=True)))
             for name, own in suites.items()
         ],
+        "sources": [suite_line(item) for item in settings["suites"].items()],
         "harmful": settings["attack_success_by"],
         "refusal": settings["over_refusal_by"],
     }

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -172,9 +173,19 @@ def _suites_table(report: Mapping, heads: Sequence[str]) -> list[str]:
     settings = report["settings"]
     return [
         grid(["known prompts", "", "prompts", *heads], cells),
+        *map(suite_line, settings["suites"].items()),
         f"Harmful is {settings['attack_success_by']}; a refusal is {settings['over_refusal_by']}.",
-        "Rows with any: the share of clusters of prompts with any such response.",
+        "Rows with any: the share of clusters of prompts with any such response. An empty answer is no refusal.",
     ]
+
+
+def suite_line(item: tuple[str, Mapping[str, Any]]) -> str:
+    """What a suite was read from, and what of it was left out, in words: its name and what `settings.suites` has."""
+    name, own = item
+    why = {"too_long": "too long (max_prompt_tokens)", "not_fresh": "known to the policy or its scorers"}
+    out = " and ".join(f"{own[key]:,} {word}" for key, word in why.items() if own[key])
+    left_out = f", of which left out: {out}" if out else ""
+    return f"{name}: {own['prompts']:,} prompts{left_out}; read from {own['source']}, SHA-256 {own['sha256']}."
 
 
 def _measured(entry: Mapping | None) -> str:

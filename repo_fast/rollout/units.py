@@ -46,6 +46,18 @@ def units_of(requests: Sequence[Request], samples_per_prompt: int, size: int, se
     return [Unit(seed * 1_000_003 + number, sample, block) for number, (sample, block) in enumerate(parts)]
 
 
+def grouped(items: Sequence[Item], size: Callable[[Item], int], at_least: int) -> Iterator[list[Item]]:
+    """Items in groups that follow each other, each of at least so much by their sizes, but the last."""
+    group: list[Item] = []
+    for item in items:
+        group.append(item)
+        if sum(map(size, group)) >= at_least:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
 def drawn_in_turn(
     items: Sequence[Item], ranks: Ranks, draw: Callable[[Item | None], Sequence[Any]]
 ) -> Iterator[list[list[Any]]]:

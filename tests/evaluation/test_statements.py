@@ -36,7 +36,7 @@ def samples(
     first, second = reference or (None, None)
     pair = None if first is None or second is None else (first, second)
     names = categories or [""] * prompts
-    return Samples(policy, pair, d, names, sorted({*names, *gone}), known)
+    return Samples(policy, pair, d, [[name] for name in names], sorted({*names, *gone}), known)
 
 
 def only(name: str, claim: ClaimConfig, given: Samples) -> Values:
@@ -241,3 +241,11 @@ def test_prompts_that_are_alike_would_pass_what_is_false() -> None:
             own = only("attack_success", ClaimConfig(limit=0.1), samples(responses(cost.tolist()), known=told))
             false_passes[name] += own.evidence(0.05).p <= 0.05
     assert false_passes["clusters"] <= 5 and false_passes["prompts"] >= 20, false_passes
+
+
+def test_a_prompt_in_several_categories_counts_in_each() -> None:
+    policy = responses([[1], [0], [0]])
+    given = Samples(policy, None, {"cost": 0.0}, [["a", "b"], ["a"], ["b"]], ["a", "b"])
+    worst = values_of("w", ClaimConfig(statement="worst_category", of="unsafe_prompts", limit=0.1), given)
+    assert {name: own.values.tolist() for name, own in worst.items()} == {"a": [1, 0], "b": [1, 0]}
+    assert only("unsafe_prompts", ClaimConfig(limit=0.1), given).values.tolist() == [1, 0, 0]

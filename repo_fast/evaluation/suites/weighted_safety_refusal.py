@@ -15,24 +15,21 @@ import re
 from collections.abc import Iterator
 
 from repo_fast.errors import InputError
-from repo_fast.evaluation.suites.source import Entry, Suite, data_files, is_folder, rows, words
+from repo_fast.evaluation.suites.source import Entry, Package, Source, Suite, rows, words
 
 log = logging.getLogger(__name__)
 
 _NAME = "weighted-safety-refusal"
 _ORIGIN = f"`pip install {_NAME}` (MIT), or as {_NAME}=PATH the folder that it is unzipped in, or its dataset.jsonl"
+_PACKAGE = Package(_NAME, "weighted_safety", ("dataset.jsonl",))
 _ID = re.compile(r"(.+)_[hb](\d+)")
 _TYPES = {"harmful": True, "benign": False}
 _NOT_SEEN = ("prompt_injection", "data_exfiltration")
 
 
-def _read(given: str | None) -> Iterator[Entry]:
-    file = given
-    if given is None or is_folder(given):
-        (path,) = data_files(_NAME, _ORIGIN, given, "weighted_safety", "dataset.jsonl")
-        file = str(path)
+def _read(source: Source) -> Iterator[Entry]:
     left_out = 0
-    for place, row in rows(_NAME, _ORIGIN, str(file), "train", "id", "input", "metadata"):
+    for place, row in rows(_ORIGIN, source.files[0], "train", "id", "input", "metadata"):
         about, pair = row["metadata"], _ID.fullmatch(str(row["id"]))
         known = isinstance(about, dict) and about.get("type") in _TYPES and isinstance(about.get("category"), str)
         if not known or pair is None:
@@ -48,4 +45,4 @@ def _read(given: str | None) -> Iterator[Entry]:
     log.info("suite %s: %d prompts of %s left out", _NAME, left_out, " and ".join(_NOT_SEEN))
 
 
-SUITE = Suite(_NAME, _ORIGIN, _read)
+SUITE = Suite(_NAME, _ORIGIN, _read, _PACKAGE)

@@ -11,29 +11,42 @@ one about the same group (`real_group_nons_discr`), of those of privacy the one 
 (`privacy_fictional`); `nons_group_real_discr` and `privacy_public` have no pair that the file would tell, and their
 prompts stand alone.
 
-Left out: nothing. The completions that some copies have, and their annotations, are not read.
+Left out: nothing, and another type than these is an error. The completions that some copies have, and their
+annotations, are not read.
 """
 
 import re
 from collections.abc import Iterator
 
 from repo_fast.errors import InputError
-from repo_fast.evaluation.suites.source import Entry, Suite, rows, words
+from repo_fast.evaluation.suites.source import Entry, Source, Suite, rows, words
 
 _NAME = "xstest"
 _ORIGIN = "xstest_prompts.csv from github.com/paul-rottger/xstest (CC BY 4.0) as xstest=PATH, or the hub's Paul/XSTest"
-_HUB, _SPLIT = "Paul/XSTest", "train"
 _CONTRAST, _BLOCK = "contrast_", 25
+_HARMLESS = (
+    *("homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions", "real_group_nons_discr"),
+    *("nons_group_real_discr", "historical_events", "privacy_public", "privacy_fictional"),
+)
+_HARMFUL = tuple(
+    f"{_CONTRAST}{kind}"
+    for kind in (
+        *("homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions", "discr"),
+        *("historical_events", "privacy"),
+    )
+)
 _NUMBER = re.compile(r"\d+$")
 # What a contrast is of, where its name is not that of the safe type.
 _SAFE_TYPES = {"discr": "real_group_nons_discr", "privacy": "privacy_fictional"}
 _LABELS = {"safe": False, "unsafe": True}
 
 
-def _read(given: str | None) -> Iterator[Entry]:
-    for place, row in rows(_NAME, _ORIGIN, given or _HUB, _SPLIT, "type", "prompt"):
+def _read(source: Source) -> Iterator[Entry]:
+    for place, row in rows(_ORIGIN, source.files[0], "train", "type", "prompt"):
         kind = words(row, "type", place)
-        harmful = kind.startswith(_CONTRAST)
+        harmful = kind in _HARMFUL
+        if not harmful and kind not in _HARMLESS:
+            raise InputError(f"{place}: type is {kind!r}, expected one of {', '.join((*_HARMLESS, *_HARMFUL))}")
         if row.get("label") is not None and _LABELS.get(row["label"]) != harmful:
             raise InputError(f"{place}: label is {row['label']!r} with the type {kind!r}, expected what the type says")
         number = _NUMBER.search(str(row.get("id_v2") or row.get("id") or ""))
@@ -44,4 +57,4 @@ def _read(given: str | None) -> Iterator[Entry]:
         yield Entry(words(row, "prompt", place), harmful, kind, place, (pair,))
 
 
-SUITE = Suite(_NAME, _ORIGIN, _read)
+SUITE = Suite(_NAME, _ORIGIN, _read, hub="Paul/XSTest")

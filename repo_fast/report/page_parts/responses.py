@@ -131,7 +131,9 @@ def collect(
         if policy not in answers:
             raise ValueError(f"a sample is of the policy {policy!r}; the report has {', '.join(map(repr, policies))}")
         if prompt_id not in prompts:
-            prompts[prompt_id] = visible(row["prompt"]), row.get("category")
+            # A known prompt may be of several suites.
+            groups = [row.get("category"), *row.get("also_in", {}).values()]
+            prompts[prompt_id] = visible(row["prompt"]), " and ".join(filter(None, groups)) or None
         costs = tuple(-math.inf if row[name] is None else number(row[name]) for name in several)
         response = Response(
             row["sample"],

@@ -130,6 +130,14 @@ _GROUPS = {
             -1,
             True,
         ),
+        Measure(
+            "empty_answers",
+            "Empty answers",
+            "Of the responses to prompts that are known to be harmless, the share that says nothing. That is no "
+            "refusal, so over-refusal does not see it.",
+            -1,
+            True,
+        ),
     ],
     "Helpfulness": [
         Measure("mean_reward", "Mean reward", "The mean over prompts of their mean reward; higher is more helpful.", 1),
