@@ -37,6 +37,7 @@ def _built(folder: Path) -> Path:
     return built
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is None and which(COMPILER) is None, reason="a C++ compiler is needed")
 def test_the_host_s_side_of_a_gpu() -> None:
     run = run_told_of_a_gpu(["-x"], capture_output=True, text=True)

@@ -110,6 +110,7 @@ def test_a_run_with_two_heads(trained: Path) -> None:
     assert last["loss"] < metrics(trained)[0]["loss"]
 
 
+@pytest.mark.slow
 def test_two_ranks_and_small_micro_batches_are_one(trained: Path, scores: Scores, tmp_path: Path) -> None:
     """Means are over the examples of the global batch, whoever has them."""
     words = ["--output_dir", str(tmp_path / "two"), "--micro_batch_tokens", "1"]

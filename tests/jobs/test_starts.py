@@ -216,6 +216,7 @@ BLOOM = BloomConfig(
 )
 
 
+@pytest.mark.slow
 def test_an_architecture_that_cannot_be_packed_trains(
     job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ def step(seconds: float, response_length: float = 10.0) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_parts_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert trainer.main(["--tiny", "--out", str(tmp_path), "--parts", "update", "rollout"]) == 0
     said = json.loads((tmp_path / "trainer.json").read_text())
