@@ -73,7 +73,12 @@ def test_what_is_written(whole: Path) -> None:
 def test_the_best_policy_and_its_checkpoint_are_kept(whole: Path) -> None:
     best = min(rows(whole)[1:], key=lambda row: row["strict_violation"])
     about = json.loads((whole / "best_policy" / "best_evaluation.json").read_text())
-    assert about == {"step": best["step"], "measure": "strict_violation", "value": best["strict_violation"]}
+    assert (about["step"], about["measure"], about["value"]) == (
+        best["step"],
+        "strict_violation",
+        best["strict_violation"],
+    )
+    assert about["value_at_start"] == rows(whole)[0]["strict_violation"]
     # keep 1.
     kept = {f"step-{step:06d}" for step in (best["step"], 4)}
     assert {path.name for path in checkpoint.checkpoints(whole)} == kept
