@@ -8,8 +8,7 @@ import pytest
 from repo_fast.config import EvaluateConfig, parse
 from repo_fast.errors import InputError
 from repo_fast.evaluate import main
-from repo_fast.evaluation import drawing
-from repo_fast.rollout.units import Unit, units_of
+from repo_fast.rollout.units import Unit, grouped, units_of
 from tests.evaluation.vllm_evaluations import VLLM, K, drawn, make_inputs, words
 from tests.job_runs import PROMPTS, on_ranks
 
@@ -70,7 +69,7 @@ def test_ranks_that_share_an_engine_draw_the_same(folder: Path, found: dict[str,
 
 def test_units_are_drawn_together_and_never_cut() -> None:
     units = [Unit(seed, 0, [None] * size) for seed, size in enumerate((2, 2, 1, 4, 1))]
-    groups = drawing._grouped(units, 5)
+    groups = grouped(units, lambda unit: len(unit.requests), 5)
     assert [[unit.seed for unit in group] for group in groups] == [[0, 1, 2], [3, 4]]
     assert units_of([], 2, 3, 0) == []
 

@@ -23,6 +23,7 @@ from repo_fast.jobs.trainer import Trainer
 from repo_fast.models.critic import Critic
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.score_writing import convert_score_model
+from repo_fast.models.sharing import SharedWeights
 from repo_fast.plan.networks import networks
 from repo_fast.score import main as score
 from tests.harms import BOMB, HEADS, ROWS
@@ -328,7 +329,7 @@ def test_critics_start_from_their_heads(trained: Path, tmp_path: Path, shared: b
     config = parse(job.words(tmp_path / "run"))
     loading = {"dtype": torch.float32, "attention": "sdpa"}
     heads = {}
-    for critic in _critics(config, read_inputs(config), loading).values():
+    for critic in _critics(config, read_inputs(config), loading, SharedWeights()).values():
         heads |= {stream: critic.head(stream).weight for stream in critic.streams}
     weight = load_file(folder / "model.safetensors")["score.weight"]
     for stream, row in (("reward", 0), ("first", 1), ("second", 2)):

@@ -14,8 +14,8 @@ an order that is fixed by their texts: three to each, and none to two of them, f
 would be alike too. So there are 600 prompts in 200 clusters, the first 200 of them one of each.
 
 Left out: the 50 templates that are left over, and every other pair of template and behaviour. Many templates are long:
-of the 600 prompts about one in eight has more than 1,024 tokens, the default of `max_prompt_tokens`, and is left out by
-the evaluation unless that is raised; how many, the report says.
+71 of the 600 prompts have more than 4,096 characters, which may be more than `max_prompt_tokens` (1,024 by default)
+admits. The evaluation leaves those out, and says how many, unless that is raised.
 """
 
 import hashlib
