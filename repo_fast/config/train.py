@@ -517,6 +517,3 @@ def _check_vllm(config: TrainConfig) -> None:
         raise InputError(
             "rollout.vllm.lora is 'adapter' with policy.lora.rank 0, expected merged: the policy has no adapter"
         )
-    if config.rollout.engine == "vllm":
-        quantize = config.policy.quantize
-        require(quantize is None, "policy.quantize", quantize, "null with rollout.engine 'vllm'")

@@ -94,10 +94,6 @@ def test_a_score_model_is_trained_and_written(tmp_path: Path, caplog: pytest.Log
             ("--cost.quantize nf4",),
             "cost.quantize is 'nf4' with 'tests.scorers:cost', expected a score model or guard",
         ),
-        (
-            (*QUANTIZED[:2], "--rollout.engine vllm"),
-            "policy.quantize is 'nf4', expected None with rollout.engine 'vllm'",
-        ),
     ],
 )
 def test_bad_options(job: Job, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
