@@ -298,7 +298,7 @@ class Engine:
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if chosen is None or chosen(name):
                 with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
-                    yield name, parameter.detach()
+                    yield name, self._plain(name, parameter)
         yield from (buffer for buffer in self._saved_buffers() if chosen is None or chosen(buffer[0]))
 
     def whole_state(self) -> dict[str, torch.Tensor]:
@@ -311,19 +311,28 @@ class Engine:
             gathering = deepspeed.zero.GatheredParameters([parameter]) if self._stage == 3 else contextlib.nullcontext()
             with gathering:
                 if self._ranks.is_first:
-                    state[name] = parameter.detach().cpu().clone()
+                    state[name] = self._plain(name, parameter).cpu().clone()
         if self._ranks.is_first:
             state |= {name: buffer.cpu().clone() for name, buffer in self._saved_buffers()}
         return state
+
+    def _plain(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
+        """A whole parameter's value: of a layer that holds its weight packed, as numbers."""
+        owner, _, leaf = name.rpartition(".")
+        layer = self.module.get_submodule(owner)
+        packed = leaf == "weight" and hasattr(layer, "unpacked")
+        return layer.unpacked(parameter.detach()) if packed else parameter.detach()
 
     def sample_state(self) -> dict[str, torch.Tensor]:
         """Zeros in place of a few of the smallest weights that `whole_state` gives: to try out what takes it."""
         sizes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
         heads = [name for name in sizes if name.startswith("score_head.")]
-        # Those with adapters come with them or not at all.
+        dtypes = {name: self.module.get_parameter(name).dtype for name in sizes}
+        # Those with adapters come with them or not at all, and packed ones have another shape there.
         plain = [name for name in sizes if name not in heads and "lora_" not in name and ".base_layer." not in name]
+        plain = [name for name in plain if dtypes[name].is_floating_point]
         chosen = [*heads, min(plain, key=lambda name: sizes[name].numel())]
-        return {name: torch.zeros(sizes[name], dtype=self.module.get_parameter(name).dtype) for name in chosen}
+        return {name: torch.zeros(sizes[name], dtype=dtypes[name]) for name in chosen}
 
     def _saved_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Those that a model saves, which are whole in any stage, as its parameters are not."""

@@ -51,6 +51,9 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     pad_token: str | None = None
     """Added to a tokenizer that has no pad token, and saved with it. Null: the tokenizer stays as it is."""
+    quantize: Literal["nf4"] | None = None
+    """`nf4`: the frozen model's linear layers are held in 4 bits (`pip install repo_fast[quantize]`), all but the head;
+    needs `lora`. What is saved is the dequantised model with the adapters merged. Null: none are."""
     pad_vocabulary_to: int = 1
     """The vocabulary is padded to a multiple of this (tokens); the rows added are the mean of the others."""
 
@@ -63,6 +66,8 @@ class CriticConfig:
     """One trunk with a head for each stream instead of a model for each. It starts from the reward stream's. Null: from
     two constraints on."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    quantize: Literal["nf4"] | None = None
+    """As `policy.quantize`; needs `lora`."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,9 @@ class ScorerConfig:
     `guard:FOLDER`, a guard model, or `judge:MODEL`, a judge behind an endpoint."""
     head: str | None = None
     """Of a score model with several outputs, the name of the one that is the score. Null: it has one."""
+    quantize: Literal["nf4"] | None = None
+    """`nf4`: the linear layers of a score model or guard are held in 4 bits (`pip install repo_fast[quantize]`), all
+    but the head. Its scores are then others. Null: none are."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     judge: RubricConfig = field(default_factory=RubricConfig)
     template: Literal["auto", "chat", "safe-rlhf", "plain"] = "auto"
@@ -304,6 +312,8 @@ def check_scorer(key: str, scorer: ScorerConfig) -> None:
     for name in ("expect", "head"):
         if getattr(scorer, name) is not None and ":" in scorer.path:
             raise InputError(f"{key}.{name} is given with {scorer.path!r}, expected a score model")
+    if scorer.quantize is not None and is_called(scorer.path):
+        raise InputError(f"{key}.quantize is {scorer.quantize!r} with {scorer.path!r}, expected a score model or guard")
     _check_guard(f"{key}.guard", scorer)
     if not scorer.path.startswith(JUDGE):
         check_unused(f"{key}.judge", scorer.judge, f"its default with path {scorer.path!r}, which is no judge:MODEL")
@@ -357,6 +367,7 @@ def check_model(key: str, model: ModelConfig) -> None:
         1, {f"{key}.trainable_layers": model.trainable_layers, f"{key}.pad_vocabulary_to": model.pad_vocabulary_to}
     )
     check_lora(f"{key}.lora", model.lora)
+    check_quantize(key, model.quantize, model.lora)
     if model.lora.rank and model.trainable_layers is not None:
         raise InputError(
             f"{key}.trainable_layers is {model.trainable_layers} with {key}.lora.rank {model.lora.rank}, expected one "
@@ -370,6 +381,15 @@ def check_lora(key: str, lora: LoraConfig) -> None:
     require(lora.alpha > 0, f"{key}.alpha", lora.alpha, "a number above 0")
     if lora.targets and not lora.rank:
         raise InputError(f"{key}.targets is {list(lora.targets)} with {key}.rank 0, expected a rank of at least 1")
+
+
+def check_quantize(key: str, quantize: str | None, lora: LoraConfig) -> None:
+    """Raise `InputError` where a quantised model is to be trained itself."""
+    if quantize is not None and not lora.rank:
+        raise InputError(
+            f"{key}.quantize is {quantize!r} with {key}.lora.rank 0, expected a rank of at least 1: 4-bit weights are "
+            "not trained, adapters beside them are"
+        )
 
 
 def check_fields(key: str, fields: Mapping[str, str]) -> None:

@@ -28,6 +28,7 @@ from repo_fast.config.sections import (
     check_lora,
     check_model,
     check_optimizer,
+    check_quantize,
     check_sampling,
     check_scorer,
     is_called,
@@ -326,6 +327,7 @@ class TrainConfig(RunConfig):
         rollout, algorithm, update, row = self.rollout, self.algorithm, self.update, ALGORITHMS[self.algorithm.name]
         check_model("policy", self.policy)
         check_lora("critics.lora", self.critics.lora)
+        check_quantize("critics", self.critics.quantize, self.critics.lora)
         check_optimizer("policy_optimizer", self.policy_optimizer)
         check_optimizer("critic_optimizer", self.critic_optimizer)
         require_at_least(

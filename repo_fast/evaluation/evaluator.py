@@ -297,6 +297,8 @@ class Evaluator:
         about: dict[str, Any] = {} if spec.kind == "judge" else {"scorer": scorer_fingerprint(spec)}
         if exempt:
             about["exempt"] = sorted(exempt)
+        if settings.quantize is not None:
+            about["quantize"] = settings.quantize
         if spec.kind == "model":
             about |= {"template": settings.template, "max_tokens": settings.max_tokens, **self._computing(spec.path)}
             if settings.head is not None:

@@ -142,6 +142,9 @@ def _by_column(config: EvaluateConfig, claim: ClaimConfig) -> ClaimConfig:
 def _scorer(config: EvaluateConfig, name: str, spec: ScorerSpec) -> dict[str, Any]:
     fingerprint = scorer_fingerprint(spec) if spec.kind == "function" else of_model(spec.path, whole=True)
     settings = dataclasses.asdict(config.scorers[name])
+    if settings["quantize"] is None:
+        # As in plans from before there was the option.
+        del settings["quantize"]
     return {"path": spec.path, "settings": key_of({"settings": settings, "fingerprint": fingerprint})}
 
 

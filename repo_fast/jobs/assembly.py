@@ -28,6 +28,7 @@ from repo_fast.errors import InputError, first_line
 from repo_fast.jobs.inputs import Inputs, scorer_name
 from repo_fast.learning.learner import Models
 from repo_fast.models.attention import attention_candidates
+from repo_fast.models.blocks import parameter_sizes
 from repo_fast.models.critic import Critic
 from repo_fast.models.lora import adapters_off, add_lora, describe
 from repo_fast.models.model_config import load_config
@@ -93,7 +94,7 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
             for name, spec in inputs.scorers.items()
         }
     with sharded_loading(config.engine, ranks.device):
-        critics = _critics(config, inputs, loading, shared)
+        critics = _critics(config, inputs, loading | {"quantize": config.critics.quantize}, shared)
     _say_what_is_shared(config, shared, ranks)
     policy_engine = Engine(policy, config.engine, ranks, config.policy_optimizer, steps)
     settle_policy("the policy", policy_engine, attention, ranks)
@@ -181,7 +182,8 @@ def load_policy(
         InputError: The model cannot be used.
     """
     with sharded_loading(engine, ranks.device):
-        policy = Policy.from_pretrained(path, **loading_options(settings.attention, engine, ranks))
+        loading = loading_options(settings.attention, engine, ranks, settings.quantize)
+        policy = Policy.from_pretrained(path, **loading)
         _fit_vocabulary(policy.model, tokenizer, settings)
     stop_alike(policy.model, tokenizer)
     prepare_training(policy.model, settings.trainable_layers, settings.lora, engine)
@@ -270,7 +272,7 @@ def load_trained_score_model(
     Raises:
         InputError: The model cannot be used; it is a score model of the other kind, or an encoder.
     """
-    loading = loading_options(settings.attention, engine, ranks)
+    loading = loading_options(settings.attention, engine, ranks, settings.quantize)
     with sharded_loading(engine, ranks.device):
         if is_score_model(path):
             model = load_score_model(path, role=kind, **loading)  # type: ignore[arg-type]
@@ -314,14 +316,15 @@ def check_heads_of(path: str, heads: Mapping[str, HeadConfig]) -> None:
             )
 
 
-def loading_options(attention: str, engine: EngineConfig, ranks: Ranks) -> dict[str, Any]:
-    """The dtype and the attention implementations that models are loaded with.
+def loading_options(attention: str, engine: EngineConfig, ranks: Ranks, quantize: str | None = None) -> dict[str, Any]:
+    """The dtype and the attention implementations that a model is loaded with, and whether it is quantised.
 
     Raises:
         InputError: The attention implementation cannot run here.
     """
     dtype = resolve_dtype(engine.dtype, ranks.device)
-    return {"dtype": dtype, "attention": attention_candidates(attention, ranks.device, dtype)}
+    candidates = attention_candidates(attention, ranks.device, dtype)
+    return {"dtype": dtype, "attention": candidates, "quantize": quantize}
 
 
 def _fit_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: ModelConfig) -> None:
@@ -365,7 +368,7 @@ def _saved_by_sharing(critic: Critic, dtype: torch.dtype) -> str:
     """What further trunks would take over all ranks: weights, and where they are trained DeepSpeed's copies."""
     # In float32, also beside weights of that type: a master, a gradient, and Adam's two moments.
     weight, trained = torch.finfo(dtype).bits // 8, 16
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in critic.trunk.parameters()]
+    sizes = list(parameter_sizes(critic.trunk))
     spared = len(critic.streams) - 1
     size = spared * sum(count * (weight + trained * trains) for count, trains in sizes)
     passes = "a forward and backward" if spared == 1 else f"{spared} forwards and backwards"
@@ -424,8 +427,8 @@ class ScorerLoader:
     token_budget: int
     folder: Path
     shared: SharedWeights = field(default_factory=SharedWeights)
-    # All of one dtype: the path alone tells them apart.
-    _models: dict[str, _Loaded] = field(default_factory=dict)
+    # All of one dtype: the path, and whether they are quantised, tells them apart.
+    _models: dict[tuple[str, str | None], _Loaded] = field(default_factory=dict)
 
     def load(self, name: str, spec: ScorerSpec, settings: ScorerConfig) -> Callable[[PromptTemplate], Scorer]:
         """Load one. All ranks must call it.
@@ -464,7 +467,8 @@ class ScorerLoader:
     def _guard(
         self, spec: ScorerSpec, settings: ScorerConfig, common: dict[str, Any]
     ) -> Callable[[PromptTemplate], Scorer]:
-        name, loading = common["name"], loading_options(self.attention, self.engine, self.ranks)
+        name = common["name"]
+        loading = loading_options(self.attention, self.engine, self.ranks, settings.quantize)
         model = Policy.from_pretrained(spec.path, **loading).requires_grad_(False)
         self.shared.take(f"the {name} guard", model.model)
         guarding = Engine(model, self.engine, self.ranks)
@@ -482,11 +486,12 @@ class ScorerLoader:
     ) -> Callable[[PromptTemplate], Scorer]:
         name, role = common["name"], "reward" if column in ("reward", SECOND_REWARD) else "cost"
         output = find_output(spec.path, settings.head, f"the head of the {name}")
-        if spec.path in self._models:
+        key = (spec.path, settings.quantize)
+        if key in self._models:
             log.info("%s", load_line(spec.path, role))
         else:
-            self._models[spec.path] = self._load(spec.path, role, name)
-        loaded = self._models[spec.path]
+            self._models[key] = self._load(*key, role, name)
+        loaded = self._models[key]
         module, tokenizer = loaded.module, loaded.tokenizer
         if settings.expect is not None:
             text, expected = settings.expect
@@ -504,8 +509,8 @@ class ScorerLoader:
 
         return scorer
 
-    def _load(self, path: str, role: Role, name: str) -> _Loaded:
-        loading = loading_options(self.attention, self.engine, self.ranks)
+    def _load(self, path: str, quantize: str | None, role: Role, name: str) -> _Loaded:
+        loading = loading_options(self.attention, self.engine, self.ranks, quantize)
         model = load_score_model(path, role=role, **loading)
         tokenizer = load_tokenizer(path, must_end=not isinstance(model, EncoderClassifier))
         if isinstance(model, ScoreModel):

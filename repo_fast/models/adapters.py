@@ -139,7 +139,8 @@ def read_adapter(path: str) -> Adapter:
     if fingerprint is None:
         raise InputError(
             f"the {ADAPTER_FILE} of {path!r} lacks {BASE_FINGERPRINT}, which says what weights it was trained on, and "
-            "which earlier versions and other programs leave out; expected the folder of the merged model"
+            "which earlier versions, other programs and training on a base in 4 bits leave out; expected the folder of "
+            "the merged model"
         )
     return Adapter(path, Base(base, fingerprint), rank, float(alpha), _pairs(path, rank, tensors))
 

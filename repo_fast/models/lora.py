@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from repo_fast.errors import InputError
+from repo_fast.models.blocks import linear_layers, parameter_sizes
 
 # peft's name for an adapter that is given none: its loaders look for this one.
 _ADAPTER = "default"
@@ -56,16 +57,14 @@ def add_lora(transformer: nn.Module, *, rank: int, alpha: float, targets: Sequen
         raise InputError(f"the LoRA rank is {rank}, expected at least 1")
     if not alpha > 0:
         raise InputError(f"the LoRA alpha is {alpha}, expected more than 0")
-    blocks = next((f"{name}." for name, module in transformer.named_modules() if isinstance(module, nn.ModuleList)), "")
-    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    inside = dict.fromkeys(_leaf(name) for name in linear if blocks and name.startswith(blocks))
-    if not inside:
-        raise InputError(f"{type(transformer).__name__} has no linear layers in its blocks, expected some to adapt")
+    layers = linear_layers(transformer)
+    inside = dict.fromkeys(map(_leaf, layers))
     for target in targets:
         if target not in inside:
             raise InputError(f"the LoRA target {target!r} is no linear layer, expected some of: {', '.join(inside)}")
     chosen = list(targets or inside)
-    outside = [name for name in linear if not name.startswith(blocks) and _leaf(name) in chosen]
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    outside = [name for name in linear if name not in layers and _leaf(name) in chosen]
     generates = transformer.can_generate() if hasattr(transformer, "can_generate") else False
     config = LoraConfig(
         r=rank,
@@ -75,6 +74,11 @@ def add_lora(transformer: nn.Module, *, rank: int, alpha: float, targets: Sequen
         task_type="CAUSAL_LM" if generates else None,
     )
     inject_adapter_in_model(config, transformer, _ADAPTER)
+    for _, layer in _lora_layers(transformer):
+        # peft takes the dtype of a weight beside it, where that has one to compute in.
+        if (dtype := getattr(layer.base_layer, "compute_dtype", None)) is not None:
+            layer.lora_A.to(dtype)
+            layer.lora_B.to(dtype)
 
 
 def has_adapters(module: nn.Module) -> bool:
@@ -214,7 +218,8 @@ def save_adapter(
 
     The base is what the adapters were put into: `AutoModelForCausalLM` of a policy's folder, `AutoModel` of a score
     model's, whose head and settings `save_score_model` writes beside. Rows that were added to a vocabulary are frozen
-    and no part of the folder: the tokens that the base lacks stay unknown to peft.
+    and no part of the folder: the tokens that the base lacks stay unknown to peft. Adapters that were trained beside a
+    quantised base compute the same only beside that.
 
     Args:
         folder: Made if need be. For the first rank to call.
@@ -239,7 +244,7 @@ def save_adapter(
 
 def describe(module: nn.Module) -> str:
     """How much of a model is trained, on one line; its parameters may be shards."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
+    sizes = list(parameter_sizes(module))
     everything, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
     counts = f"{trained:,} of {everything:,} parameters trained ({100 * trained / everything:.1f} %)"
     layers = list(_lora_layers(module))

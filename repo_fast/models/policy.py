@@ -20,6 +20,7 @@ from repo_fast.models.attention import run_packed
 from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.loss_head import LossHead, Projection, logit_settings
 from repo_fast.models.model_config import load_config, restored, set_aside
+from repo_fast.models.quantization import say_dequantized
 from repo_fast.models.trunk import disable_dropout, load_transformer
 from repo_fast.packing.rows import PackedBatch
 
@@ -39,13 +40,16 @@ class Policy(nn.Module):
         self.model, self.aside = model, dict(aside)
 
     @classmethod
-    def from_pretrained(cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str]) -> "Policy":
+    def from_pretrained(
+        cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str], quantize: str | None = None
+    ) -> "Policy":
         """Load a Hugging Face folder; under ZeRO-3 loading, straight into shards.
 
         Args:
             path: Folder or hub name.
             dtype: Of weights and activations.
             attention: Name of a transformers attention implementation, or several: the first that can run.
+            quantize: As for `load_transformer`.
 
         Raises:
             InputError: The folder cannot be read, lacks weights, is not a causal language model with a linear head, or
@@ -53,7 +57,13 @@ class Policy(nn.Module):
         """
         config = load_config(path)
         model = load_transformer(
-            AutoModelForCausalLM, path, "a causal language model", config=config, dtype=dtype, attention=attention
+            AutoModelForCausalLM,
+            path,
+            "a causal language model",
+            config=config,
+            dtype=dtype,
+            attention=attention,
+            quantize=quantize,
         )
         head = check_head(path, model)
         head.__class__ = LossHead
@@ -152,7 +162,7 @@ def save_policy(
     Args:
         folder: Written whole; it must not exist.
         policy: The policy, whose parameters may be shards.
-        state: Its whole weights on the CPU, by name, as `Engine.whole_state` gives them.
+        state: Its whole weights on the CPU, by name, as `Engine.whole_state` gives them, dequantised.
         tokenizer: Saved beside them.
         base_path: The model that adapters were put into.
     """
@@ -164,5 +174,6 @@ def save_policy(
         aside = aside | {"pad_token_id": policy.model.generation_config.pad_token_id}
     with restored(policy.model.config, aside):
         save_hugging_face(folder, policy.model, whole, tokenizer)
+    say_dequantized(folder, policy)
     if merged is not state:
         save_adapter(folder / "adapter", policy, state, base_path)

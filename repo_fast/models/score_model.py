@@ -66,7 +66,9 @@ class ScoreModel(nn.Module):
         disable_dropout(trunk)
 
     @classmethod
-    def from_pretrained(cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str] = "sdpa") -> "ScoreModel":
+    def from_pretrained(
+        cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str] = "sdpa", quantize: str | None = None
+    ) -> "ScoreModel":
         """Loads a reward or cost model; under ZeRO-3 loading, straight into shards.
 
         Adapters are merged into the weights of their base, which is read from where their folder says it is.
@@ -75,6 +77,7 @@ class ScoreModel(nn.Module):
             path: Folder or hub name.
             dtype: Of the trunk's weights and activations. The head keeps its file's; the score is float32 in any case.
             attention: Name of a transformers attention implementation, or several: the first that can run.
+            quantize: Of the trunk, as for `load_transformer`.
 
         Raises:
             InputError: The folder cannot be read, is not a score model of a known layout, or lacks a weight; the base
@@ -84,9 +87,13 @@ class ScoreModel(nn.Module):
         weight, bias = checkpoint.head()
         form = checkpoint.format()
         if checkpoint.adapter is None:
-            trunk = _load_trunk(path, checkpoint.config, dtype, attention)
-        else:
+            trunk = _load_trunk(path, checkpoint.config, dtype, attention, quantize)
+        elif quantize is None:
             trunk = _load_adapted(checkpoint.adapter, checkpoint.config, dtype, attention)
+        else:
+            raise InputError(
+                f"quantize is {quantize!r} with {path!r}, which holds adapters, expected the folder of the merged model"
+            )
         return cls(trunk, weight, bias, format=form)
 
     @classmethod
@@ -96,6 +103,7 @@ class ScoreModel(nn.Module):
         *,
         dtype: torch.dtype,
         attention: str | Sequence[str] = "sdpa",
+        quantize: str | None = None,
         names: tuple[str, ...] = (),
     ) -> "ScoreModel":
         """The trunk of a causal language model with a zero head: where a critic starts without a score model.
@@ -104,6 +112,7 @@ class ScoreModel(nn.Module):
             path: Folder or hub name.
             dtype: Of the trunk's weights and activations.
             attention: Name of a transformers attention implementation, or several: the first that can run.
+            quantize: As for `load_transformer`.
             names: Of its outputs; empty: one without a name.
 
         Raises:
@@ -111,7 +120,8 @@ class ScoreModel(nn.Module):
         """
         config, outputs = load_config(path), max(1, len(names))
         form = ScoreFormat(normalizer=identity_normalizer(outputs), aside=set_aside(path), names=names)
-        return cls(_load_trunk(path, config, dtype, attention), torch.zeros(outputs, config.hidden_size), format=form)
+        trunk = _load_trunk(path, config, dtype, attention, quantize)
+        return cls(trunk, torch.zeros(outputs, config.hidden_size), format=form)
 
     def forward(
         self,
@@ -136,8 +146,11 @@ class ScoreModel(nn.Module):
         return scores[0] if len(scores) == 1 else torch.stack(scores, dim=1)
 
 
-def _load_trunk(path: str, config: PretrainedConfig, dtype: torch.dtype, attention: str | Sequence[str]) -> nn.Module:
-    return load_transformer(AutoModel, path, "a transformer trunk", config=config, dtype=dtype, attention=attention)
+def _load_trunk(
+    path: str, config: PretrainedConfig, dtype: torch.dtype, attention: str | Sequence[str], quantize: str | None
+) -> nn.Module:
+    options = {"config": config, "dtype": dtype, "attention": attention, "quantize": quantize}
+    return load_transformer(AutoModel, path, "a transformer trunk", **options)
 
 
 def _load_adapted(
@@ -151,7 +164,7 @@ def _load_adapted(
         raise InputError(f"{adapter.path!r} has vocab_size {rows}, expected at least the {own} of its base {base!r}")
     config = copy.deepcopy(config)
     config.get_text_config().vocab_size = own
-    trunk = _load_trunk(base, config, dtype, attention)
+    trunk = _load_trunk(base, config, dtype, attention, None)
     merge_adapter(trunk, adapter)
     if own < rows:
         # Here, so that scoring by other models does not load DeepSpeed.

@@ -82,16 +82,24 @@ def _equal(kept: nn.Parameter, other: nn.Parameter) -> bool:
     """To the bit; of shards this rank's are compared."""
     if _shape(kept) != _shape(other) or kept.dtype != other.dtype:
         return False
-    return torch.equal(_bits(kept), _bits(other).to(_bits(kept).device))
+    pairs = zip(_parts(kept), _parts(other), strict=True)
+    return all(torch.equal(_bits(ours), _bits(theirs).to(ours.device)) for ours, theirs in pairs)
+
+
+def _parts(parameter: nn.Parameter) -> list[torch.Tensor]:
+    """Its values, and of one in 4 bits the scales, too: twice a weight has the same 4 bits."""
+    scales = getattr(parameter, "quant_state", None)
+    values = getattr(parameter, "ds_tensor", parameter).detach()
+    return [values] if scales is None else [values, scales.absmax]
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _bits(parameter: nn.Parameter) -> torch.Tensor:
-    return getattr(parameter, "ds_tensor", parameter).detach().reshape(-1).view(torch.uint8)
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _bytes(parameter: nn.Parameter) -> int:
-    return _bits(parameter).numel()
+    return _bits(_parts(parameter)[0]).numel()

@@ -1,5 +1,6 @@
 """What every transformer trunk needs before it is trained or scored here, whatever head it carries."""
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,13 @@ from transformers.utils import logging as transformers_logging
 from repo_fast.errors import InputError
 from repo_fast.models.model_config import is_dropout, load_config
 from repo_fast.models.on_paper import PASSED_OVER, built, first_attention
+from repo_fast.models.quantization import (
+    check_installed,
+    check_plain,
+    loading_quantized,
+    settle_quantized,
+    whole_loading,
+)
 from repo_fast.models.weight_files import Checkpoint
 
 # An ImportError is of a package that a quantised model needs.
@@ -52,8 +60,9 @@ def load_transformer(
     dtype: torch.dtype,
     config: PretrainedConfig | None = None,
     attention: str | Sequence[str] | None = None,
+    quantize: str | None = None,
 ) -> Any:
-    """Load a Hugging Face model with all its weights; under ZeRO-3 loading, straight into shards.
+    """Load a Hugging Face model with all its weights; under ZeRO-3 loading, straight into shards, unless quantised.
 
     transformers only warns of a weight that it does not find, and draws a random one; of one that it has no place for,
     it says little more.
@@ -66,12 +75,17 @@ def load_transformer(
         config: Its configuration; None: the folder's as it is.
         attention: Name of a transformers attention implementation, or several: the first that the architecture can
             run. None: what transformers takes.
+        quantize: `nf4`: the linear layers of its blocks are quantised on the way (`models/quantization.py`). None: not.
 
     Raises:
         InputError: The folder cannot be read, or lacks a weight of the architecture, has one of another shape, or one
-            of a module of the architecture that the configuration leaves out.
+            of a module of the architecture that the configuration leaves out. It is to be quantised, and bitsandbytes
+            is missing, or its weights are quantised already, or it has no linear layers in blocks.
     """
     settings = config or load_config(path)
+    check_plain(path, settings, quantize)
+    if quantize is not None:
+        check_installed(path)
     options: dict[str, Any] = {} if config is None else {"config": config}
     passed_over: tuple[str, ...] = ()
     if attention is not None:
@@ -79,18 +93,22 @@ def load_transformer(
         options["attn_implementation"], passed_over = first_attention(kind, path, settings, names)
     if type(settings) in kind._model_mapping:  # type: ignore[attr-defined]
         # Before loading, in which under ZeRO-3 the first rank alone would see what does not fit.
-        _check_files(path, what, built(kind, settings, options.get("attn_implementation", "eager")))
+        on_paper = built(kind, settings, options.get("attn_implementation", "eager"))
+        _check_files(path, what, on_paper)
+        if quantize is not None:
+            options |= loading_quantized(on_paper, dtype)
     verbosity = transformers_logging.get_verbosity()
     # Its own report of what is left over or missing is long; the latter is an error here.
     transformers_logging.set_verbosity_error()
     try:
-        model, loading = kind.from_pretrained(  # type: ignore[attr-defined]
-            path,
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **options,
-        )
+        with whole_loading() if quantize is not None else contextlib.nullcontext():
+            model, loading = kind.from_pretrained(  # type: ignore[attr-defined]
+                path,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **options,
+            )
     except _CANNOT_LOAD as error:
         # Without the advice that follows, which is about options that are not the user's here.
         reason = " ".join(str(error).split()).partition(". You may")[0]
@@ -102,7 +120,9 @@ def load_transformer(
     if missing := sorted(loading["missing_keys"]):
         raise InputError(f"{path!r} lacks {len(missing)} weights of its architecture, {missing[0]} for one")
     setattr(model, PASSED_OVER, passed_over)
-    if is_deepspeed_zero3_enabled():
+    if quantize is not None:
+        settle_quantized(path, model)
+    elif is_deepspeed_zero3_enabled():
         _restore_buffers(model, dtype)
     return model
 

@@ -80,12 +80,14 @@ def memory(
 
 def _resident(model: Network, engine: EngineConfig, ranks: int, width: int) -> dict[str, float]:
     stage, trained = engine.zero_stage, model.trained
-    weights = model.parameters * width / (ranks if stage == 3 else 1)
+    weights = model.weight_bytes(width, ranks if stage == 3 else 1)
+    away = engine.offload_parameters or (engine.offload_frozen and not trained)
     # Their sum over micro-batches: in stage 3 each rank's share, and in the bfloat16 optimizer of stage 1 whole. Others
     # let go of it after a step (`_gradients`).
     gradients = {1: 0.0 if width == _FLOAT32 else _FLOAT32 * trained, 2: 0.0, 3: _FLOAT32 * trained / ranks}[stage]
     return {
-        "weights": 0.0 if engine.offload_parameters or (engine.offload_frozen and not trained) else weights,
+        # What is split goes to the host, and the scales of 4-bit weights are not.
+        "weights": model.scale_bytes if away else weights,
         "gradients": 0.0 if engine.offload_optimizer else gradients,
         # A master and Adam's two moments.
         "optimizer": 0.0 if engine.offload_optimizer else 3 * _FLOAT32 * trained / ranks,
@@ -97,13 +99,15 @@ def _gathered(model: Network, engine: EngineConfig, ranks: int, width: int) -> f
     """Whole parameters, beside this rank's shards, while the model runs. A single rank's shards are whole."""
     if engine.zero_stage != 3 or ranks == 1:
         return 0.0
-    return width * min(model.parameters, _LIVE_PARAMETERS + model.largest)
+    # Elements as DeepSpeed counts them: a byte of two 4-bit numbers is one.
+    elements = model.parameters - model.quantized / 2
+    return model.shared_bytes(width) * min(1.0, (_LIVE_PARAMETERS + model.largest) / elements)
 
 
 def _forward(model: Network, tokens: int, width: int, device: torch.device) -> float:
     """Without a backward: a layer's activations, and a chunk of logits."""
     logits = _chunk(model, tokens, width, device) * model.vocabulary * width
-    return tokens * model.layer_activations + logits + _head_copy(model, width)
+    return tokens * model.layer_activations + logits + _head_copy(model, width) + width * model.largest_quantized
 
 
 def _head_copy(model: Network, width: int) -> int:
@@ -123,8 +127,8 @@ def _generation(policy: Network, config: TrainConfig, ranks: int, longest: int, 
     # The last logits, the scores made of them, log-probabilities and probabilities in float32, the running sum of these
     # in float64; with top-p, their order before that.
     scores = 7 * _FLOAT32 * batch * policy.vocabulary
-    whole = policy.parameters * width if config.engine.zero_stage == 3 and ranks > 1 else 0.0
-    return whole + cache + scores
+    whole = policy.shared_bytes(width) if config.engine.zero_stage == 3 and ranks > 1 else 0.0
+    return whole + cache + scores + width * policy.largest_quantized
 
 
 def _gradients(
@@ -164,4 +168,8 @@ def _update(model: Network, engine: EngineConfig, ranks: int, tokens: int, width
     held, reducing = _gradients(model, engine, ranks, width, device)
     # Stage 3 takes the optimizer's step a part of at most so many parameters at a time, with a float32 gradient.
     step = _FLOAT32 * min(model.trained / ranks, _LIVE_PARAMETERS)
-    return _gathered(model, engine, ranks, width) + held + max(backward + reducing, step)
+    gathered = _gathered(model, engine, ranks, width)
+    if gathered and not engine.activation_checkpointing:
+        # bitsandbytes keeps the bytes of a 4-bit weight from the forward to the backward, and so from being let go of.
+        gathered = max(gathered, model.quantized / 2)
+    return gathered + held + max(backward + width * model.largest_quantized + reducing, step)

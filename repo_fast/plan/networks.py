@@ -18,9 +18,11 @@ from repo_fast.errors import InputError
 from repo_fast.jobs.assembly import prepare_training
 from repo_fast.jobs.inputs import scorer_name
 from repo_fast.models.attention import MASKED, PACKED, PADDED
+from repo_fast.models.blocks import linear_layers
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import built, first_attention
 from repo_fast.models.policy import check_head
+from repo_fast.models.quantization import BLOCK
 from repo_fast.models.score_checkpoint import find_output
 from repo_fast.scoring import load_scorer_spec
 from repo_fast.speed.flops import Shape
@@ -38,6 +40,8 @@ class Network:
             critic.
         parameters, trained: How many, and how many of them have a gradient.
         largest: Parameters of its largest module, which ZeRO-3 gathers at once.
+        quantized, scales: How many of its parameters are held in 4 bits, and how many float32 scales they have.
+        largest_quantized: Parameters of the largest layer held so, which is unpacked when it computes.
         width, vocabulary: Of the hidden states, and of the head; 0 without one over tokens.
         head_bias: Whether that has a bias.
         cache_elements: Keys and values of a token in all layers.
@@ -61,6 +65,22 @@ class Network:
     other_activations: float
     shape: Shape | None
     masked: str = ""
+    quantized: int = 0
+    scales: int = 0
+    largest_quantized: int = 0
+
+    @property
+    def scale_bytes(self) -> float:
+        """Of the scales of 4-bit weights, which are whole on every rank."""
+        return torch.float32.itemsize * self.scales
+
+    def shared_bytes(self, width: int) -> float:
+        """Of all weights of so many bytes each, without the scales: what ZeRO-3 splits and gathers."""
+        return width * (self.parameters - self.quantized) + self.quantized / 2
+
+    def weight_bytes(self, width: int, ranks: int = 1) -> float:
+        """Of the weights on a rank, where so many share them."""
+        return self.shared_bytes(width) / ranks + self.scale_bytes
 
     @property
     def scores(self) -> bool:
@@ -79,12 +99,13 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
     masked = {"auto": (PACKED, *MASKED), PADDED: MASKED, "sdpa": ("sdpa",), "eager": ("eager",)}
     candidates = masked.get(config.policy.attention, (PACKED,))
     common: dict[str, Any] = {"head": True, "candidates": candidates}
-    found = [network("policy", policy, dtype, lora=config.policy.lora, last=config.policy.trainable_layers, **common)]
+    options = {"lora": config.policy.lora, "last": config.policy.trainable_layers, "quantize": config.policy.quantize}
+    found = [network("policy", policy, dtype, **options, **common)]
     if config.update.share_prompts and found[0].masked:
         raise InputError(f"update.share_prompts is true, expected false: the policy is not packed ({found[0].masked})")
     if not config.policy.lora.rank:
         found.append(network("reference", policy, dtype, frozen=True, **common))
-    trunks, read = {}, set[str]()
+    trunks, read = {}, set[tuple[str, str | None]]()
     for name, scorer in config.all_scorers.items():
         role = scorer_name(name)
         spec = load_scorer_spec(scorer.path, role)
@@ -92,14 +113,16 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
             find_output(spec.path, scorer.head, f"{config.section_of(name)}.head")
             trunks[name] = load_config(spec.path)
             # Scorers that read other outputs of a folder share its model.
-            if spec.path not in read:
-                found.append(network(role, trunks[name], dtype, frozen=True))
-            read.add(spec.path)
+            if (spec.path, scorer.quantize) not in read:
+                found.append(network(role, trunks[name], dtype, frozen=True, quantize=scorer.quantize))
+            read.add((spec.path, scorer.quantize))
         elif spec.kind == "guard":
-            found.append(network(role, load_config(spec.path), dtype, frozen=True, head=True))
+            guard = load_config(spec.path)
+            found.append(network(role, guard, dtype, frozen=True, head=True, quantize=scorer.quantize))
     for streams in config.critic_streams:
         role = "critic" if len(streams) > 1 else f"{streams[0]} critic"
-        found.append(network(role, trunks.get(streams[0], policy), dtype, lora=config.critics.lora))
+        options = {"lora": config.critics.lora, "quantize": config.critics.quantize}
+        found.append(network(role, trunks.get(streams[0], policy), dtype, **options))
     return found
 
 
@@ -124,6 +147,7 @@ def network(
     frozen: bool = False,
     lora: LoraConfig | None = None,
     last: int | None = None,
+    quantize: str | None = None,
     candidates: Sequence[str] = (PACKED, *MASKED),
 ) -> Network:
     """A model on paper.
@@ -134,6 +158,7 @@ def network(
         dtype: Of weights and activations.
         head: Whether it has one over the vocabulary; else it is a trunk with a scalar head, which is not counted.
         frozen, lora, last: What of it is trained: nothing; adapters; so many last layers; everything.
+        quantize: Whether what adapters go into is held in 4 bits.
         candidates: The attentions that it may have, by transformers' names.
 
     Raises:
@@ -141,6 +166,8 @@ def network(
     """
     kind = AutoModelForCausalLM if head else AutoModel
     model = built(kind, config).to(dtype)
+    # Before adapters, which are linear layers too.
+    layers = [model.get_submodule(name).weight.numel() for name in linear_layers(model)] if quantize else []
     biased = head and check_head(config.name_or_path, model).bias is not None
     if frozen:
         model.requires_grad_(False)
@@ -167,6 +194,9 @@ def network(
         other_activations=(2 * one - two) / _PROBED_TOKENS,
         shape=Shape.of(model),
         masked="" if attention == PACKED else "; ".join(passed_over) or f"attention {attention}",
+        quantized=sum(layers),
+        scales=sum(-(-elements // BLOCK) for elements in layers),
+        largest_quantized=max(layers, default=0),
     )
 
 

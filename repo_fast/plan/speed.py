@@ -131,12 +131,17 @@ def _micro_batches(config: TrainConfig, work: Workload) -> int:
     return max(1, ceil(work.tokens / config.update.micro_batch_tokens))
 
 
+def _gather_rate(ranks: int, device: Device) -> float:
+    """Bytes/s of what ranks share."""
+    rate = device.link if ranks <= device.ranks_a_machine else min(device.link, device.network)
+    return rate * ranks / (ranks - 1)
+
+
 def _gather_seconds(model: Network, config: TrainConfig, ranks: int, width: int, device: Device) -> float:
     """To make all of a model's shards whole, once."""
     if config.engine.zero_stage != 3 or ranks == 1:
         return 0.0
-    rate = device.link if ranks <= device.ranks_a_machine else min(device.link, device.network)
-    return model.parameters * width * (ranks - 1) / ranks / rate
+    return model.shared_bytes(width) / _gather_rate(ranks, device)
 
 
 def _forward_seconds(
@@ -158,7 +163,7 @@ def _update_seconds(
     if config.engine.activation_checkpointing:
         compute += model.shape.forward(work.lengths, 0)
     gather = _gather_seconds(model, config, ranks, width, device)
-    reduce = gather * model.trained / model.parameters
+    reduce = gather and width * model.trained / _gather_rate(ranks, device)
     links = max(_micro_batches(config, work), steps) * (_GATHERS_AN_UPDATE * gather + reduce)
     # AdamW reads and writes masters and moments, and reads gradients.
     optimizer = steps * 28 * model.trained / ranks / device.bandwidth
@@ -178,7 +183,8 @@ def _generate_seconds(
     steps = longest if vllm else batches * longest
     prompts = work.tokens - work.responses
     prefill = policy.shape.forward([prompts // count] * count, count) / (device.flops * device.efficiency)
-    weights = policy.parameters * width / device.bandwidth
+    # A 4-bit weight is read, written as numbers, and these are read.
+    weights = (policy.weight_bytes(width) + 2 * width * policy.quantized) / device.bandwidth
     cache = batch * (work.tokens / count) * policy.cache_elements * width / device.bandwidth
     arithmetic = batch * policy.shape.forward([1], 1) / (device.flops * device.efficiency)
     # CUDA graphs launch a whole forward at once.

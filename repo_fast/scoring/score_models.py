@@ -193,17 +193,19 @@ class EncoderClassifier(nn.Module):
         self.classifier = classifier
 
     @classmethod
-    def from_pretrained(cls, path: str, *, dtype: torch.dtype) -> "EncoderClassifier":
+    def from_pretrained(cls, path: str, *, dtype: torch.dtype, quantize: str | None = None) -> "EncoderClassifier":
         """Loads a classifier.
 
         Args:
             path: Folder or hub name.
             dtype: Of weights and activations. The score is float32 in any case.
+            quantize: As for `load_transformer`.
 
         Raises:
             InputError: The folder cannot be read, or lacks a weight.
         """
-        return cls(load_transformer(AutoModelForSequenceClassification, path, "a classifier", dtype=dtype))
+        kind = AutoModelForSequenceClassification
+        return cls(load_transformer(kind, path, "a classifier", dtype=dtype, quantize=quantize))
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The scores, float32 [B], with several labels [B, K], of a padded batch as the tokenizer makes it."""
@@ -303,7 +305,12 @@ class ClassifierScorer:
 
 
 def load_score_model(
-    path: str, *, dtype: torch.dtype, attention: str | Sequence[str] = MASKED, role: Role | None = None
+    path: str,
+    *,
+    dtype: torch.dtype,
+    attention: str | Sequence[str] = MASKED,
+    role: Role | None = None,
+    quantize: str | None = None,
 ) -> ScoreModel | EncoderClassifier:
     """Loads a score model of either type: a classifier without `score.weight` is an encoder's.
 
@@ -313,6 +320,7 @@ def load_score_model(
         attention: Name of a transformers attention implementation, or several, for decoders: the first that can run.
         role: What the score is used as; a line then says which way round it is. None for a model that is only a start,
             such as a critic's.
+        quantize: As for `load_transformer`.
 
     Raises:
         InputError: As `ScoreModel.from_pretrained`, or the checkpoint says that it is of another kind.
@@ -320,8 +328,8 @@ def load_score_model(
     if role is not None:
         _log.info(load_line(path, role))
     if is_encoder(path):
-        return EncoderClassifier.from_pretrained(path, dtype=dtype)
-    return ScoreModel.from_pretrained(path, dtype=dtype, attention=attention)
+        return EncoderClassifier.from_pretrained(path, dtype=dtype, quantize=quantize)
+    return ScoreModel.from_pretrained(path, dtype=dtype, attention=attention, quantize=quantize)
 
 
 def is_encoder(path: str) -> bool:

@@ -177,3 +177,21 @@ def test_apart_only_counts(folder: str) -> None:
     shared.take("critic", second)
     assert shared.spared["critic"] == held(second) - of_adapters(second)
     assert held(first, second) == held(first) + held(second)
+
+
+def test_a_base_in_4_bits_is_shared_with_its_scales(folder: str) -> None:
+    """Twice a weight has the same 4 bits."""
+
+    def quantized() -> nn.Module:
+        model = Policy.from_pretrained(folder, dtype=torch.float32, attention="sdpa", quantize="nf4").model
+        return adapted(model, 0)
+
+    first, second, doubled = quantized(), quantized(), quantized()
+    before, shared = outputs(second), SharedWeights()
+    doubled.model.layers[0].mlp.up_proj.base_layer.weight.quant_state.absmax.mul_(2)
+    for name, model in (("first", first), ("second", second), ("doubled", doubled)):
+        shared.take(name, model)
+    assert held(first, second) == held(first) + of_adapters(second)
+    assert torch.equal(outputs(second), before)
+    assert shared.unlike == {"doubled": "model.layers.0.mlp.up_proj.base_layer.weight"}
+    assert not torch.equal(outputs(doubled), before)

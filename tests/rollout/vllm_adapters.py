@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,14 @@ STAGES = (1, 2, 3)
 FORMS = ("merged", "adapter")
 # All weights are trained; stage 3 alone.
 PLAIN = "plain"
-EACH = [*((stage, form) for stage in STAGES for form in FORMS), (3, PLAIN)]
+# The policy's base is in 4 bits; vLLM has it in full.
+QUANTIZED = "nf4 "
+EACH = [
+    *((stage, form) for stage in STAGES for form in FORMS),
+    (3, PLAIN),
+    (3, f"{QUANTIZED}merged"),
+    (2, f"{QUANTIZED}adapter"),
+]
 TOKENS = len(word_tokenizer())
 LORA = LoraConfig(rank=3, alpha=6.0)
 # vLLM caches prompts in whole pages, of 128 tokens on a CPU.
@@ -67,11 +75,13 @@ def start(path: str, stage: int, form: str, parallel: int, ranks: Ranks) -> tupl
     with loud_rows():
         torch.manual_seed(0)
         grown = ModelConfig(pad_token="<|pad|>", pad_vocabulary_to=16, lora=LoraConfig() if form == PLAIN else LORA)
+        if form.startswith(QUANTIZED):
+            grown = replace(grown, quantize="nf4")
         policy = load_policy(path, tokenizer, grown, config, ranks)
     assert policy.model.config.vocab_size > TOKENS + 1
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0.0)
     engine = Engine(policy, config, ranks, optimizer, steps=8)
-    vllm = RolloutVllmConfig(compile=False, tensor_parallel=parallel, lora="merged" if form == PLAIN else form)
+    vllm = RolloutVllmConfig(compile=False, tensor_parallel=parallel, lora="adapter" if form.endswith("adapter") else "merged")
     settings = RolloutConfig(engine="vllm", temperature=0.8, max_new_tokens=8, vllm=vllm)
     sampler = VllmSampler(
         path, engine, tokenizer, settings, ranks, dtype=torch.float32, longest=LONGEST, seed=0, pad_is_new=True
@@ -114,7 +124,7 @@ def unequal_weights(policy: Engine, sampler: VllmSampler, form: str) -> list[str
     state = policy.whole_state()
     if not state:
         return []
-    if form == "adapter":
+    if form.endswith("adapter"):
         kept = dict(base_one_by_one(policy.module, state.items()))
     else:
         kept = merged_state(policy.module, state)
