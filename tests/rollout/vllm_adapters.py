@@ -81,7 +81,8 @@ def start(path: str, stage: int, form: str, parallel: int, ranks: Ranks) -> tupl
     assert policy.model.config.vocab_size > TOKENS + 1
     optimizer = OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup=0.0)
     engine = Engine(policy, config, ranks, optimizer, steps=8)
-    vllm = RolloutVllmConfig(compile=False, tensor_parallel=parallel, lora="adapter" if form.endswith("adapter") else "merged")
+    handed = "adapter" if form.endswith("adapter") else "merged"
+    vllm = RolloutVllmConfig(compile=False, tensor_parallel=parallel, lora=handed)
     settings = RolloutConfig(engine="vllm", temperature=0.8, max_new_tokens=8, vllm=vllm)
     sampler = VllmSampler(
         path, engine, tokenizer, settings, ranks, dtype=torch.float32, longest=LONGEST, seed=0, pad_is_new=True
