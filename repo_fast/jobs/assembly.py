@@ -27,6 +27,7 @@ from repo_fast.engine import Engine, resolve_dtype, sharded_loading
 from repo_fast.errors import InputError, first_line
 from repo_fast.jobs.inputs import Inputs, scorer_name
 from repo_fast.learning.learner import Models
+from repo_fast.models.adapters import Base, is_adapter, read_adapter
 from repo_fast.models.attention import attention_candidates
 from repo_fast.models.blocks import parameter_sizes
 from repo_fast.models.critic import Critic
@@ -81,6 +82,9 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
     policy = load_policy(inputs.policy_path, inputs.tokenizer, config.policy, config.engine, ranks)
     shared = shared_weights(config.engine)
     shared.take("the policy", policy.model)
+    models = [spec.path for spec in inputs.scorers.values() if spec.kind == "model"]
+    if config.policy.lora.rank and any(map(is_adapter, models)):
+        shared.base = Base.of(inputs.policy_path).fingerprint, config.policy.quantize
     with sharded_loading(config.engine, ranks.device, frozen=True):
         reference = None
         if not config.policy.lora.rank:
@@ -112,6 +116,11 @@ def build_models(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> tuple[Mod
 def shared_weights(engine: EngineConfig) -> SharedWeights:
     """Where the models of a job keep the frozen weights that they have alike, as `engine.share_base` says."""
     return SharedWeights(required=engine.share_base is True, apart=engine.share_base is False or engine.zero_stage == 3)
+
+
+def _merges(path: str, quantize: str | None, shared: SharedWeights) -> bool:
+    """Whether a score model's adapters are merged into their base: they are not where the policy has it, frozen."""
+    return shared.base is None or not is_adapter(path) or shared.base != (read_adapter(path).base.fingerprint, quantize)
 
 
 def _say_what_is_shared(config: TrainConfig, shared: SharedWeights, ranks: Ranks) -> None:
@@ -354,7 +363,7 @@ def _critics(config: TrainConfig, inputs: Inputs, loading: dict, shared: SharedW
     """By name: one for each stream, or one for all."""
     critics = {}
     for group in config.critic_streams:
-        model, outputs = _critic_start(group, config, inputs, loading)
+        model, outputs = _critic_start(group, config, inputs, loading, shared)
         critic = critics["_".join(group)] = Critic(model, group, loading["dtype"], outputs)
         prepare_training(critic.trunk, None, config.critics.lora, config.engine)
         shared.take(f"the critic of {' and '.join(group)}", critic.trunk)
@@ -379,7 +388,7 @@ def _saved_by_sharing(critic: Critic, dtype: torch.dtype) -> str:
 
 
 def _critic_start(
-    group: tuple[str, ...], config: TrainConfig, inputs: Inputs, loading: dict
+    group: tuple[str, ...], config: TrainConfig, inputs: Inputs, loading: dict, shared: SharedWeights
 ) -> tuple[ScoreModel, dict[str, int]]:
     """The model of a critic's first stream, and which of its outputs its streams start from."""
     stream = group[0]
@@ -387,7 +396,9 @@ def _critic_start(
     if spec.kind == "model":
         reason = "its tokens are not the policy's"
         if same_tokens(load_tokenizer(spec.path, must_end=False), inputs.template.tokenizer):
-            model = load_score_model(spec.path, **loading)
+            # What is trained whole is merged.
+            merge = not config.critics.lora.rank or _merges(spec.path, config.critics.quantize, shared)
+            model = load_score_model(spec.path, merge=merge, **loading)
             if isinstance(model, ScoreModel):
                 heads = {name: config.scorers[name].head for name in group if inputs.scorers[name] == spec}
                 # Where it has one output, those of further streams start at zero.
@@ -511,7 +522,7 @@ class ScorerLoader:
 
     def _load(self, path: str, quantize: str | None, role: Role, name: str) -> _Loaded:
         loading = loading_options(self.attention, self.engine, self.ranks, quantize)
-        model = load_score_model(path, role=role, **loading)
+        model = load_score_model(path, role=role, merge=_merges(path, quantize, self.shared), **loading)
         tokenizer = load_tokenizer(path, must_end=not isinstance(model, EncoderClassifier))
         if isinstance(model, ScoreModel):
             self.shared.take(f"the {name} model", model.requires_grad_(False).trunk)

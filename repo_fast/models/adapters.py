@@ -7,8 +7,8 @@ refused. A base that was moved is named anew in that file; the fingerprint says 
 
 There are two ways to use a folder. A model that is loaded alone gets its adapters merged into its weights
 (`merge_adapter`): it computes what the merged folder does, to the last bit in the dtype that it was trained in, and no
-slower. Onto weights that others use too, adapters are put under a name of their own (`put_adapter`), and peft's layers
-choose by it.
+slower. One whose weights others have too, or are in 4 bits, keeps them beside its weights (`put_adapter`), which then
+are those of the base; it computes the same but for rounding.
 """
 
 import json
@@ -23,10 +23,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from repo_fast.errors import InputError, first_line
-from repo_fast.models.lora import ADAPTER_FILE, BASE_FINGERPRINT, merged_weight
+from repo_fast.models.lora import ADAPTER_FILE, BASE_FINGERPRINT, BASE_QUANTIZE, merged_weight
 from repo_fast.models.weight_files import WEIGHT_FILES, Checkpoint, find_file
 
 CONFIG_FILE = "adapter_config.json"
+# peft's name for adapters that are kept as they are; `add_lora` may put others beside them.
+_FROZEN = "frozen"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 # What `add_lora` sets, what says nothing of what is computed once training is over, and peft's defaults of what is only
 # read beside other settings. Any other setting, if it is not off, would change what the adapters compute.
@@ -67,6 +69,7 @@ class Adapter:
     Attributes:
         path: The folder or hub name.
         base: What they were trained on.
+        quantize: How the base was quantised while they were trained; None: it was not.
         rank, alpha: As in `add_lora`.
         pairs: A [rank, in] and B [out, rank] of each linear layer, CPU, in the file's dtype, by the layer's name in the
             transformer that they were put into.
@@ -74,6 +77,7 @@ class Adapter:
 
     path: str
     base: Base
+    quantize: str | None
     rank: int
     alpha: float
     pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -132,17 +136,17 @@ def read_adapter(path: str) -> Adapter:
         raise InputError(f"{path!r} has no {ADAPTER_FILE}, expected the adapters that its {CONFIG_FILE} is about")
     try:
         with safe_open(found, framework="pt") as file:
-            fingerprint = (file.metadata() or {}).get(BASE_FINGERPRINT)
+            noted = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise InputError(f"the {ADAPTER_FILE} of {path!r} cannot be read: {first_line(error)}") from error
-    if fingerprint is None:
+    if (fingerprint := noted.get(BASE_FINGERPRINT)) is None:
         raise InputError(
             f"the {ADAPTER_FILE} of {path!r} lacks {BASE_FINGERPRINT}, which says what weights it was trained on, and "
-            "which earlier versions, other programs and training on a base in 4 bits leave out; expected the folder of "
-            "the merged model"
+            "which earlier versions and other programs leave out; expected the folder of the merged model"
         )
-    return Adapter(path, Base(base, fingerprint), rank, float(alpha), _pairs(path, rank, tensors))
+    pairs = _pairs(path, rank, tensors)
+    return Adapter(path, Base(base, fingerprint), noted.get(BASE_QUANTIZE), rank, float(alpha), pairs)
 
 
 def _read_settings(path: str) -> dict[str, Any]:
@@ -194,16 +198,14 @@ def merge_adapter(transformer: nn.Module, adapter: Adapter) -> None:
             weight.copy_(merged_weight(weight, a.to(weight.device), b.to(weight.device), adapter.scaling))
 
 
-def put_adapter(transformer: nn.Module, adapter: Adapter, name: str) -> None:
-    """Put adapters into a model beside those that it may have already, in place, under a name of their own.
+def put_adapter(transformer: nn.Module, adapter: Adapter) -> None:
+    """Put adapters beside the weights of a model, in place, and freeze all of it.
 
-    They are frozen, in the dtype and on the device of the weights beside them. Where the model has adapters already,
-    they are not active, and what is trained and active stays as it is; else they are active, and the model is frozen.
+    They are in the dtype that the layers compute in, and stay as they are where `add_lora` puts others beside them.
 
     Args:
-        transformer: What they were trained on; no shards.
+        transformer: What they were trained on, quantised or not; without adapters. Its parameters may be shards.
         adapter: Of the folder.
-        name: Which none of the model's adapters has.
 
     Raises:
         InputError: They are not of its layers.
@@ -211,39 +213,31 @@ def put_adapter(transformer: nn.Module, adapter: Adapter, name: str) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = _layers(transformer, adapter)
-    adapted: list[Any] = [layer for layer in transformer.modules() if hasattr(layer, "lora_A")]
-    if any(name in layer.lora_A for layer in adapted):
-        raise ValueError(f"there are adapters {name!r} already")
-    active = [layer._active_adapter for layer in adapted]
-    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
-    config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=sorted(layers))  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        target_modules=sorted(layers),
+        inference_mode=True,
+    )
     # Without values at first: peft would draw some, from torch's global random state.
-    inject_adapter_in_model(config, transformer, name, low_cpu_mem_usage=True)
-    for layer_name, pair in adapter.pairs.items():
-        layer: Any = transformer.get_submodule(layer_name)
-        weight = layer.get_base_layer().weight
+    inject_adapter_in_model(config, transformer, _FROZEN, low_cpu_mem_usage=True)
+    for name, pair in adapter.pairs.items():
+        layer: Any = transformer.get_submodule(name)
+        weight = layers[name].weight
+        dtype = getattr(layers[name], "compute_dtype", None) or weight.dtype
         for parts, value in zip((layer.lora_A, layer.lora_B), pair, strict=True):
-            parts[name].weight = nn.Parameter(value.to(weight.device, weight.dtype), requires_grad=False)
-        if active:
-            # Also where a layer had none.
-            layer._active_adapter = active[0]
-    if active:
-        # peft has switched all layers over, and frozen the others' adapters.
-        for layer, before in zip(adapted, active, strict=True):
-            layer._active_adapter = before
-        for parameter in trained:
-            parameter.requires_grad_(True)
+            parts[_FROZEN].weight = nn.Parameter(value.to(weight.device, dtype), requires_grad=False)
+    transformer.requires_grad_(False)
 
 
 def _layers(transformer: nn.Module, adapter: Adapter) -> dict[str, Any]:
-    """The linear layers that adapters are of, without what other adapters put around them."""
+    """The linear layers that adapters are of."""
     layers = {}
     modules = dict(transformer.named_modules())
     for name, (a, b) in adapter.pairs.items():
         layer = modules.get(name)
-        if hasattr(layer, "get_base_layer"):
-            layer = layer.get_base_layer()
-        shape = list(getattr(layer.weight, "ds_shape", layer.weight.shape)) if isinstance(layer, nn.Linear) else None
+        # That of the weight would be a shard's, or that of packed bytes.
+        shape = [layer.out_features, layer.in_features] if isinstance(layer, nn.Linear) else None
         expected = [b.shape[0], a.shape[1]]
         if shape != expected:
             found = "there is no such linear layer" if shape is None else f"its weight is of shape {shape}"

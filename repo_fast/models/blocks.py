@@ -10,6 +10,8 @@ from repo_fast.errors import InputError
 def linear_layers(transformer: nn.Module) -> list[str]:
     """Names of the linear layers of a Hugging Face model's blocks, in its order; head and embeddings are none of them.
 
+    One that has adapters is one as before; what was put into it is none.
+
     Args:
         transformer: May be on paper; its parameters may be shards.
 
@@ -18,7 +20,15 @@ def linear_layers(transformer: nn.Module) -> list[str]:
     """
     modules = list(transformer.named_modules())
     blocks = next((f"{name}." for name, module in modules if isinstance(module, nn.ModuleList)), "")
-    found = [name for name, module in modules if isinstance(module, nn.Linear) and blocks and name.startswith(blocks)]
+    adapted = tuple(f"{name}." for name, module in modules if hasattr(module, "lora_A"))
+    found = [
+        name
+        for name, module in modules
+        if isinstance(module.get_base_layer() if hasattr(module, "lora_A") else module, nn.Linear)
+        and not name.startswith(adapted)
+        and blocks
+        and name.startswith(blocks)
+    ]
     if not found:
         raise InputError(f"{type(transformer).__name__} has no linear layers in its blocks, expected some to adapt")
     return found

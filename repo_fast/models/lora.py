@@ -25,20 +25,25 @@ from torch import nn
 
 from repo_fast.errors import InputError
 from repo_fast.models.blocks import linear_layers, parameter_sizes
+from repo_fast.models.quantization import quantized_size
 
 # peft's name for an adapter that is given none: its loaders look for this one.
 _ADAPTER = "default"
 # What of a layer makes its merged weight: W, A, B.
 _MERGED = ("base_layer.weight", f"lora_A.{_ADAPTER}.weight", f"lora_B.{_ADAPTER}.weight")
 ADAPTER_FILE = "adapter_model.safetensors"
+# In the metadata of that file.
 BASE_FINGERPRINT = "base_fingerprint"
-"""In the metadata of `ADAPTER_FILE`: `Checkpoint.fingerprint` of the base."""
+"""`Checkpoint.fingerprint` of the base."""
+BASE_QUANTIZE = "base_quantize"
+"""How the base was quantised; not there where it was not."""
 
 
 def add_lora(transformer: nn.Module, *, rank: int, alpha: float, targets: Sequence[str] = ()) -> None:
     """Freeze a transformer and put adapters into its linear layers, in place; before DeepSpeed starts.
 
-    A starts as peft draws it, from torch's global random state, B at 0: at first nothing is changed.
+    A starts as peft draws it, from torch's global random state, B at 0: at first nothing is changed. Frozen adapters
+    that are there already (`adapters.put_adapter`) stay, and are added to.
 
     Args:
         transformer: The Hugging Face model, of a `Policy` or a `ScoreModel`; its parameters may be shards.
@@ -73,7 +78,11 @@ def add_lora(transformer: nn.Module, *, rank: int, alpha: float, targets: Sequen
         exclude_modules=outside or None,
         task_type="CAUSAL_LM" if generates else None,
     )
+    before = {layer: list(layer.active_adapters) for layer in transformer.modules() if hasattr(layer, "lora_A")}
     inject_adapter_in_model(config, transformer, _ADAPTER)
+    for layer, active in before.items():
+        # peft has switched them over.
+        layer._active_adapter = [*active, _ADAPTER]
     for _, layer in _lora_layers(transformer):
         # peft takes the dtype of a weight beside it, where that has one to compute in.
         if (dtype := getattr(layer.base_layer, "compute_dtype", None)) is not None:
@@ -136,6 +145,8 @@ def merged_one_by_one(
         weights as they are.
     """
     scalings = {f"{name}.": layer.scaling[_ADAPTER] for name, layer in _lora_layers(module)}
+    if any(hasattr(layer, "lora_A") and [*layer.lora_A] != [_ADAPTER] for layer in module.modules()):
+        raise ValueError(f"{type(module).__name__} has frozen adapters, which are not merged")
     held: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in weights:
         layer = next((prefix for prefix in _prefixes(name) if prefix in scalings), None)
@@ -219,15 +230,15 @@ def save_adapter(
     The base is what the adapters were put into: `AutoModelForCausalLM` of a policy's folder, `AutoModel` of a score
     model's, whose head and settings `save_score_model` writes beside. Rows that were added to a vocabulary are frozen
     and no part of the folder: the tokens that the base lacks stay unknown to peft. Adapters that were trained beside a
-    quantised base compute the same only beside that.
+    quantised base compute the same only beside that; the metadata of `adapter_model.safetensors`, which cannot be
+    parted from them, says so.
 
     Args:
         folder: Made if need be. For the first rank to call.
         module: A `Policy` or `ScoreModel` with adapters.
         state: Its whole weights on the CPU, by name.
         base_path: Folder or hub name of the base model, noted in `adapter_config.json`.
-        base_fingerprint: Of its weights, noted in the metadata of `adapter_model.safetensors`, which cannot be parted
-            from the adapters; None: not noted.
+        base_fingerprint: Of its weights, noted there too; None: not noted.
     """
     _, transformer = _adapted(module)
     config = copy.copy(transformer.peft_config[_ADAPTER])
@@ -239,6 +250,8 @@ def save_adapter(
     config.save_pretrained(str(folder))
     tensors = {name: value.contiguous() for name, value in adapter_state(module, state).items()}
     noted = {} if base_fingerprint is None else {BASE_FINGERPRINT: base_fingerprint}
+    if quantized_size(module):
+        noted[BASE_QUANTIZE] = "nf4"
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt", **noted})
 
 
@@ -252,8 +265,9 @@ def describe(module: nn.Module) -> str:
 
 
 def _lora_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Adapted layers by name. They are told by what is used of them, so that a run without adapters needs no peft."""
-    return ((name, layer) for name, layer in module.named_modules() if hasattr(layer, "lora_A"))
+    """Layers that have an adapter of `add_lora`, by name. They are told by what is used of them, so that a run without
+    adapters needs no peft."""
+    return ((name, layer) for name, layer in module.named_modules() if _ADAPTER in getattr(layer, "lora_A", ()))
 
 
 def _adapted(module: nn.Module) -> tuple[str, nn.Module]:

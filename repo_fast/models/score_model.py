@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, PretrainedConfig
 
 from repo_fast.errors import InputError
-from repo_fast.models.adapters import Adapter, merge_adapter
+from repo_fast.models.adapters import Adapter, merge_adapter, put_adapter
 from repo_fast.models.attention import run_packed
 from repo_fast.models.model_config import load_config, set_aside
 from repo_fast.models.score_checkpoint import ScoreCheckpoint, ScoreFormat, identity_normalizer
@@ -67,33 +67,37 @@ class ScoreModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: str, *, dtype: torch.dtype, attention: str | Sequence[str] = "sdpa", quantize: str | None = None
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        attention: str | Sequence[str] = "sdpa",
+        quantize: str | None = None,
+        merge: bool = True,
     ) -> "ScoreModel":
         """Loads a reward or cost model; under ZeRO-3 loading, straight into shards.
 
-        Adapters are merged into the weights of their base, which is read from where their folder says it is.
+        Of a folder of adapters, their base is read from where it says that it is.
 
         Args:
             path: Folder or hub name.
             dtype: Of the trunk's weights and activations. The head keeps its file's; the score is float32 in any case.
             attention: Name of a transformers attention implementation, or several: the first that can run.
             quantize: Of the trunk, as for `load_transformer`.
+            merge: Whether adapters are merged into the weights of their base, unless these are quantised, rather than
+                kept beside them, all frozen.
 
         Raises:
             InputError: The folder cannot be read, is not a score model of a known layout, or lacks a weight; the base
-                of its adapters is not there, or has other weights than they were trained on.
+                of its adapters is not there, has other weights than they were trained on, or was quantised.
         """
         checkpoint = ScoreCheckpoint(path)
         weight, bias = checkpoint.head()
         form = checkpoint.format()
         if checkpoint.adapter is None:
             trunk = _load_trunk(path, checkpoint.config, dtype, attention, quantize)
-        elif quantize is None:
-            trunk = _load_adapted(checkpoint.adapter, checkpoint.config, dtype, attention)
         else:
-            raise InputError(
-                f"quantize is {quantize!r} with {path!r}, which holds adapters, expected the folder of the merged model"
-            )
+            trunk = _load_adapted(checkpoint.adapter, checkpoint.config, dtype, attention, quantize, merge)
         return cls(trunk, weight, bias, format=form)
 
     @classmethod
@@ -154,9 +158,19 @@ def _load_trunk(
 
 
 def _load_adapted(
-    adapter: Adapter, config: PretrainedConfig, dtype: torch.dtype, attention: str | Sequence[str]
+    adapter: Adapter,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    attention: str | Sequence[str],
+    quantize: str | None,
+    merge: bool,
 ) -> nn.Module:
     """The base's weights under the configuration that the adapters came with, as the merged folder has it."""
+    if adapter.quantize not in (None, quantize):
+        raise InputError(
+            f"{adapter.path!r} was trained beside its base in 4 bits, and quantize is {quantize!r}, expected "
+            f"{adapter.quantize!r}, or the folder of the merged model"
+        )
     adapter.check_base()
     base, rows = adapter.base.path, config.get_text_config().vocab_size
     own = load_config(base).get_text_config().vocab_size
@@ -164,8 +178,8 @@ def _load_adapted(
         raise InputError(f"{adapter.path!r} has vocab_size {rows}, expected at least the {own} of its base {base!r}")
     config = copy.deepcopy(config)
     config.get_text_config().vocab_size = own
-    trunk = _load_trunk(base, config, dtype, attention, None)
-    merge_adapter(trunk, adapter)
+    trunk = _load_trunk(base, config, dtype, attention, quantize)
+    (merge_adapter if merge and quantize is None else put_adapter)(trunk, adapter)
     if own < rows:
         # Here, so that scoring by other models does not load DeepSpeed.
         from repo_fast.models.vocabulary import append_rows

@@ -18,7 +18,7 @@ from repo_fast.errors import InputError
 from repo_fast.models.adapters import Base
 from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.model_config import restored
-from repo_fast.models.quantization import quantized_size, say_dequantized
+from repo_fast.models.quantization import say_dequantized
 from repo_fast.models.score_checkpoint import (
     HEAD_FILE,
     NORMALIZER_PREFIX,
@@ -132,9 +132,7 @@ def save_score_model(
     if adapted is not state:
         assert base is not None
         folders.append(folder / "adapter")
-        # Beside a base in 4 bits they were trained on other numbers than its files hold: none of these are theirs.
-        fingerprint = None if quantized_size(model) else base.fingerprint
-        save_adapter(folder / "adapter", model, adapted, base.path, fingerprint)
+        save_adapter(folder / "adapter", model, adapted, base.path, base.fingerprint)
         values = {name: tensor.contiguous() for name, tensor in (head | dict(written.normalizer)).items()}
         save_file(values, folder / "adapter" / HEAD_FILE, metadata={"format": "pt"})
     for each in folders:

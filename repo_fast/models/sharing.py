@@ -30,12 +30,15 @@ class SharedWeights:
         apart: Whether models keep their copies, and what sharing would spare is only counted.
         spared: Bytes on this rank, by the name of the model.
         unlike: By the name of a model, the first frozen weight of its layers that none before it has.
+        base: `Checkpoint.fingerprint` of the first model's folder and how it is quantised, where adapters of score
+            models on the same base are not merged, whether models are apart or not; None: all are.
     """
 
     required: bool = False
     apart: bool = False
     spared: dict[str, int] = field(default_factory=dict)
     unlike: dict[str, str] = field(default_factory=dict)
+    base: tuple[str, str | None] | None = None
     _kept: dict[str, list[nn.Parameter]] = field(default_factory=dict)
 
     def take(self, name: str, transformer: nn.Module) -> None:
@@ -61,8 +64,8 @@ class SharedWeights:
                 replaced[parameter] = same
                 continue
             alike.append(parameter)
-            # Embeddings, which may have grown, stand outside the layers.
-            if not is_first and any(part.isdigit() for part in own.split(".")):
+            # Embeddings, which may have grown, stand outside the layers; adapters that are kept are a model's own.
+            if not is_first and ".lora_" not in own and any(part.isdigit() for part in own.split(".")):
                 self.unlike.setdefault(name, own)
         if self.required and name in self.unlike:
             raise InputError(

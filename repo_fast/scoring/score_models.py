@@ -311,6 +311,7 @@ def load_score_model(
     attention: str | Sequence[str] = MASKED,
     role: Role | None = None,
     quantize: str | None = None,
+    merge: bool = True,
 ) -> ScoreModel | EncoderClassifier:
     """Loads a score model of either type: a classifier without `score.weight` is an encoder's.
 
@@ -320,7 +321,7 @@ def load_score_model(
         attention: Name of a transformers attention implementation, or several, for decoders: the first that can run.
         role: What the score is used as; a line then says which way round it is. None for a model that is only a start,
             such as a critic's.
-        quantize: As for `load_transformer`.
+        quantize, merge: As for `ScoreModel.from_pretrained`.
 
     Raises:
         InputError: As `ScoreModel.from_pretrained`, or the checkpoint says that it is of another kind.
@@ -329,7 +330,7 @@ def load_score_model(
         _log.info(load_line(path, role))
     if is_encoder(path):
         return EncoderClassifier.from_pretrained(path, dtype=dtype, quantize=quantize)
-    return ScoreModel.from_pretrained(path, dtype=dtype, attention=attention, quantize=quantize)
+    return ScoreModel.from_pretrained(path, dtype=dtype, attention=attention, quantize=quantize, merge=merge)
 
 
 def is_encoder(path: str) -> bool:

@@ -10,6 +10,7 @@ from repo_fast.engine import start_distributed, stop_distributed
 from repo_fast.jobs.inputs import read_inputs
 from repo_fast.jobs.trainer import Trainer
 from tests.job_runs import Job, metrics, same_bits, weights
+from tests.models.test_adapters import write
 
 ADAPTED = ("--policy.lora.rank 3", "--critics.lora.rank 2", "--total_steps 3")
 
@@ -88,3 +89,85 @@ def test_the_reference_shares_the_layers_that_are_not_trained(job: Job, tmp_path
     assert metrics(folders["auto"]) == metrics(folders["false"])
     assert metrics(folders["auto"])[1]["kl"] != 0
     assert same_bits(weights(folders["auto"]), weights(folders["false"]))
+
+
+# ----------------------------------------------------------------------------------------- six models on one base
+
+SCORES = ("reward", "cost")
+
+
+@pytest.fixture(scope="module")
+def trained(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`reward/` and `cost/`, merged, each with its `adapter/` on the policy of the jobs."""
+    folder = tmp_path_factory.mktemp("trained")
+    for seed, name in enumerate(SCORES):
+        write(folder / name, job.folder / "policy", name, seed=seed)
+    return folder
+
+
+def scored(folder: Path, adapter: bool, *options: str) -> tuple[str, ...]:
+    paths = {name: folder / name / "adapter" if adapter else folder / name for name in SCORES}
+    return (*ADAPTED, *(f"--{name}.path {path}" for name, path in paths.items()), *options)
+
+
+def in_4_bits(quantize: bool) -> list[str]:
+    return [f"--{section}.quantize nf4" for section in ("policy", "critics", *SCORES)] if quantize else []
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_six_models_are_what_separate_ones_are(
+    job: Job, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, stage: int
+) -> None:
+    """But for rounding, which merging does in another place."""
+    caplog.set_level("INFO", "repo_fast")
+    folders = {adapter: tmp_path / str(adapter) for adapter in (True, False)}
+    for adapter, folder in folders.items():
+        assert job.here(folder, *scored(trained, adapter, f"--engine.zero_stage {stage}")) == 0
+    ours, theirs = metrics(folders[True]), metrics(folders[False])
+    assert len(ours) == 3
+    for row, other in zip(ours, theirs, strict=True):
+        for name in ("reward", "cost", "kl", "loss", "reward_value_loss", "cost_value_loss", "gradient_norm"):
+            assert row[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+    lines = said(caplog, "one copy of the weights" if stage == 2 else "keeps copies of frozen weights")
+    on_one, merged = (float(re.search(r": ([\d.e-]+) GB", line)[1]) for line in lines)
+    # Merged, a critic has the weights of its score model, and all have the embeddings.
+    assert on_one > 1.5 * merged
+
+
+@pytest.mark.parametrize("quantize", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "nf4"])
+def test_their_bits_do_not_depend_on_what_is_shared(
+    job: Job, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, quantize: bool
+) -> None:
+    caplog.set_level("INFO", "repo_fast")
+    options = scored(trained, True, "--engine.zero_stage 2", *in_4_bits(quantize))
+    apart, together, stopped = (tmp_path / name for name in ("apart", "together", "stopped"))
+    assert job.here(apart, *options, "--engine.share_base false") == 0
+    assert job.here(together, *options, "--engine.share_base true") == 0
+    assert len(said(caplog, "one copy of the weights")) == 1
+    assert job.here(stopped, *options, "--stop_after 2") == 0
+    assert job.here(stopped, *options, "--resume auto") == 0
+    for folder in (together, stopped):
+        assert metrics(folder) == metrics(apart)
+        assert same_bits(weights(folder), weights(apart))
+
+
+@pytest.mark.parametrize("quantize", [False, True], ids=["", "nf4"])
+def test_six_models_hold_one_base(job: Job, trained: Path, tmp_path: Path, quantize: bool) -> None:
+    """Of the policy, which is its own reference, two score models and two critics; and each score model's adapters with
+    the critic that starts from them."""
+    options = scored(trained, True, "--engine.zero_stage 2", "--engine.share_base true", *in_4_bits(quantize))
+    trainer = built(job, tmp_path / "run", *options[len(ADAPTED) :])
+    try:
+        models = trainer.learner.models
+        modules = [engine.module for engine in (models.policy, *models.critics.values())]
+        modules += [scorer._module for scorer in trainer.scorers.values()]
+        assert len(modules) == 5
+        named = [dict(module.named_parameters()) for module in modules]
+        bases = [
+            {id(p) for name, p in own.items() if not re.search(r"lora_|score_head|^heads\.", name)} for own in named
+        ]
+        frozen = [{id(p) for name, p in own.items() if ".frozen." in name} for own in named]
+    finally:
+        stop_distributed()
+    assert all(base and base <= bases[0] for base in bases)
+    assert [len(own) for own in frozen] == [0, 28, 28, 28, 28] and len(set.union(*frozen)) == 56

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from repo_fast.errors import InputError
 from repo_fast.models.adapters import Base, is_adapter, merge_adapter, put_adapter, read_adapter
-from repo_fast.models.lora import add_lora, has_adapters
+from repo_fast.models.lora import add_lora, describe, has_adapters, merged_state
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_checkpoint import ScoreCheckpoint, output_names, read_settings
 from repo_fast.models.score_model import ScoreModel
@@ -47,22 +47,24 @@ def write(folder: Path, start: Path, kind: str = "cost", **settings) -> Path:
     """A score model trained with adapters on `start`; returns its `adapter/`, beside which the merged model is.
 
     Args:
-        settings: `dtype`, `heads`, `layout`, `seed`, `rank`, and `pad_token` and `multiple` of the vocabulary.
+        settings: `dtype`, `heads`, `layout`, `quantize`, `seed`, and `pad_token` and `multiple` of the vocabulary.
     """
     dtype, heads = settings.get("dtype", torch.float32), settings.get("heads", {})
     if (json.loads((start / "config.json").read_text())["architectures"][0]).endswith("CausalLM"):
-        model = ScoreModel.from_policy(str(start), dtype=dtype, names=tuple(heads))
+        model = ScoreModel.from_policy(str(start), dtype=dtype, names=tuple(heads), quantize=settings.get("quantize"))
     else:
         model = ScoreModel.from_pretrained(str(start), dtype=dtype)
     model.score_head.to(dtype)
     tokenizer = AutoTokenizer.from_pretrained(start)
     fit_vocabulary(model.trunk, tokenizer, pad_token=settings.get("pad_token"), multiple=settings.get("multiple", 1))
-    add_lora(model.trunk, rank=settings.get("rank", 3), alpha=6.0)
+    add_lora(model.trunk, rank=3, alpha=6.0)
     drawn_anew(model, settings.get("seed", 1))
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    packed = {f"{name}.weight": layer for name, layer in model.named_modules() if hasattr(layer, "unpacked")}
     save_score_model(
         folder,
         model,
-        dict(model.state_dict()),
+        state | {name: layer.unpacked(layer.weight) for name, layer in packed.items()},
         tokenizer,
         score_type=kind,  # type: ignore[arg-type]
         layout=settings.get("layout", "score"),
@@ -86,8 +88,8 @@ def folder(written: Path, tmp_path: Path) -> Path:
     return shutil.copytree(written / "cost" / "adapter", tmp_path / "adapter")
 
 
-def load(path: Path, dtype: torch.dtype = torch.float32) -> ScoreModel:
-    return ScoreModel.from_pretrained(str(path), dtype=dtype)
+def load(path: Path, dtype: torch.dtype = torch.float32, **options) -> ScoreModel:
+    return ScoreModel.from_pretrained(str(path), dtype=dtype, **options)
 
 
 def said(path: Path) -> str:
@@ -175,45 +177,84 @@ def test_the_heads_are_the_merged_models(written: Path) -> None:
     assert checkpoint.format().normalizer.keys() == merged.format().normalizer.keys() != set()
 
 
-# ---------------------------------------------------------------------------------------------------- several on one
+# ------------------------------------------------------------------------------------------------- beside the weights
+
+# Between adapters that are merged and those that stand beside: in bfloat16 what they add is summed after rounding.
+BESIDE = {torch.float32: 1e-5, torch.bfloat16: 0.15}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_several_on_the_weights_of_a_policy(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Under names of their own, beside a trained policy's: each gives what its merged folder does."""
-    start = save_policy(tmp_path / "policy")
-    policy = Policy.from_pretrained(str(start), dtype=dtype, attention="sdpa")
-    add_lora(policy.model, rank=4, alpha=8.0, targets=["q_proj", "up_proj"])
-    drawn_anew(policy, 5)
-    before = {name: value.clone() for name, value in policy.state_dict().items()}
-    trains = {name: parameter.requires_grad for name, parameter in policy.named_parameters()}
-    logits, rng = policy.model(READ).logits, torch.random.get_rng_state()
-    folders = {name: write(tmp_path / name, start, seed=i, rank=2 + i) for i, name in enumerate(("cost", "reward"))}
-    torch.random.set_rng_state(rng)
-    for name, folder in folders.items():
-        put_adapter(policy.model.model, read_adapter(str(folder)), name)
-    assert torch.equal(torch.random.get_rng_state(), rng)
-    # The policy and what of it is trained are what they were; its weights are the same tensors.
-    assert torch.equal(policy.model(READ).logits, logits)
-    after = policy.state_dict()
-    kept = {name: after[name if name in after else name.replace(".weight", ".base_layer.weight")] for name in before}
-    assert same_bits(kept, before)
-    after = {name.replace(".base_layer.", "."): p.requires_grad for name, p in policy.named_parameters()}
-    assert {name.replace(".base_layer.", "."): value for name, value in trains.items()}.items() <= after.items()
-    added = [parameter for name, parameter in policy.named_parameters() if ".cost." in name or ".reward." in name]
-    assert len(added) == 2 * 2 * 14 and all(p.dtype == dtype and not p.requires_grad for p in added)
+def gap(ours: ScoreModel, merged: ScoreModel) -> float:
+    return float((scores(ours) - scores(merged)).abs().max() / scores(merged).std())
 
-    for name, folder in folders.items():
-        for layer in policy.modules():
-            if hasattr(layer, "lora_A"):
-                layer._active_adapter = [name]
-        checkpoint, merged = ScoreCheckpoint(str(folder)), load(folder.parent, dtype)
-        ours = ScoreModel(policy.model.model, *checkpoint.head(), format=checkpoint.format())
-        gap = (scores(ours) - scores(merged)).abs().max() / scores(merged).std()
-        # In bfloat16 what the adapters add is summed after rounding, not in the weight.
-        assert gap < (1e-5 if dtype == torch.float32 else 0.15), name
-    with pytest.raises(ValueError, match="adapters 'cost' already"):
-        put_adapter(policy.model.model, read_adapter(str(folders["cost"])), "cost")
+
+@pytest.mark.parametrize("dtype", BESIDE)
+def test_beside_the_weights_of_the_base(written: Path, dtype: torch.dtype) -> None:
+    path, states = written / "cost" / "adapter", []
+    for merge in (True, False):
+        torch.manual_seed(0)
+        ours = load(path, dtype, merge=merge)
+        states.append(torch.random.get_rng_state())
+    assert torch.equal(*states)
+    assert gap(ours, load(path, dtype)) < BESIDE[dtype]
+    base = load_file(written / "policy" / "model.safetensors")
+    held = {name.replace(".base_layer.", "."): p for name, p in ours.trunk.named_parameters() if ".lora_" not in name}
+    assert all(torch.equal(p, base[f"model.{name}"].to(dtype)) for name, p in held.items()) and held
+    added = [p for name, p in ours.trunk.named_parameters() if ".lora_" in name]
+    assert len(added) == 2 * 14 and all(p.dtype == dtype for p in added)
+    assert not any(p.requires_grad for p in ours.trunk.parameters()) and not has_adapters(ours)
+
+
+@pytest.mark.parametrize("targets", [(), ("q_proj", "up_proj")])
+def test_what_is_trained_is_added_to_them(written: Path, targets: tuple[str, ...]) -> None:
+    """A critic's start: its own adapters see what the merged model is, and leave the others as they are."""
+    path = written / "cost" / "adapter"
+    ours, merged = load(path, merge=False), load(path)
+    frozen = {name: p.clone() for name, p in ours.trunk.named_parameters() if ".frozen." in name}
+    for model in (ours, merged):
+        torch.manual_seed(3)
+        add_lora(model.trunk, rank=2, alpha=4.0, targets=targets)
+    assert gap(ours, merged) < 1e-5
+    trained = [{name: p for name, p in m.trunk.named_parameters() if p.requires_grad} for m in (ours, merged)]
+    assert trained[0].keys() == trained[1].keys() and all(".default." in name for name in trained[0])
+    assert len(trained[0]) == 2 * (4 if targets else 14)
+    assert describe(ours).startswith(f"LoRA rank 2 on {len(trained[0]) // 2} layers")
+    before = scores(ours)
+    for model in (ours, merged):
+        drawn_anew(model.trunk, 4)
+        model(READ, torch.arange(7)[None], torch.arange(7)).sum().backward()
+    assert gap(ours, merged) < 1e-5 and (scores(ours) - before).abs().max() > 0.1
+    for name, parameter in trained[0].items():
+        torch.testing.assert_close(parameter.grad, trained[1][name].grad, rtol=1e-4, atol=1e-5)
+    after = dict(ours.trunk.named_parameters())
+    assert len(frozen) == 2 * 14
+    assert all(torch.equal(after[name], value) and not after[name].requires_grad for name, value in frozen.items())
+    with pytest.raises(ValueError, match="frozen adapters, which are not merged"):
+        merged_state(ours, dict(ours.state_dict()))
+
+
+def test_beside_a_base_in_4_bits(written: Path) -> None:
+    """Those of a plain base, at its price; what was trained there is nowhere else what it is."""
+    plain = written / "cost" / "adapter"
+    ours, full = load(plain, quantize="nf4"), load(plain)
+    assert 0.01 < gap(ours, full) < 1
+    names = [name for name, layer in ours.trunk.named_modules() if hasattr(layer, "unpacked")]
+    assert len(names) == 14 and all(name.endswith(".base_layer") for name in names)
+    # The same on the numbers that the 4 bits stand for.
+    by_hand = load(plain, merge=False)
+    for name in names:
+        layer = ours.trunk.get_submodule(name)
+        by_hand.trunk.get_submodule(name).weight.data.copy_(layer.unpacked(layer.weight))
+    assert torch.equal(scores(ours), scores(by_hand))
+
+
+def test_trained_beside_a_base_in_4_bits(written: Path, tmp_path: Path) -> None:
+    adapter = write(tmp_path / "model", written / "policy", quantize="nf4")
+    # Merged, dequantised, and as it was trained.
+    assert gap(load(adapter, quantize="nf4"), load(adapter.parent)) < 1e-5
+    assert said(adapter) == (
+        f"{str(adapter)!r} was trained beside its base in 4 bits, and quantize is None, expected 'nf4', or the folder "
+        "of the merged model"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- the base
@@ -358,7 +399,7 @@ def test_adapters_of_another_architectures_layers(folder: Path, tmp_path: Path) 
         str(save_policy(tmp_path / "shallow", num_hidden_layers=1)), dtype=torch.float32, attention="sdpa"
     )
     adapter = read_adapter(str(folder))
-    for use in (merge_adapter, lambda model, adapter: put_adapter(model, adapter, "cost")):
+    for use in (merge_adapter, put_adapter):
         before = snapshot(tmp_path)
         with pytest.raises(InputError, match=r"an adapter of layers\.1\.\S+: in LlamaModel there is no such"):
             use(shallow.model.model, adapter)
