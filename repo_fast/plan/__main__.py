@@ -14,7 +14,7 @@ import torch
 
 from repo_fast.config import TrainConfig, parse
 from repo_fast.jobs.launch import OneLineParser, guarded
-from repo_fast.plan.memory import Memory, memory
+from repo_fast.plan.memory import Memory, memory, vllm_cache_tokens
 from repo_fast.plan.networks import Network, networks
 from repo_fast.plan.speed import DEVICES, Device, Workload, step_seconds
 from repo_fast.report.tables import grid
@@ -73,6 +73,7 @@ def describe(config: TrainConfig, gpus: int, device: Device, response_tokens: fl
         f"{gpus} x {device.name}, {str(dtype).removeprefix('torch.')}, ZeRO stage {config.engine.zero_stage}",
         _memory_table(models, held),
         _verdict(config, models, held, gpus, device, dtype),
+        *_of_vllm(config, models[0], device, dtype),
         *(
             f"{model.role}: not packed ({model.masked}). What attention takes under a mask or in padded rows, with the "
             "square of their length, is not in this plan."
@@ -96,6 +97,8 @@ def _memory_table(models: Sequence[Network], held: Memory) -> str:
         parts = held.resident[model.role]
         sizes = [f"{parts[column] / 1e9:.2f}" for column in columns]
         rows.append([model.role, f"{model.parameters / 1e9:.2f}", *sizes, f"{sum(parts.values()) / 1e9:.2f}"])
+    if held.spared:
+        rows.append(["kept once (not in the sum)", "", f"{held.spared / 1e9:.2f}", "", "", "", ""])
     rows.append(["all that stays", "", "", "", "", "", f"{held.resident_total / 1e9:.2f}"])
     rows += [[f"+ {phase}", "", "", "", "", "", f"{size / 1e9:.2f}"] for phase, size in held.phases.items()]
     rows.append(["at most", "", "", "", "", "", f"{held.peak / 1e9:.2f}"])
@@ -113,14 +116,31 @@ def _verdict(
             f"fits: update.micro_batch_tokens {largest:,}."
         )
     lines = [f"It does not fit: {held.peak / 1e9:.1f} GB, and {room / 1e9:.1f} can be used (90 % of the device)."]
-    for change, changed in remedies(config, models):
-        peak = memory(changed, networks(changed, dtype), gpus, dtype, CUDA, device.memory).peak
+    for change, changed in remedies(config, models, gpus):
+        alike = (changed.policy, changed.critics) == (config.policy, config.critics)
+        own = models if alike else networks(changed, dtype)
+        peak = memory(changed, own, gpus, dtype, CUDA, device.memory).peak
         lines.append(f"  with {change}: {peak / 1e9:.1f} GB{', fits' if peak <= room else ''}")
         if peak <= room:
             break
     else:
         lines.append("  beyond that: more GPUs, or a smaller model")
     return "\n".join(lines)
+
+
+def _of_vllm(config: TrainConfig, policy: Network, device: Device, dtype: torch.dtype) -> list[str]:
+    """What is left of its share for keys and values, where it draws."""
+    if config.rollout.engine != "vllm":
+        return []
+    tokens = vllm_cache_tokens(config, policy, dtype, device.memory)
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    share = f"vLLM's {config.rollout.vllm.memory_share * device.memory / 1e9:.1f} GB (rollout.vllm.memory_share)"
+    if tokens < longest:
+        return [
+            f"vLLM does not fit: {share} have to hold its own copy of the policy's weights, in full, and the cache of "
+            f"at least one sequence of {longest:,} tokens."
+        ]
+    return [f"{share} hold its own copy of the policy's weights and a cache of {tokens:,.0f} tokens."]
 
 
 def largest_micro_batch(
@@ -137,7 +157,7 @@ def largest_micro_batch(
     return max((tokens for tokens in _MICRO_BATCHES if fits(tokens)), default=0)
 
 
-def remedies(config: TrainConfig, models: Sequence[Network]) -> list[tuple[str, TrainConfig]]:
+def remedies(config: TrainConfig, models: Sequence[Network], gpus: int) -> list[tuple[str, TrainConfig]]:
     """What to switch on, one after the other, cheapest first; each with all before it."""
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
 
@@ -155,8 +175,16 @@ def remedies(config: TrainConfig, models: Sequence[Network]) -> list[tuple[str, 
     def share(c: TrainConfig) -> TrainConfig:
         return dataclasses.replace(c, critics=dataclasses.replace(c.critics, shared_trunk=True))
 
+    def in_4_bits(c: TrainConfig) -> TrainConfig:
+        critics = dataclasses.replace(c.critics, quantize="nf4") if c.critics.lora.rank else c.critics
+        return dataclasses.replace(c, policy=dataclasses.replace(c.policy, quantize="nf4"), critics=critics)
+
+    adapters = config.policy.lora.rank > 0
+    # Of adapters on a single rank it splits little, and models no longer share what they have frozen.
+    splits = gpus > 1 or not adapters
+    in_shards = splits or config.engine.zero_stage == 3
     options: list[tuple[str, bool, Callable[[TrainConfig], TrainConfig]]] = [
-        ("engine.zero_stage 3", config.engine.zero_stage != 3, engine(zero_stage=3)),
+        ("engine.zero_stage 3", splits and config.engine.zero_stage != 3, engine(zero_stage=3)),
         (
             "engine.activation_checkpointing true",
             not config.engine.activation_checkpointing,
@@ -170,12 +198,21 @@ def remedies(config: TrainConfig, models: Sequence[Network]) -> list[tuple[str, 
             share,
         ),
         (
+            "policy.quantize nf4" + (" and critics.quantize nf4" if config.critics.lora.rank else ""),
+            adapters and config.policy.quantize is None,
+            in_4_bits,
+        ),
+        (
             "engine.offload_frozen true",
-            not config.engine.offload_frozen and any(not model.trained for model in models),
+            in_shards and not config.engine.offload_frozen and any(not model.trained for model in models),
             engine(offload_frozen=True),
         ),
         ("engine.offload_optimizer true", not config.engine.offload_optimizer, engine(offload_optimizer=True)),
-        ("engine.offload_parameters true", not config.engine.offload_parameters, engine(offload_parameters=True)),
+        (
+            "engine.offload_parameters true",
+            in_shards and not config.engine.offload_parameters,
+            engine(offload_parameters=True),
+        ),
     ]
     found, changed = [], config
     for name, applies, change in options:

@@ -31,10 +31,12 @@ class Memory:
     Attributes:
         resident: By model: what stays through a step, as `weights`, `gradients`, `optimizer`, `buffers`.
         phases: By phase: the most that is held beside it at once.
+        spared: Weights that models would hold if they were apart.
     """
 
     resident: dict[str, dict[str, float]]
     phases: dict[str, float]
+    spared: float = 0.0
 
     @property
     def resident_total(self) -> float:
@@ -57,6 +59,9 @@ def memory(
     """What a rank of so many holds; of `device_bytes`, vLLM takes its share, while it draws or all the time."""
     width = dtype.itemsize
     resident = {model.role: _resident(model, config.engine, ranks, width) for model in models}
+    shared = _shared(models, config.engine, width)
+    for role, spared in shared.items():
+        resident[role]["weights"] -= spared
     policy = models[0]
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     tokens = max(config.update.micro_batch_tokens, longest)
@@ -75,7 +80,28 @@ def memory(
     }
     if drawing and not vllm.sleep:
         phases |= {phase: phases["generate"] + phases[phase] for phase in PHASES if phase != "generate"}
-    return Memory(resident, {phase: phases[phase] for phase in PHASES})
+    return Memory(resident, {phase: phases[phase] for phase in PHASES}, sum(shared.values()))
+
+
+def vllm_cache_tokens(config: TrainConfig, policy: Network, dtype: torch.dtype, device_bytes: float) -> float:
+    """For how many tokens vLLM's share has room beside its own copy of the policy's weights; below 0, not for these.
+
+    The copy is whole and of plain numbers, also of a policy in 4 bits; what vLLM computes with is not in it.
+    """
+    vllm, width = config.rollout.vllm, dtype.itemsize
+    merged = policy.parameters - (policy.trained if config.policy.lora.rank else 0)
+    left = vllm.memory_share * device_bytes - width * merged / vllm.tensor_parallel
+    return left / (policy.cache_elements * width / vllm.tensor_parallel)
+
+
+def _shared(models: Sequence[Network], engine: EngineConfig, width: int) -> dict[str, float]:
+    """By model: what those before it hold of its weights (`models/sharing.py`)."""
+    if engine.zero_stage == 3 or engine.share_base is False:
+        return {}
+    return {
+        model.role: max((model.common_bytes(earlier, width) for earlier in models[:i]), default=0.0)
+        for i, model in enumerate(models)
+    }
 
 
 def _resident(model: Network, engine: EngineConfig, ranks: int, width: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ what autograd saves is added up.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from repo_fast.config import EngineConfig, LoraConfig, TrainConfig
 from repo_fast.errors import InputError
 from repo_fast.jobs.assembly import prepare_training
 from repo_fast.jobs.inputs import scorer_name
+from repo_fast.models.adapters import is_adapter, read_adapter
 from repo_fast.models.attention import MASKED, PACKED, PADDED
 from repo_fast.models.blocks import linear_layers
 from repo_fast.models.model_config import load_config
@@ -40,6 +42,8 @@ class Network:
             critic.
         parameters, trained: How many, and how many of them have a gradient.
         largest: Parameters of its largest module, which ZeRO-3 gathers at once.
+        base: Where its weights are from, and how they are quantised: what two models of one base have frozen is the
+            same.
         quantized, scales: How many of its parameters are held in 4 bits, and how many float32 scales they have.
         largest_quantized: Parameters of the largest layer held so, which is unpacked when it computes.
         width, vocabulary: Of the hidden states, and of the head; 0 without one over tokens.
@@ -65,6 +69,7 @@ class Network:
     other_activations: float
     shape: Shape | None
     masked: str = ""
+    base: tuple[str, str | None] | None = None
     quantized: int = 0
     scales: int = 0
     largest_quantized: int = 0
@@ -77,6 +82,13 @@ class Network:
     def shared_bytes(self, width: int) -> float:
         """Of all weights of so many bytes each, without the scales: what ZeRO-3 splits and gathers."""
         return width * (self.parameters - self.quantized) + self.quantized / 2
+
+    def common_bytes(self, other: "Network", width: int) -> float:
+        """Of the weights that it need not hold beside another model: those that both have frozen, of one base."""
+        if self.base is None or self.base != other.base:
+            return 0.0
+        frozen = min(model.parameters - model.trained for model in (self, other))
+        return width * (frozen - self.quantized) + self.quantized / 2 + self.scale_bytes
 
     def weight_bytes(self, width: int, ranks: int = 1) -> float:
         """Of the weights on a rank, where so many share them."""
@@ -99,13 +111,20 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
     masked = {"auto": (PACKED, *MASKED), PADDED: MASKED, "sdpa": ("sdpa",), "eager": ("eager",)}
     candidates = masked.get(config.policy.attention, (PACKED,))
     common: dict[str, Any] = {"head": True, "candidates": candidates}
-    options = {"lora": config.policy.lora, "last": config.policy.trainable_layers, "quantize": config.policy.quantize}
+    base = _base(config.policy.path, config.policy.quantize)
+    options = {"lora": config.policy.lora, "last": config.policy.trainable_layers, "base": base}
     found = [network("policy", policy, dtype, **options, **common)]
     if config.update.share_prompts and found[0].masked:
         raise InputError(f"update.share_prompts is true, expected false: the policy is not packed ({found[0].masked})")
     if not config.policy.lora.rank:
-        found.append(network("reference", policy, dtype, frozen=True, **common))
-    trunks, read = {}, set[tuple[str, str | None]]()
+        found.append(network("reference", policy, dtype, frozen=True, base=base, **common))
+    trunks, read, adapted = {}, set[tuple[str, str | None]](), config.policy.lora.rank > 0
+
+    def on(path: str, quantize: str | None, stays: bool = True) -> tuple[str, str | None]:
+        """What a score model's weights are once they are loaded: adapters may be merged."""
+        own = _base(read_adapter(path).base.path, quantize) if is_adapter(path) else None
+        return own if own and (quantize or (adapted and stays and own == base)) else _base(path, quantize)
+
     for name, scorer in config.all_scorers.items():
         role = scorer_name(name)
         spec = load_scorer_spec(scorer.path, role)
@@ -114,16 +133,27 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
             trunks[name] = load_config(spec.path)
             # Scorers that read other outputs of a folder share its model.
             if (spec.path, scorer.quantize) not in read:
-                found.append(network(role, trunks[name], dtype, frozen=True, quantize=scorer.quantize))
+                own = on(spec.path, scorer.quantize)
+                found.append(network(role, trunks[name], dtype, frozen=True, base=own))
             read.add((spec.path, scorer.quantize))
         elif spec.kind == "guard":
             guard = load_config(spec.path)
-            found.append(network(role, guard, dtype, frozen=True, head=True, quantize=scorer.quantize))
+            own = _base(spec.path, scorer.quantize)
+            found.append(network(role, guard, dtype, frozen=True, head=True, base=own))
     for streams in config.critic_streams:
         role = "critic" if len(streams) > 1 else f"{streams[0]} critic"
-        options = {"lora": config.critics.lora, "quantize": config.critics.quantize}
-        found.append(network(role, trunks.get(streams[0], policy), dtype, **options))
+        stream, lora, quantize = streams[0], config.critics.lora, config.critics.quantize
+        own = _base(config.policy.path, quantize)
+        if stream in trunks:
+            own = on(load_scorer_spec(config.all_scorers[stream].path, role).path, quantize, lora.rank > 0)
+        found.append(network(role, trunks.get(stream, policy), dtype, lora=lora, base=own))
     return found
+
+
+def _base(path: str, quantize: str | None) -> tuple[str, str | None]:
+    """A folder by its absolute path; on paper, no weights are compared."""
+    folder = Path(path).expanduser()
+    return (str(folder.absolute()) if folder.is_dir() else path), quantize
 
 
 def _policy_config(config: TrainConfig) -> PretrainedConfig:
@@ -147,7 +177,7 @@ def network(
     frozen: bool = False,
     lora: LoraConfig | None = None,
     last: int | None = None,
-    quantize: str | None = None,
+    base: tuple[str, str | None] | None = None,
     candidates: Sequence[str] = (PACKED, *MASKED),
 ) -> Network:
     """A model on paper.
@@ -158,7 +188,7 @@ def network(
         dtype: Of weights and activations.
         head: Whether it has one over the vocabulary; else it is a trunk with a scalar head, which is not counted.
         frozen, lora, last: What of it is trained: nothing; adapters; so many last layers; everything.
-        quantize: Whether what adapters go into is held in 4 bits.
+        base: As of the `Network`. None: of its own, and not quantised.
         candidates: The attentions that it may have, by transformers' names.
 
     Raises:
@@ -167,7 +197,8 @@ def network(
     kind = AutoModelForCausalLM if head else AutoModel
     model = built(kind, config).to(dtype)
     # Before adapters, which are linear layers too.
-    layers = [model.get_submodule(name).weight.numel() for name in linear_layers(model)] if quantize else []
+    quantized = base is not None and base[1] is not None
+    layers = [model.get_submodule(name).weight.numel() for name in linear_layers(model)] if quantized else []
     biased = head and check_head(config.name_or_path, model).bias is not None
     if frozen:
         model.requires_grad_(False)
@@ -194,6 +225,7 @@ def network(
         other_activations=(2 * one - two) / _PROBED_TOKENS,
         shape=Shape.of(model),
         masked="" if attention == PACKED else "; ".join(passed_over) or f"attention {attention}",
+        base=base,
         quantized=sum(layers),
         scales=sum(-(-elements // BLOCK) for elements in layers),
         largest_quantized=max(layers, default=0),

@@ -181,7 +181,7 @@ def stand_ins(name: str, folder: Path) -> list[str]:
     prompts = write(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows + rows))
     alpaca = [{"instruction": "make tea", "input": "please", "output": "yes you can"}] * 4
     # The scorers have Alpaca's vocabulary, which Llama 3.2 does not.
-    own = {"alpaca-7b": WORDS, "llama3.2-3b": ["other", *WORDS]}[name]
+    own = ["other", *WORDS] if name == "llama3.2-3b" else WORDS
     options = {
         "config": name,
         "policy.path": save_policy(folder / "policy", word_tokenizer(own, chat_template=False)),

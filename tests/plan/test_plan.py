@@ -1,17 +1,20 @@
 """What the plan's command says of a 7B."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from bench.trainer.architectures import config_of
 from repo_fast.config import TrainConfig, parse
+from repo_fast.models.lora import ADAPTER_FILE, BASE_FINGERPRINT
 from repo_fast.plan.__main__ import USABLE, largest_micro_batch, main
-from repo_fast.plan.memory import memory
-from repo_fast.plan.networks import networks
+from repo_fast.plan.memory import Memory, memory, vllm_cache_tokens
+from repo_fast.plan.networks import Network, networks
 from repo_fast.plan.speed import DEVICES, Workload, step_seconds
 
 LARGE = LlamaConfig(
@@ -147,3 +150,83 @@ def test_what_is_not_a_llama(
     said = capsys.readouterr()
     assert message in said.out + said.err
     assert status == (2 if "expected" in message or "cannot" in message else 0)
+
+
+# ---------------------------------------------------------------------------------------------------- on a single GPU
+
+
+@pytest.fixture(scope="module")
+def adapted(large: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of a 7B and of two score models that are adapters on it, all without weights."""
+    folder, policy = tmp_path_factory.mktemp("adapted"), large[large.index("--policy.path") + 1]
+    found = {"policy": policy}
+    for name in ("reward", "cost"):
+        LlamaConfig(**{**LARGE.to_dict(), "architectures": ["LlamaForScore"]}).save_pretrained(folder / name)
+        settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": policy}
+        (folder / name / "adapter_config.json").write_text(json.dumps(settings))
+        layer = "base_model.model.layers.0.self_attn.q_proj"
+        pair = {f"{layer}.lora_A.weight": torch.zeros(1, 4096), f"{layer}.lora_B.weight": torch.zeros(4096, 1)}
+        noted = {BASE_FINGERPRINT: "0" * 64, "format": "pt"}
+        save_file(pair, folder / name / ADAPTER_FILE, metadata=noted)
+        found[name] = str(folder / name)
+    return found
+
+
+def words_of(recipe: str, folders: dict[str, str], *more: str) -> list[str]:
+    return ["--config", recipe, *(word for name, path in folders.items() for word in (f"--{name}.path", path)), *more]
+
+
+def held_by(recipe: str, folders: dict[str, str], *more: str) -> tuple[Memory, list[Network]]:
+    config = parse(words_of(recipe, folders, *more), TrainConfig)
+    models = networks(config, torch.bfloat16)
+    return memory(config, models, 1, torch.bfloat16, torch.device("cuda"), 80e9), models
+
+
+def test_models_on_one_base_hold_it_once(adapted: dict[str, str]) -> None:
+    recipe = "alpaca-7b-24gb"
+    together, models = held_by(recipe, adapted)
+    assert [model.role for model in models] == ["policy", "reward", "cost", "reward critic", "cost critic"]
+    trunk = next(model for model in models if model.role == "reward").weight_bytes(2)
+    assert together.spared == pytest.approx(4 * trunk)
+    for options in (["--engine.share_base", "false"], ["--engine.zero_stage", "3"]):
+        apart, _ = held_by(recipe, adapted, *options)
+        assert apart.spared == 0
+        weights = [sum(parts["weights"] for parts in held.resident.values()) for held in (together, apart)]
+        assert weights[1] - weights[0] == pytest.approx(4 * trunk, rel=1e-3)
+    # What is left of five models, adapters and all: the goal is a third.
+    assert together.resident_total < 0.35 * apart.resident_total
+
+
+def test_a_base_of_its_own_is_not_shared(adapted: dict[str, str], large: list[str]) -> None:
+    """A critic shares with the score model that it starts from; without adapters in the policy, score models merge."""
+    score = large[large.index("--cost.path") + 1]
+    held, models = held_by("alpaca-7b-lora", adapted | {"cost": score})
+    trunk = next(model for model in models if model.role == "cost").weight_bytes(2)
+    assert held.resident["cost"]["weights"] == trunk and held.resident["cost critic"]["weights"] < 0.02 * trunk
+    whole, _ = held_by("alpaca-7b-lora", adapted, "--policy.lora.rank", "0")
+    assert whole.resident["reward"]["weights"] == trunk
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device", "fits"),
+    [("alpaca-7b-24gb", "rtx4090", True), ("alpaca-7b-lora", "rtx4090", False), ("alpaca-7b-lora", "l40s", True)],
+)
+def test_what_fits_on_one(
+    adapted: dict[str, str], capsys: pytest.CaptureFixture[str], recipe: str, device: str, fits: bool
+) -> None:
+    assert main(["--gpus", "1", "--device", device, *words_of(recipe, adapted)]) == 0
+    said = capsys.readouterr().out
+    assert ("does not fit" not in said) == ("The largest micro-batch that fits" in said) == fits
+    assert "kept once (not in the sum)" in said
+    # Sharding would part what is shared.
+    assert "engine.zero_stage 3" not in said
+
+
+def test_vllm_needs_room_for_its_own_copy(adapted: dict[str, str]) -> None:
+    """Of a policy in 4 bits too, in full."""
+    config = parse(words_of("alpaca-7b-24gb", adapted, "--rollout.engine", "vllm"), TrainConfig)
+    policy = networks(config, torch.bfloat16)[0]
+    assert vllm_cache_tokens(config, policy, torch.bfloat16, 24e9) < 0
+    tokens = vllm_cache_tokens(config, policy, torch.bfloat16, 80e9)
+    # 0.5 MB a token of 32 layers with 4096 keys and values each.
+    assert tokens == pytest.approx((0.35 * 80e9 - 2 * 6.738e9) / (2 * 2 * 32 * 4096), rel=0.01)

@@ -20,6 +20,7 @@ from tests.plan.test_plan_memory import CPU, LLAMA, SCORER, backward, live_bytes
 from tests.tiny import save_beaver, word_tokenizer
 
 LORA = LoraConfig(rank=4)
+BASE = ("policy", "nf4")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def test_weights_are_those_of_the_loaded_model(folder: Path, dtype: torch.dtype)
     layers = [layer for layer in policy.modules() if isinstance(layer, Nf4Linear)]
     held = sum(p.numel() * p.element_size() for p in policy.parameters())
     scales = sum(layer.quant_state.absmax.nbytes for layer in layers)
-    planned = network("policy", LLAMA, dtype, head=True, lora=LORA, quantize="nf4")
+    planned = network("policy", LLAMA, dtype, head=True, lora=LORA, base=BASE)
     assert planned.shared_bytes(dtype.itemsize) == held and planned.scale_bytes == scales > 0
     assert planned.weight_bytes(dtype.itemsize, 4) == held / 4 + scales
     plain = network("policy", LLAMA, dtype, head=True, lora=LORA)
@@ -79,7 +80,7 @@ def test_what_stays_is_what_deepspeed_holds(ranks: int, folder: Path, monkeypatc
     for held in on_ranks(ranks, f"{__name__}:held_after_a_step", folder.parent):
         for (stage, dtype), measured in held.items():
             settings = TrainConfig(engine=EngineConfig(zero_stage=stage), reward=SCORER, cost=SCORER)
-            planned = network("policy", LLAMA, dtype, head=True, lora=LORA, quantize="nf4")
+            planned = network("policy", LLAMA, dtype, head=True, lora=LORA, base=BASE)
             total = memory(settings, [planned], ranks, dtype, CPU).resident_total
             assert total == pytest.approx(measured, rel=0.03), (stage, dtype)
 
