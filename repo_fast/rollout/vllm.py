@@ -106,6 +106,11 @@ class VllmEngine:
             # Head and embedding have none, and the others compute faster without room for one.
             given["lora_target_modules"] = list(adapter.targets)
         logging.getLogger("vllm").setLevel(logging.WARNING)
+        if ranks.device.type == "cpu":
+            # What a part of a prompt draws is thrown away, and the random numbers for it are taken back: on a CPU they
+            # cannot be, and vLLM ends there. It warns of doing without parts, as untested.
+            given["enable_chunked_prefill"] = False
+            logging.getLogger("vllm.engine.arg_utils").setLevel(logging.ERROR)
         with ranks.together("the start of vLLM"):
             try:
                 self._engine = vllm.LLM(

@@ -81,6 +81,13 @@ def test_no_added_row_is_drawn(apart: list[dict], stage: int, form: str) -> None
         assert max(rank[stage, form]["highest"]) < len(word_tokenizer())
 
 
+def test_a_response_does_not_depend_on_how_many_are_drawn(apart: list[dict]) -> None:
+    """Nor is it an error where their prompts do not fit one step of vLLM's."""
+    for rank in apart:
+        few, many = rank[3, "plain"]["few and many"]
+        assert len(few) == 4 and same_bits(few, many)
+
+
 def test_what_vllm_does_by_itself(apart: list[dict]) -> None:
     """What is silent has to be undone, or a draw is wrong without a word."""
     for rank in apart:

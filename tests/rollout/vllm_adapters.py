@@ -154,6 +154,15 @@ def draws(path: str, stage: int, form: str, parallel: int, ranks: Ranks) -> dict
             found["moves"].append(float((peft_log_probs(policy, rollout) - ours).abs().mean()))
     if (stage, form, parallel) == (2, "adapter", 1):
         found |= traps(policy, sampler, rollout)
+    if form == PLAIN:
+        # More tokens of prompts than vLLM takes at once; of equal ones it computes one.
+        texts = torch.randint(4, TOKENS, (30, LONG), generator=torch.Generator().manual_seed(2))
+        others = [Request(Prompt(2 + i, "p"), tokens) for i, tokens in enumerate(texts)]
+        drawn = []
+        for more in ([], others):
+            torch.manual_seed(1)
+            drawn.append(sampler.draw(policy, requests() + more).response_tokens[: len(requests())])
+        found["few and many"] = drawn
     sampler.close()
     return found
 
