@@ -1,20 +1,24 @@
-"""Runs of the main job on a tiny policy: in this process, or by torchrun with a limit on time, so that a hang fails.
-
-`python -m tests.job_runs package.module:function FOLDER` calls a function of a test module; under torchrun, on every
-rank.
+"""Runs of the main job on a tiny policy: in this process, or on several ranks with a limit on time, so that a hang
+fails.
 """
 
 import importlib
 import json
 import math
+import multiprocessing.context
+import multiprocessing.forkserver
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -104,24 +108,69 @@ def torchrun(ranks: int) -> list[str]:
 
 
 def on_ranks(ranks: int, function: str, folder: Path) -> list:
-    """Call `package.module:function(folder)` on every rank of a torchrun.
+    """Call `package.module:function(folder)` on every rank, as under torchrun.
+
+    Ranks are forked from a process that has imported what they need: imports take longer than most of what they do.
 
     Returns:
         What each rank's function returned, by rank.
     """
-    finished = run([*torchrun(ranks), "tests.job_runs", function, str(folder)])
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return [torch.load(folder / f"returned-{rank}.pt", weights_only=False) for rank in range(ranks)]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    common = (ranks, port, dict(os.environ), function, folder)
+    started = [_fork_server().Process(target=_on_rank, args=(i, *common)) for i in range(ranks)]
+    for process in started:
+        process.start()
+    ends = time.monotonic() + LIMIT_SECONDS
+    while any(process.is_alive() for process in started):
+        late = time.monotonic() > ends
+        if late or any(process.exitcode for process in started):
+            # As torchrun does; one that waits for another would wait for ever.
+            for process in started:
+                process.kill()
+        for process in started:
+            process.join(0.05)
+    said = "".join((folder / f"said-{i}.txt").read_text()[-4000:] for i in range(ranks))
+    assert not any(process.exitcode for process in started), said
+    return [torch.load(folder / f"returned-{i}.pt", weights_only=False) for i in range(ranks)]
+
+
+@cache
+def _fork_server() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tests.job_runs", "repo_fast.jobs.trainer", "repo_fast.evaluate", "repo_fast.score"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _LAUNCH_VARIABLES:
+            patch.delenv(name, raising=False)
+        for name, value in _SETTINGS.items():
+            patch.setenv(name, value)
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def _on_rank(rank: int, ranks: int, port: int, environment: dict[str, str], function: str, folder: Path) -> None:
+    said = os.open(folder / f"said-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    os.environ |= environment | _SETTINGS
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    os.environ |= {name: str(value) for name, value in where.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    module, _, name = function.partition(":")
+    returned = getattr(importlib.import_module(module), name)(folder)
+    torch.save(returned, folder / f"returned-{rank}.pt")
 
 
 def run(words: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """A child process in the repository, with its whole process group killed where it outlives the limit."""
     inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCH_VARIABLES}
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
     with subprocess.Popen(
         words,
         cwd=REPOSITORY,
-        env={**inherited, **settings, **(environment or {})},
+        env={**inherited, **_SETTINGS, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -143,7 +192,8 @@ def run(words: Sequence[str], environment: dict[str, str] | None = None) -> subp
     return subprocess.CompletedProcess(words, child.returncode, out, err)
 
 
-_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def write_lines(path: Path, rows: Sequence) -> Path:
@@ -191,10 +241,3 @@ def same_bits(ours, theirs) -> bool:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, to show that nothing in it was changed."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-if __name__ == "__main__":
-    module, _, name = sys.argv[1].partition(":")
-    target = Path(sys.argv[2])
-    returned = getattr(importlib.import_module(module), name)(target)
-    torch.save(returned, target / f"returned-{os.environ.get('RANK', '0')}.pt")

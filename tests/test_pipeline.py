@@ -142,6 +142,7 @@ def test_bad_options_are_one_line_before_anything_starts(option, expected, start
     assert not started and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_stage_whose_result_is_gone_is_made_again(words, started, tmp_path):
     assert pipeline.main(words) == 0
     shutil.rmtree(tmp_path / "out/cost/model")

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import scipy.stats
+import scipy.special
 import torch
 
 
@@ -334,7 +334,7 @@ class Violation:
     def _quantile(self, n: int) -> float:
         if not self.student:
             return self.confidence_z
-        return float(scipy.stats.t.isf(scipy.stats.norm.sf(self.confidence_z), n - 1))
+        return float(-scipy.special.stdtrit(n - 1, scipy.special.ndtr(-self.confidence_z)))
 
 
 class Multiplier:

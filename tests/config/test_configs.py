@@ -209,7 +209,7 @@ def test_a_recipe_reads_what_is_laid_out_like_the_published_models_and_data(name
     assert prompt.tolist() + response.tolist() == inputs.tokenizer(joined)["input_ids"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [RECIPES[0], pytest.param(RECIPES[1], marks=pytest.mark.slow)])
 def test_a_recipe_trains_what_is_laid_out_like_the_published_models_and_data(name, tmp_path):
     """In bfloat16, with activation checkpointing, PTX loss and two critics, as on a GPU."""
     shorter = ["--total_steps", "1", "--rollout.max_new_tokens", "8", "--evaluation.samples_per_prompt", "1"]

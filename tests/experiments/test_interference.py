@@ -82,6 +82,7 @@ def test_frontiers_are_compared_seed_by_seed() -> None:
     assert [gap.mean for gap in gaps] == pytest.approx([0.5, -0.75 / 4 - 0.75 / 2 * 3 / 4], abs=0.01)
 
 
+@pytest.mark.slow
 def test_every_setting_is_a_configuration_that_trains() -> None:
     small = World.small()
     names = set()

@@ -178,6 +178,7 @@ def test_a_run_under_three_goes_on_as_it_was(finished: tuple[Job, Path], tmp_pat
     assert same_bits(weights(tmp_path / "run"), weights(whole))
 
 
+@pytest.mark.slow
 def test_on_two_ranks_with_scores_while_others_are_drawn(tmp_path: Path) -> None:
     """A prompt's responses lie on both ranks, and one rank may have none that a constraint is about."""
     job = make(tmp_path)

@@ -29,7 +29,7 @@ def options(cost: Path, stage: int) -> tuple[str, ...]:
     return (*QUANTIZED, *scores, f"--engine.zero_stage {stage}", "--total_steps 3", "--checkpoint.every 1")
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_a_run_goes_on_bit_for_bit(
     job: Job, cost: Path, stage: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -250,6 +250,7 @@ def test_resume_of_a_checkpoint_into_another_folder(job: Job, uninterrupted: Pat
     assert snapshot(uninterrupted) == before
 
 
+@pytest.mark.slow
 def test_the_table_of_a_resumed_run(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """It compares with the start of the run; where that is in another folder, the run says so and ends well."""
     options = [f"--data.eval_prompts {job.folder / 'prompts.jsonl'}", "--total_steps 2"]

@@ -198,7 +198,9 @@ def test_shaping_subtracts_the_weighted_cost_from_the_reward(policy_folder, rank
     assert not shaped.cost_advantages.any() and shaped.reward_advantages.any()
 
 
-@pytest.mark.parametrize("budget", [4096, 30, 1])
+@pytest.mark.parametrize(
+    "budget", [pytest.param(4096, marks=pytest.mark.slow), 30, pytest.param(1, marks=pytest.mark.slow)]
+)
 def test_sharing_prompts_changes_no_gradient(policy_folder, ranks, budget):
     results = {}
     for share in (False, True):
@@ -312,6 +314,7 @@ def norm_wise(actual, expected):
     return float((difference / scale).sqrt())
 
 
+@pytest.mark.slow
 def test_every_backend_of_the_ops_learns_the_same(policy_folder, ranks):
     """Policy, critics and PTX under ZeRO-3, in several micro-batches; Triton in its interpreter."""
     results = {}

@@ -8,11 +8,9 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from repo_fast.config import TrainConfig, parse, to_dict
@@ -20,7 +18,18 @@ from repo_fast.errors import InputError
 from repo_fast.jobs.checkpoint import check_run
 from repo_fast.report.jsonl import read_records
 from tests import scorers
-from tests.job_runs import OPTIONS, PROMPTS, assert_scored_by, metrics, run, snapshot, torchrun, weights, write_lines
+from tests.job_runs import (
+    OPTIONS,
+    PROMPTS,
+    assert_scored_by,
+    metrics,
+    on_ranks,
+    run,
+    snapshot,
+    torchrun,
+    weights,
+    write_lines,
+)
 from tests.rollout.vllm_architectures import DRAWN, REFUSED, SIZES, UNPACKED
 from tests.tiny import save_policy
 
@@ -160,10 +169,7 @@ def architectures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What `tests.rollout.vllm_architectures` found, in one process."""
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("architectures")
-    words = [sys.executable, "-m", "tests.job_runs", "tests.rollout.vllm_architectures:compare", str(folder)]
-    finished = run(words)
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    return torch.load(folder / "returned-0.pt", weights_only=False)
+    return on_ranks(1, "tests.rollout.vllm_architectures:compare", folder)[0]
 
 
 @pytest.mark.parametrize("name", DRAWN)
