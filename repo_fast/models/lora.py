@@ -15,6 +15,7 @@ because DeepSpeed trains one dtype; it keeps float32 masters.
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,10 @@ def add_lora(transformer: nn.Module, *, rank: int, alpha: float, targets: Sequen
         task_type="CAUSAL_LM" if generates else None,
     )
     before = {layer: list(layer.active_adapters) for layer in transformer.modules() if hasattr(layer, "lora_A")}
-    inject_adapter_in_model(config, transformer, _ADAPTER)
+    with warnings.catch_warnings():
+        # It is meant that there are others.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(config, transformer, _ADAPTER)
     for layer, active in before.items():
         # peft has switched them over.
         layer._active_adapter = [*active, _ADAPTER]
