@@ -230,7 +230,8 @@ def test_the_plan_counts_what_is_held(job: Job, cost_run: Path, tmp_path: Path) 
     found = []
     for path in (model, model / "adapter"):
         config = parse(job.words(tmp_path / "run", f"--cost.path {path}"))
-        found.append(networks(config, torch.float32))
+        # But for where they are from.
+        found.append([replace(model, base=None) for model in networks(config, torch.float32)])
     assert found[0] == found[1]
     scored = next(network for network in found[1] if network.role == "cost")
     trunk = ScoreModel.from_pretrained(str(model / "adapter"), dtype=torch.float32).trunk
