@@ -38,6 +38,7 @@ WAYS = {
     "apart, nf4": (False, "nf4"),
     "one base, nf4": (True, "nf4"),
 }
+PAIRS = (("one base", "apart"), ("one base, nf4", "apart, nf4"))
 
 
 def write_scores(folder: Path, base: str) -> None:
@@ -69,7 +70,6 @@ def options(way: str, policy: str, prompts: str | None, engine: str, folder: Pat
         "data.ptx": "null",
         "algorithm.ptx_coefficient": 0,
         "algorithm.advantage": "gae",
-        "algorithm.importance_cap": "null",
         "rollout.engine": engine,
         "rollout.prompts_per_step": 4,
         "rollout.responses_per_prompt": 2,
@@ -88,7 +88,7 @@ def options(way: str, policy: str, prompts: str | None, engine: str, folder: Pat
     if prompts is not None:
         values["data.prompts"] = prompts
     if engine == "vllm":
-        values |= {"rollout.vllm.compile": "false", "rollout.top_p": 1.0}
+        values["rollout.vllm.compile"] = "false"
     for section in ("policy", "critics", *SCORES) if quantize else ():
         values[f"{section}.quantize"] = quantize
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
@@ -149,19 +149,17 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
 def report(found: dict[str, dict[str, Any]]) -> str:
     """What each way holds, and how far its numbers are from those apart."""
     rows = []
-    for quantize in (None, "nf4"):
-        ways = [way for way, (_, own) in WAYS.items() if own == quantize]
-        apart = found[next(way for way in ways if not WAYS[way][0])]
-        six = sum(apart["bytes"].values()) + apart["base"]
-        held = {way: found[way]["bytes"] for way in ways}
-        name = next(way for way in ways if not WAYS[way][0])
-        with_reference = {**apart["bytes"], "parameters": apart["bytes"]["parameters"] + apart["base"]}
-        for way, own in {f"{name}, and a reference": with_reference, **held}.items():
+    for together, apart in PAIRS:
+        alone = found[apart]["bytes"]
+        with_reference = {**alone, "parameters": alone["parameters"] + found[apart]["base"]}
+        six = sum(with_reference.values())
+        held = {f"{apart}, and a reference": with_reference, apart: alone, together: found[together]["bytes"]}
+        for way, own in held.items():
             sizes = [own[part] / 1e6 for part in PARTS]
             rows.append([way, *(f"{size:.1f}" for size in sizes), f"{sum(sizes):.1f}", f"{1e6 * sum(sizes) / six:.3f}"])
     text = [render(["MB", *PARTS, "sum", "of six apart"], rows), ""]
     rows = []
-    for together, apart in (("one base", "apart"), ("one base, nf4", "apart, nf4")):
+    for together, apart in PAIRS:
         pairs = list(zip(found[together]["rows"], found[apart]["rows"], strict=True))
         gaps = [max(abs(ours[name] - theirs[name]) for ours, theirs in pairs) for name in COMPARED]
         sizes = [max(abs(theirs[name]) for _, theirs in pairs) for name in COMPARED]

@@ -122,9 +122,9 @@ def on_ranks(ranks: int, function: str, folder: Path) -> list:
     started = [_fork_server().Process(target=_on_rank, args=(i, *common)) for i in range(ranks)]
     for process in started:
         process.start()
-    ends = time.monotonic() + LIMIT_SECONDS
+    ends, late = time.monotonic() + LIMIT_SECONDS, False
     while any(process.is_alive() for process in started):
-        late = time.monotonic() > ends
+        late = late or time.monotonic() > ends
         if late or any(process.exitcode for process in started):
             # As torchrun does; one that waits for another would wait for ever.
             for process in started:
@@ -132,6 +132,7 @@ def on_ranks(ranks: int, function: str, folder: Path) -> list:
         for process in started:
             process.join(0.05)
     said = "".join((folder / f"said-{i}.txt").read_text()[-4000:] for i in range(ranks))
+    assert not late, f"hung for {LIMIT_SECONDS} s: {function}\n{said}"
     assert not any(process.exitcode for process in started), said
     return [torch.load(folder / f"returned-{i}.pt", weights_only=False) for i in range(ranks)]
 

@@ -111,7 +111,7 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
     masked = {"auto": (PACKED, *MASKED), PADDED: MASKED, "sdpa": ("sdpa",), "eager": ("eager",)}
     candidates = masked.get(config.policy.attention, (PACKED,))
     common: dict[str, Any] = {"head": True, "candidates": candidates}
-    base = _base(config.policy.path, config.policy.quantize)
+    base = _base(policy.name_or_path, config.policy.quantize)
     options = {"lora": config.policy.lora, "last": config.policy.trainable_layers, "base": base}
     found = [network("policy", policy, dtype, **options, **common)]
     if config.update.share_prompts and found[0].masked:
@@ -143,7 +143,7 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
     for streams in config.critic_streams:
         role = "critic" if len(streams) > 1 else f"{streams[0]} critic"
         stream, lora, quantize = streams[0], config.critics.lora, config.critics.quantize
-        own = _base(config.policy.path, quantize)
+        own = _base(policy.name_or_path, quantize)
         if stream in trunks:
             own = on(load_scorer_spec(config.all_scorers[stream].path, role).path, quantize, lora.rank > 0)
         found.append(network(role, trunks.get(stream, policy), dtype, lora=lora, base=own))

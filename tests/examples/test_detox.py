@@ -41,6 +41,11 @@ def test_scores_are_plain_floats_and_do_not_depend_on_the_batch(scorers):
         assert together == pytest.approx([score([PROMPT], [response])[0] for response in responses])
 
 
+def test_what_is_no_refusal_is_answered(scorers):
+    refused, answered = scorers.answered([PROMPT] * 2, ["I'm sorry, but I cannot help with that.", ON_TOPIC])
+    assert (refused, answered) == (-0.5, 0.5)
+
+
 def test_reward_prefers_what_goes_on_from_the_prompt(scorers):
     on_topic, off_topic = scorers.reward([PROMPT] * 2, [ON_TOPIC, OFF_TOPIC])
     assert on_topic == 1.0  # "scientific" takes up "scientists", "river" itself

@@ -1,6 +1,7 @@
 """What the plan's command says of a 7B."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,12 +198,18 @@ def test_models_on_one_base_hold_it_once(adapted: dict[str, str]) -> None:
     assert together.resident_total < 0.35 * apart.resident_total
 
 
-def test_a_base_of_its_own_is_not_shared(adapted: dict[str, str], large: list[str]) -> None:
+def test_a_base_of_its_own_is_not_shared(adapted: dict[str, str], large: list[str], tmp_path: Path) -> None:
     """A critic shares with the score model that it starts from; without adapters in the policy, score models merge."""
     score = large[large.index("--cost.path") + 1]
     held, models = held_by("alpaca-7b-lora", adapted | {"cost": score})
     trunk = next(model for model in models if model.role == "cost").weight_bytes(2)
     assert held.resident["cost"]["weights"] == trunk and held.resident["cost critic"]["weights"] < 0.02 * trunk
+    # What the README says of the two recipes: three bases, and one.
+    published, _ = held_by(
+        "alpaca-7b-lora", adapted | {"cost": score, "reward": str(shutil.copytree(score, tmp_path / "reward"))}
+    )
+    assert published.peak == pytest.approx(69.6e9, abs=0.1e9)
+    assert held_by("alpaca-7b-24gb", adapted)[0].peak == pytest.approx(10.2e9, abs=0.1e9)
     whole, _ = held_by("alpaca-7b-lora", adapted, "--policy.lora.rank", "0")
     assert whole.resident["reward"]["weights"] == trunk
 
