@@ -111,6 +111,7 @@ def on_ranks(ranks: int, function: str, folder: Path) -> list:
     """Call `package.module:function(folder)` on every rank, as under torchrun.
 
     Ranks are forked from a process that has imported what they need: imports take longer than most of what they do.
+    They start within a moment of each other, so what all of them read is written before, by the test.
 
     Returns:
         What each rank's function returned, by rank.

@@ -122,9 +122,8 @@ class EvaluatedRun(Run):
                 self.table("before_again")
 
     def evaluate(self, name: str) -> None:
-        """Sample and score the held-out prompts, into `eval_NAME.jsonl`. Leaves the random state as it was."""
-        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
-        with self.phase(f"evaluate {name}"), torch.random.fork_rng(devices=devices):
+        """Sample and score the held-out prompts, into `eval_NAME.jsonl`."""
+        with self.phase(f"evaluate {name}"), self._nothing_changed():
             torch.manual_seed(self.config.seed * 1_000_003 + _EVALUATION_SEEDS[name] * 10_007 + self.ranks.rank)
             count = self.config.evaluation.samples_per_prompt
             requests = self.share_requests(self.inputs.eval_requests, count)

@@ -49,13 +49,15 @@ def evaluated(output_dir: Path) -> dict[str, bytes]:
     }
 
 
-def test_they_change_nothing(job: Job, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("before_and_after", [True, False])
+def test_they_change_nothing(job: Job, whole: Path, tmp_path: Path, before_and_after: bool) -> None:
     """With a reward that draws from Python's and numpy's random states."""
-    assert job.here(tmp_path / "run", *small(job)) == 0
+    assert job.here(tmp_path / "run", *(small(job) if before_and_after else SMALL)) == 0
     assert metrics(tmp_path / "run") == metrics(whole)
     assert same_bits(weights(tmp_path / "run"), weights(whole))
     assert (tmp_path / "run" / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
     assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+    assert (tmp_path / "run" / "eval_before.jsonl").exists() == before_and_after
 
 
 def test_what_is_written(whole: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.job_runs import metrics, on_ranks, same_bits, weights
+from tests.rollout.vllm_adapters import make_inputs
 from tests.tiny import word_tokenizer
 
 # Between log-probabilities of the sampler and those of transformers with peft's layers.
@@ -25,7 +26,7 @@ EACH = pytest.mark.parametrize(("stage", "form"), [*ADAPTED, (3, "plain")])
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("apart")
+    return make_inputs(tmp_path_factory.mktemp("apart"))
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,10 @@ def apart(folder: Path) -> list[dict[Any, dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+def shared(folder: Path) -> list[dict[str, dict[str, Any]]]:
     """The same with one engine for both."""
     pytest.importorskip("vllm")
-    return on_ranks(2, "tests.rollout.vllm_adapters:shared", tmp_path_factory.mktemp("shared"))
+    return on_ranks(2, "tests.rollout.vllm_adapters:shared", folder)
 
 
 def assert_drawn_as_trained(found: dict[str, Any]) -> None:

@@ -46,9 +46,22 @@ LONG = 300
 LONGEST = LONG + 20
 
 
-def save(folder: Path) -> str:
-    """A policy whose tokenizer has no pad token, and whose rows are its tokens."""
-    return str(save_policy(folder / "policy", word_tokenizer(pad_token=None), max_position_embeddings=512, **SIZES))
+def make_inputs(folder: Path) -> Path:
+    """`policy/`, whose tokenizer has no pad token and whose rows are its tokens, and a `FORM.yaml` for each form."""
+    path = save_policy(folder / "policy", word_tokenizer(pad_token=None), max_position_embeddings=512, **SIZES)
+    prompts = write_lines(folder / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
+    options: dict[str, Any] = {
+        name: dict(value) if isinstance(value, dict) else value for name, value in OPTIONS.items()
+    }
+    options["data"] |= {"prompts": str(prompts)}
+    options["algorithm"] |= {"advantage": "rloo", "ptx_coefficient": 0.0}
+    options |= {"total_steps": 4}
+    options["policy"] = {"path": str(path), "pad_token": "<|pad|>", "pad_vocabulary_to": 16}
+    options["policy"]["lora"] = {"rank": 3, "alpha": 6.0}
+    for form in FORMS:
+        options["rollout"] |= {"engine": "vllm", "temperature": 0.8, "vllm": {"compile": False, "lora": form}}
+        (folder / f"{form}.yaml").write_text(yaml.safe_dump(options))
+    return folder
 
 
 @contextlib.contextmanager
@@ -215,9 +228,9 @@ def traps(policy: Engine, sampler: VllmSampler, rollout: Rollout) -> dict[str, A
 def apart(folder: Path) -> dict[Any, dict[str, Any]]:
     """Each rank has an engine of its own: by stage and form what was drawn; and runs, stopped and gone on with."""
     keep_caches_small()
-    ranks, path = start_distributed(), save(folder)
+    ranks, path = start_distributed(), str(folder / "policy")
     found: dict[Any, dict[str, Any]] = {(stage, form): draws(path, stage, form, 1, ranks) for stage, form in EACH}
-    found["runs"] = runs(folder, path)
+    found["runs"] = runs(folder)
     stop_distributed()
     return found
 
@@ -225,33 +238,21 @@ def apart(folder: Path) -> dict[Any, dict[str, Any]]:
 def shared(folder: Path) -> dict[str, dict[str, Any]]:
     """An engine on both ranks: by form what was drawn."""
     keep_caches_small()
-    ranks, path = start_distributed(), save(folder)
+    ranks, path = start_distributed(), str(folder / "policy")
     found = {form: draws(path, 3, form, 2, ranks) for form in FORMS}
     stop_distributed()
     return found
 
 
-def runs(folder: Path, path: str) -> dict[str, int]:
+def runs(folder: Path) -> dict[str, int]:
     """By form: `FORM/` at once, and `FORM-stopped/` in two parts; exit statuses."""
     stop, engines.stop_distributed = engines.stop_distributed, lambda: None
-    write_lines(folder / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
-    options: dict[str, Any] = {
-        name: dict(value) if isinstance(value, dict) else value for name, value in OPTIONS.items()
-    }
-    options["data"] |= {"prompts": str(folder / "prompts.jsonl")}
-    options["algorithm"] |= {"advantage": "rloo", "ptx_coefficient": 0.0}
-    options |= {"total_steps": 4}
-    options["policy"] = {"path": path, "pad_token": "<|pad|>", "pad_vocabulary_to": 16}
-    options["policy"]["lora"] = {"rank": 3, "alpha": 6.0}
     statuses = {}
     for form in FORMS:
-        options["rollout"] |= {"engine": "vllm", "temperature": 0.8, "vllm": {"compile": False, "lora": form}}
-        job = folder / f"{form}.yaml"
-        job.write_text(yaml.safe_dump(options))
 
-        def run(name: str, *words: str, job: Path = job) -> None:
-            output = folder / name
-            statuses[f"{name} {' '.join(words)}"] = main(["--config", str(job), "--output_dir", str(output), *words])
+        def run(name: str, *words: str, config: Path = folder / f"{form}.yaml") -> None:
+            options = ["--config", str(config), "--output_dir", str(folder / name), *words]
+            statuses[f"{name} {' '.join(words)}"] = main(options)
 
         run(form)
         run(f"{form}-stopped", "--stop_after", "2")
