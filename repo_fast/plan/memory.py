@@ -65,6 +65,8 @@ def memory(
     policy = models[0]
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     tokens = max(config.update.micro_batch_tokens, longest)
+    # A demonstration that is longer than a micro-batch is one by itself; only the policy learns these.
+    learned = max(tokens, longest_row(config))
     drawing, vllm = config.rollout.engine == "vllm", config.rollout.vllm
 
     def forwards(which: Sequence[Network]) -> float:
@@ -76,22 +78,36 @@ def memory(
         "generate": vllm.memory_share * device_bytes if drawing else _generation(policy, config, ranks, longest, width),
         "score": forwards([model for model in models if model.scores]),
         "experience": forwards([model for model in models if not model.scores]),
-        "update": max(_update(model, config.engine, ranks, tokens, width, device) for model in models if model.trained),
+        "update": max(
+            _update(model, config.engine, ranks, learned if model is policy else tokens, width, device)
+            for model in models
+            if model.trained
+        ),
     }
     if drawing and not vllm.sleep:
         phases |= {phase: phases["generate"] + phases[phase] for phase in PHASES if phase != "generate"}
     return Memory(resident, {phase: phases[phase] for phase in PHASES}, sum(shared.values()))
 
 
-def vllm_cache_tokens(config: TrainConfig, policy: Network, dtype: torch.dtype, device_bytes: float) -> float:
-    """For how many tokens vLLM's share has room beside its own copy of the policy's weights; below 0, not for these.
+def longest_row(config: TrainConfig) -> int:
+    """Tokens of the longest sequence that an update may have: no micro-batch can be made shorter."""
+    rollout = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    return rollout if config.data.ptx is None else max(rollout, config.data.ptx_max_tokens)
+
+
+def vllm_bytes(config: TrainConfig, policy: Network, dtype: torch.dtype, tokens: float) -> float:
+    """What vLLM holds on a rank: its own copy of the policy's weights, and the cache of so many tokens.
 
     The copy is whole and of plain numbers, also of a policy in 4 bits; what vLLM computes with is not in it.
     """
-    vllm, width = config.rollout.vllm, dtype.itemsize
     merged = policy.parameters - (policy.trained if config.policy.lora.rank else 0)
-    left = vllm.memory_share * device_bytes - width * merged / vllm.tensor_parallel
-    return left / (policy.cache_elements * width / vllm.tensor_parallel)
+    return dtype.itemsize * (merged + tokens * policy.cache_elements) / config.rollout.vllm.tensor_parallel
+
+
+def vllm_cache_tokens(config: TrainConfig, policy: Network, dtype: torch.dtype, device_bytes: float) -> float:
+    """For how many tokens vLLM's share has room beside its copy of the weights; below 0, not for these."""
+    copy, token = (vllm_bytes(config, policy, dtype, tokens) for tokens in (0, 1))
+    return (config.rollout.vllm.memory_share * device_bytes - copy) / (token - copy)
 
 
 def _shared(models: Sequence[Network], engine: EngineConfig, width: int) -> dict[str, float]:
@@ -107,13 +123,12 @@ def _shared(models: Sequence[Network], engine: EngineConfig, width: int) -> dict
 def _resident(model: Network, engine: EngineConfig, ranks: int, width: int) -> dict[str, float]:
     stage, trained = engine.zero_stage, model.trained
     weights = model.weight_bytes(width, ranks if stage == 3 else 1)
-    away = engine.offload_parameters or (engine.offload_frozen and not trained)
     # Their sum over micro-batches: in stage 3 each rank's share, and in the bfloat16 optimizer of stage 1 whole. Others
     # let go of it after a step (`_gradients`).
     gradients = {1: 0.0 if width == _FLOAT32 else _FLOAT32 * trained, 2: 0.0, 3: _FLOAT32 * trained / ranks}[stage]
     return {
         # What is split goes to the host, and the scales of 4-bit weights are not.
-        "weights": model.scale_bytes if away else weights,
+        "weights": model.scale_bytes if _away(model, engine) else weights,
         "gradients": 0.0 if engine.offload_optimizer else gradients,
         # A master and Adam's two moments.
         "optimizer": 0.0 if engine.offload_optimizer else 3 * _FLOAT32 * trained / ranks,
@@ -121,9 +136,19 @@ def _resident(model: Network, engine: EngineConfig, ranks: int, width: int) -> d
     }
 
 
+def _away(model: Network, engine: EngineConfig) -> bool:
+    """Whether its shards are in host memory between uses."""
+    return engine.offload_parameters or (engine.offload_frozen and not model.trained)
+
+
+def _gathers(model: Network, engine: EngineConfig, ranks: int) -> bool:
+    """Whether it is made whole to run. A single rank's shards are whole, where they are on the device."""
+    return engine.zero_stage == 3 and (ranks > 1 or _away(model, engine))
+
+
 def _gathered(model: Network, engine: EngineConfig, ranks: int, width: int) -> float:
-    """Whole parameters, beside this rank's shards, while the model runs. A single rank's shards are whole."""
-    if engine.zero_stage != 3 or ranks == 1:
+    """Whole parameters, beside this rank's shards, while the model runs."""
+    if not _gathers(model, engine, ranks):
         return 0.0
     # Elements as DeepSpeed counts them: a byte of two 4-bit numbers is one.
     elements = model.parameters - model.quantized / 2
@@ -153,7 +178,7 @@ def _generation(policy: Network, config: TrainConfig, ranks: int, longest: int, 
     # The last logits, the scores made of them, log-probabilities and probabilities in float32, the running sum of these
     # in float64; with top-p, their order before that.
     scores = 7 * _FLOAT32 * batch * policy.vocabulary
-    whole = policy.shared_bytes(width) if config.engine.zero_stage == 3 and ranks > 1 else 0.0
+    whole = policy.shared_bytes(width) if _gathers(policy, config.engine, ranks) else 0.0
     return whole + cache + scores + width * policy.largest_quantized
 
 

@@ -18,7 +18,7 @@ from repo_fast.config import EngineConfig, LoraConfig, TrainConfig
 from repo_fast.errors import InputError
 from repo_fast.jobs.assembly import prepare_training
 from repo_fast.jobs.inputs import scorer_name
-from repo_fast.models.adapters import is_adapter, read_adapter
+from repo_fast.models.adapters import Adapter, is_adapter, put_adapter, read_adapter
 from repo_fast.models.attention import MASKED, PACKED, PADDED
 from repo_fast.models.blocks import linear_layers
 from repo_fast.models.model_config import load_config
@@ -46,6 +46,9 @@ class Network:
             same.
         quantized, scales: How many of its parameters are held in 4 bits, and how many float32 scales they have.
         largest_quantized: Parameters of the largest layer held so, which is unpacked when it computes.
+        adapter: The folder of a score model's adapters that are kept beside its weights, frozen; None: there are none,
+            or they are merged.
+        adapter_parameters: How many of its parameters those are.
         width, vocabulary: Of the hidden states, and of the head; 0 without one over tokens.
         head_bias: Whether that has a bias.
         cache_elements: Keys and values of a token in all layers.
@@ -73,6 +76,8 @@ class Network:
     quantized: int = 0
     scales: int = 0
     largest_quantized: int = 0
+    adapter: str | None = None
+    adapter_parameters: int = 0
 
     @property
     def scale_bytes(self) -> float:
@@ -87,8 +92,9 @@ class Network:
         """Of the weights that it need not hold beside another model: those that both have frozen, of one base."""
         if self.base is None or self.base != other.base:
             return 0.0
-        frozen = min(model.parameters - model.trained for model in (self, other))
-        return width * (frozen - self.quantized) + self.quantized / 2 + self.scale_bytes
+        frozen = min(model.parameters - model.trained - model.adapter_parameters for model in (self, other))
+        adapters = self.adapter_parameters if self.adapter == other.adapter else 0
+        return width * (frozen + adapters - self.quantized) + self.quantized / 2 + self.scale_bytes
 
     def weight_bytes(self, width: int, ranks: int = 1) -> float:
         """Of the weights on a rank, where so many share them."""
@@ -103,8 +109,10 @@ class Network:
 def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
     """The models that a run holds on its devices; scorers that are functions are not among them.
 
+    Read are configurations, and the adapters of score models that are folders of such.
+
     Raises:
-        InputError: A model's configuration cannot be read, or it cannot be trained as asked.
+        InputError: A model's configuration or adapters cannot be read, or it cannot be trained as asked.
     """
     policy = _policy_config(config)
     # FlashAttention's memory is that of the packed one.
@@ -120,10 +128,14 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
         found.append(network("reference", policy, dtype, frozen=True, base=base, **common))
     trunks, read, adapted = {}, set[tuple[str, str | None]](), config.policy.lora.rank > 0
 
-    def on(path: str, quantize: str | None, stays: bool = True) -> tuple[str, str | None]:
-        """What a score model's weights are once they are loaded: adapters may be merged."""
-        own = _base(read_adapter(path).base.path, quantize) if is_adapter(path) else None
-        return own if own and (quantize or (adapted and stays and own == base)) else _base(path, quantize)
+    def on(path: str, quantize: str | None, stays: bool = True) -> dict[str, Any]:
+        """What a score model's weights are once they are loaded: adapters are merged, or kept beside their base."""
+        if is_adapter(path):
+            adapter = read_adapter(path)
+            own = _base(adapter.base.path, quantize)
+            if quantize or (adapted and stays and own == base):
+                return {"base": own, "adapter": adapter}
+        return {"base": _base(path, quantize)}
 
     for name, scorer in config.all_scorers.items():
         role = scorer_name(name)
@@ -133,20 +145,19 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
             trunks[name] = load_config(spec.path)
             # Scorers that read other outputs of a folder share its model.
             if (spec.path, scorer.quantize) not in read:
-                own = on(spec.path, scorer.quantize)
-                found.append(network(role, trunks[name], dtype, frozen=True, base=own))
+                found.append(network(role, trunks[name], dtype, frozen=True, **on(spec.path, scorer.quantize)))
             read.add((spec.path, scorer.quantize))
         elif spec.kind == "guard":
             guard = load_config(spec.path)
-            own = _base(spec.path, scorer.quantize)
-            found.append(network(role, guard, dtype, frozen=True, head=True, base=own))
+            weights = _base(spec.path, scorer.quantize)
+            found.append(network(role, guard, dtype, frozen=True, head=True, base=weights))
     for streams in config.critic_streams:
         role = "critic" if len(streams) > 1 else f"{streams[0]} critic"
         stream, lora, quantize = streams[0], config.critics.lora, config.critics.quantize
-        own = _base(policy.name_or_path, quantize)
+        start: dict[str, Any] = {"base": _base(policy.name_or_path, quantize)}
         if stream in trunks:
-            own = on(load_scorer_spec(config.all_scorers[stream].path, role).path, quantize, lora.rank > 0)
-        found.append(network(role, trunks.get(stream, policy), dtype, lora=lora, base=own))
+            start = on(load_scorer_spec(config.all_scorers[stream].path, role).path, quantize, lora.rank > 0)
+        found.append(network(role, trunks.get(stream, policy), dtype, lora=lora, **start))
     return found
 
 
@@ -178,6 +189,7 @@ def network(
     lora: LoraConfig | None = None,
     last: int | None = None,
     base: tuple[str, str | None] | None = None,
+    adapter: Adapter | None = None,
     candidates: Sequence[str] = (PACKED, *MASKED),
 ) -> Network:
     """A model on paper.
@@ -186,13 +198,16 @@ def network(
         role: Its name.
         config: Of the architecture.
         dtype: Of weights and activations.
-        head: Whether it has one over the vocabulary; else it is a trunk with a scalar head, which is not counted.
+        head: Whether it has one over the vocabulary; else it is a trunk with heads of scores, which are not counted:
+            a row of the width each, some kB.
         frozen, lora, last: What of it is trained: nothing; adapters; so many last layers; everything.
         base: As of the `Network`. None: of its own, and not quantised.
+        adapter: That is kept beside its weights, frozen.
         candidates: The attentions that it may have, by transformers' names.
 
     Raises:
-        InputError: It cannot be built with any of these; or with a head that is no linear layer.
+        InputError: It cannot be built with any of these; or with a head that is no linear layer; the adapter is not
+            of its layers.
     """
     kind = AutoModelForCausalLM if head else AutoModel
     model = built(kind, config).to(dtype)
@@ -200,6 +215,8 @@ def network(
     quantized = base is not None and base[1] is not None
     layers = [model.get_submodule(name).weight.numel() for name in linear_layers(model)] if quantized else []
     biased = head and check_head(config.name_or_path, model).bias is not None
+    if adapter is not None:
+        put_adapter(model, adapter)
     if frozen:
         model.requires_grad_(False)
     else:
@@ -229,6 +246,8 @@ def network(
         quantized=sum(layers),
         scales=sum(-(-elements // BLOCK) for elements in layers),
         largest_quantized=max(layers, default=0),
+        adapter=adapter and adapter.path,
+        adapter_parameters=sum(part.numel() for pair in adapter.pairs.values() for part in pair) if adapter else 0,
     )
 
 

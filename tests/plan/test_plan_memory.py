@@ -1,6 +1,7 @@
 """What the plan says of memory against what runs hold."""
 
 import contextlib
+import copy
 import gc
 import itertools
 import os
@@ -16,11 +17,14 @@ from repo_fast import engine, train
 from repo_fast.config import EngineConfig, LoraConfig, OptimizerConfig, ScorerConfig, TrainConfig, parse
 from repo_fast.engine import Engine, start_distributed, stop_distributed
 from repo_fast.jobs.run import Run
+from repo_fast.models.adapters import Adapter, Base, put_adapter
 from repo_fast.models.attention import PACKED
 from repo_fast.models.critic import Critic
+from repo_fast.models.lora import add_lora
 from repo_fast.models.loss_head import LossHead, summed_cross_entropy
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
+from repo_fast.models.sharing import SharedWeights
 from repo_fast.packing.rows import pack
 from repo_fast.plan.memory import memory
 from repo_fast.plan.networks import network, networks
@@ -133,6 +137,38 @@ def test_what_is_trained_is_what_is_counted() -> None:
     assert 0 < last.trained < parameters // 3 and last.layers == 1
     adapters = network("policy", LLAMA, torch.float32, head=True, lora=LoraConfig(rank=4))
     assert 0 < adapters.trained < parameters // 10 and adapters.parameters == parameters + adapters.trained
+
+
+def test_what_models_share_is_what_is_counted() -> None:
+    """A score model's adapters that are kept beside the policy's base are its own, and its critic's."""
+    base = LlamaForCausalLM._from_config(LLAMA, dtype=torch.bfloat16)
+    pairs = {
+        f"layers.{i}.self_attn.q_proj": (torch.randn(2, LLAMA.hidden_size), torch.randn(LLAMA.hidden_size, 2))
+        for i in range(LLAMA.num_hidden_layers)
+    }
+    adapter = Adapter("reward", Base("policy", ""), None, 2, 4.0, pairs)
+    lora, shared = LoraConfig(rank=4), SharedWeights()
+    on = {"base": ("policy", None), "lora": lora}
+    planned = [
+        network("policy", LLAMA, torch.bfloat16, head=True, **on),
+        network("reward", LLAMA, torch.bfloat16, frozen=True, base=("policy", None), adapter=adapter),
+        network("reward critic", LLAMA, torch.bfloat16, adapter=adapter, **on),
+        network("cost critic", LLAMA, torch.bfloat16, **on),
+    ]
+    for i, model in enumerate(planned):
+        held = copy.deepcopy(base if model.role == "policy" else base.model)
+        if model.adapter:
+            put_adapter(held, adapter)
+        if model.trained:
+            add_lora(held, rank=lora.rank, alpha=lora.alpha)
+        sizes = [(p.numel(), p.requires_grad) for p in held.parameters()]
+        assert model.parameters == sum(size for size, _ in sizes)
+        assert model.trained == sum(size for size, trained in sizes if trained)
+        shared.take(model.role, held)
+        spared = max((model.common_bytes(earlier, 2) for earlier in planned[:i]), default=0)
+        assert spared == shared.spared[model.role], model.role
+    adapters = 2 * sum(a.numel() + b.numel() for a, b in pairs.values())
+    assert shared.spared["reward critic"] - shared.spared["reward"] == adapters > 0
 
 
 # ------------------------------------------------------------------------------------------- what comes and goes
