@@ -66,7 +66,7 @@ rehearse: setup $(GPU_VENV)/.done ## Run what can be run of the CUDA paths witho
 	$(GPU_VENV)/bin/pip uninstall --quiet --yes deepspeed
 	$(GPU_VENV)/bin/pytest -m "not slow" $(SPREAD) tests/ops tests/kernels tests/bench tests/models/test_attention.py
 	DS_BUILD_OPS=0 $(GPU_VENV)/bin/pip install --quiet --disable-pip-version-check $$(grep ^deepspeed== requirements.lock)
-	$(GPU_VENV)/bin/pytest -m "not slow" $(SPREAD) tests/bench tests/test_engine.py tests/test_cuda_paths.py
+	$(GPU_VENV)/bin/pytest -m "not slow" $(SPREAD) tests/bench tests/engine tests/test_cuda_paths.py
 
 # The CUDA build of torch takes some GB; a CPU build, where the package index has one, does as well.
 $(GPU_VENV)/.done: requirements.lock .ci/gpu-machine.txt setup.py pyproject.toml $(wildcard csrc/*)

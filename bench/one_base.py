@@ -122,7 +122,8 @@ def measure(words: list[str]) -> dict[str, Any]:
     status = trainer.run()
     modules = [engine.module for engine in engines] + [scorer._module for scorer in trainer.scorers.values()]
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    scales = [parameter.quant_state.absmax for parameter in parameters if hasattr(parameter, "quant_state")]
+    layers = [layer for module in modules for layer in module.modules() if hasattr(layer, "quant_state")]
+    scales = [layer.quant_state.absmax for layer in layers]
     states: list[torch.Tensor] = []
     for engine in engines:
         optimizer = engine.frozen_module.optimizer

@@ -2,6 +2,7 @@
 fails.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -13,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from repo_fast.checkpoints.files import write_json
+from repo_fast.checkpoints.manifest import read_manifest, seal
 from tests.tiny import save_policy
 
 REPOSITORY = Path(__file__).parent.parent
@@ -142,7 +145,13 @@ def on_ranks(ranks: int, function: str, folder: Path) -> list:
 def _fork_server() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["tests.job_runs", "repo_fast.jobs.trainer", "repo_fast.evaluate", "repo_fast.score"]
+        [
+            "tests.job_runs",
+            "repo_fast.engine.library",
+            "repo_fast.jobs.trainer",
+            "repo_fast.evaluate",
+            "repo_fast.score",
+        ]
     )
     with pytest.MonkeyPatch.context() as patch:
         for name in _LAUNCH_VARIABLES:
@@ -243,3 +252,23 @@ def same_bits(ours, theirs) -> bool:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, to show that nothing in it was changed."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextlib.contextmanager
+def edited_run(output_dir: Path, step: int) -> Iterator[dict]:
+    """A checkpoint's `run.json`, to be changed to what another repo_fast would have written; the manifest agrees."""
+    folder = output_dir / "checkpoints" / f"step-{step:06d}"
+    run = json.loads((folder / "run.json").read_text())
+    yield run
+    seal(folder, read_manifest(folder) | {"run.json": write_json(folder / "run.json", run)})
+
+
+def states(output_dir: Path, step: int) -> dict[str, bytes]:
+    """What a checkpoint keeps of engines and random states, by file: all of it but what it says of the run."""
+    files = snapshot(output_dir / "checkpoints" / f"step-{step:06d}")
+    return {name: content for name, content in files.items() if name not in ("run.json", "manifest.json")}
+
+
+def engines(output_dir: Path, step: int) -> set[str]:
+    """Those that a checkpoint keeps the states of."""
+    return {name.partition("/")[0] for name in states(output_dir, step) if "/" in name}

@@ -5,6 +5,7 @@ jobs share stands here once.
 """
 
 import datetime
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -108,7 +109,8 @@ class EngineConfig:
     """ZeRO stage 3: parameters smaller than this stay on every rank (elements)."""
     share_base: bool | Literal["auto"] = "auto"
     """Frozen weights that models have alike, to the bit, are kept once (ZeRO stages 1 and 2). `auto`: where they are
-    alike; `true`: an adapted model whose base is unlike the policy's is an error; `false`: models are kept apart."""
+    alike; `true`: a model whose base is unlike the policy's is an error, a merged score model's too; `false`: models
+    are kept apart."""
     ops_backend: Literal["auto", "torch", "cpp", "triton"] = "auto"
     """Backend of `repo_fast.ops`."""
 
@@ -378,9 +380,12 @@ def check_model(key: str, model: ModelConfig) -> None:
 def check_lora(key: str, lora: LoraConfig) -> None:
     """Raise `InputError` for a value of this section that cannot be."""
     require_at_least(0, {f"{key}.rank": lora.rank})
-    require(lora.alpha > 0, f"{key}.alpha", lora.alpha, "a number above 0")
-    if lora.targets and not lora.rank:
-        raise InputError(f"{key}.targets is {list(lora.targets)} with {key}.rank 0, expected a rank of at least 1")
+    require(0 < lora.alpha < math.inf, f"{key}.alpha", lora.alpha, "a number above 0")
+    if lora.rank:
+        return
+    for name, value, default in (("targets", list(lora.targets), []), ("alpha", lora.alpha, LoraConfig().alpha)):
+        if value != default:
+            raise InputError(f"{key}.{name} is {value} with {key}.rank 0, expected a rank of at least 1")
 
 
 def check_quantize(key: str, quantize: str | None, lora: LoraConfig) -> None:

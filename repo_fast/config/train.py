@@ -162,8 +162,8 @@ class AlgorithmConfig:
     """What has an importance weight pi_old / pi_sampler, the two as computed by the trainer and by what drew the
     response: each `token`, or the response, the product of its tokens' (`repo_fast/objective/importance.py`)."""
     importance_cap: float | None = None
-    """Truncated importance weights (Ionides 2008): a token's policy loss counts min(weight, this). Null: no cap; with
-    no mask either, every token counts 1."""
+    """Truncated importance weights (Ionides 2008): a token's policy loss counts min(weight, this), the weight
+    being that of `importance_level`. Null: no cap; with no mask either, every token counts 1."""
     importance_mask: tuple[float, float] | None = None
     """Masked importance weights: those outside [low, high], 0 <= low < 1 < high, count 0. Denominators, baselines,
     multiplier and critics take all. Null: no mask."""

@@ -25,6 +25,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -489,6 +490,10 @@ def load_tokenizer(path: str, *, must_end: bool = True) -> PreTrainedTokenizerBa
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # its files are the user's, and may hold anything
+        if Path(path, "adapter_config.json").is_file():
+            raise InputError(
+                f"{path!r} holds adapters without a tokenizer, as policies' do: expected the folder of the merged model"
+            ) from error
         raise InputError(f"{path!r} has no tokenizer that transformers can load: {first_line(error)}") from error
     if must_end and tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {path!r} has no eos_token, expected one: responses would never end")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from repo_fast.config import (
 )
 from repo_fast.data import PromptTemplate, load_tokenizer
 from repo_fast.engine import Engine, resolve_dtype, sharded_loading
-from repo_fast.errors import InputError, first_line
+from repo_fast.errors import InputError, at, first_line
 from repo_fast.jobs.inputs import Inputs, scorer_name
 from repo_fast.learning.learner import Models
 from repo_fast.models.adapters import Base, is_adapter, read_adapter
@@ -37,7 +38,7 @@ from repo_fast.models.packing import settle_packing, state_before
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_checkpoint import LAYOUTS, find_output, output_names
 from repo_fast.models.score_model import ScoreModel
-from repo_fast.models.sharing import SharedWeights
+from repo_fast.models.sharing import SharedWeights, whole_bytes
 from repo_fast.models.trunk import train_last_layers
 from repo_fast.models.vocabulary import fit_vocabulary
 from repo_fast.packing.rows import PackedBatch
@@ -59,7 +60,7 @@ from repo_fast.scoring import (
     load_score_model,
     score_text,
 )
-from repo_fast.scoring.score_models import Role, same_tokens
+from repo_fast.scoring.score_models import Role, reads_tokens_of
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,8 @@ def _say_what_is_shared(config: TrainConfig, shared: SharedWeights, ranks: Ranks
         log.info(said, models, size / 1e9)
     if config.policy.lora.rank and config.engine.share_base:
         for name, weight in shared.unlike.items():
-            log.info("%s has a base of its own: its %s is unlike the policy's (a merged folder's is)", name, weight)
+            said = "%s has a base of its own: its %s is unlike the policy's (in a merged folder or other bits it is)"
+            log.info(said, name, weight)
 
 
 def build_sampler(config: TrainConfig, inputs: Inputs, policy: Engine, ranks: Ranks) -> Sampler:
@@ -195,7 +197,8 @@ def load_policy(
         policy = Policy.from_pretrained(path, **loading)
         _fit_vocabulary(policy.model, tokenizer, settings)
     stop_alike(policy.model, tokenizer)
-    prepare_training(policy.model, settings.trainable_layers, settings.lora, engine)
+    with at(f"what is trained of {path!r}"):
+        prepare_training(policy.model, settings.trainable_layers, settings.lora, engine)
     _say_what_is_trained(path, policy)
     return policy
 
@@ -292,7 +295,8 @@ def load_trained_score_model(
         _fit_vocabulary(model.trunk, tokenizer, settings)
     # DeepSpeed trains parameters of one dtype; it keeps float32 masters, and the head computes in float32 anyway.
     model.score_head.to(loading["dtype"])
-    prepare_training(model.trunk, settings.trainable_layers, settings.lora, engine)
+    with at(f"what is trained of {path!r}"):
+        prepare_training(model.trunk, settings.trainable_layers, settings.lora, engine)
     _say_what_is_trained(path, model)
     return model
 
@@ -352,6 +356,8 @@ def prepare_training(
         # Re-entrant: the other kind compares shapes with those of the first forward, and ZeRO-3 has released them.
         transformer.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         transformer.enable_input_require_grads()
+        # Said of every forward that needs no gradient: the reference, and the probabilities of before an update.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True", UserWarning)
 
 
 def _say_what_is_trained(path: str, module: nn.Module) -> None:
@@ -365,21 +371,27 @@ def _critics(config: TrainConfig, inputs: Inputs, loading: dict, shared: SharedW
     for group in config.critic_streams:
         model, outputs = _critic_start(group, config, inputs, loading, shared)
         critic = critics["_".join(group)] = Critic(model, group, loading["dtype"], outputs)
-        prepare_training(critic.trunk, None, config.critics.lora, config.engine)
+        with at("critics.lora"):
+            prepare_training(critic.trunk, None, config.critics.lora, config.engine)
         shared.take(f"the critic of {' and '.join(group)}", critic.trunk)
         _say_what_is_trained(f"critic of {' and '.join(group)}", critic)
         if len(group) > 1:
-            log.info("%s", _saved_by_sharing(critic, loading["dtype"]))
+            log.info("%s", _saved_by_sharing(critic, shared))
     return critics
 
 
-def _saved_by_sharing(critic: Critic, dtype: torch.dtype) -> str:
-    """What further trunks would take over all ranks: weights, and where they are trained DeepSpeed's copies."""
+def _saved_by_sharing(critic: Critic, shared: SharedWeights) -> str:
+    """What further trunks would take over all ranks: weights, and where they are trained DeepSpeed's copies. Frozen
+    weights would be shared among them, unless models are kept apart."""
     # In float32, also beside weights of that type: a master, a gradient, and Adam's two moments.
-    weight, trained = torch.finfo(dtype).bits // 8, 16
+    trained = 16
     sizes = list(parameter_sizes(critic.trunk))
     spared = len(critic.streams) - 1
-    size = spared * sum(count * (weight + trained * trains) for count, trains in sizes)
+    size = spared * sum(
+        whole_bytes(parameter) + trained * getattr(parameter, "ds_numel", parameter.numel()) * parameter.requires_grad
+        for parameter in critic.trunk.parameters()
+        if parameter.requires_grad or shared.apart
+    )
     passes = "a forward and backward" if spared == 1 else f"{spared} forwards and backwards"
     return (
         f"the critics share one trunk of {sum(count for count, _ in sizes):,} parameters: {size / 1e9:.3g} GB saved "
@@ -395,10 +407,11 @@ def _critic_start(
     spec = inputs.scorers[stream]
     if spec.kind == "model":
         reason = "its tokens are not the policy's"
-        if same_tokens(load_tokenizer(spec.path, must_end=False), inputs.template.tokenizer):
+        if reads_tokens_of(load_tokenizer(spec.path, must_end=False), inputs.template.tokenizer):
             # What is trained whole is merged.
             merge = not config.critics.lora.rank or _merges(spec.path, config.critics.quantize, shared)
-            model = load_score_model(spec.path, merge=merge, **loading)
+            with at("critics.quantize"):
+                model = load_score_model(spec.path, merge=merge, **loading)
             if isinstance(model, ScoreModel):
                 heads = {name: config.scorers[name].head for name in group if inputs.scorers[name] == spec}
                 # Where it has one output, those of further streams start at zero.

@@ -1,34 +1,42 @@
 """Checkpoints of a run: found, written aside and renamed, pruned, and checked against the run that resumes.
 
-A checkpoint is the folder `checkpoints/step-000010/` with one DeepSpeed folder an engine, `run.json` (step,
-configuration, multiplier, data positions), and one file of random states a rank. It is written as
-`step-000010.partial` and renamed when every rank is done: a folder without that ending is complete, whenever the run
-was killed. Older ones go only after that.
+A checkpoint is the folder `checkpoints/step-000010/` with a folder for each engine (`Engine.save`), `run.json` (step,
+configuration, multiplier, data positions), a file of random states for each rank, and `manifest.json`, which knows all
+of these. It is written as `step-000010.partial` and renamed when every rank is done: a folder without that ending is
+complete, whenever the run was killed. Older ones go only after that. One that was damaged since is never read:
+`--resume auto` goes on from the one before it, and calls it `step-000010.damaged`.
 """
 
 import json
+import logging
 import os
-import random
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy
 import torch
-from safetensors.torch import load_file, save_file
 
+from repo_fast.checkpoints.files import FileSum, sync, sync_folders
+from repo_fast.checkpoints.manifest import MANIFEST, Damaged, check_sizes, check_sums, read_manifest, seal
+from repo_fast.collectives import Ranks
 from repo_fast.config import GuardConfig, RubricConfig, ScorerConfig
 from repo_fast.errors import InputError
 from repo_fast.report.folders import publish
+
+_log = logging.getLogger(__name__)
 
 _COMPLETE = re.compile(r"step-(\d{6,})")
 # May differ between a checkpoint and the run that goes on from it: they change nothing that is computed.
 _FREE_KEYS = (
     *("output_dir", "resume", "resume_changed_data", "stop_after", "checkpoint", "log", "layout", "evaluate_every"),
     *("expect", "evaluation.every", "evaluation.stop_on", "evaluation.kl_bound", "engine.share_base"),
+    *(f"engine.{name}" for name in ("zero_stage", "offload_optimizer", "offload_parameters", "offload_frozen")),
+    "engine.parameter_persistence_threshold",
 )
+# May differ too, but what is computed differs by its rounding.
+_ROUNDS = "engine.dtype"
 # So do these of any scorer: a run that stopped at its budget goes on with a larger one.
 _FREE_OF_SCORERS = re.compile(
     r".+\.(expect|judge\.(url|api_key_variable|concurrency|retries|timeout|input_price|output_price|budget))"
@@ -53,27 +61,117 @@ _BEFORE = {
 def checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     folder = output_dir / "checkpoints"
-    found = [path for path in folder.glob("step-*") if _COMPLETE.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((path for path in folder.glob("step-*") if _COMPLETE.fullmatch(path.name)), key=_step_of)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether it is a folder whose name says that it is complete."""
+    return folder.is_dir() and _COMPLETE.fullmatch(folder.resolve().name) is not None
+
+
+def is_deepspeeds(folder: Path) -> bool:
+    """Whether DeepSpeed wrote it, as it did before checkpoints had a manifest."""
+    return not (folder / MANIFEST).exists() and any(folder.glob("*/state/*.pt"))
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.resolve().name.removeprefix("step-"))
 
 
 def find_resume(resume: str | None, output_dir: Path) -> Path | None:
     """The checkpoint folder that `--resume` means; None to start anew.
 
+    With `auto` it is the newest whose files are all there and whose `run.json` is what was written. `first_sound` reads
+    the others too, on all ranks together.
+
     Raises:
-        InputError: A folder is named that is not a complete checkpoint.
+        InputError: A folder is named that is not a complete checkpoint, or is damaged; or all are.
     """
     if resume is None:
         return None
     if resume == "auto":
-        found = checkpoints(output_dir)
-        return found[-1] if found else None
+        found, problem = checkpoints(output_dir), None
+        for folder in reversed(found):
+            try:
+                _look_at(folder)
+                return folder
+            except Damaged as error:
+                problem = problem or f"{error.file} of {folder} {error.problem}"
+        if problem is not None:
+            raise InputError(f"--resume 'auto' finds damaged checkpoints alone, expected one that is not: {problem}")
+        return None
     folder = Path(resume)
-    if not (folder / "run.json").is_file() or not _COMPLETE.fullmatch(folder.resolve().name):
+    if not is_checkpoint(folder):
         raise InputError(
             f"--resume {resume!r} is not a complete checkpoint, expected `auto` or a folder checkpoints/step-NNNNNN"
         )
+    try:
+        _look_at(folder)
+    except Damaged as error:
+        raise _named_is_damaged(folder, error) from error
     return folder
+
+
+def _look_at(folder: Path) -> None:
+    """Raise `Damaged` for what can be seen at once; `InputError` for a checkpoint of before there was a manifest."""
+    if is_deepspeeds(folder):
+        raise InputError(f"checkpoint {folder} is DeepSpeed's, as repo_fast wrote them before, expected one of its own")
+    files = read_manifest(folder)
+    check_sizes(folder, files)
+    check_sums(folder, files, ["run.json"])
+
+
+def _named_is_damaged(folder: Path, error: Damaged) -> InputError:
+    return InputError(f"checkpoint {folder} is damaged, expected another: {error.file} {error.problem}")
+
+
+def first_sound(folder: Path, resume: str | None, output_dir: Path, ranks: Ranks) -> Path:
+    """The checkpoint that `find_resume` found, or one before it, all of whose files are what was written.
+
+    The ranks share the reading. Those that are damaged get another name. All ranks must call it.
+
+    Args:
+        folder: From `find_resume`.
+        resume: As it was given to that.
+        output_dir: As well.
+        ranks: This process among all.
+
+    Raises:
+        InputError: It was named, and is damaged; or all are.
+    """
+    while True:
+        problem = _first_damage(folder, ranks)
+        if problem is not None and resume != "auto":
+            raise _named_is_damaged(folder, problem)
+        with ranks.together("setting damaged checkpoints aside"):
+            if ranks.is_first and resume == "auto":
+                newer = [path for path in checkpoints(output_dir) if _step_of(path) > _step_of(folder)]
+                for damaged in newer + ([] if problem is None else [folder]):
+                    aside = damaged.with_name(f"{damaged.name}.damaged")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.rename(damaged, aside)
+                    why = "" if problem is None or damaged != folder else f" ({problem.file} {problem.problem})"
+                    _log.warning("checkpoint %s is damaged%s: it is called %s from now on", damaged, why, aside.name)
+        if problem is None:
+            return folder
+        found = find_resume(resume, output_dir)
+        if found is None:
+            raise InputError(f"--resume 'auto' finds damaged checkpoints alone, expected one that is not: {problem}")
+        folder = found
+
+
+def _first_damage(folder: Path, ranks: Ranks) -> Damaged | None:
+    """What the first of the ranks found that found something."""
+    mine: list[tuple[str, str]] = []
+    with ranks.together("reading a checkpoint's sums"):
+        files = read_manifest(folder)
+        for name in ranks.share(sorted(files)):
+            try:
+                check_sums(folder, files, [name])
+            except Damaged as error:
+                mine.append((error.file, error.problem))
+    found = ranks.gather_list(mine)
+    return Damaged(*found[0]) if found else None
 
 
 def check_output_folder(resume: str | None, output_dir: Path) -> None:
@@ -102,25 +200,23 @@ def read_run(folder: Path) -> dict:
         raise InputError(f"{folder / 'run.json'} is not valid JSON: {error}") from error
 
 
-def check_run(folder: Path, run: dict, config: dict, ranks: int) -> None:
-    """Raise `InputError` where a checkpoint belongs to another configuration or number of ranks.
+def check_run(folder: Path, run: dict, config: dict) -> None:
+    """Raise `InputError` where a checkpoint belongs to another configuration.
 
     Args:
         folder: For the message.
         run: Its `run.json`.
         config: The resuming run's configuration, as plain mappings.
-        ranks: The resuming run's number of ranks.
     """
-    if run["ranks"] != ranks:
-        raise InputError(
-            f"checkpoint {folder} was written by {run['ranks']} ranks, expected as many; this run has {ranks}"
-        )
     for key, (theirs, ours) in _differences(run["config"], config).items():
         if key == "critics.shared_trunk" and theirs is False:
             # What null was then.
             theirs = None
         if theirs is None and key in _BEFORE:
             theirs = ours if _BEFORE[key] is _ANY else _BEFORE[key]
+        if key == _ROUNDS:
+            _log.warning("going on with %s %s, where checkpoint %s was written with %s", key, ours, folder, theirs)
+            continue
         free = {key, key.split(".")[0]} & {*_FREE_KEYS} or _FREE_OF_SCORERS.fullmatch(key)
         if theirs != ours and not free:
             raise InputError(
@@ -160,26 +256,27 @@ def begin(folder: Path) -> None:
     partial(folder).mkdir(parents=True)
 
 
-def write_run(folder: Path, run: dict) -> None:
-    """Write `run.json`. For one rank to call."""
-    (folder / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
-
-
-def complete(folder: Path) -> None:
+def complete(folder: Path, sums: Mapping[str, FileSum]) -> None:
     """Make a checkpoint that all ranks have written count. For one rank to call.
 
     Args:
         folder: Its final name.
+        sums: Of all its files, by their paths in it.
     """
-    for path in partial(folder).rglob("*"):
-        if path.is_file():
-            _to_disk(path)
+    seal(partial(folder), sums)
+    sync_folders(partial(folder))
     publish(partial(folder), folder)
-    _to_disk(folder.parent)
+    sync(folder.parent)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove what killed runs left. For one rank to call, before there is one of this run."""
+    for unfinished in (output_dir / "checkpoints").glob("step-*.partial"):
+        shutil.rmtree(unfinished)
 
 
 def prune(output_dir: Path, keep: int, best: int | None = None) -> None:
-    """Remove the oldest checkpoints of a run, and what killed runs left. For one rank to call.
+    """Remove the oldest checkpoints of a run. For one rank to call.
 
     Args:
         output_dir: The run's folder.
@@ -190,63 +287,7 @@ def prune(output_dir: Path, keep: int, best: int | None = None) -> None:
         if old.name != f"step-{best or 0:06d}":
             # A removal that is killed half-way must not leave what looks complete.
             os.rename(old, partial(old))
-    for unfinished in (output_dir / "checkpoints").glob("step-*.partial"):
-        shutil.rmtree(unfinished)
-
-
-def _to_disk(path: Path) -> None:
-    """Without this a machine that loses power after the rename could keep the new name and not the new bytes."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The states of torch (CPU and this rank's GPU), numpy and Python, which a user's scorer may draw from."""
-
-    tensors: dict[str, torch.Tensor]
-    words: dict[str, Any]
-
-    @classmethod
-    def now(cls) -> "RandomState":
-        """As they are."""
-        tensors = {"torch": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            tensors["cuda"] = torch.cuda.get_rng_state()
-        kind, keys, position, has_gauss, gauss = numpy.random.get_state(legacy=True)
-        tensors["numpy"] = torch.from_numpy(keys.astype(numpy.int64))
-        words = {"numpy": [str(kind), int(position), int(has_gauss), float(gauss)], "python": random.getstate()}
-        return cls(tensors, words)
-
-    def restore(self) -> None:
-        """Go on from it. Nothing that draws random numbers may come between this and the run."""
-        torch.set_rng_state(self.tensors["torch"])
-        if "cuda" in self.tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(self.tensors["cuda"])
-        kind, position, has_gauss, gauss = self.words["numpy"]
-        numpy.random.set_state((kind, self.tensors["numpy"].numpy().astype(numpy.uint32), position, has_gauss, gauss))
-        version, state, gauss_next = self.words["python"]
-        random.setstate((version, tuple(state), gauss_next))
-
-
-def save_random_state(folder: Path, rank: int) -> None:
-    """Write this rank's random state."""
-    state = RandomState.now()
-    metadata = {"state": json.dumps(state.words)}
-    save_file(state.tensors, folder / f"random-rank{rank}.safetensors", metadata=metadata)
-
-
-def load_random_state(folder: Path, rank: int) -> None:
-    """Restore what `save_random_state` wrote."""
-    from safetensors import safe_open
-
-    path = folder / f"random-rank{rank}.safetensors"
-    with safe_open(path, framework="pt") as file:
-        words = json.loads(file.metadata()["state"])
-    RandomState(load_file(path), words).restore()
+            shutil.rmtree(partial(old))
 
 
 def describe_model(module: torch.nn.Module) -> dict:

@@ -18,9 +18,9 @@ import torch
 
 from repo_fast.config import ONLY, SECOND_REWARD, TrainConfig
 from repo_fast.jobs import checkpoint
-from repo_fast.jobs.checkpoint import RandomState
 from repo_fast.jobs.inputs import Inputs
 from repo_fast.jobs.multiplier_start import describe_start, multipliers_from
+from repo_fast.jobs.random_state import RandomState
 from repo_fast.jobs.run import Run
 from repo_fast.jobs.step_evaluations import StepEvaluations
 from repo_fast.jobs.training_prompts import INSIDE, write_record

@@ -52,7 +52,7 @@ from repo_fast.report.metrics import check_loggers
 from repo_fast.rollout import Request
 from repo_fast.rollout.hf import end_tokens, generation_settings
 from repo_fast.scoring import FunctionScorer, Guard, ScorerSpec, load_scorer_spec
-from repo_fast.scoring.score_models import is_encoder, same_tokens
+from repo_fast.scoring.score_models import is_encoder, reads_tokens_of
 
 # Of the longest prompts, how many are looked at where looking at all would take long.
 _LONGEST = 100
@@ -283,7 +283,7 @@ def _check_lengths(
         check_scorer_inputs(section, spec, config.all_scorers[name], drawn, asked[name], config.date)
         starts_critic = spec.kind == "model" and not is_encoder(spec.path)
         starts_critic &= any(streams[0] == name for streams in config.critic_streams)
-        if starts_critic and same_tokens(load_tokenizer(spec.path), tokenizer):
+        if starts_critic and reads_tokens_of(load_tokenizer(spec.path), tokenizer):
             check_positions(spec.path, drawn, f"a prompt and its response, for the critic from {section}.path")
 
 
@@ -336,8 +336,7 @@ def check_start(config: RunConfig) -> Path | None:
     resume_from = checkpoint.find_resume(config.resume, output_dir)
     checkpoint.check_output_folder(config.resume, output_dir)
     if resume_from is not None:
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        checkpoint.check_run(resume_from, checkpoint.read_run(resume_from), to_dict(config), ranks)
+        checkpoint.check_run(resume_from, checkpoint.read_run(resume_from), to_dict(config))
     check_loggers(config.log.loggers)
     backend, device = config.engine.ops_backend, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

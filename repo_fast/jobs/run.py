@@ -6,6 +6,7 @@ writes its results aside before they take their place.
 """
 
 import contextlib
+import logging
 import random
 import shutil
 import signal
@@ -17,19 +18,24 @@ from typing import Any
 import numpy
 import torch
 
+from repo_fast.checkpoints.files import write_json, writing
 from repo_fast.collectives import Ranks
 from repo_fast.config import RunConfig, to_dict, to_yaml
 from repo_fast.engine import Engine
 from repo_fast.errors import InputError
 from repo_fast.jobs import checkpoint
-from repo_fast.jobs.fingerprints import Fingerprint
+from repo_fast.jobs.fingerprints import Fingerprint, check_unchanged
+from repo_fast.jobs.random_state import load_random_state, save_random_state, seed_everything
 from repo_fast.jobs.training_prompts import Record, write_record
+from repo_fast.models.quantization import say_dequantized
 from repo_fast.report.folders import publish
 from repo_fast.report.jsonl import Value
 from repo_fast.report.metrics import MetricsLog
 from repo_fast.report.plots import plot_panels
 from repo_fast.report.progress import Progress
 from repo_fast.speed.throughput import Measured, peak_memory, reset_peak_memory
+
+_log = logging.getLogger(__name__)
 
 
 class Run:
@@ -96,7 +102,13 @@ class Run:
         numpy.random.seed(seed % 2**32)
         if resume_from is None:
             return
+        found = resume_from
+        resume_from = checkpoint.first_sound(found, self.config.resume, self.output_dir, self.ranks)
         run = checkpoint.read_run(resume_from)
+        if resume_from != found:
+            # It may be from before something was changed.
+            checkpoint.check_run(resume_from, run, to_dict(self.config))
+            check_unchanged(resume_from, run, fingerprints, self.config.resume_changed_data)
         checkpoint.check_model(resume_from, run, self._model(), model_path)
         if run["step"] > self.total_steps:
             raise InputError(
@@ -107,7 +119,15 @@ class Run:
             engine.load(resume_from / name)
         self.step = run["step"]
         self.load_state_dict(run["state"])
-        checkpoint.load_random_state(resume_from, self.ranks.rank)
+        if run["ranks"] == self.ranks.size:
+            load_random_state(resume_from, self.ranks.rank)
+            return
+        seed_everything(self.config.seed, self.step, self.ranks.size, self.ranks.rank)
+        if self.ranks.is_first:
+            _log.info(
+                "going on with %d ranks, where %d wrote the checkpoint: what is computed differs by rounding",
+                *(self.ranks.size, run["ranks"]),
+            )
 
     # ---------------------------------------------------------------------------------------- signals, checkpoints
 
@@ -147,30 +167,29 @@ class Run:
         folder = self.output_dir / "checkpoints" / f"step-{self.step:06d}"
         if self.step == 0 or folder.is_dir():
             return
-        if self.ranks.is_first:
-            checkpoint.begin(folder)
-        self.ranks.barrier()
-        partial = checkpoint.partial(folder)
+        ranks, partial, sums = self.ranks, checkpoint.partial(folder), {}
+        with ranks.together("writing a checkpoint"), writing(f"checkpoint {folder}"):
+            if ranks.is_first:
+                checkpoint.begin(folder)
         for name, engine in self.trained().items():
-            engine.save(partial / name)
-        checkpoint.save_random_state(partial, self.ranks.rank)
-        if self.ranks.is_first:
-            checkpoint.write_run(
-                partial,
-                {
+            sums |= {f"{name}/{file}": own for file, own in engine.save(partial / name).items()}
+        with ranks.together("writing a checkpoint"), writing(f"checkpoint {folder}"):
+            sums |= save_random_state(partial, ranks.rank)
+            if ranks.is_first:
+                run = {
                     "step": self.step,
-                    "ranks": self.ranks.size,
+                    "ranks": ranks.size,
                     "config": to_dict(self.config),
                     "model": self._model(),
                     "inputs": self._fingerprints,
                     "state": self.state_dict(),
-                },
-            )
-        self.ranks.barrier()
-        if self.ranks.is_first:
-            checkpoint.complete(folder)
-            self.prune_checkpoints()
-        self.ranks.barrier()
+                }
+                sums["run.json"] = write_json(partial / "run.json", run)
+        everyone = dict(ranks.gather_list([*sums.items()]))
+        with ranks.together("completing a checkpoint"), writing(f"checkpoint {folder}"):
+            if ranks.is_first:
+                checkpoint.complete(folder, everyone)
+                self.prune_checkpoints()
 
     def prune_checkpoints(self) -> None:
         """Remove those that are not to be kept. For the first rank to call."""
@@ -221,6 +240,8 @@ class Run:
         write(aside)
         shutil.rmtree(final, ignore_errors=True)
         publish(aside, final)
+        if name == self.RESULT:
+            say_dequantized(final, next(iter(self.trained().values())).module)
 
     # ---------------------------------------------------------------------------------------------------- reports
 
@@ -236,6 +257,7 @@ class Run:
                 with self._writable_folder():
                     # First of all: no model, and no run that can be gone on with, stands without it.
                     write_record(self.output_dir, self.RESULT, self._training_prompts)
+                    checkpoint.remove_unfinished(self.output_dir)
                     (self.output_dir / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
                 self.metrics_log = MetricsLog(
                     self.output_dir, self.config.log.loggers, to_dict(self.config), self.resume_step

@@ -169,18 +169,6 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
     def transformer(self) -> torch.nn.Module:
         return self.engine.module.trunk
 
-    def state_dict(self) -> dict:
-        return super().state_dict() | ({} if self._base is None else {"base": self._base.fingerprint})
-
-    def load_state_dict(self, state: dict) -> None:
-        super().load_state_dict(state)
-        # Checkpoints of before it was noted have none.
-        if self._base is not None and state.get("base", self._base.fingerprint) != self._base.fingerprint:
-            raise InputError(
-                f"model.path {self.inputs.model_path!r} has other weights than the checkpoint's adapters were trained "
-                "on, expected the same, whatever resume_changed_data says"
-            )
-
     def lengths(self, example: TokenizedPreference) -> list[int]:
         return [sequence.numel() for sequence in example.sequences]
 

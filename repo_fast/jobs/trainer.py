@@ -18,9 +18,9 @@ from repo_fast.data import PromptSampler
 from repo_fast.engine import Engine
 from repo_fast.errors import InputError
 from repo_fast.jobs.assembly import build_models, build_sampler
-from repo_fast.jobs.checkpoint import RandomState
 from repo_fast.jobs.evaluated_run import EvaluatedRun
 from repo_fast.jobs.inputs import Inputs
+from repo_fast.jobs.random_state import RandomState
 from repo_fast.jobs.watch import EXIT_STATUS, Watch
 from repo_fast.learning.learner import Learner
 from repo_fast.models.policy import save_policy

@@ -12,6 +12,7 @@ are those of the base; it computes the same but for rounding.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from repo_fast.engine import whole_parameters
 from repo_fast.errors import InputError, first_line
-from repo_fast.models.lora import ADAPTER_FILE, BASE_FINGERPRINT, BASE_QUANTIZE, merged_weight
+from repo_fast.models.lora import ADAPTER_FILE, BASE_FINGERPRINT, BASE_QUANTIZE, merged_weight, named_from_anywhere
 from repo_fast.models.weight_files import WEIGHT_FILES, Checkpoint, find_file
 
 CONFIG_FILE = "adapter_config.json"
@@ -57,9 +59,7 @@ class Base:
         Raises:
             InputError: They cannot be.
         """
-        folder = Path(path).expanduser()
-        # A folder of adapters is loaded from other working directories too.
-        return cls(str(folder.absolute()) if folder.is_dir() else path, Checkpoint(path).fingerprint())
+        return cls(named_from_anywhere(path), Checkpoint(path).fingerprint())
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +90,8 @@ class Adapter:
     def check_base(self) -> None:
         """Raise `InputError` where the base is not there, or is not what the adapters were trained on."""
         rename = f"another path of it may be named as base_model_name_or_path in {CONFIG_FILE}"
+        if Path(self.base.path).is_absolute() and not Path(self.base.path).is_dir():
+            raise InputError(f"{self.path!r} needs its base {self.base.path!r}: it is no folder; {rename}")
         try:
             found = Checkpoint(self.base.path).fingerprint()
         except InputError as error:
@@ -125,7 +127,7 @@ def read_adapter(path: str) -> Adapter:
             )
     kind, rank, alpha = (settings.get(key) for key in ("peft_type", "r", "lora_alpha"))
     base = settings.get("base_model_name_or_path")
-    valid = kind == "LORA" and type(rank) is int and rank > 0 and isinstance(alpha, int | float) and alpha > 0
+    valid = kind == "LORA" and type(rank) is int and rank > 0 and type(alpha) in (int, float) and 0 < alpha < math.inf
     if not valid or not isinstance(base, str):
         raise InputError(
             f"the {CONFIG_FILE} of {path!r} has peft_type {kind!r}, r {rank!r}, lora_alpha {alpha!r}, "
@@ -188,9 +190,6 @@ def merge_adapter(transformer: nn.Module, adapter: Adapter) -> None:
     Raises:
         InputError: They are not of its layers.
     """
-    # Here, so that scoring by other models does not load DeepSpeed.
-    from repo_fast.engine import whole_parameters
-
     layers = _layers(transformer, adapter)
     for name, (a, b) in adapter.pairs.items():
         weight = layers[name].weight

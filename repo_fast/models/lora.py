@@ -226,6 +226,12 @@ def adapter_state(module: nn.Module, state: dict[str, torch.Tensor]) -> dict[str
     }
 
 
+def named_from_anywhere(path: str) -> str:
+    """A folder or hub name, such that it is found from other working directories too."""
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else path
+
+
 def save_adapter(
     folder: Path, module: nn.Module, state: dict[str, torch.Tensor], base_path: str, base_fingerprint: str | None = None
 ) -> None:
@@ -246,7 +252,7 @@ def save_adapter(
     """
     _, transformer = _adapted(module)
     config = copy.copy(transformer.peft_config[_ADAPTER])
-    config.base_model_name_or_path = base_path
+    config.base_model_name_or_path = named_from_anywhere(base_path)
     config.inference_mode = True
     # peft keeps a set, whose order would change from run to run.
     config.target_modules = sorted(config.target_modules)

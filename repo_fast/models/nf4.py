@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit linear layer, such that training after scoring is right and a checkpoint holds all of it."""
+"""bitsandbytes' 4-bit linear layer, such that training after scoring is right and a state holds all of it."""
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -10,7 +10,7 @@ class Nf4Linear(Linear4bit):
     """A frozen linear layer whose weight is 4-bit numbers, two a byte, under a float32 scale for each block of 64.
 
     The weight is uint8 [in * out / 2, 1], a parameter like others: moved, split under ZeRO-3, gathered. The scales are
-    whole on every rank, and go into a checkpoint as the layer's extra state, under one key. bitsandbytes' own form of
+    whole on every rank, and stand in a state as the layer's extra state, under one key. bitsandbytes' own form of
     a state has several keys more, which it does not take back.
     """
 

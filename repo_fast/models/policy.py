@@ -20,7 +20,6 @@ from repo_fast.models.attention import run_packed
 from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.loss_head import LossHead, Projection, logit_settings
 from repo_fast.models.model_config import load_config, restored, set_aside
-from repo_fast.models.quantization import say_dequantized
 from repo_fast.models.trunk import disable_dropout, load_transformer
 from repo_fast.packing.rows import PackedBatch
 
@@ -174,6 +173,5 @@ def save_policy(
         aside = aside | {"pad_token_id": policy.model.generation_config.pad_token_id}
     with restored(policy.model.config, aside):
         save_hugging_face(folder, policy.model, whole, tokenizer)
-    say_dequantized(folder, policy)
     if merged is not state:
         save_adapter(folder / "adapter", policy, state, base_path)

@@ -50,7 +50,9 @@ def check_plain(path: str, config: PretrainedConfig, quantize: str | None) -> No
         return
     method = already.get("quant_method") if isinstance(already, dict) else already.quant_method
     if quantize is not None or "bitsandbytes" in str(method):
-        raise InputError(f"{path!r} is quantised already ({method}), expected plain weights: quantize is for those")
+        raise InputError(
+            f"{path!r} is quantised already ({method}), expected plain weights, which quantize holds in 4 bits"
+        )
 
 
 def loading_quantized(on_paper: nn.Module, dtype: torch.dtype) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from repo_fast.errors import InputError
 from repo_fast.models.adapters import Base
 from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.model_config import restored
-from repo_fast.models.quantization import say_dequantized
 from repo_fast.models.score_checkpoint import (
     HEAD_FILE,
     NORMALIZER_PREFIX,
@@ -138,7 +137,6 @@ def save_score_model(
     for each in folders:
         _write_settings(each, settings, architecture, wanted, written, has_bias)
         tokenizer.save_pretrained(each)
-    say_dequantized(folder, model)
 
 
 def convert_score_model(source: str, target: Path, *, layout: str, score_type: str | None = None) -> None:

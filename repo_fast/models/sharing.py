@@ -79,6 +79,9 @@ class SharedWeights:
             for leaf, parameter in module._parameters.items():
                 if parameter in replaced:
                     module._parameters[leaf] = replaced[parameter]
+                    if hasattr(parameter, "quant_state"):
+                        # The layer has hold of its scales, too.
+                        module.quant_state = replaced[parameter].quant_state
 
 
 def _equal(kept: nn.Parameter, other: nn.Parameter) -> bool:
@@ -104,5 +107,12 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
+def whole_bytes(parameter: nn.Parameter) -> int:
+    """Of a parameter, and the scales of one in 4 bits, over all ranks that have shards of it."""
+    values, *scales = _parts(parameter)
+    held = sum(_bits(scale).numel() for scale in scales)
+    return getattr(parameter, "ds_numel", values.numel()) * values.element_size() + held
+
+
 def _bytes(parameter: nn.Parameter) -> int:
-    return _bits(_parts(parameter)[0]).numel()
+    return sum(_bits(part).numel() for part in _parts(parameter))

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from repo_fast.data import encode_whole, load_tokenizer
 from repo_fast.errors import InputError
+from repo_fast.models.adapters import is_adapter, read_adapter
 from repo_fast.models.model_config import load_config
 from repo_fast.models.score_checkpoint import find_output, output_names
 from repo_fast.scoring.score_models import EncoderClassifier, Role, load_line, load_score_model
@@ -77,7 +78,7 @@ def check_expected_score(score_of: Callable[[str], float], text: str, expected: 
 
 
 def check_folder(path: str, role: Role | None, expect: tuple[str, float] | None, head: str | None = None) -> str:
-    """Load a score model, on the CPU in float32, and check it.
+    """Load a score model, on the CPU in float32, and check it; adapters beside their base in 4 bits, if trained so.
 
     Args:
         path: Folder or hub name.
@@ -97,8 +98,9 @@ def check_folder(path: str, role: Role | None, expect: tuple[str, float] | None,
     names = output_names(path)
     # Several without a word on one of them are fine where nothing is compared.
     output = 0 if head is None and expect is None else find_output(path, head, "--head")
-    model = load_score_model(path, dtype=torch.float32).eval()
-    said = load_line(path, role)
+    quantize = read_adapter(path).quantize if is_adapter(path) else None
+    model = load_score_model(path, dtype=torch.float32, quantize=quantize).eval()
+    said = load_line(path, role) + (f"; its base in 4 bits ({quantize})" if quantize is not None else "")
     if len(names) > 1:
         said += f"; heads {', '.join(names)}"
     if expect is None:

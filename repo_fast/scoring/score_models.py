@@ -119,7 +119,7 @@ class ModelScorer:
         self._max_tokens = min(max_tokens, position_limit(_unwrapped(module).trunk) or max_tokens)
         self._token_budget, self._agree_on_count = token_budget, agree_on_count
         self._shape = Shape.of(_unwrapped(module).trunk)
-        reads_alike = same_tokens(template.tokenizer, policy_template.tokenizer)
+        reads_alike = reads_tokens_of(template.tokenizer, policy_template.tokenizer)
         self._keeps_prompt = reads_alike and template.renders_like(policy_template)
         self._keeps_response = reads_alike and (self._keeps_prompt or not policy_template.surrounds_answers)
         self._policy_template = policy_template
@@ -363,6 +363,9 @@ def load_line(path: str, role: Role) -> str:
     return f"{role} model {path!r}: {meaning}"
 
 
-def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether token ids mean the same to both. Which of them ends a response is left to each one's template."""
-    return one.get_vocab() == other.get_vocab()
+def reads_tokens_of(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether all token ids of `other` mean the same to `one`, which may have more, such as a pad token of its own.
+
+    Which of them ends a response is left to each one's template.
+    """
+    return other.get_vocab().items() <= one.get_vocab().items()

@@ -89,18 +89,19 @@ def test_a_resume_may_change_what_is_looked_at_and_not_what_is_drawn(tmp_path: P
         # As checkpoints of before have it.
         del then["evaluation"][key]
     del then["checkpoint"]["keep_best"]
-    checkpoint.check_run(tmp_path, {"ranks": 1, "config": then}, config, ranks=1)
+    checkpoint.check_run(tmp_path, {"ranks": 1, "config": then}, config)
     looked = ["--evaluation.every", "5", "--evaluation.stop_on", "[kl]", "--checkpoint.keep_best", "mean_reward"]
-    checkpoint.check_run(tmp_path, {"ranks": 1, "config": config}, to_dict(parse(looked)), ranks=1)
+    checkpoint.check_run(tmp_path, {"ranks": 1, "config": config}, to_dict(parse(looked)))
     drawn = to_dict(parse(["--evaluation.second_reward.path", "m:f"]))
     with pytest.raises(InputError, match=r"evaluation\.second_reward\.path is '' there and 'm:f' here"):
-        checkpoint.check_run(tmp_path, {"ranks": 1, "config": config}, drawn, ranks=1)
+        checkpoint.check_run(tmp_path, {"ranks": 1, "config": config}, drawn)
 
 
 def test_the_best_checkpoint_is_not_pruned(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-000009.partial").mkdir()
+    checkpoint.remove_unfinished(tmp_path)
     checkpoint.prune(tmp_path, 2, best=4)
     assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
         f"step-{step:06d}" for step in (4, 6, 8)

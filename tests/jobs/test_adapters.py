@@ -25,7 +25,7 @@ from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.plan.networks import networks
 from repo_fast.scoring.expectation import score_text
-from tests.job_runs import Job, metrics, same_bits, weights
+from tests.job_runs import Job, engines, metrics, same_bits, states, weights
 from tests.learning import learner_worker
 from tests.learning.learner_worker import plain_descent
 from tests.supervised_runs import PAIRS, assert_same_run, here, make_inputs, norm_wise, result
@@ -190,17 +190,39 @@ def test_its_base_has_to_be_what_it_was(
     assert re.fullmatch(r"error: .* holds adapters without a config\.json.*\n", capsys.readouterr().err)
 
 
-def test_a_base_that_changes_under_a_run_stops_it(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Whatever is allowed of data: the adapters would be noted as of weights that they were not trained on."""
+def test_the_adapters_of_a_policy_are_no_policy(
+    job: Job, runs: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    _, whole = runs["train"]
+    capsys.readouterr()
+    assert job.here(tmp_path / "run", f"--policy.path {whole / 'policy' / 'adapter'}") == 2
+    assert re.fullmatch(r"error: .* holds adapters without a tokenizer, .*merged model\n", capsys.readouterr().err)
+    noted = json.loads((whole / "policy" / "adapter" / "adapter_config.json").read_text())
+    assert Path(noted["base_model_name_or_path"]).is_absolute()
+
+
+@pytest.mark.parametrize("kind", ["sft", "cost", "train"])
+def test_a_base_that_changes_under_a_run_stops_it(
+    job: Job, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture, kind: str
+) -> None:
+    """Whatever is allowed of data: the adapters would be noted as of weights that they were not trained on, and models
+    that share the base would compute with what the others do not."""
     base = shutil.copytree(inputs / "policy", tmp_path / "policy")
-    options = (*ADAPTED, f"--model.path {base}")
-    assert here("cost", inputs, tmp_path / "run", *options, "--stop_after 2") == 0
+
+    def run(*options: str) -> int:
+        if kind == "train":
+            return job.here(tmp_path / "run", *TRAINED, f"--policy.path {base}", "--engine.zero_stage 2", *options)
+        return here(kind, inputs, tmp_path / "run", *ADAPTED, f"--model.path {base}", *options)
+
+    assert run("--stop_after 2") == 0
     state = load_file(base / "model.safetensors")
     state["model.norm.weight"][0] += 1
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     capsys.readouterr()
-    assert here("cost", inputs, tmp_path / "run", *options, "--resume auto", "--resume_changed_data true") == 2
-    assert re.search(r"error: model\.path .* has other weights than the checkpoint's adapters", capsys.readouterr().err)
+    assert run("--resume auto", "--resume_changed_data true") == 2
+    assert re.search(
+        "error: checkpoint .* was trained beside frozen weights that are not this model's", capsys.readouterr().err
+    )
 
 
 def test_it_is_gone_on_with_as_a_whole_alone(
@@ -293,11 +315,8 @@ def test_training_resumes_exactly(job: Job, runs: dict[str, tuple[Path, Path]], 
     assert len(metrics(whole)) == 3
     assert metrics(tmp_path / "run") == metrics(whole)
     assert same_bits(weights(tmp_path / "run"), weights(whole))
-    states = sorted((whole / "checkpoints" / "step-000003").rglob("*.pt"))
-    assert {path.parent.parent.name for path in states} == {"policy", "reward_critic", "cost_critic"}
-    for path in states:
-        pair = [torch.load(run / path.relative_to(whole), weights_only=False) for run in (tmp_path / "run", whole)]
-        assert same_bits(*pair), path
+    assert engines(whole, 3) == {"policy", "reward_critic", "cost_critic"}
+    assert states(tmp_path / "run", 3) == states(whole, 3)
 
 
 def test_a_checkpoint_with_adapters_is_not_one_without(

@@ -12,7 +12,7 @@ from repo_fast.config import CriticConfig, LoraConfig, parse
 from repo_fast.engine import Engine, start_distributed
 from repo_fast.jobs.inputs import read_inputs
 from repo_fast.jobs.trainer import Trainer
-from tests.job_runs import Job, metrics, same_bits, weights
+from tests.job_runs import Job, engines, metrics, same_bits, states, weights
 from tests.learning import learner_worker as worker
 from tests.supervised_runs import norm_wise
 from tests.tiny import save_beaver, save_policy, tiny_llama_config, word_tokenizer
@@ -156,6 +156,21 @@ def test_the_memory_saved_is_said(
     assert float(said) * 1e9 == pytest.approx(saved, rel=0.01)
 
 
+def test_what_is_shared_anyway_is_not_said_to_be_saved(
+    job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two critics' frozen weights would be one copy, in 4 bits or not."""
+    caplog.set_level("INFO", "repo_fast")
+    adapters = ("--critics.lora.rank 2", "--policy.lora.rank 2", "--engine.zero_stage 2")
+    for name, options in (("plain", ()), ("nf4", ("--critics.quantize nf4", "--policy.quantize nf4"))):
+        caplog.clear()
+        trainer = make_trainer(job, tmp_path / name, *adapters, *options, SHARED)
+        trunk = trainer.learner.models.critics["reward_cost"].module.trunk
+        trained = sum(parameter.numel() for parameter in trunk.parameters() if parameter.requires_grad)
+        said = re.search(r"parameters: (\S+) GB saved", caplog.text)
+        assert said is not None and float(said[1]) * 1e9 == pytest.approx((4 + 16) * trained, rel=0.01)
+
+
 def test_a_shared_critic_resumes_exactly(job: Job, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     options = (SHARED, "--total_steps 3")
@@ -164,11 +179,8 @@ def test_a_shared_critic_resumes_exactly(job: Job, tmp_path: Path) -> None:
     assert job.here(stopped, *options, "--resume auto") == 0
     assert metrics(stopped) == metrics(whole)
     assert same_bits(weights(stopped), weights(whole))
-    states = sorted((whole / "checkpoints" / "step-000003").rglob("*.pt"))
-    assert {path.parent.parent.name for path in states} == {"policy", "reward_cost_critic"}
-    for path in states:
-        pair = [torch.load(run / path.relative_to(whole), weights_only=False) for run in (stopped, whole)]
-        assert same_bits(*pair), path
+    assert engines(whole, 3) == {"policy", "reward_cost_critic"}
+    assert states(stopped, 3) == states(whole, 3)
     for stream in STREAMS:
         assert len({row[f"{stream}_value_loss"] for row in metrics(whole)}) == 3
 

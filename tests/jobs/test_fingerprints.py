@@ -1,6 +1,5 @@
 """A run does not go on from a checkpoint with other data or models than it started from, unless it is told to."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from repo_fast.config import TrainConfig, parse
 from repo_fast.data.sampler import PromptSampler
 from repo_fast.jobs import fingerprints
-from tests.job_runs import Job, metrics, snapshot, write_lines
+from tests.job_runs import Job, edited_run, metrics, snapshot, write_lines
 from tests.supervised_runs import here, make_inputs
 from tests.tiny import save_beaver, save_policy
 
@@ -131,10 +130,8 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_checkpoint_from_before_goes_on_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "run"
     assert here("sft", inputs, run, "--stop_after 1") == 0
-    path = run / "checkpoints" / "step-000001" / "run.json"
-    state = json.loads(path.read_text())
-    del state["inputs"], state["config"]["resume_changed_data"]
-    path.write_text(json.dumps(state))
+    with edited_run(run, 1) as state:
+        del state["inputs"], state["config"]["resume_changed_data"]
     swap_lines(inputs / "sft.jsonl")
     assert here("sft", inputs, run, "--resume auto") == 0
     assert caplog.text.count("is from before data were fingerprinted") == 1

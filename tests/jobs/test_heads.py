@@ -239,10 +239,10 @@ def assert_fits(before: dict, now: dict, message: str | None) -> None:
     """Whether a run goes on from a checkpoint, or is told why not."""
     run = {"ranks": 1, "config": json.loads(json.dumps(before))}
     if message is None:
-        check_run(Path("there"), run, now, 1)
+        check_run(Path("there"), run, now)
         return
     with pytest.raises(InputError, match=re.escape(f"checkpoint there is of another configuration: {message}")):
-        check_run(Path("there"), run, now, 1)
+        check_run(Path("there"), run, now)
 
 
 # ---------------------------------------------------------------------------------------------------------- constraints

@@ -18,7 +18,7 @@ from repo_fast.jobs import run_date
 from repo_fast.sft import main as sft
 from repo_fast.train import main as train
 from tests.families import FAMILIES, family_tokenizer
-from tests.job_runs import snapshot, write_lines
+from tests.job_runs import edited_run, snapshot, write_lines
 from tests.tiny import save_beaver, save_policy
 
 START, LATER = "2024-07-26", "2024-07-27"
@@ -96,10 +96,8 @@ def test_a_resumed_run_has_the_date_of_its_start(folder: Path, tmp_path: Path, c
 
 def test_a_checkpoint_from_before_dates_goes_on(folder: Path, tmp_path: Path, clock: type[Clock], caplog) -> None:
     assert sft(sft_words(folder, tmp_path / "run", "--stop_after", "1")) == 0
-    path = tmp_path / "run" / "checkpoints" / "step-000001" / "run.json"
-    run = json.loads(path.read_text())
-    del run["config"]["date"]
-    path.write_text(json.dumps(run))
+    with edited_run(tmp_path / "run", 1) as run:
+        del run["config"]["date"]
     clock.day = LATER
     assert sft(sft_words(folder, tmp_path / "run", "--resume", "auto")) == 0
     assert caplog.text.count("is from before dates were kept") == 1

@@ -20,7 +20,7 @@ from transformers import (
 from repo_fast.config.sections import check_fields
 from repo_fast.errors import InputError
 from repo_fast.report.folders import publish
-from tests.job_runs import Job, metrics, write_lines
+from tests.job_runs import Job, edited_run, metrics, write_lines
 from tests.supervised_runs import here, make_inputs
 from tests.tiny import save_beaver, save_policy, save_sequence_classifier, word_tokenizer
 
@@ -269,10 +269,8 @@ def test_a_checkpoint_from_before_there_was_a_choice_goes_on_as_it_ran(
     inputs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert here("sft", inputs, tmp_path / "run", "--stop_after 1", "--data.train_on last") == 0
-    path = tmp_path / "run" / "checkpoints" / "step-000001" / "run.json"
-    run = json.loads(path.read_text())
-    del run["config"]["data"]["train_on"], run["config"]["data"]["fields"]
-    path.write_text(json.dumps(run))
+    with edited_run(tmp_path / "run", 1) as run:
+        del run["config"]["data"]["train_on"], run["config"]["data"]["fields"]
     assert here("sft", inputs, tmp_path / "run", "--resume auto") == 0
     assert caplog.text.count("is from before data.train_on") == 1
     assert "train_on: last" in (tmp_path / "run" / "config.yaml").read_text()

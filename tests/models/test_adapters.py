@@ -236,7 +236,7 @@ def test_beside_a_base_in_4_bits(written: Path) -> None:
     """Those of a plain base, at its price; what was trained there is nowhere else what it is."""
     plain = written / "cost" / "adapter"
     ours, full = load(plain, quantize="nf4"), load(plain)
-    assert 0.01 < gap(ours, full) < 1
+    assert 0.01 < gap(ours, full) < 3
     names = [name for name, layer in ours.trunk.named_modules() if hasattr(layer, "unpacked")]
     assert len(names) == 14 and all(name.endswith(".base_layer") for name in names)
     # The same on the numbers that the 4 bits stand for.

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from repo_fast.config import EngineConfig
 from repo_fast.engine import Engine, resolve_dtype, sharded_loading, start_distributed, stop_distributed
+from repo_fast.errors import InputError
 from repo_fast.models import policy as policies
 from repo_fast.models.lora import adapters_off, add_lora, describe, merged_state
 from repo_fast.models.nf4 import Nf4Linear
@@ -97,8 +98,11 @@ class OnARank:
             policies.save_policy(merged, first.module, state, word_tokenizer(), str(self.folder / "policy"))
             found["merged"] = merged_state(first.module, state)
         first.save(self.folder / name / "checkpoint")
-        # From another base, the state of which has to go.
-        resumed = self.engine(self.folder / "other", "nf4", **settings)
+        try:
+            self.engine(self.folder / "other", "nf4", **settings).load(self.folder / name / "checkpoint")
+        except InputError as error:
+            found["another base"] = str(error)
+        resumed = self.engine(self.folder / "policy", "nf4", **settings)
         resumed.load(self.folder / name / "checkpoint")
         found["resumed"] = resumed.whole_state()
         found["goes on"] = self.step(first), self.step(resumed)
@@ -161,9 +165,10 @@ def test_stage_3_splits_the_packed_weights(runs: tuple[Path, list], name: str) -
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_checkpoint_holds_all_of_it(runs: tuple[Path, list], name: str) -> None:
-    """Packed weights and scales, also where the base that it is loaded into is another."""
+    """Beside the base alone that the adapters were trained on: its packed weights and scales."""
     for rank in runs[1]:
         found = rank[name]
+        assert "was trained beside frozen weights that are not this model's" in found["another base"]
         assert same_bits(found["resumed"], found["state"])
         (ours, theirs), states = found["goes on"], found["went on"]
         assert torch.equal(ours[0], theirs[0]) and same_bits(ours[1], theirs[1])

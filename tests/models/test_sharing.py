@@ -48,9 +48,11 @@ def trunk(folder: str) -> nn.Module:
 
 
 def held(*modules: nn.Module) -> int:
-    """Bytes of the distinct parameters of all."""
-    parameters = {id(p): p.numel() * p.element_size() for module in modules for p in module.parameters()}
-    return sum(parameters.values())
+    """Bytes of the distinct parameters of all, and of the scales that layers have hold of."""
+    tensors = [p for module in modules for p in module.parameters()]
+    layers = [layer for module in modules for layer in module.modules() if hasattr(layer, "quant_state")]
+    tensors += [layer.quant_state.absmax for layer in layers]
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
 def of_adapters(module: nn.Module) -> int:
@@ -192,6 +194,7 @@ def test_a_base_in_4_bits_is_shared_with_its_scales(folder: str) -> None:
     for name, model in (("first", first), ("second", second), ("doubled", doubled)):
         shared.take(name, model)
     assert held(first, second) == held(first) + of_adapters(second)
+    assert shared.spared["second"] == held(second) - of_adapters(second)
     assert torch.equal(outputs(second), before)
     assert shared.unlike == {"doubled": "model.layers.0.mlp.up_proj.base_layer.weight"}
     assert not torch.equal(outputs(doubled), before)

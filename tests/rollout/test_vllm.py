@@ -66,9 +66,9 @@ def test_a_checkpoint_from_before_adapters_is_of_merged_weights() -> None:
     before = copy.deepcopy(now)
     del before["rollout"]["vllm"]["lora"]
     run = {"ranks": 1, "config": before}
-    check_run(Path("step-000001"), run, now, 1)
+    check_run(Path("step-000001"), run, now)
     with pytest.raises(InputError, match=r"rollout.vllm.lora is 'merged' there and 'adapter' here"):
-        check_run(Path("step-000001"), run, alone, 1)
+        check_run(Path("step-000001"), run, alone)
 
 
 @pytest.fixture(scope="module")

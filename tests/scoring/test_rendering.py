@@ -14,7 +14,7 @@ from repo_fast.jobs.score_training import _tokenize
 from repo_fast.rollout import Rollout
 from repo_fast.score import main as score
 from repo_fast.scoring import ModelScorer, load_score_model, score_text
-from repo_fast.scoring.score_models import same_tokens
+from repo_fast.scoring.score_models import reads_tokens_of
 from tests.families import FAMILIES, family_tokenizer
 from tests.job_runs import write_lines
 from tests.tiny import save_beaver, save_policy, word_tokenizer
@@ -114,7 +114,7 @@ def test_what_a_policys_template_has_it_write_around_an_answer_is_not_read_by_an
     assert in_use == pytest.approx([alone(model, expected)], rel=1e-4)
 
 
-def test_nor_by_one_with_the_same_tokens_and_another_template(tmp_path):
+def test_nor_by_one_with_the_reads_tokens_of_and_another_template(tmp_path):
     tokenizer, other = (family_tokenizer(FAMILIES["vicuna"]) for _ in range(2))
     other.chat_template = FAMILIES["zephyr"].template
     model = load_score_model(str(save_beaver(tmp_path, tokenizer=other)), dtype=torch.float32).eval()
@@ -168,7 +168,7 @@ def test_tokenizers_that_differ_in_their_end_of_sequence_token_alone(tmp_path, n
     own.eos_token = "<|im_end|>"
     model = load_score_model(str(save_beaver(tmp_path, tokenizer=tokenizer)), dtype=torch.float32).eval()
     template, policy = PromptTemplate(tokenizer, name), PromptTemplate(own)
-    assert same_tokens(tokenizer, own)
+    assert reads_tokens_of(tokenizer, own)
     rollout = drawn(policy, [own.encode("Like this.<|im_end|>")])
     expected = template.encode_dialogue(TURNS, "Like this.")
     assert tokenizer.decode(expected).endswith("<|im_end|>\n" if name == "chat" else "Like this.<|endoftext|>")
@@ -179,7 +179,7 @@ def test_templates_that_differ_in_their_ending_alone(tmp_path):
     """The score model's own ending is read, and a cut response gets none."""
     one, two = (family_tokenizer(FAMILIES["chatml"]) for _ in range(2))
     two.chat_template = two.chat_template.replace("<|im_end|>\n", "<|im_end|><|endoftext|>\n")
-    assert same_tokens(one, two) and not PromptTemplate(one).renders_like(PromptTemplate(two))
+    assert reads_tokens_of(one, two) and not PromptTemplate(one).renders_like(PromptTemplate(two))
     model = load_score_model(str(save_beaver(tmp_path, tokenizer=two)), dtype=torch.float32).eval()
     policy = PromptTemplate(one)
     own = one.encode("Like this.")

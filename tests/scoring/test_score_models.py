@@ -18,6 +18,7 @@ from repo_fast.scoring import (
     load_score_model,
     score_text,
 )
+from repo_fast.scoring.score_models import reads_tokens_of
 from tests.tiny import (
     BOS,
     EOS,
@@ -382,3 +383,13 @@ def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path, score_type, role):
     with pytest.raises(InputError, match=f"wrong kind of checkpoint: its score_type is '{score_type}', expected"):
         load_score_model(path, dtype=torch.float32, role=role)
     load_score_model(path, dtype=torch.float32)
+
+
+def test_tokens_are_read_by_a_tokenizer_with_one_more() -> None:
+    """Such as a pad token, which a policy's own tokenizer gets for the run, and no text of it has."""
+    plain, padded, other = word_tokenizer(pad_token=None), word_tokenizer(pad_token=None), word_tokenizer()
+    padded.add_special_tokens({"pad_token": "<|pad|>"})
+    assert reads_tokens_of(padded, plain) and reads_tokens_of(plain, plain)
+    assert not reads_tokens_of(plain, padded)
+    other.add_tokens(["zebra"])
+    assert reads_tokens_of(other, word_tokenizer()) and not reads_tokens_of(padded, other)

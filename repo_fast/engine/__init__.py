@@ -1,4 +1,4 @@
-"""The only file that knows DeepSpeed: start, load into shards, forward, backward, step, gather, save, resume.
+"""The only room that knows DeepSpeed: start, load into shards, forward, backward, step, gather, save, resume.
 
 A model under training, or a frozen one, is an `Engine`. The rest of the trainer calls it like a module and never asks
 how its parameters are stored. What is particular here:
@@ -13,13 +13,14 @@ how its parameters are stored. What is particular here:
 
 import atexit
 import contextlib
+import json
 import logging
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,21 +28,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from repo_fast.checkpoints.files import FileSum, write_json, write_tensors, writing
+from repo_fast.checkpoints.pieces import PieceReader, Pieces
 from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig, OptimizerConfig
+from repo_fast.engine import fragments as own
+from repo_fast.errors import InputError
 
-if not torch.cuda.is_available():
-    # Decided when deepspeed is imported; without it, a machine that has nvidia-smi but no GPU would be misread.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed  # noqa: E402
-
-# DeepSpeed would compile a shared-memory all-reduce for CPU ranks on first use: 20 s, a compiler, and, after a run
-# killed meanwhile, a stale lock that all later runs wait for. Gloo does the same work.
-# Assigned whole: reading it first would probe every op, with compiler runs that take time and print errors.
-deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-
-_TAG = "state"
+# In the folder of an engine in a checkpoint, beside a file of each rank.
+STATE_FILE = "engine.json"
+_BUFFER = "buffer"
+# What a schedule knows, of which its functions are the run's own.
+_SCHEDULE = ("last_epoch", "_step_count", "_last_lr", "base_lrs")
 
 # DeepSpeed's default for the buffer in which gradients wait to be reduced. ZeRO-3 allocates it whole, 2 GB of float32,
 # however small the model is, so it gets no more than the model has gradients.
@@ -60,6 +58,13 @@ _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127
 _said_here: set[str] = set()
 
 
+def _deepspeed() -> Any:
+    """The library, which takes seconds to import, and which those who only read models need not have."""
+    from repo_fast.engine.library import deepspeed
+
+    return deepspeed
+
+
 def start_distributed() -> Ranks:
     """Open the process group (gloo on CPU, nccl on CUDA) as torchrun's environment says, or one of a single process."""
     _said_here.update(_ALONE.keys() - os.environ.keys())
@@ -68,7 +73,7 @@ def start_distributed() -> Ranks:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    _deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     _pause_at_exit()
     return Ranks.connect()
 
@@ -88,7 +93,7 @@ def stop_distributed() -> None:
     """Close the process group, if it is open, and leave the environment as it was."""
     if torch.distributed.is_initialized():
         # DeepSpeed's own: it also forgets the groups it keeps, so that a process can run again.
-        deepspeed.comm.destroy_process_group()
+        _deepspeed().comm.destroy_process_group()
     # Other libraries take these for a launch by torchrun, and open groups of their own.
     while _said_here:
         os.environ.pop(_said_here.pop(), None)
@@ -213,13 +218,14 @@ class Engine:
         self.module = module
         self._stage = config.zero_stage
         self._ranks = ranks
+        self._frozen: str | None = None
         module.train(optimizer is not None)
         if optimizer is None:
             module.requires_grad_(False)
             self._engine = module.to(ranks.device)
             if self._stage == 3:
                 settings = _deepspeed_config(config, ranks.device, frozen=True)
-                self._engine = deepspeed.initialize(model=module, config=settings)[0]
+                self._engine = _deepspeed().initialize(model=module, config=settings)[0]
             return
         adam = torch.optim.AdamW(
             _decay_groups(module, optimizer.weight_decay),
@@ -230,7 +236,7 @@ class Engine:
         )
         factor = learning_rate_factor(optimizer.schedule, optimizer.warmup, steps)
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
-        self._engine, self._optimizer, _, self._schedule = deepspeed.initialize(
+        self._engine, self._optimizer, _, self._schedule = _deepspeed().initialize(
             model=module,
             optimizer=adam,
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(adam, factor),
@@ -275,7 +281,7 @@ class Engine:
             return
         offload = self._engine.optimizer.parameter_offload
         parameters = list(self.module.parameters())
-        with deepspeed.zero.GatheredParameters(parameters):
+        with _deepspeed().zero.GatheredParameters(parameters):
             for parameter in parameters:
                 parameter.ds_active_sub_modules.clear()
             for hook in offload.forward_hooks + offload.backward_hooks:
@@ -297,7 +303,7 @@ class Engine:
         """
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if chosen is None or chosen(name):
-                with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+                with self._gathering(parameter):
                     yield name, self._plain(name, parameter)
         yield from (buffer for buffer in self._saved_buffers() if chosen is None or chosen(buffer[0]))
 
@@ -308,13 +314,17 @@ class Engine:
         """
         state = {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            gathering = deepspeed.zero.GatheredParameters([parameter]) if self._stage == 3 else contextlib.nullcontext()
-            with gathering:
+            with self._gathering(parameter):
                 if self._ranks.is_first:
                     state[name] = self._plain(name, parameter).cpu().clone()
         if self._ranks.is_first:
             state |= {name: buffer.cpu().clone() for name, buffer in self._saved_buffers()}
         return state
+
+    def _gathering(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager:
+        if self._stage != 3:
+            return contextlib.nullcontext()
+        return _deepspeed().zero.GatheredParameters([parameter])
 
     def _plain(self, name: str, parameter: nn.Parameter) -> torch.Tensor:
         """A whole parameter's value: of a layer that holds its weight packed, as numbers."""
@@ -325,7 +335,7 @@ class Engine:
 
     def sample_state(self) -> dict[str, torch.Tensor]:
         """Zeros in place of a few of the smallest weights that `whole_state` gives: to try out what takes it."""
-        sizes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+        sizes = {name: torch.Size(_shape(p)) for name, p in self.module.named_parameters()}
         heads = [name for name in sizes if name.startswith("score_head.")]
         dtypes = {name: self.module.get_parameter(name).dtype for name in sizes}
         # Those with adapters come with them or not at all, and packed ones have another shape there.
@@ -341,13 +351,127 @@ class Engine:
             if name in buffers:
                 yield name, value.detach()
 
-    def save(self, folder: Path) -> None:
-        """Write model, optimizer and schedule of all ranks into `folder`. All ranks must call it."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+    def save(self, folder: Path) -> dict[str, FileSum]:
+        """Write what all ranks know of model, optimizer and schedule, each its own part. All ranks must call it.
+
+        Frozen weights are not written: what they are known by is.
+
+        Args:
+            folder: A new one; made by whichever rank comes first.
+
+        Returns:
+            Of each file that this rank wrote, what it is known by; by name.
+
+        Raises:
+            InputError: A file cannot be written.
+        """
+        optimizer, ranks = self._engine.optimizer, self._ranks
+        # All alike: a step is taken by all, or skipped by all.
+        adam_step = float(own.adam_steps(optimizer)[0])
+        mine = list(own.fragments(optimizer, self.module))
+        buffers = dict(self._saved_buffers()) if ranks.is_first else {}
+        file, sums = f"shard-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors", {}
+        with ranks.together("writing a checkpoint"), writing(f"checkpoint {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {f"{part.name}/{key}": view for part in mine for key, view in part.views.items()}
+            tensors |= {f"{name}/{_BUFFER}": value for name, value in buffers.items()}
+            sums[file] = write_tensors(folder / file, tensors)
+        pieces: dict[str, Pieces] = {}
+        for name, shape, *part in ranks.gather_list([(p.name, p.shape, file, p.start, p.count) for p in mine]):
+            pieces.setdefault(name, Pieces(shape)).parts.append(tuple(part))
+        frozen = self._frozen_weights()
+        with ranks.together("writing a checkpoint"), writing(f"checkpoint {folder}"):
+            if ranks.is_first:
+                schedule = self._schedule.state_dict()
+                state = {
+                    "adam_step": adam_step,
+                    "dtype": str(next(p.dtype for p in self.module.parameters() if p.requires_grad)).split(".")[1],
+                    "schedule": {key: schedule[key] for key in _SCHEDULE},
+                    "frozen": frozen,
+                    "parameters": {name: asdict(pieces[name]) for name in sorted(pieces)},
+                    "buffers": dict.fromkeys(buffers, file),
+                }
+                sums[STATE_FILE] = write_json(folder / STATE_FILE, state)
+        return sums
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, with as many ranks. Under ZeRO-3 only right after construction."""
-        self._engine.load_checkpoint(str(folder), tag=_TAG)
+        """Read what `save` wrote, on any number of ranks and in any stage. Only right after construction; all ranks.
+
+        Raises:
+            InputError: It is of another model, or of adapters on other weights.
+        """
+        optimizer = self._engine.optimizer
+        state = _read_state(folder, self.module, self._frozen_weights())
+        own.before_masters_change(optimizer)
+        for step in own.adam_steps(optimizer):
+            step.fill_(state["adam_step"])
+        with PieceReader(folder) as reader:
+            for part in own.fragments(optimizer, self.module):
+                parts = state["parameters"][part.name].parts
+                for key, view in part.views.items():
+                    reader.read_into(view, f"{part.name}/{key}", parts, part.start)
+            for name, buffer in self._saved_buffers():
+                buffer.copy_(reader.tensor(state["buffers"][name], f"{name}/{_BUFFER}"))
+        own.after_masters_changed(optimizer)
+        self._schedule.load_state_dict(state["schedule"] | {"lr_lambdas": [None] * len(optimizer.param_groups)})
+        for group, learning_rate in zip(optimizer.param_groups, state["schedule"]["_last_lr"], strict=True):
+            group["lr"] = learning_rate
+
+    def _frozen_weights(self) -> str:
+        """What the frozen weights are known by, in any stage and on any number of ranks. All ranks must call it."""
+        if self._frozen is None:
+            self._frozen = _frozen_weights(self.module, self._ranks)
+        return self._frozen
+
+
+def read_weights(module: nn.Module, folder: Path, ranks: Ranks) -> None:
+    """Give a whole model that has no engine the trained weights of what `Engine.save` wrote, in its own dtype.
+
+    Raises:
+        InputError: As `Engine.load`.
+    """
+    state = _read_state(folder, module, _frozen_weights(module, ranks))
+    with PieceReader(folder) as reader, torch.no_grad():
+        for name, pieces in state["parameters"].items():
+            module.get_parameter(name).copy_(reader.whole(f"{name}/{own.WEIGHT}", pieces))
+        for name, file in state["buffers"].items():
+            module.get_buffer(name).copy_(reader.tensor(file, f"{name}/{_BUFFER}"))
+
+
+def _read_state(folder: Path, module: nn.Module, frozen: str) -> dict[str, Any]:
+    """What the first rank wrote, where it is of this model with these frozen weights; else raises `InputError`."""
+    state = json.loads((folder / STATE_FILE).read_bytes())
+    state["parameters"] = {name: Pieces(**pieces) for name, pieces in state["parameters"].items()}
+    trained = {name: _shape(parameter) for name, parameter in module.named_parameters() if parameter.requires_grad}
+    theirs = {name: pieces.shape for name, pieces in state["parameters"].items()}
+    for name in sorted(trained.keys() | theirs.keys()):
+        if trained.get(name) != theirs.get(name):
+            raise InputError(
+                f"checkpoint {folder} is of another model: {name} is {_described(theirs.get(name))} there and "
+                f"{_described(trained.get(name))} here"
+            )
+    if state["frozen"] != frozen:
+        raise InputError(
+            f"checkpoint {folder} was trained beside frozen weights that are not this model's, expected the same base, "
+            "whatever resume_changed_data says"
+        )
+    return state
+
+
+def _frozen_weights(module: nn.Module, ranks: Ranks) -> str:
+    sums: dict[str, int] = {}
+    for name, part in ranks.gather_list([*own.frozen_sums(module, ranks.rank).items()]):
+        sums[name] = (sums.get(name, 0) + part) % 2**64
+    # The scales of weights in 4 bits are whole on every rank.
+    return own.digest(sums, {k: v for k, v in module.state_dict().items() if k.endswith("_extra_state")})
+
+
+def _shape(parameter: nn.Parameter) -> list[int]:
+    return list(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _described(shape: list[int] | None) -> str:
+    return "not trained" if shape is None else f"{shape}"
 
 
 def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -355,7 +479,7 @@ def _decay_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     decayed, exempt = [], []
     for parameter in module.parameters():
         if parameter.requires_grad:
-            dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+            dimensions = len(_shape(parameter))
             (decayed if dimensions > 1 else exempt).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -372,5 +496,8 @@ def whole_parameters(parameters: Sequence[nn.Parameter], *, changed: bool = Fals
         changed: Whether the first rank's changes to them are kept; else changes to shards are lost.
     """
     shards = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    with deepspeed.zero.GatheredParameters(shards, modifier_rank=0 if changed else None, enabled=bool(shards)):
+    if not shards:
+        yield
+        return
+    with _deepspeed().zero.GatheredParameters(shards, modifier_rank=0 if changed else None):
         yield

@@ -168,7 +168,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
-    return on_ranks(2, "tests.test_engine:measure", folder)
+    return on_ranks(2, "tests.engine.test_engine:measure", folder)
 
 
 @pytest.fixture(scope="module")

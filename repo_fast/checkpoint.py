@@ -1,0 +1,100 @@
+"""List, verify and export the checkpoints of a run.
+
+    python -m repo_fast.checkpoint outputs/tiny
+    python -m repo_fast.checkpoint outputs/tiny --verify
+    python -m repo_fast.checkpoint outputs/tiny --export 50 outputs/policy-50
+
+The first lists them; the second reads every file and compares it with the manifest; the third writes the policy of a
+step of `repo_fast.train` or `repo_fast.sft` as a Hugging Face folder, as the end of the run does. None of them needs
+DeepSpeed, a GPU, or as many ranks as wrote them. Exit status: 0; 2 for input that cannot be used, said in one line; 3
+where a checkpoint is damaged, with the names of its files.
+"""
+
+import datetime
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from repo_fast.errors import InputError
+from repo_fast.jobs.launch import OneLineParser, guarded
+
+DAMAGED = 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit status."""
+
+    def run() -> int:
+        parser = OneLineParser(prog="python -m repo_fast.checkpoint", description=(__doc__ or "").partition("\n")[0])
+        parser.add_argument("folder", help="a run's output_dir, or one of its checkpoints")
+        what = parser.add_mutually_exclusive_group()
+        what.add_argument("--verify", action="store_true", help="read every file; exit status 3 where one is damaged")
+        what.add_argument(
+            "--export", nargs=2, metavar=("STEP", "FOLDER"), help="write the policy of a step as a Hugging Face folder"
+        )
+        chosen = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
+        found = _find(Path(chosen.folder))
+        if chosen.export is None:
+            return _list(found, whole=chosen.verify)
+        return _export(found, *chosen.export)
+
+    return guarded(run)
+
+
+def _find(folder: Path) -> list[Path]:
+    """What lies where checkpoints are written, complete or not, oldest first; or the one that is meant."""
+    for place in (folder / "checkpoints", folder):
+        if found := [path for path in place.glob("step-*") if path.is_dir()]:
+            return sorted(found, key=lambda path: (len(path.stem), path.name))
+    if folder.is_dir() and folder.resolve().name.startswith("step-"):
+        return [folder]
+    raise InputError(f"{str(folder)!r} has no checkpoints, expected the output_dir of a run, or one of its checkpoints")
+
+
+def _list(found: list[Path], *, whole: bool) -> int:
+    """Say of each what it is; returns the exit status."""
+    from repo_fast.checkpoints.manifest import damages, read_manifest
+    from repo_fast.jobs.checkpoint import is_checkpoint, is_deepspeeds, read_run
+    from repo_fast.report.tables import grid
+
+    rows, status = [], 0
+    for folder in found:
+        written = datetime.datetime.fromtimestamp(folder.stat().st_mtime).isoformat(" ", "seconds")
+        ranks, size, notes = "", "", ["sound" if whole else "all files are there"]
+        if not is_checkpoint(folder):
+            notes = ["was set aside" if folder.suffix == ".damaged" else "was not completed"]
+        elif is_deepspeeds(folder):
+            notes = ["DeepSpeed's, of before"]
+        elif problems := damages(folder, None if whole else ["run.json"]):
+            notes, status = [f"damaged: {problem}" for problem in problems], DAMAGED
+        else:
+            ranks = str(read_run(folder)["ranks"])
+            size = f"{sum(file.bytes for file in read_manifest(folder).values()) / 1e9:.3g}"
+        rows += [[folder.name, written, ranks, size, note] for note in notes]
+    print(grid(["checkpoint", "written", "ranks", "GB", "" if whole else "--verify reads them"], rows))
+    return status
+
+
+def _export(found: list[Path], step: str, target: str) -> int:
+    from repo_fast.checkpoints.manifest import damages
+    from repo_fast.jobs.checkpoint import is_checkpoint, is_deepspeeds
+
+    steps = {str(int(path.name.removeprefix("step-"))): path for path in found if is_checkpoint(path)}
+    if step not in steps:
+        raise InputError(f"--export {step!r} is no step that has a checkpoint, expected one of {', '.join(steps)}")
+    folder = steps[step]
+    if is_deepspeeds(folder):
+        raise InputError(f"checkpoint {folder} is DeepSpeed's, as repo_fast wrote them before, expected one of its own")
+    if problems := damages(folder):
+        for problem in problems:
+            print(f"error: checkpoint {folder} is damaged: {problem}", file=sys.stderr)
+        return DAMAGED
+    from repo_fast.jobs.policy_export import export_policy
+
+    export_policy(folder, Path(target))
+    print(f"{target}: the policy of step {step}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

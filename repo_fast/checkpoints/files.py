@@ -1,0 +1,123 @@
+"""Files that are on disk when their writer returns, and whose sum was taken of what was meant, not of what was read."""
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from repo_fast.errors import InputError
+
+# As safetensors names them.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """What a file is known by: its size in bytes, and the sha256 of its content in hexadecimal."""
+
+    bytes: int
+    sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, str] | None = None) -> FileSum:
+    """Write a safetensors file, one tensor after the other: no more than one of them is copied to the host at a time.
+
+    Args:
+        path: Of the file; it is replaced.
+        tensors: By name, on any device.
+        about: The file's own metadata.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(about)} if about else {}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    # The form asks for data that begin at a multiple of 8.
+    head += b" " * (-len(head) % 8)
+
+    def parts() -> Iterator[Any]:
+        yield struct.pack("<Q", len(head)) + head
+        for tensor in tensors.values():
+            on_host = tensor.detach().cpu().contiguous().reshape(-1)
+            if on_host.numel():
+                yield memoryview(on_host.view(torch.uint8).numpy())
+
+    return _write(path, parts())
+
+
+def write_json(path: Path, content: Any) -> FileSum:
+    """Write a JSON file; it is replaced. Raises `OSError`."""
+    return _write(path, [as_json(content)])
+
+
+def as_json(content: Any) -> bytes:
+    """As `write_json` writes it."""
+    return json.dumps(content, indent=1).encode()
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Raise an `OSError` inside as an `InputError` that says what cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{what} cannot be written: {error.strerror}; what was written before it is as it was"
+        ) from error
+
+
+def sum_of(path: Path) -> FileSum:
+    """Of a file that is there. Raises `OSError`."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileSum(file.tell(), digest.hexdigest())
+
+
+def sync_folders(folder: Path) -> None:
+    """Bring the names in a folder and in those below it to disk. The files are there already."""
+    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Without this a machine that loses power after a rename could keep the new name and not what it is of."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write(path: Path, parts: Any) -> FileSum:
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+            size += len(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileSum(size, digest.hexdigest())

@@ -1,0 +1,109 @@
+"""The manifest of a checkpoint: every file with its size and sha256, and a sum of the manifest itself.
+
+It is written last. A folder with a manifest whose files are all as it says is what was written, to the bit.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from repo_fast.checkpoints.files import FileSum, as_json, sum_of, write_json
+from repo_fast.errors import InputError
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+def seal(folder: Path, sums: Mapping[str, FileSum]) -> None:
+    """Write the manifest of a folder. Raises `OSError`.
+
+    Args:
+        folder: Holds the files.
+        sums: Of each, by its path in the folder.
+    """
+    content = {"format": _FORMAT, "files": {name: sums[name].as_json() for name in sorted(sums)}}
+    write_json(folder / MANIFEST, content | {"sha256": _sum(content)})
+
+
+def read_manifest(folder: Path) -> dict[str, FileSum]:
+    """The files that a folder is to have. Raises `Damaged`, or `InputError` where it is of a later form."""
+    path = folder / MANIFEST
+    try:
+        read = path.read_bytes()
+        content = json.loads(read)
+        intact = as_json(content) == read and content.pop("sha256") == _sum(content)
+        form = content["format"]
+        found = {name: FileSum(file["bytes"], file["sha256"]) for name, file in content["files"].items()}
+    except FileNotFoundError as error:
+        raise Damaged(MANIFEST, "is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(MANIFEST, "cannot be read") from error
+    if not intact:
+        raise Damaged(MANIFEST, "is not what was written")
+    if form > _FORMAT:
+        raise InputError(f"{path} has the form {form}, expected at most {_FORMAT}: it is of a later repo_fast")
+    return found
+
+
+class Damaged(Exception):
+    """A file of a checkpoint is not what was written.
+
+    Attributes:
+        file: Its path in the checkpoint.
+        problem: What is wrong with it.
+    """
+
+    def __init__(self, file: str, problem: str) -> None:
+        super().__init__(f"{file} {problem}")
+        self.file, self.problem = file, problem
+
+
+def damages(folder: Path, read: Collection[str] | None = None) -> list[Damaged]:
+    """Everything that is wrong with a folder that has a manifest.
+
+    Args:
+        folder: It.
+        read: Which files are read whole; of others the sizes are compared. None: all are.
+    """
+    try:
+        files = read_manifest(folder)
+    except Damaged as error:
+        return [error]
+    found = []
+    for name in files:
+        try:
+            check_sizes(folder, {name: files[name]})
+            if read is None or name in read:
+                check_sums(folder, files, [name])
+        except Damaged as error:
+            found.append(error)
+    return found
+
+
+def check_sizes(folder: Path, files: Mapping[str, FileSum]) -> None:
+    """Raise `Damaged` where a file is missing, or is longer or shorter than it was."""
+    for name, expected in files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            raise Damaged(name, "is missing") from error
+        if size != expected.bytes:
+            raise Damaged(name, f"has {size} bytes, expected {expected.bytes}")
+
+
+def check_sums(folder: Path, files: Mapping[str, FileSum], names: Iterable[str]) -> None:
+    """Raise `Damaged` where one of the named files is not what was written; reads all of them."""
+    for name in names:
+        try:
+            found = sum_of(folder / name)
+        except OSError as error:
+            raise Damaged(name, f"cannot be read ({error.strerror})") from error
+        if found != files[name]:
+            raise Damaged(name, "is not what was written: its sha256 differs")
+
+
+def _sum(content: dict[str, Any]) -> str:
+    """Of all that a manifest says, whatever its form."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

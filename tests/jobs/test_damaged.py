@@ -1,0 +1,134 @@
+"""Damage to a checkpoint is noticed before anything of it is read, and the run goes on from the one before."""
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from repo_fast.checkpoints import files
+from repo_fast.collectives import Ranks
+from repo_fast.errors import InputError
+from repo_fast.jobs import checkpoint
+from tests.checkpoints.test_files import DAMAGES, damage
+from tests.job_runs import Job, metrics, same_bits, snapshot, states, weights
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+SMALL = ("--total_steps 4", "--checkpoint.keep 0", "--algorithm.advantage rloo", "--data.ptx null")
+SMALL += ("--algorithm.ptx_coefficient 0",)
+
+
+@pytest.fixture(scope="module")
+def whole(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps with checkpoints of the second and the last."""
+    output_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert job.here(output_dir, *SMALL) == 0
+    return output_dir
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def newest(output_dir: Path) -> Path:
+    return output_dir / "checkpoints" / "step-000004"
+
+
+def sound(resume: str, output_dir: Path) -> Path:
+    found = checkpoint.find_resume(resume, output_dir)
+    assert found is not None
+    return checkpoint.first_sound(found, resume, output_dir, ALONE)
+
+
+@pytest.mark.parametrize("how", list(DAMAGES))
+def test_every_file_is_looked_at(copied: Path, caplog: pytest.LogCaptureFixture, how: str) -> None:
+    written = sorted(path.relative_to(newest(copied)) for path in newest(copied).rglob("*") if path.is_file())
+    assert {path.name for path in written} > {"manifest.json", "run.json", "random-rank0.safetensors", "engine.json"}
+    assert len(written) == 5
+    for file in written:
+        kept = (newest(copied) / file).read_bytes()
+        damage(newest(copied) / file, how)
+        with pytest.raises(InputError, match=f"checkpoint .* is damaged, expected another: {file} "):
+            sound(str(newest(copied)), copied)
+        caplog.clear()
+        assert sound("auto", copied) == copied / "checkpoints" / "step-000002"
+        said = "\n".join(record.getMessage() for record in caplog.records)
+        assert re.search("step-000004 is damaged.*: it is called step-000004.damaged from now on", said)
+        aside = newest(copied).with_name("step-000004.damaged")
+        (aside / file).write_bytes(kept)
+        os.rename(aside, newest(copied))
+        assert sound("auto", copied) == newest(copied)
+
+
+def test_what_else_lies_in_a_checkpoint_is_not_read(copied: Path) -> None:
+    """A pickle that would write a file, under names that were once read."""
+
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(copied / "attacked"),)
+
+    for name in ("mp_rank_00_model_states.pt", "pytorch_model.bin", "optimizer.pt"):
+        for folder in (newest(copied), newest(copied) / "policy"):
+            torch.save(Attack(), folder / name)
+    assert sound("auto", copied) == newest(copied)
+    assert not (copied / "attacked").exists()
+
+
+def test_a_run_goes_on_from_the_one_before(job: Job, whole: Path, copied: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.rmtree(copied / "policy")
+    damage(newest(copied) / "policy" / "shard-00000-of-00001.safetensors", "a bit")
+    left = snapshot(newest(copied))
+    assert job.here(copied, *SMALL, "--resume auto") == 0
+    assert metrics(copied) == metrics(whole)
+    assert states(copied, 4) == states(whole, 4)
+    assert same_bits(weights(copied), weights(whole))
+    assert snapshot(newest(copied).with_name("step-000004.damaged")) == left
+
+
+@pytest.mark.parametrize("file", ["run.json", "policy/engine.json"])
+def test_none_is_left(job: Job, copied: Path, capsys: pytest.CaptureFixture, file: str) -> None:
+    for folder in checkpoint.checkpoints(copied):
+        damage(folder / file, "zeroes")
+    capsys.readouterr()
+    assert job.here(copied, *SMALL, "--resume auto") == 2
+    assert re.fullmatch(
+        rf"error: --resume 'auto' finds damaged checkpoints alone, expected one that is not: .*{file}.*\n",
+        capsys.readouterr().err,
+    )
+
+
+def test_a_full_disk_leaves_the_last_one(
+    job: Job, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    write = files._write
+
+    def full(path: Path, parts) -> files.FileSum:
+        if "step-000004" in str(path) and path.name.startswith("shard"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, parts)
+
+    monkeypatch.setattr(files, "_write", full)
+    assert job.here(tmp_path / "run", *SMALL) == 2
+    assert re.fullmatch(
+        r"error: checkpoint .*step-000004.partial/policy cannot be written: No space left on device; .*\n",
+        capsys.readouterr().err,
+    )
+    monkeypatch.undo()
+    assert sound("auto", tmp_path / "run").name == "step-000002"
+    assert job.here(tmp_path / "run", *SMALL, "--resume auto") == 0
+    assert states(tmp_path / "run", 4) == states(whole, 4)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-000002", "step-000004"]
+
+
+def test_one_of_before_is_said_to_be(copied: Path) -> None:
+    """Those were DeepSpeed's, and had no manifest."""
+    (newest(copied) / "manifest.json").unlink()
+    (newest(copied) / "policy" / "state").mkdir()
+    (newest(copied) / "policy" / "state" / "mp_rank_00_model_states.pt").write_bytes(b"")
+    for resume in ("auto", str(newest(copied))):
+        with pytest.raises(InputError, match="step-000004 is DeepSpeed's, as repo_fast wrote them before, expected"):
+            sound(resume, copied)

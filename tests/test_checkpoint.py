@@ -1,0 +1,140 @@
+"""`python -m repo_fast.checkpoint`: what it says of checkpoints, and the policies that it makes of them."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from repo_fast.checkpoint import main
+from tests.checkpoints.test_files import damage
+from tests.job_runs import Job, run, same_bits, snapshot, weights
+from tests.supervised_runs import here, make_inputs
+
+SMALL = ("--total_steps 2", "--checkpoint.every 1", "--checkpoint.keep 0", "--algorithm.advantage rloo")
+SMALL += ("--data.ptx null", "--algorithm.ptx_coefficient 0")
+KINDS = {
+    "whole": (),
+    "bfloat16": ("--engine.dtype bfloat16",),
+    "adapters, ZeRO 1": ("--policy.lora.rank 3", "--engine.zero_stage 1"),
+    "adapters in 4 bits, grown": (
+        *("--policy.lora.rank 3", "--policy.quantize nf4"),
+        *("--policy.pad_token <pad>", "--policy.pad_vocabulary_to 16"),
+    ),
+    "last layer": ("--policy.trainable_layers 1",),
+}
+WITHOUT_DEEPSPEED = """
+import sys
+
+sys.modules["deepspeed"] = None
+from repo_fast.checkpoint import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(job: Job, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By kind: a run of two steps, each with a checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = {name: folder / name.replace(" ", "-") for name in KINDS}
+    for name, output_dir in found.items():
+        assert job.here(output_dir, *SMALL, *KINDS[name]) == 0
+    return found
+
+
+@pytest.fixture
+def copied(runs: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(runs["whole"], tmp_path / "run"))
+
+
+def policy_files(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in snapshot(folder).items() if not name.endswith(".safetensors")}
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_the_policy_of_the_last_step_is_the_runs(runs: dict[str, Path], tmp_path: Path, name: str) -> None:
+    exported = tmp_path / "exported"
+    assert main([str(runs[name]), "--export", "2", str(exported)]) == 0
+    theirs = runs[name] / "policy"
+    files = policy_files(theirs)
+    assert policy_files(exported) == {file: files[file] for file in files if file != "training_prompts.json"}
+    for file in theirs.rglob("*.safetensors"):
+        assert same_bits(load_file(exported / file.relative_to(theirs)), load_file(file)), file
+
+
+def test_an_earlier_step_without_deepspeed(runs: dict[str, Path], tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    words = [sys.executable, "-c", WITHOUT_DEEPSPEED, str(runs["whole"]), "--export", "1", str(exported)]
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    first, last = load_file(exported / "model.safetensors"), weights(runs["whole"])
+    assert first.keys() == last.keys() and not same_bits(first, last)
+    AutoModelForCausalLM.from_pretrained(exported)
+    AutoTokenizer.from_pretrained(exported)
+
+
+def test_a_fine_tuned_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    inputs = make_inputs(tmp_path / "inputs")
+    assert here("sft", inputs, tmp_path / "sft", "--stop_after 2") == 0
+    assert here("cost", inputs, tmp_path / "cost", "--stop_after 1") == 0
+    assert main([str(tmp_path / "sft"), "--export", "2", str(tmp_path / "exported")]) == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    capsys.readouterr()
+    assert main([str(tmp_path / "cost"), "--export", "1", str(tmp_path / "score")]) == 2
+    assert "is of a score model, expected one of repo_fast.train or repo_fast.sft" in capsys.readouterr().err
+
+
+def test_what_is_listed(copied: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main([str(copied)]) == 0
+    assert main([str(copied / "checkpoints"), "--verify"]) == 0
+    listed = capsys.readouterr().out
+    assert len(re.findall(r"step-000001 +\| \d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| +1 \| +0\.\d+ \|", listed)) == 2
+    assert listed.count("all files are there") == listed.count("sound") == 2
+    assert main([str(copied / "checkpoints" / "step-000002"), "--verify"]) == 0
+    assert capsys.readouterr().out.count("sound") == 1
+
+
+def test_damage_is_listed(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What sizes show is said at once; the rest, where all is read. Nothing of it is exported."""
+    for file, how in (("policy/shard-00000-of-00001.safetensors", "a bit"), ("run.json", "zeroes")):
+        damage(copied / "checkpoints" / "step-000002" / file, how)
+    damage(copied / "checkpoints" / "step-000001" / "policy" / "engine.json", "cut")
+    (copied / "checkpoints" / "step-000003.partial").mkdir()
+    before = snapshot(copied)
+    assert main([str(copied)]) == 3
+    listed = capsys.readouterr().out
+    assert listed.count("damaged") == 2 and "policy/engine.json has" in listed and "run.json is not what" in listed
+    assert "was not completed" in listed
+    assert main([str(copied), "--verify"]) == 3
+    listed = capsys.readouterr().out
+    assert listed.count("damaged") == 3 and listed.count("its sha256 differs") == 2
+    assert main([str(copied), "--export", "2", str(tmp_path / "exported")]) == 3
+    assert capsys.readouterr().err.count("is damaged: ") == 2
+    assert not (tmp_path / "exported").exists() and snapshot(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{run}/policy"], "policy' has no checkpoints, expected the output_dir of a run, or one of its checkpoints"),
+        (["{run}/nowhere"], "has no checkpoints, expected"),
+        (
+            ["{run}", "--export", "7", "{run}/new"],
+            "--export '7' is no step that has a checkpoint, expected one",
+        ),
+        (["{run}", "--export", "2", "{run}/policy"], "policy' exists, expected a new folder"),
+        (["{run}", "--verify", "--export", "2", "{run}/new"], "not allowed with argument"),
+        (["{run}", "--no-such-option"], "unrecognized arguments: --no-such-option"),
+        ([], "the following arguments are required: folder"),
+    ],
+)
+def test_bad_input(copied: Path, capsys: pytest.CaptureFixture, words: list[str], message: str) -> None:
+    before = snapshot(copied)
+    capsys.readouterr()
+    assert main([word.format(run=copied) for word in words]) == 2
+    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", capsys.readouterr().err)
+    assert snapshot(copied) == before
