@@ -1,11 +1,13 @@
-"""List, verify and export the checkpoints of a run.
+"""List, verify, export and convert the checkpoints of a run.
 
     python -m repo_fast.checkpoint outputs/tiny
     python -m repo_fast.checkpoint outputs/tiny --verify
     python -m repo_fast.checkpoint outputs/tiny --export 50 outputs/policy-50
+    python -m repo_fast.checkpoint outputs/tiny --convert
 
 The first lists them; the second reads every file and compares it with the manifest; the third writes the policy of a
-step of `repo_fast.train` or `repo_fast.sft` as a Hugging Face folder, as the end of the run does. None of them needs
+step of `repo_fast.train` or `repo_fast.sft` as a Hugging Face folder, as the end of the run does; the fourth makes
+those of before, which were DeepSpeed's pickles, ones that runs go on from, and keeps the old ones. None of them needs
 DeepSpeed, a GPU, or as many ranks as wrote them. Exit status: 0; 2 for input that cannot be used, said in one line; 3
 where a checkpoint is damaged, with the names of its files.
 """
@@ -19,6 +21,8 @@ from repo_fast.errors import InputError
 from repo_fast.jobs.launch import OneLineParser, guarded
 
 DAMAGED = 3
+# By the ending of its name, what a folder beside checkpoints is.
+_INCOMPLETE = {".partial": "was not completed", ".damaged": "was set aside", ".deepspeed": "was converted"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,8 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what.add_argument(
             "--export", nargs=2, metavar=("STEP", "FOLDER"), help="write the policy of a step as a Hugging Face folder"
         )
+        what.add_argument("--convert", action="store_true", help="write those anew that DeepSpeed wrote, of before")
         chosen = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
         found = _find(Path(chosen.folder))
+        if chosen.convert:
+            return _convert(found)
         if chosen.export is None:
             return _list(found, whole=chosen.verify)
         return _export(found, *chosen.export)
@@ -62,9 +69,9 @@ def _list(found: list[Path], *, whole: bool) -> int:
         written = datetime.datetime.fromtimestamp(folder.stat().st_mtime).isoformat(" ", "seconds")
         ranks, size, notes = "", "", ["sound" if whole else "all files are there"]
         if not is_checkpoint(folder):
-            notes = ["was set aside" if folder.suffix == ".damaged" else "was not completed"]
+            notes = [_INCOMPLETE.get(folder.suffix, "no checkpoint")]
         elif is_deepspeeds(folder):
-            notes = ["DeepSpeed's, of before"]
+            notes = ["DeepSpeed's, of before: --convert"]
         elif problems := damages(folder, None if whole else ["run.json"]):
             notes, status = [f"damaged: {problem}" for problem in problems], DAMAGED
         else:
@@ -73,6 +80,22 @@ def _list(found: list[Path], *, whole: bool) -> int:
         rows += [[folder.name, written, ranks, size, note] for note in notes]
     print(grid(["checkpoint", "written", "ranks", "GB", "" if whole else "--verify reads them"], rows))
     return status
+
+
+def _convert(found: list[Path]) -> int:
+    from repo_fast.checkpoints.files import writing
+    from repo_fast.jobs.conversion import convert, to_convert
+
+    wanted = [(folder, final) for folder in found if (final := to_convert(folder)) is not None]
+    if not wanted:
+        raise InputError(
+            f"--convert finds no checkpoint that DeepSpeed wrote in {str(found[0].parent)!r}, expected one"
+        )
+    for folder, final in wanted:
+        with writing(f"checkpoint {final}"):
+            before = convert(folder, final)
+        print(f"{final}: converted, of {before.name}")
+    return 0
 
 
 def _export(found: list[Path], step: str, target: str) -> int:

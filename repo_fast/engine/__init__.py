@@ -13,14 +13,13 @@ how its parameters are stored. What is particular here:
 
 import atexit
 import contextlib
-import json
 import logging
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,18 +27,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from repo_fast.checkpoints.files import FileSum, write_json, write_tensors, writing
+from repo_fast.checkpoints.files import FileSum, write_tensors, writing
 from repo_fast.checkpoints.pieces import PieceReader, Pieces
 from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig, OptimizerConfig
 from repo_fast.engine import fragments as own
+from repo_fast.engine.saved import BUFFER, SCHEDULE, STATE_FILE, Saved, shard_file
 from repo_fast.errors import InputError
-
-# In the folder of an engine in a checkpoint, beside a file of each rank.
-STATE_FILE = "engine.json"
-_BUFFER = "buffer"
-# What a schedule knows, of which its functions are the run's own.
-_SCHEDULE = ("last_epoch", "_step_count", "_last_lr", "base_lrs")
 
 # DeepSpeed's default for the buffer in which gradients wait to be reduced. ZeRO-3 allocates it whole, 2 GB of float32,
 # however small the model is, so it gets no more than the model has gradients.
@@ -370,11 +364,11 @@ class Engine:
         adam_step = float(own.adam_steps(optimizer)[0])
         mine = list(own.fragments(optimizer, self.module))
         buffers = dict(self._saved_buffers()) if ranks.is_first else {}
-        file, sums = f"shard-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors", {}
+        file, sums = shard_file(ranks.rank, ranks.size), {}
         with ranks.together("writing a checkpoint"), writing(f"checkpoint {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {f"{part.name}/{key}": view for part in mine for key, view in part.views.items()}
-            tensors |= {f"{name}/{_BUFFER}": value for name, value in buffers.items()}
+            tensors |= {f"{name}/{BUFFER}": value for name, value in buffers.items()}
             sums[file] = write_tensors(folder / file, tensors)
         pieces: dict[str, Pieces] = {}
         for name, shape, *part in ranks.gather_list([(p.name, p.shape, file, p.start, p.count) for p in mine]):
@@ -383,15 +377,15 @@ class Engine:
         with ranks.together("writing a checkpoint"), writing(f"checkpoint {folder}"):
             if ranks.is_first:
                 schedule = self._schedule.state_dict()
-                state = {
-                    "adam_step": adam_step,
-                    "dtype": str(next(p.dtype for p in self.module.parameters() if p.requires_grad)).split(".")[1],
-                    "schedule": {key: schedule[key] for key in _SCHEDULE},
-                    "frozen": frozen,
-                    "parameters": {name: asdict(pieces[name]) for name in sorted(pieces)},
-                    "buffers": dict.fromkeys(buffers, file),
-                }
-                sums[STATE_FILE] = write_json(folder / STATE_FILE, state)
+                saved = Saved(
+                    adam_step,
+                    str(next(p.dtype for p in self.module.parameters() if p.requires_grad)).removeprefix("torch."),
+                    {key: schedule[key] for key in SCHEDULE},
+                    frozen,
+                    {name: pieces[name] for name in sorted(pieces)},
+                    dict.fromkeys(buffers, file),
+                )
+                sums[STATE_FILE] = saved.write(folder)
         return sums
 
     def load(self, folder: Path) -> None:
@@ -401,20 +395,20 @@ class Engine:
             InputError: It is of another model, or of adapters on other weights.
         """
         optimizer = self._engine.optimizer
-        state = _read_state(folder, self.module, self._frozen_weights())
+        saved = _read_saved(folder, self.module, self._frozen_weights())
         own.before_masters_change(optimizer)
         for step in own.adam_steps(optimizer):
-            step.fill_(state["adam_step"])
+            step.fill_(saved.adam_step)
         with PieceReader(folder) as reader:
             for part in own.fragments(optimizer, self.module):
-                parts = state["parameters"][part.name].parts
+                parts = saved.parameters[part.name].parts
                 for key, view in part.views.items():
                     reader.read_into(view, f"{part.name}/{key}", parts, part.start)
             for name, buffer in self._saved_buffers():
-                buffer.copy_(reader.tensor(state["buffers"][name], f"{name}/{_BUFFER}"))
+                buffer.copy_(reader.tensor(saved.buffers[name], f"{name}/{BUFFER}"))
         own.after_masters_changed(optimizer)
-        self._schedule.load_state_dict(state["schedule"] | {"lr_lambdas": [None] * len(optimizer.param_groups)})
-        for group, learning_rate in zip(optimizer.param_groups, state["schedule"]["_last_lr"], strict=True):
+        self._schedule.load_state_dict(saved.schedule | {"lr_lambdas": [None] * len(optimizer.param_groups)})
+        for group, learning_rate in zip(optimizer.param_groups, saved.schedule["_last_lr"], strict=True):
             group["lr"] = learning_rate
 
     def _frozen_weights(self) -> str:
@@ -430,32 +424,31 @@ def read_weights(module: nn.Module, folder: Path, ranks: Ranks) -> None:
     Raises:
         InputError: As `Engine.load`.
     """
-    state = _read_state(folder, module, _frozen_weights(module, ranks))
+    saved = _read_saved(folder, module, _frozen_weights(module, ranks))
     with PieceReader(folder) as reader, torch.no_grad():
-        for name, pieces in state["parameters"].items():
+        for name, pieces in saved.parameters.items():
             module.get_parameter(name).copy_(reader.whole(f"{name}/{own.WEIGHT}", pieces))
-        for name, file in state["buffers"].items():
-            module.get_buffer(name).copy_(reader.tensor(file, f"{name}/{_BUFFER}"))
+        for name, file in saved.buffers.items():
+            module.get_buffer(name).copy_(reader.tensor(file, f"{name}/{BUFFER}"))
 
 
-def _read_state(folder: Path, module: nn.Module, frozen: str) -> dict[str, Any]:
+def _read_saved(folder: Path, module: nn.Module, frozen: str) -> Saved:
     """What the first rank wrote, where it is of this model with these frozen weights; else raises `InputError`."""
-    state = json.loads((folder / STATE_FILE).read_bytes())
-    state["parameters"] = {name: Pieces(**pieces) for name, pieces in state["parameters"].items()}
+    saved = Saved.read(folder)
     trained = {name: _shape(parameter) for name, parameter in module.named_parameters() if parameter.requires_grad}
-    theirs = {name: pieces.shape for name, pieces in state["parameters"].items()}
+    theirs = {name: pieces.shape for name, pieces in saved.parameters.items()}
     for name in sorted(trained.keys() | theirs.keys()):
         if trained.get(name) != theirs.get(name):
             raise InputError(
                 f"checkpoint {folder} is of another model: {name} is {_described(theirs.get(name))} there and "
                 f"{_described(trained.get(name))} here"
             )
-    if state["frozen"] != frozen:
+    if saved.frozen != frozen:
         raise InputError(
             f"checkpoint {folder} was trained beside frozen weights that are not this model's, expected the same base, "
             "whatever resume_changed_data says"
         )
-    return state
+    return saved
 
 
 def _frozen_weights(module: nn.Module, ranks: Ranks) -> str:

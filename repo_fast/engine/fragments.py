@@ -129,11 +129,11 @@ def frozen_sums(module: nn.Module, rank: int) -> dict[str, int]:
         else:
             values, start = shard.detach().reshape(-1), shard.numel() * rank
             values = values[: max(0, parameter.ds_numel - start)]
-        found[name] = _sum_of_bits(values, start)
+        found[name] = sum_of_bits(values, start)
     return found
 
 
-def _sum_of_bits(values: torch.Tensor, start: int) -> int:
+def sum_of_bits(values: torch.Tensor, start: int) -> int:
     """Each value's bits, as a number, times an odd number that grows with its place, modulo 2^64."""
     bits = values.view(_BITS[values.element_size()])
     total = 0

@@ -115,7 +115,10 @@ def find_resume(resume: str | None, output_dir: Path) -> Path | None:
 def _look_at(folder: Path) -> None:
     """Raise `Damaged` for what can be seen at once; `InputError` for a checkpoint of before there was a manifest."""
     if is_deepspeeds(folder):
-        raise InputError(f"checkpoint {folder} is DeepSpeed's, as repo_fast wrote them before, expected one of its own")
+        raise InputError(
+            f"checkpoint {folder} is DeepSpeed's, as repo_fast wrote them before, expected one of its own: "
+            f"python -m repo_fast.checkpoint {folder} --convert makes it one"
+        )
     files = read_manifest(folder)
     check_sizes(folder, files)
     check_sums(folder, files, ["run.json"])

@@ -1,6 +1,5 @@
 """The policy of a checkpoint as a Hugging Face folder, without DeepSpeed, a GPU, or the ranks that wrote it."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +7,8 @@ import torch
 
 from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig, LoraConfig, ModelConfig
-from repo_fast.engine import STATE_FILE, Engine, read_weights
+from repo_fast.engine import Engine, read_weights
+from repo_fast.engine.saved import Saved
 from repo_fast.errors import InputError
 from repo_fast.jobs.assembly import load_policy
 from repo_fast.jobs.checkpoint import partial, read_run
@@ -37,7 +37,7 @@ def export_policy(checkpoint: Path, folder: Path) -> None:
     section = config[engine]
     lora = LoraConfig(**section["lora"] | {"targets": tuple(section["lora"]["targets"])})
     settings = ModelConfig(**section | {"lora": lora})
-    dtype = json.loads((checkpoint / engine / STATE_FILE).read_bytes())["dtype"]
+    dtype = Saved.read(checkpoint / engine).dtype
     ranks = Ranks(0, 1, torch.device("cpu"))
     whole = EngineConfig(zero_stage=1, dtype=dtype)
     path, tokenizer = find_model(settings.path)

@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from repo_fast.checkpoints.files import sum_of
+from repo_fast.checkpoints.pieces import PieceReader
 from repo_fast.config import EngineConfig, LoraConfig, ModelConfig, OptimizerConfig
 from repo_fast.data import load_tokenizer
-from repo_fast.engine import STATE_FILE, Engine, fragments, start_distributed, stop_distributed
+from repo_fast.engine import Engine, fragments, start_distributed, stop_distributed
+from repo_fast.engine.conversion import convert_engine
 from repo_fast.engine.library import deepspeed
+from repo_fast.engine.saved import STATE_FILE, Saved
 from repo_fast.errors import InputError
 from repo_fast.jobs.assembly import load_policy
 from repo_fast.models.loss_head import Projection
@@ -90,6 +93,7 @@ def measure(folder: Path) -> dict[str, Any]:
         on.steps(engine, 3)
         saved = on.saved(engine, f"{on.ranks.size} ranks, {name}")
         found[name] = {"books": None if on.ranks.size == 1 else unlike_deepspeeds(engine)}
+        found[name]["converted"] = unlike_converted(on, engine, saved)
         found[name]["rate"] = engine._schedule.get_last_lr()
         on.steps(engine, 3)
         found[name]["at once"] = engine.whole_state()
@@ -104,6 +108,33 @@ def measure(folder: Path) -> dict[str, Any]:
         found["refused"] = refused(on)
     stop_distributed()
     return found
+
+
+def unlike_converted(on: OnRank, engine: Engine, saved: Path) -> list[str]:
+    """What is not the same in what DeepSpeed saves, converted. On the first rank."""
+    theirs, converted = saved.with_name(f"{saved.name}, DeepSpeed's"), saved.with_name(f"{saved.name}, converted")
+    engine._engine.save_checkpoint(str(theirs), tag="state", save_latest=False)
+    on.ranks.barrier()
+    if not on.ranks.is_first:
+        return []
+    for file, known in convert_engine(theirs / "state", converted).items():
+        assert sum_of(converted / file) == known
+    ours, other = Saved.read(saved), Saved.read(converted)
+    unlike = [
+        key
+        for key in ("adam_step", "dtype", "schedule", "frozen", "buffers")
+        if getattr(ours, key) != getattr(other, key)
+    ]
+    with PieceReader(saved) as mine, PieceReader(converted) as its:
+        for name in ours.parameters.keys() | other.parameters.keys():
+            for key in (fragments.WEIGHT, *fragments.MOMENTS):
+                pair = [
+                    reader.whole(f"{name}/{key}", state.parameters[name])
+                    for reader, state in ((mine, ours), (its, other))
+                ]
+                if not torch.equal(*pair):
+                    unlike.append(f"{name}/{key}")
+    return unlike
 
 
 def unlike_deepspeeds(engine: Engine) -> list[str]:
@@ -194,6 +225,11 @@ def test_it_goes_on_to_the_same_bits(found: list[dict[str, Any]], name: str) -> 
 @pytest.mark.parametrize("name", list(SETTINGS))
 def test_fragments_are_what_deepspeed_gives_whole(found: list[dict[str, Any]], name: str) -> None:
     assert all(not rank[name]["books"] for rank in found)
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_what_deepspeed_saves_is_converted(found: list[dict[str, Any]], name: str) -> None:
+    assert found[0][name]["converted"] == []
 
 
 def test_what_is_written(found: list[dict[str, Any]], folder: Path) -> None:

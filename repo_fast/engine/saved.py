@@ -1,0 +1,52 @@
+"""What an engine leaves in a checkpoint: a file of tensors from each rank, and one that says what these are."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from repo_fast.checkpoints.files import FileSum, write_json
+from repo_fast.checkpoints.pieces import Pieces
+
+STATE_FILE = "engine.json"
+BUFFER = "buffer"
+# What a learning rate's schedule knows, of which its functions are the run's own.
+SCHEDULE = ("last_epoch", "_step_count", "_last_lr", "base_lrs")
+
+
+def shard_file(rank: int, ranks: int) -> str:
+    """Of a rank's tensors: `NAME/weight`, `NAME/exp_avg` and `NAME/exp_avg_sq`, float32 [n], and `NAME/buffer`."""
+    return f"shard-{rank:05d}-of-{ranks:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the tensors are.
+
+    Attributes:
+        adam_step: AdamW's count of steps.
+        dtype: That the model computes in, as torch names it.
+        schedule: The `SCHEDULE` of a `LambdaLR`.
+        frozen: What the frozen weights are known by.
+        parameters: Where the elements of each trained parameter are.
+        buffers: The file of each buffer.
+    """
+
+    adam_step: float
+    dtype: str
+    schedule: dict[str, Any]
+    frozen: str
+    parameters: Mapping[str, Pieces]
+    buffers: Mapping[str, str]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Saved":
+        """From the folder of an engine."""
+        content = json.loads((folder / STATE_FILE).read_bytes())
+        parameters = {name: Pieces(**pieces) for name, pieces in content.pop("parameters").items()}
+        return cls(**content, parameters=parameters)
+
+    def write(self, folder: Path) -> FileSum:
+        """Into the folder of an engine. Raises `OSError`."""
+        return write_json(folder / STATE_FILE, asdict(self))

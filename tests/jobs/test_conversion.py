@@ -1,0 +1,107 @@
+"""Runs of before go on from their checkpoints, once these are converted; no pickle among them is executed."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from repo_fast.checkpoint import main
+from repo_fast.engine import Engine
+from tests.job_runs import Job, metrics, same_bits, snapshot, states, weights
+
+SMALL = ("--total_steps 4", "--checkpoint.every 2", "--checkpoint.keep 0", "--critics.shared_trunk true")
+
+
+@pytest.fixture(scope="module")
+def whole(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps, and in `before/` their checkpoints as DeepSpeed wrote them."""
+    output_dir = tmp_path_factory.mktemp("whole") / "run"
+    save = Engine.save
+
+    def both(self: Engine, folder: Path) -> dict:
+        step = folder.parent.name.removesuffix(".partial")
+        self._engine.save_checkpoint(str(output_dir / "before" / step / folder.name), tag="state", save_latest=False)
+        return save(self, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "save", both)
+        assert job.here(output_dir, *SMALL) == 0
+    for folder in (output_dir / "before").iterdir():
+        for file in (output_dir / "checkpoints" / folder.name).iterdir():
+            if file.is_file() and file.name != "manifest.json":
+                shutil.copy(file, folder)
+    return output_dir
+
+
+@pytest.fixture
+def before(whole: Path, tmp_path: Path) -> Path:
+    """The run after two of its steps, with DeepSpeed's checkpoint alone."""
+    copied = Path(shutil.copytree(whole, tmp_path / "run"))
+    shutil.rmtree(copied / "checkpoints")
+    shutil.rmtree(copied / "policy")
+    shutil.copytree(whole / "before" / "step-000002", copied / "checkpoints" / "step-000002")
+    return copied
+
+
+def test_a_run_of_before_goes_on(job: Job, whole: Path, before: Path, capsys: pytest.CaptureFixture) -> None:
+    checkpoint = before / "checkpoints" / "step-000002"
+    left = snapshot(checkpoint)
+    assert job.here(before, *SMALL, "--resume auto") == 2
+    said = (
+        r"error: checkpoint .*step-000002 is DeepSpeed's, .*: python -m repo_fast\.checkpoint .* --convert makes .*\n"
+    )
+    assert re.fullmatch(said, capsys.readouterr().err)
+    assert main([str(before)]) == 0
+    assert "DeepSpeed's, of before: --convert" in capsys.readouterr().out
+    assert main([str(before), "--convert"]) == 0
+    assert snapshot(checkpoint.with_name("step-000002.deepspeed")) == left
+    assert main([str(before), "--verify"]) == 0
+    listed = capsys.readouterr().out
+    assert "sound" in listed and "was converted" in listed
+    assert job.here(before, *SMALL, "--resume auto") == 0
+    assert metrics(before) == metrics(whole)
+    assert same_bits(weights(before), weights(whole)) and states(before, 4) == states(whole, 4)
+    assert main([str(before), "--convert"]) == 2
+    assert "--convert finds no checkpoint that DeepSpeed wrote" in capsys.readouterr().err
+
+
+def test_killed_while_it_is_converted(whole: Path, before: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from repo_fast.jobs import conversion
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(conversion, "complete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(before), "--convert"])
+    monkeypatch.undo()
+    assert not (before / "checkpoints" / "step-000002").exists()
+    assert main([str(before), "--convert"]) == 0
+    assert states(before, 2).keys() == states(whole, 2).keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"]
+)
+def test_nothing_of_a_pickle_is_executed(
+    before: Path, tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    file = before / "checkpoints" / "step-000002" / "policy" / "state" / name
+    torch.save(torch.load(file, weights_only=False) | {"attack": Attack()}, file)
+    assert main([str(before), "--convert"]) == 2
+    assert re.fullmatch(rf"error: '.*{name}' cannot be read: Weights only load failed.*\n", capsys.readouterr().err)
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_what_deepspeed_did_not_write_so_is_one_line(before: Path, capsys: pytest.CaptureFixture) -> None:
+    state = before / "checkpoints" / "step-000002" / "policy" / "state"
+    torch.save({"module": {}}, state / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    assert main([str(before), "--convert"]) == 2
+    assert re.fullmatch(r"error: '.*state' is not what DeepSpeed 0\.19 writes: .*\n", capsys.readouterr().err)
