@@ -70,7 +70,12 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], about: Mappin
 
 def write_json(path: Path, content: Any) -> FileSum:
     """Write a JSON file; it is replaced. Raises `OSError`."""
-    return _write(path, [as_json(content)])
+    return write_bytes(path, as_json(content))
+
+
+def write_bytes(path: Path, content: bytes) -> FileSum:
+    """Write a file; it is replaced. Raises `OSError`."""
+    return _write(path, [content])
 
 
 def as_json(content: Any) -> bytes:

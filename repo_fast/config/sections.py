@@ -123,6 +123,9 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved. 0: only the last."""
     keep: int = 2
     """Newest checkpoints kept; older ones go once a newer one is complete. 0: keep all."""
+    background: bool = False
+    """Write them while training goes on, from a copy in host memory: trained weights in float32 and AdamW's moments.
+    The last one, and one that an evaluation or a stop waits for, is not; nor is any where host memory is short."""
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from repo_fast.checkpoints.files import FileSum, write_tensors, writing
+from repo_fast.checkpoints.files import writing
 from repo_fast.checkpoints.pieces import PieceReader, Pieces
 from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig, OptimizerConfig
 from repo_fast.engine import fragments as own
-from repo_fast.engine.saved import BUFFER, SCHEDULE, STATE_FILE, Saved, shard_file
+from repo_fast.engine.saved import BUFFER, SCHEDULE, Saved, Unsaved, shard_file
 from repo_fast.errors import InputError
 
 # DeepSpeed's default for the buffer in which gradients wait to be reduced. ZeRO-3 allocates it whole, 2 GB of float32,
@@ -345,48 +345,42 @@ class Engine:
             if name in buffers:
                 yield name, value.detach()
 
-    def save(self, folder: Path) -> dict[str, FileSum]:
-        """Write what all ranks know of model, optimizer and schedule, each its own part. All ranks must call it.
+    def unsaved(self) -> Unsaved:
+        """This rank's part of what all ranks know of model, optimizer and schedule. All ranks must call it.
 
-        Frozen weights are not written: what they are known by is.
-
-        Args:
-            folder: A new one; made by whichever rank comes first.
-
-        Returns:
-            Of each file that this rank wrote, what it is known by; by name.
-
-        Raises:
-            InputError: A file cannot be written.
+        Frozen weights are not in it: what they are known by is.
         """
         optimizer, ranks = self._engine.optimizer, self._ranks
         # All alike: a step is taken by all, or skipped by all.
         adam_step = float(own.adam_steps(optimizer)[0])
         mine = list(own.fragments(optimizer, self.module))
         buffers = dict(self._saved_buffers()) if ranks.is_first else {}
-        file, sums = shard_file(ranks.rank, ranks.size), {}
-        with ranks.together("writing a checkpoint"), writing(f"checkpoint {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-            tensors = {f"{part.name}/{key}": view for part in mine for key, view in part.views.items()}
-            tensors |= {f"{name}/{BUFFER}": value for name, value in buffers.items()}
-            sums[file] = write_tensors(folder / file, tensors)
+        file = shard_file(ranks.rank, ranks.size)
+        tensors = {f"{part.name}/{key}": view for part in mine for key, view in part.views.items()}
+        tensors |= {f"{name}/{BUFFER}": value for name, value in buffers.items()}
         pieces: dict[str, Pieces] = {}
         for name, shape, *part in ranks.gather_list([(p.name, p.shape, file, p.start, p.count) for p in mine]):
             pieces.setdefault(name, Pieces(shape)).parts.append(tuple(part))
-        frozen = self._frozen_weights()
-        with ranks.together("writing a checkpoint"), writing(f"checkpoint {folder}"):
-            if ranks.is_first:
-                schedule = self._schedule.state_dict()
-                saved = Saved(
-                    adam_step,
-                    str(next(p.dtype for p in self.module.parameters() if p.requires_grad)).removeprefix("torch."),
-                    {key: schedule[key] for key in SCHEDULE},
-                    frozen,
-                    {name: pieces[name] for name in sorted(pieces)},
-                    dict.fromkeys(buffers, file),
-                )
-                sums[STATE_FILE] = saved.write(folder)
-        return sums
+        schedule = self._schedule.state_dict()
+        saved = Saved(
+            adam_step,
+            str(next(p.dtype for p in self.module.parameters() if p.requires_grad)).removeprefix("torch."),
+            {key: schedule[key] for key in SCHEDULE},
+            self._frozen_weights(),
+            {name: pieces[name] for name in sorted(pieces)},
+            dict.fromkeys(buffers, file),
+        )
+        return Unsaved(file, tensors, saved if ranks.is_first else None)
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimizer and schedule, each rank its own part, into a new folder. All ranks must call it.
+
+        Raises:
+            InputError: A file cannot be written.
+        """
+        unsaved = self.unsaved()
+        with self._ranks.together("writing a checkpoint"), writing(f"checkpoint {folder}"):
+            unsaved.write(folder)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, on any number of ranks and in any stage. Only right after construction; all ranks.

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from repo_fast.checkpoints.files import FileSum, write_json
+import torch
+
+from repo_fast.checkpoints.files import FileSum, write_json, write_tensors
 from repo_fast.checkpoints.pieces import Pieces
 
 STATE_FILE = "engine.json"
@@ -50,3 +52,41 @@ class Saved:
     def write(self, folder: Path) -> FileSum:
         """Into the folder of an engine. Raises `OSError`."""
         return write_json(folder / STATE_FILE, asdict(self))
+
+
+@dataclass(frozen=True)
+class Unsaved:
+    """A rank's part of an engine's state, which it can write without the other ranks.
+
+    Attributes:
+        file: Of its tensors.
+        tensors: By their names in the file; those that training goes on with, unless they are `copied`.
+        saved: What the tensors of all ranks are, on the first rank.
+    """
+
+    file: str
+    tensors: Mapping[str, torch.Tensor]
+    saved: Saved | None
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def copied(self) -> "Unsaved":
+        """The same in host memory of its own."""
+        return replace(self, tensors={name: value.to("cpu", copy=True) for name, value in self.tensors.items()})
+
+    def write(self, folder: Path) -> dict[str, FileSum]:
+        """Write it into the folder of an engine, which is made if it is not there.
+
+        Returns:
+            Of each file, what it is known by; by name.
+
+        Raises:
+            OSError: A file cannot be written.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        sums = {self.file: write_tensors(folder / self.file, self.tensors)}
+        if self.saved is not None:
+            sums[STATE_FILE] = self.saved.write(folder)
+        return sums

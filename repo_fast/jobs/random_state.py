@@ -48,9 +48,9 @@ def _random_file(rank: int) -> str:
     return f"random-rank{rank}.safetensors"
 
 
-def save_random_state(folder: Path, rank: int) -> dict[str, FileSum]:
-    """Write this rank's random state; returns what its file is known by."""
-    state, file = RandomState.now(), _random_file(rank)
+def save_random_state(state: RandomState, folder: Path, rank: int) -> dict[str, FileSum]:
+    """Write a rank's random state; returns what its file is known by."""
+    file = _random_file(rank)
     return {file: write_tensors(folder / file, state.tensors, {"state": json.dumps(state.words)})}
 
 

@@ -7,25 +7,28 @@ writes its results aside before they take their place.
 
 import contextlib
 import logging
+import os
 import random
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy
+import psutil
 import torch
 
-from repo_fast.checkpoints.files import write_json, writing
+from repo_fast.checkpoints.files import FileSum, as_json, write_bytes, writing
 from repo_fast.collectives import Ranks
 from repo_fast.config import RunConfig, to_dict, to_yaml
 from repo_fast.engine import Engine
 from repo_fast.errors import InputError
 from repo_fast.jobs import checkpoint
 from repo_fast.jobs.fingerprints import Fingerprint, check_unchanged
-from repo_fast.jobs.random_state import load_random_state, save_random_state, seed_everything
+from repo_fast.jobs.random_state import RandomState, load_random_state, save_random_state, seed_everything
 from repo_fast.jobs.training_prompts import Record, write_record
 from repo_fast.models.quantization import say_dequantized
 from repo_fast.report.folders import publish
@@ -36,6 +39,28 @@ from repo_fast.report.progress import Progress
 from repo_fast.speed.throughput import Measured, peak_memory, reset_peak_memory
 
 _log = logging.getLogger(__name__)
+
+# How much of a host's memory that is free copies of the state may take.
+_OF_FREE_MEMORY = 0.8
+
+
+class _Unfinished:
+    """A checkpoint that this rank is writing, or is about to.
+
+    Args:
+        folder: Its final name.
+        write: Writes this rank's files, and gives what they are known by.
+        background: Whether a thread does, from now on.
+    """
+
+    def __init__(self, folder: Path, write: Callable[[], dict[str, FileSum]], background: bool) -> None:
+        self.folder = folder
+        self.sums, self.is_written = write, lambda: True
+        if background:
+            threads = ThreadPoolExecutor(1, "checkpoint")
+            future = threads.submit(write)
+            threads.shutdown(wait=False)
+            self.sums, self.is_written = future.result, future.done
 
 
 class Run:
@@ -58,6 +83,8 @@ class Run:
         self.output_dir = Path(config.output_dir)
         self.step = 0
         self.stop_signal: int | None = None
+        self._unfinished: _Unfinished | None = None
+        self._said_short = False
         self._shown = shown
         self._fingerprints: dict[str, Fingerprint] = {}
         self._training_prompts: Record = ()
@@ -141,6 +168,8 @@ class Run:
 
     def must_stop(self) -> bool:
         """Whether the run ends here, before its last step; if so, its state is saved. The same on all ranks."""
+        if self._unfinished is not None and not self.ranks.any(not self._unfinished.is_written()):
+            self.finish_checkpoint()
         self.stop_signal = self.ranks.max(self.stop_signal or 0) or None
         stop = self.stop_signal is not None or (
             self.config.stop_after is not None and self.step >= self.config.stop_after
@@ -157,34 +186,79 @@ class Run:
         return 0 if self.stop_signal is None else 128 + self.stop_signal
 
     def checkpoint_if_due(self) -> None:
-        """Save the state at the steps that the configuration says, and at the last one."""
-        every = self.config.checkpoint.every
-        if self.step == self.total_steps or (every and self.step % every == 0):
-            self.save_checkpoint()
+        """Save the state at the steps that the configuration says, and at the last one. All ranks must call it."""
+        every, is_last = self.config.checkpoint.every, self.step == self.total_steps
+        if is_last or (every and self.step % every == 0):
+            self.save_checkpoint(background=self.config.checkpoint.background and not is_last)
 
-    def save_checkpoint(self) -> None:
-        """Save the state as it is after the last step, unless that is saved already. All ranks must call it."""
+    def save_checkpoint(self, *, background: bool = False) -> None:
+        """Save the state as it is after the last step, unless that is saved already. All ranks must call it.
+
+        Args:
+            background: Whether to write it while training goes on, from a copy in host memory, where there is room for
+                one. It counts once `finish_checkpoint` was called.
+
+        Raises:
+            InputError: It cannot be written, or the one before it could not.
+        """
+        self.finish_checkpoint()
         folder = self.output_dir / "checkpoints" / f"step-{self.step:06d}"
         if self.step == 0 or folder.is_dir():
             return
-        ranks, partial, sums = self.ranks, checkpoint.partial(folder), {}
+        ranks, partial = self.ranks, checkpoint.partial(folder)
         with ranks.together("writing a checkpoint"), writing(f"checkpoint {folder}"):
             if ranks.is_first:
                 checkpoint.begin(folder)
-        for name, engine in self.trained().items():
-            sums |= {f"{name}/{file}": own for file, own in engine.save(partial / name).items()}
-        with ranks.together("writing a checkpoint"), writing(f"checkpoint {folder}"):
-            sums |= save_random_state(partial, ranks.rank)
+        engines = {name: engine.unsaved() for name, engine in self.trained().items()}
+        state, run = RandomState.now(), as_json(self._about()) if ranks.is_first else b""
+        background = background and self._copy_fits(sum(unsaved.bytes for unsaved in engines.values()))
+        if background:
+            engines = {name: unsaved.copied() for name, unsaved in engines.items()}
+
+        def write() -> dict[str, FileSum]:
+            sums = save_random_state(state, partial, ranks.rank)
+            for name, unsaved in engines.items():
+                sums |= {f"{name}/{file}": known for file, known in unsaved.write(partial / name).items()}
             if ranks.is_first:
-                run = {
-                    "step": self.step,
-                    "ranks": ranks.size,
-                    "config": to_dict(self.config),
-                    "model": self._model(),
-                    "inputs": self._fingerprints,
-                    "state": self.state_dict(),
-                }
-                sums["run.json"] = write_json(partial / "run.json", run)
+                sums["run.json"] = write_bytes(partial / "run.json", run)
+            return sums
+
+        self._unfinished = _Unfinished(folder, write, background)
+        if not background:
+            self.finish_checkpoint()
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint says of the run."""
+        return {
+            "step": self.step,
+            "ranks": self.ranks.size,
+            "config": to_dict(self.config),
+            "model": self._model(),
+            "inputs": self._fingerprints,
+            "state": self.state_dict(),
+        }
+
+    def _copy_fits(self, size: int) -> bool:
+        """Whether the hosts of all ranks have room for so many bytes of each, beside what they have to leave."""
+        here = size * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        short = self.ranks.any(here > _OF_FREE_MEMORY * psutil.virtual_memory().available)
+        if short and not self._said_short:
+            self.say("host memory is short of a copy: checkpoints are not written in the background")
+        self._said_short |= short
+        return not short
+
+    def finish_checkpoint(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and make it count. All ranks must call it.
+
+        Raises:
+            InputError: It could not be written.
+        """
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is None:
+            return
+        folder, ranks = unfinished.folder, self.ranks
+        with ranks.together("writing a checkpoint"), writing(f"checkpoint {folder}"):
+            sums = unfinished.sums()
         everyone = dict(ranks.gather_list([*sums.items()]))
         with ranks.together("completing a checkpoint"), writing(f"checkpoint {folder}"):
             if ranks.is_first:

@@ -73,7 +73,7 @@ class OnRank:
 
     def saved(self, engine: Engine, name: str) -> Path:
         folder = self.folder / name
-        for file, known in engine.save(folder).items():
+        for file, known in engine.unsaved().write(folder).items():
             assert sum_of(folder / file) == known
         self.ranks.barrier()
         return folder

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from repo_fast.checkpoint import main
-from repo_fast.engine import Engine
+from repo_fast.jobs.run import Run
 from tests.job_runs import Job, metrics, same_bits, snapshot, states, weights
 
 SMALL = ("--total_steps 4", "--checkpoint.every 2", "--checkpoint.keep 0", "--critics.shared_trunk true")
@@ -19,15 +19,16 @@ SMALL = ("--total_steps 4", "--checkpoint.every 2", "--checkpoint.keep 0", "--cr
 def whole(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps, and in `before/` their checkpoints as DeepSpeed wrote them."""
     output_dir = tmp_path_factory.mktemp("whole") / "run"
-    save = Engine.save
+    save = Run.save_checkpoint
 
-    def both(self: Engine, folder: Path) -> dict:
-        step = folder.parent.name.removesuffix(".partial")
-        self._engine.save_checkpoint(str(output_dir / "before" / step / folder.name), tag="state", save_latest=False)
-        return save(self, folder)
+    def both(self: Run, **options: bool) -> None:
+        for name, engine in self.trained().items():
+            folder = output_dir / "before" / f"step-{self.step:06d}" / name
+            engine._engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        save(self, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "save", both)
+        patch.setattr(Run, "save_checkpoint", both)
         assert job.here(output_dir, *SMALL) == 0
     for folder in (output_dir / "before").iterdir():
         for file in (output_dir / "checkpoints" / folder.name).iterdir():

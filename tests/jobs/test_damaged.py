@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_the_last_one(
     monkeypatch.setattr(files, "_write", full)
     assert job.here(tmp_path / "run", *SMALL) == 2
     assert re.fullmatch(
-        r"error: checkpoint .*step-000004.partial/policy cannot be written: No space left on device; .*\n",
+        r"error: checkpoint .*step-000004 cannot be written: No space left on device; .*\n",
         capsys.readouterr().err,
     )
     monkeypatch.undo()
