@@ -1,6 +1,8 @@
 """Files of checkpoints: what safetensors reads of them, and what their sums and manifests notice."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from repo_fast.checkpoints import files
 from repo_fast.checkpoints.files import sum_of, write_json, write_tensors
 from repo_fast.checkpoints.manifest import MANIFEST, Damaged, check_sizes, check_sums, read_manifest, seal
 from repo_fast.checkpoints.pieces import PieceReader, Pieces
@@ -34,10 +37,22 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(content)
 
 
+def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """From now on no shard of the checkpoint of that name can be written."""
+    write = files._write
+
+    def full(path: Path, parts) -> files.FileSum:
+        if name in str(path) and path.name.startswith("shard"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, parts)
+
+    monkeypatch.setattr(files, "_write", full)
+
+
 def check(folder: Path) -> None:
-    files = read_manifest(folder)
-    check_sizes(folder, files)
-    check_sums(folder, files, files)
+    written = read_manifest(folder)
+    check_sizes(folder, written)
+    check_sums(folder, written, written)
 
 
 @pytest.fixture

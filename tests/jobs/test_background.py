@@ -1,6 +1,5 @@
 """Checkpoints that are written while training goes on are those that are waited for, and none counts too early."""
 
-import errno
 import os
 import re
 import signal
@@ -12,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from repo_fast.checkpoints import files
 from repo_fast.engine.saved import Unsaved
 from repo_fast.jobs import checkpoint
+from tests.checkpoints.test_files import fill_disk
 from tests.job_runs import Job, metrics, on_ranks, run, same_bits, states, weights
 
 SMALL = ("--total_steps 4", "--checkpoint.every 1", "--checkpoint.keep 0")
@@ -77,14 +76,7 @@ def test_where_memory_is_short_they_are_waited_for(
 def test_what_cannot_be_written_ends_the_run(
     job: Job, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    write = files._write
-
-    def full(path: Path, parts) -> files.FileSum:
-        if "step-000002" in str(path) and path.name.startswith("shard"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(path, parts)
-
-    monkeypatch.setattr(files, "_write", full)
+    fill_disk(monkeypatch, "step-000002")
     capsys.readouterr()
     assert job.here(tmp_path / "run", *BACKGROUND) == 2
     assert re.fullmatch(

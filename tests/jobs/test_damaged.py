@@ -1,6 +1,5 @@
 """Damage to a checkpoint is noticed before anything of it is read, and the run goes on from the one before."""
 
-import errno
 import os
 import re
 import shutil
@@ -9,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from repo_fast.checkpoints import files
 from repo_fast.collectives import Ranks
 from repo_fast.errors import InputError
 from repo_fast.jobs import checkpoint
-from tests.checkpoints.test_files import DAMAGES, damage
+from tests.checkpoints.test_files import DAMAGES, damage, fill_disk
 from tests.job_runs import Job, metrics, same_bits, snapshot, states, weights
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -104,14 +102,7 @@ def test_none_is_left(job: Job, copied: Path, capsys: pytest.CaptureFixture, fil
 def test_a_full_disk_leaves_the_last_one(
     job: Job, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    write = files._write
-
-    def full(path: Path, parts) -> files.FileSum:
-        if "step-000004" in str(path) and path.name.startswith("shard"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(path, parts)
-
-    monkeypatch.setattr(files, "_write", full)
+    fill_disk(monkeypatch, "step-000004")
     assert job.here(tmp_path / "run", *SMALL) == 2
     assert re.fullmatch(
         r"error: checkpoint .*step-000004 cannot be written: No space left on device; .*\n",
