@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from repo_fast.checkpoints.files import FileSum, sync, sync_folders
-from repo_fast.checkpoints.manifest import MANIFEST, Damaged, check_sizes, check_sums, read_manifest, seal
+from repo_fast.checkpoints.manifest import MANIFEST, Damaged, check_sizes, check_sums, damages, read_manifest, seal
 from repo_fast.collectives import Ranks
 from repo_fast.config import GuardConfig, RubricConfig, ScorerConfig
 from repo_fast.errors import InputError
@@ -90,15 +90,15 @@ def find_resume(resume: str | None, output_dir: Path) -> Path | None:
     if resume is None:
         return None
     if resume == "auto":
-        found, problem = checkpoints(output_dir), None
-        for folder in reversed(found):
+        problems: list[tuple[Path, Damaged]] = []
+        for folder in reversed(checkpoints(output_dir)):
             try:
                 _look_at(folder)
                 return folder
             except Damaged as error:
-                problem = problem or f"{error.file} of {folder} {error.problem}"
-        if problem is not None:
-            raise InputError(f"--resume 'auto' finds damaged checkpoints alone, expected one that is not: {problem}")
+                problems.append((folder, error))
+        if problems:
+            raise _all_are_damaged(*problems[0])
         return None
     folder = Path(resume)
     if not is_checkpoint(folder):
@@ -125,7 +125,11 @@ def _look_at(folder: Path) -> None:
 
 
 def _named_is_damaged(folder: Path, error: Damaged) -> InputError:
-    return InputError(f"checkpoint {folder} is damaged, expected another: {error.file} {error.problem}")
+    return InputError(f"checkpoint {folder} is damaged, expected another: {error}")
+
+
+def _all_are_damaged(folder: Path, error: Damaged) -> InputError:
+    return InputError(f"--resume 'auto' finds damaged checkpoints alone, expected one that is not: {folder}: {error}")
 
 
 def first_sound(folder: Path, resume: str | None, output_dir: Path, ranks: Ranks) -> Path:
@@ -142,39 +146,41 @@ def first_sound(folder: Path, resume: str | None, output_dir: Path, ranks: Ranks
     Raises:
         InputError: It was named, and is damaged; or all are.
     """
-    while True:
-        problem = _first_damage(folder, ranks)
-        if problem is not None and resume != "auto":
-            raise _named_is_damaged(folder, problem)
-        with ranks.together("setting damaged checkpoints aside"):
-            if ranks.is_first and resume == "auto":
-                newer = [path for path in checkpoints(output_dir) if _step_of(path) > _step_of(folder)]
-                for damaged in newer + ([] if problem is None else [folder]):
-                    aside = damaged.with_name(f"{damaged.name}.damaged")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    os.rename(damaged, aside)
-                    why = "" if problem is None or damaged != folder else f" ({problem.file} {problem.problem})"
-                    _log.warning("checkpoint %s is damaged%s: it is called %s from now on", damaged, why, aside.name)
+    older = [path for path in checkpoints(output_dir) if _step_of(path) < _step_of(folder)] if resume == "auto" else []
+    problems: dict[Path, Damaged] = {}
+    for found in (folder, *reversed(older)):
+        problem = _first_damage(found, ranks)
         if problem is None:
-            return folder
-        found = find_resume(resume, output_dir)
-        if found is None:
-            raise InputError(f"--resume 'auto' finds damaged checkpoints alone, expected one that is not: {problem}")
-        folder = found
+            break
+        problems[found] = problem
+    else:
+        if resume != "auto":
+            raise _named_is_damaged(folder, problems[folder])
+        raise _all_are_damaged(folder, problems[folder])
+    with ranks.together("setting damaged checkpoints aside"):
+        if ranks.is_first and resume == "auto":
+            for damaged in [path for path in checkpoints(output_dir) if _step_of(path) > _step_of(found)]:
+                problem = problems.get(damaged) or damages(damaged, ["run.json"])[0]
+                aside = damaged.with_name(f"{damaged.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(damaged, aside)
+                said = "checkpoint %s is damaged (%s): it is called %s from now on, and the run goes on from step %d"
+                _log.warning(said, damaged, problem, aside.name, _step_of(found))
+    return found
 
 
 def _first_damage(folder: Path, ranks: Ranks) -> Damaged | None:
     """What the first of the ranks found that found something."""
     mine: list[tuple[str, str]] = []
     with ranks.together("reading a checkpoint's sums"):
-        files = read_manifest(folder)
-        for name in ranks.share(sorted(files)):
-            try:
-                check_sums(folder, files, [name])
-            except Damaged as error:
-                mine.append((error.file, error.problem))
-    found = ranks.gather_list(mine)
-    return Damaged(*found[0]) if found else None
+        try:
+            files = read_manifest(folder)
+            check_sizes(folder, files)
+            check_sums(folder, files, ranks.share(sorted(files)))
+        except Damaged as error:
+            mine.append((error.file, error.problem))
+    everyone = ranks.gather_list(mine)
+    return Damaged(*everyone[0]) if everyone else None
 
 
 def check_output_folder(resume: str | None, output_dir: Path) -> None:

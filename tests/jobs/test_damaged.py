@@ -55,7 +55,9 @@ def test_every_file_is_looked_at(copied: Path, caplog: pytest.LogCaptureFixture,
         caplog.clear()
         assert sound("auto", copied) == copied / "checkpoints" / "step-000002"
         said = "\n".join(record.getMessage() for record in caplog.records)
-        assert re.search("step-000004 is damaged.*: it is called step-000004.damaged from now on", said)
+        assert re.search(
+            "step-000004 is damaged \\(.*\\): it is called step-000004.damaged from now on, and .* step 2", said
+        )
         aside = newest(copied).with_name("step-000004.damaged")
         (aside / file).write_bytes(kept)
         os.rename(aside, newest(copied))
@@ -91,12 +93,15 @@ def test_a_run_goes_on_from_the_one_before(job: Job, whole: Path, copied: Path, 
 def test_none_is_left(job: Job, copied: Path, capsys: pytest.CaptureFixture, file: str) -> None:
     for folder in checkpoint.checkpoints(copied):
         damage(folder / file, "zeroes")
+    before = snapshot(copied)
     capsys.readouterr()
     assert job.here(copied, *SMALL, "--resume auto") == 2
     assert re.fullmatch(
         rf"error: --resume 'auto' finds damaged checkpoints alone, expected one that is not: .*{file}.*\n",
         capsys.readouterr().err,
     )
+    # None has another name: the next one would start anew.
+    assert snapshot(copied) == before
 
 
 def test_a_full_disk_leaves_the_last_one(
