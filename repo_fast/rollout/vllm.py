@@ -13,6 +13,7 @@ import logging
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -111,6 +112,11 @@ class VllmEngine:
             # cannot be, and vLLM ends there. It warns of doing without parts, as untested.
             given["enable_chunked_prefill"] = False
             logging.getLogger("vllm.engine.arg_utils").setLevel(logging.ERROR)
+            # The memory that ranks share has a fixed name: what a run left that was killed would be in the way.
+            if ranks.is_first:
+                for left in Path("/dev/shm").glob("*-cpushm_*"):
+                    left.unlink(missing_ok=True)
+            ranks.barrier()
         with ranks.together("the start of vLLM"):
             try:
                 self._engine = vllm.LLM(
