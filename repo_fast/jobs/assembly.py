@@ -410,7 +410,7 @@ def _critic_start(
         if reads_tokens_of(load_tokenizer(spec.path, must_end=False), inputs.template.tokenizer):
             # What is trained whole is merged.
             merge = not config.critics.lora.rank or _merges(spec.path, config.critics.quantize, shared)
-            with at("critics.quantize"):
+            with at("critics"):
                 model = load_score_model(spec.path, merge=merge, **loading)
             if isinstance(model, ScoreModel):
                 heads = {name: config.scorers[name].head for name in group if inputs.scorers[name] == spec}

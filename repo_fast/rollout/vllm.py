@@ -7,6 +7,7 @@ computed once for all its responses; `hf` keeps computing for the longest of a b
 The log-probabilities of what it draws are those of the distribution that was drawn from, temperature and top-p applied.
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -112,11 +113,12 @@ class VllmEngine:
             # cannot be, and vLLM ends there. It warns of doing without parts, as untested.
             given["enable_chunked_prefill"] = False
             logging.getLogger("vllm.engine.arg_utils").setLevel(logging.ERROR)
-            # The memory that ranks share has a fixed name: what a run left that was killed would be in the way.
-            if ranks.is_first:
+            if parallel > 1:
+                # The memory that ranks share has a fixed name: what a run before left would be in the way.
                 for left in Path("/dev/shm").glob("*-cpushm_*"):
-                    left.unlink(missing_ok=True)
-            ranks.barrier()
+                    with contextlib.suppress(OSError):
+                        left.unlink()
+                ranks.barrier()
         with ranks.together("the start of vLLM"):
             try:
                 self._engine = vllm.LLM(

@@ -364,8 +364,10 @@ def load_line(path: str, role: Role) -> str:
 
 
 def reads_tokens_of(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether all token ids of `other` mean the same to `one`, which may have more, such as a pad token of its own.
+    """Whether token ids mean the same to both; but `one` may have a pad token more, which no text has.
 
-    Which of them ends a response is left to each one's template.
+    Any other token more would be read in texts that `other` writes in several. Which of them ends a response is left to
+    each one's template.
     """
-    return other.get_vocab().items() <= one.get_vocab().items()
+    theirs = other.get_vocab()
+    return theirs == {token: i for token, i in one.get_vocab().items() if token in theirs or token != one.pad_token}

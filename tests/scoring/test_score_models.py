@@ -385,11 +385,12 @@ def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path, score_type, role):
     load_score_model(path, dtype=torch.float32)
 
 
-def test_tokens_are_read_by_a_tokenizer_with_one_more() -> None:
-    """Such as a pad token, which a policy's own tokenizer gets for the run, and no text of it has."""
+def test_tokens_are_read_by_a_tokenizer_with_a_pad_token_more() -> None:
+    """Which a policy's own tokenizer gets for the run, and no text of it has."""
     plain, padded, other = word_tokenizer(pad_token=None), word_tokenizer(pad_token=None), word_tokenizer()
     padded.add_special_tokens({"pad_token": "<|pad|>"})
     assert reads_tokens_of(padded, plain) and reads_tokens_of(plain, plain)
     assert not reads_tokens_of(plain, padded)
     other.add_tokens(["zebra"])
-    assert reads_tokens_of(other, word_tokenizer()) and not reads_tokens_of(padded, other)
+    # It reads as one what the other writes in several.
+    assert not reads_tokens_of(other, word_tokenizer()) and not reads_tokens_of(word_tokenizer(), other)
