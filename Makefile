@@ -14,7 +14,7 @@ OUTPUT = $(shell n=; while [ -e outputs/tiny$$n ]; do n=$$(($${n:-0} - 1)); done
 # A waiting OpenMP thread that spins takes the core of the thread it waits for: up to 30 times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup train pipeline test test-vllm rehearse acceptance lint format bench clean
+.PHONY: help setup train pipeline test test-vllm rehearse acceptance campaign lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -84,6 +84,9 @@ $(GPU_VENV)/.done: requirements.lock .ci/gpu-machine.txt setup.py pyproject.toml
 
 acceptance: lint rehearse ## Check and test everything, and rehearse
 	$(VENV)/bin/pytest $(SPREAD) $(ARGS)
+
+campaign: setup ## Kills, full disks, damage, bad input, stopped ranks, attacks; goes on where it was stopped
+	$(VENV)/bin/python -m tests.campaign --out outputs/campaign $(ARGS)
 
 lint: setup ## Style, types of the public ops, which room may import which, the length of files
 	$(VENV)/bin/ruff check

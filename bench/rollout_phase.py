@@ -66,9 +66,9 @@ def measure(folder: Path, geometry: Geometry, ranks: Ranks) -> dict[str, Any]:
     requests = [
         Request(Prompt(i, text), tokenizer(text, return_tensors="pt").input_ids[0]) for i, text in enumerate(prompts)
     ]
-    mine = ranks.share(requests)
+    mine, seeds = ranks.share(requests), ranks.share(range(len(requests)))
     ways: dict[str, Draw] = {
-        OURS: lambda: _tokens(HfSampler(tokenizer, settings, ranks, pad_is_new=False).draw(engine, mine)),
+        OURS: lambda: _tokens(HfSampler(tokenizer, settings, ranks, pad_is_new=False).draw(engine, mine, seeds)),
         HOOKS_ON: lambda: generate_in_step(engine, mine, settings, ranks),
         ONE_BATCH: lambda: generate_gathered(engine, mine, settings, ranks),
     }
@@ -88,7 +88,7 @@ def measure(folder: Path, geometry: Geometry, ranks: Ranks) -> dict[str, Any]:
             seed=0,
             pad_is_new=False,
         )
-        ways[OURS_VLLM] = lambda: _tokens(sampler.draw(engine, mine))
+        ways[OURS_VLLM] = lambda: _tokens(sampler.draw(engine, mine, seeds))
     rounds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for number in range(ROUNDS + 1):
         for way, draw in ways.items():

@@ -22,6 +22,7 @@ from repo_fast.engine import start_distributed, stop_distributed
 from repo_fast.jobs.inputs import read_inputs
 from repo_fast.jobs.trainer import Trainer
 from repo_fast.ops.dispatch import resolve
+from repo_fast.rollout.seeds import Purpose
 
 
 def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
@@ -38,7 +39,7 @@ def measure(rounds: int, output_dir: Path) -> dict[str, dict[str, list[float]]]:
     ranks = start_distributed()
     trainer = Trainer(config, inputs, ranks)
     prompts = inputs.requests[: config.rollout.prompts_per_step]
-    rollout = trainer.generate([prompt for prompt in prompts for _ in range(config.rollout.responses_per_prompt)])
+    rollout = trainer.generate(*trainer.share_requests(prompts, config.rollout.responses_per_prompt, Purpose.TRAINING))
     scores = trainer.score(rollout)
     learner = trainer.learner
     backends = "torch", resolve("fused_rectified_policy_loss", "auto", ranks.device)

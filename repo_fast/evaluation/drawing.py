@@ -70,9 +70,8 @@ class _HuggingFace:
         rollouts = []
         with self._ranks.together("generation"):
             for unit in units:
-                torch.manual_seed(unit.seed)
                 options = self._sampling, self._ranks.device, self._never
-                rollouts.append(generate(self._model, self._tokenizer, unit.requests, *options))
+                rollouts.append(generate(self._model, self._tokenizer, unit.requests, unit.seeds, *options))
         return rollouts
 
     def close(self) -> None:
@@ -121,11 +120,8 @@ class _Vllm:
         return list(grouped(units, lambda unit: len(unit.requests), _VLLM_AT_ONCE))
 
     def draw(self, units: Sequence[Unit]) -> list[Rollout]:
-        requests, seeds = [], []
-        for unit in units:
-            generator = torch.Generator().manual_seed(unit.seed)
-            requests += unit.requests
-            seeds += torch.randint(2**31, (len(unit.requests),), generator=generator).tolist()
+        requests = [request for unit in units for request in unit.requests]
+        seeds = [seed for unit in units for seed in unit.seeds]
         # A prompt's responses follow each other: it is still in the cache.
         order = sorted(range(len(requests)), key=lambda place: requests[place].prompt.id)
         with self._ranks.together("generation"):

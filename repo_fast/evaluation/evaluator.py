@@ -249,16 +249,14 @@ class Evaluator:
             "sampling": sampling,
             **({"engine": f"vllm {version()}", "ranks": vllm["tensor_parallel"]} if engine == "vllm" else {}),
             "seed": self.config.seed,
-            "random numbers": "one a token",
+            "random numbers": "a seed a response",
             **self._dated(policy.template),
             **self._computing(policy.path),
         }
 
     def _draw_units(self, policy: PolicyInput, units: list[Unit], done: int, file: UnitFile) -> None:
-        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else []
         with contextlib.ExitStack() as held:
             drawer = held.enter_context(contextlib.closing(open_drawer(self.config, policy, self.ranks, self._loading)))
-            held.enter_context(torch.random.fork_rng(devices=devices))
             append = held.enter_context(file.appending(self.ranks.is_first))
 
             def draw(group: list[Unit] | None) -> list[list[dict[str, Any]]]:

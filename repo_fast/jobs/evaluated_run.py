@@ -6,21 +6,19 @@ All random states are put back after: the training is the same with and without.
 """
 
 import contextlib
-import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy
 import torch
 
 from repo_fast.config import ONLY, SECOND_REWARD, TrainConfig
 from repo_fast.jobs import checkpoint
 from repo_fast.jobs.inputs import Inputs
 from repo_fast.jobs.multiplier_start import describe_start, multipliers_from
-from repo_fast.jobs.random_state import RandomState
+from repo_fast.jobs.random_state import RandomState, seed_everything
 from repo_fast.jobs.run import Run
 from repo_fast.jobs.step_evaluations import StepEvaluations
 from repo_fast.jobs.training_prompts import INSIDE, write_record
@@ -33,11 +31,11 @@ from repo_fast.report.measures import Evaluation, Thresholds
 from repo_fast.report.plots import plot_evaluations
 from repo_fast.report.tables import before_after_table, table_measures
 from repo_fast.rollout import Request, Rollout, Sampler
+from repo_fast.rollout.seeds import Purpose, response_seeds
 from repo_fast.rollout.units import Unit, units_of
 from repo_fast.scoring import EarlyScores, FunctionScorer, JudgedScorer, Scorer, finite_scores
 
-# Sampling of the evaluations: the same for every run and resume of a seed, and apart from training's.
-_EVALUATION_SEEDS = {"before": 1, "before_again": 2, "after": 3}
+_PURPOSES = {"before": Purpose.BEFORE, "before_again": Purpose.BEFORE_AGAIN, "after": Purpose.AFTER}
 
 
 class EvaluatedRun(Run):
@@ -65,13 +63,17 @@ class EvaluatedRun(Run):
 
     # ---------------------------------------------------------------------------------------------- drawing and scoring
 
-    def share_requests(self, prompts: Sequence[Request], responses_per_prompt: int) -> list[Request]:
-        """This rank's share of the responses to draw; a prompt's may lie on two ranks."""
-        return self.ranks.share([prompt for prompt in prompts for _ in range(responses_per_prompt)])
+    def share_requests(
+        self, prompts: Sequence[Request], responses_per_prompt: int, purpose: Purpose
+    ) -> tuple[list[Request], list[int]]:
+        """This rank's share of the responses to draw at this step, and their seeds; a prompt's may lie on two ranks."""
+        requests = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
+        seeds = response_seeds(len(requests), self.config.seed, purpose, self.step)
+        return self.ranks.share(requests), self.ranks.share(seeds)
 
-    def generate(self, requests: Sequence[Request], early: EarlyScores | None = None) -> Rollout:
+    def generate(self, requests: Sequence[Request], seeds: Sequence[int], early: EarlyScores | None = None) -> Rollout:
         """Draw a response for each of this rank's requests from the current policy, scored meanwhile by `early`."""
-        return self.rollout_engine.draw(self.learner.models.policy, requests, early)
+        return self.rollout_engine.draw(self.learner.models.policy, requests, seeds, early)
 
     def early_scores(self, requests: Sequence[Request], exempt: Mapping[str, frozenset[int]]) -> EarlyScores | None:
         if not self.early_scorers:
@@ -124,11 +126,12 @@ class EvaluatedRun(Run):
     def evaluate(self, name: str) -> None:
         """Sample and score the held-out prompts, into `eval_NAME.jsonl`."""
         with self.phase(f"evaluate {name}"), self._nothing_changed():
-            torch.manual_seed(self.config.seed * 1_000_003 + _EVALUATION_SEEDS[name] * 10_007 + self.ranks.rank)
-            count = self.config.evaluation.samples_per_prompt
-            requests = self.share_requests(self.inputs.eval_requests, count)
+            purpose, count = _PURPOSES[name], self.config.evaluation.samples_per_prompt
+            # Scorers may draw from these.
+            seed_everything(self.config.seed, purpose, self.ranks.rank)
+            requests, seeds = self.share_requests(self.inputs.eval_requests, count, purpose)
             early = self.early_scores(requests, self.inputs.eval_exempt)
-            rollout = self.with_early(self.generate(requests, early), early)
+            rollout = self.with_early(self.generate(requests, seeds, early), early)
             scores = self.score(rollout, self.inputs.eval_exempt)
             # Before the first step the policy is the reference.
             kl = self.learner.response_kl(rollout) if self.step else torch.zeros(len(rollout.responses))
@@ -234,12 +237,12 @@ class EvaluatedRun(Run):
 
     def _draw_unit(self, unit: Unit | None) -> list[dict[str, Value]]:
         """The scored responses of a unit; of none on a rank without one. All ranks must call it."""
-        if unit is not None:
-            torch.manual_seed(unit.seed)
+        if unit is None:
+            rollout = self.generate([], [])
+        else:
             # Scorers may draw from these.
-            random.seed(unit.seed)
-            numpy.random.seed(unit.seed % 2**32)
-        rollout = self.generate([] if unit is None else unit.requests)
+            seed_everything(unit.seeds[0])
+            rollout = self.generate(unit.requests, unit.seeds)
         scores = self.score(rollout, self.inputs.eval_exempt)
         return self._evaluated(rollout, scores, self.learner.response_kl(rollout))
 

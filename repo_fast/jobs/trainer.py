@@ -32,6 +32,7 @@ from repo_fast.report.samples import SampleLog
 from repo_fast.report.tables import batch_size_table
 from repo_fast.rollout import Request, Rollout
 from repo_fast.rollout.dealing import over_ranks
+from repo_fast.rollout.seeds import Purpose
 from repo_fast.scoring import FunctionScorer, JudgedScorer
 from repo_fast.speed.profiling import draw_timeline, traced
 from repo_fast.speed.throughput import Measured, Throughput, speed_table
@@ -157,10 +158,10 @@ class Trainer(EvaluatedRun):
         """One step; returns its phases."""
         phases: dict[str, Measured] = {}
         with self.nothing_lost():
-            requests = self._next_requests()
+            requests, seeds = self._next_requests()
             early = self.early_scores(requests, self.inputs.exempt)
             with self.phase("generate") as phases["generate"]:
-                drawn = self.generate(requests, early)
+                drawn = self.generate(requests, seeds, early)
             with self.phase("score") as phases["score"]:
                 share = self.config.update.share_prompts
                 rollout = over_ranks(self.with_early(drawn, early), self.learner.work, self.ranks, together=share)
@@ -188,9 +189,9 @@ class Trainer(EvaluatedRun):
             self.save_checkpoint()
             raise
 
-    def _next_requests(self) -> list[Request]:
-        prompts = self.sampler.next()
-        return self.share_requests([self.inputs.requests[i] for i in prompts], self.config.rollout.responses_per_prompt)
+    def _next_requests(self) -> tuple[list[Request], list[int]]:
+        prompts = [self.inputs.requests[i] for i in self.sampler.next()]
+        return self.share_requests(prompts, self.config.rollout.responses_per_prompt, Purpose.TRAINING)
 
     def _log_step(
         self, rollout: Rollout, scores: dict[str, torch.Tensor], metrics: dict[str, float], phases: dict[str, Measured]

@@ -76,12 +76,15 @@ class Rollout:
 class Sampler(Protocol):
     """Draws responses from a policy under training."""
 
-    def draw(self, policy: "Engine", requests: Sequence[Request], finished: Finished | None = None) -> Rollout:
+    def draw(
+        self, policy: "Engine", requests: Sequence[Request], seeds: Sequence[int], finished: Finished | None = None
+    ) -> Rollout:
         """One response for each of this rank's requests, in their order; may be none. All ranks must call it.
 
         Args:
             policy: Whose weights are drawn from.
             requests: What is asked for.
+            seeds: Of each response, below 2^32 (`seeds.py`): all that decides its random numbers.
             finished: Called on this rank as responses become known, each of them once.
 
         Raises:

@@ -5,9 +5,9 @@ collective inside, so ranks that finish at different times only meet afterwards.
 padding small. Every generation setting of the model folder is set aside, except which tokens end a response: a
 repetition penalty or a top-k from there would sample from another distribution than the one being trained.
 
-The tokens are drawn here (`_Draw`), for `torch.multinomial` makes a random number for every token of the vocabulary: on
-two CPU cores, for 32 responses at a vocabulary of 32,001, two fifths of all of `generate`. A static cache, without
-compilation, was measured no faster than one that grows.
+The tokens are drawn here (`_Draw`): `torch.multinomial` has one random state for all rows of a batch, and makes a
+random number for every token of the vocabulary, which took two fifths of all of `generate` on two CPU cores, for 32
+responses at a vocabulary of 32,001. A static cache, without compilation, was measured no faster than one that grows.
 """
 
 from collections.abc import Sequence
@@ -58,12 +58,14 @@ class HfSampler:
     ) -> None:
         self._tokenizer, self._config, self._ranks, self._pad_is_new = tokenizer, config, ranks, pad_is_new
 
-    def draw(self, policy: "Engine", requests: Sequence[Request], finished: Finished | None = None) -> Rollout:
+    def draw(
+        self, policy: "Engine", requests: Sequence[Request], seeds: Sequence[int], finished: Finished | None = None
+    ) -> Rollout:
         with policy.gathered() as module, self._ranks.together("generation"):
             model = module.model
             ends = end_tokens(model.generation_config, self._tokenizer)
             never = never_drawn(model.config.vocab_size, self._tokenizer, ends, pad=self._pad_is_new)
-            return generate(model, self._tokenizer, requests, self._config, self._ranks.device, never, finished)
+            return generate(model, self._tokenizer, requests, seeds, self._config, self._ranks.device, never, finished)
 
     def close(self) -> None:
         """Nothing to do."""
@@ -75,32 +77,45 @@ class _Draw(LogitsProcessor):
     By inversion: one uniform number a row, against the running sum of the probabilities. In float64, in which neither
     the sum nor the number rounds away what the rarest token has.
 
+    Args:
+        uniform: Of each row's tokens in turn, float64 [B, tokens at most] in [0, 1).
+
     Attributes:
         log_probs: Of the drawn tokens, float32 [B] each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, uniform: torch.Tensor) -> None:
+        self._uniform = uniform
         self.log_probs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         log_probs = scores.log_softmax(-1)
-        token = draw(log_probs.exp())
+        token = draw(log_probs.exp(), self._uniform[:, len(self.log_probs), None])
         self.log_probs.append(log_probs.gather(1, token)[:, 0])
         return scores.scatter(1, token, torch.inf)
 
 
-def draw(probabilities: torch.Tensor) -> torch.Tensor:
-    """One token a row, from torch's global random state.
+def uniform_numbers(seeds: Sequence[int], count: int) -> torch.Tensor:
+    """Random numbers in [0, 1), a row for each seed, float64 [seeds, count]: on the CPU, so the same on any device."""
+    numbers = torch.empty(len(seeds), count, dtype=torch.float64)
+    generator = torch.Generator()
+    for row, seed in zip(numbers, seeds, strict=True):
+        row.uniform_(generator=generator.manual_seed(seed))
+    return numbers
+
+
+def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """One token a row.
 
     Args:
         probabilities: [B, V], or what is proportional to them.
+        uniform: Random numbers in [0, 1), float64 [B, 1].
 
     Returns:
         int64 [B, 1]; never a token of probability 0.
     """
     sums = probabilities.cumsum(-1, dtype=torch.float64)
     total = sums[:, -1:]
-    uniform = torch.rand(total.shape, dtype=torch.float64, device=total.device)
     # A product that rounds up to the total would be above every sum.
     where = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))
     # Beyond the last only where there is a NaN, which the log-probability will be too.
@@ -178,17 +193,19 @@ def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     requests: Sequence[Request],
+    seeds: Sequence[int],
     config: SamplingConfig,
     device: torch.device,
     never_drawn: Sequence[int] = (),
     announce: Finished | None = None,
 ) -> Rollout:
-    """Draw one response for each request, from torch's global random state.
+    """Draw one response for each request.
 
     Args:
         model: A Hugging Face causal language model with whole parameters.
         tokenizer: Its tokenizer.
         requests: In the order wanted; may be empty.
+        seeds: Of each response, below 2^32.
         config: Temperature, top-p, lengths, stop strings, batch size.
         device: Where the model is.
         never_drawn: Ids that a response must not contain, such as rows of a padded vocabulary.
@@ -219,8 +236,9 @@ def generate(
             check_generation(model, pad, device, config.batch_size)
         for start in range(0, len(order), config.batch_size):
             indices = order[start : start + config.batch_size]
+            uniform = uniform_numbers([seeds[i] for i in indices], config.max_new_tokens).to(device)
             drawn, recorded, stopped = _generate_batch(
-                model, tokenizer, [requests[i].tokens for i in indices], config, device, pad
+                model, tokenizer, [requests[i].tokens for i in indices], uniform, config, device, pad
             )
             computed_positions += len(indices) * (max(requests[i].tokens.numel() for i in indices) + drawn.shape[1])
             for row, index in enumerate(indices):
@@ -295,7 +313,9 @@ def _gaps_to_alone(model: nn.Module, rows: Any, row: int, start: int) -> list[fl
     return [abs(float(a.float().log_softmax(-1)[t] - b.float().log_softmax(-1)[t])) for t, a, b in pairs]
 
 
-def _generate_batch(model, tokenizer, prompts: list[torch.Tensor], config: SamplingConfig, device, pad: int):
+def _generate_batch(
+    model, tokenizer, prompts: list[torch.Tensor], uniform: torch.Tensor, config: SamplingConfig, device, pad: int
+):
     """Left-padded generation.
 
     Returns:
@@ -308,7 +328,7 @@ def _generate_batch(model, tokenizer, prompts: list[torch.Tensor], config: Sampl
     for row, prompt in enumerate(prompts):
         input_ids[row, longest - prompt.numel() :] = prompt
         attention_mask[row, longest - prompt.numel() :] = 1
-    sampling = _Draw()
+    sampling = _Draw(uniform)
     warpers = LogitsProcessorList()
     if config.temperature != 1.0:
         warpers.append(TemperatureLogitsWarper(config.temperature))

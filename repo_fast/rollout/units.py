@@ -1,9 +1,9 @@
-"""Responses to held-out prompts in *units*, each drawn at once from a random state of its own.
+"""Responses to held-out prompts in *units*, each drawn at once.
 
-A unit is one response to each prompt of a block, and its random state depends on the seed and its number alone. So what
-is drawn of a policy depends neither on the number of ranks, nor on what was drawn before, nor on where a kill came in
-between; and training and evaluation draw the same responses of the same weights. More samples a prompt are further
-units.
+A unit is one response to each prompt of a block, and its seeds depend on that of the job and its number alone; what is
+computed together does not depend on the number of ranks. So what is drawn of a policy is, to the bit, the same whatever
+was drawn before and wherever a kill came in between; and training and evaluation draw the same responses of the same
+weights. More samples a prompt are further units.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from repo_fast.collectives import Ranks
 from repo_fast.rollout import Request
+from repo_fast.rollout.seeds import Purpose, response_seeds
 
 Item = TypeVar("Item")
 
@@ -21,14 +22,14 @@ class Unit:
     """What is drawn at once.
 
     Attributes:
-        seed: Of its random state.
         sample: Which of the responses to each of its prompts, from 0.
         requests: One for each prompt of a block.
+        seeds: Of each response.
     """
 
-    seed: int
     sample: int
     requests: list[Request]
+    seeds: list[int]
 
 
 def units_of(requests: Sequence[Request], samples_per_prompt: int, size: int, seed: int) -> list[Unit]:
@@ -43,7 +44,10 @@ def units_of(requests: Sequence[Request], samples_per_prompt: int, size: int, se
     ordered = sorted(requests, key=lambda request: len(request.prompt.text))
     blocks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     parts = [(sample, block) for sample in range(samples_per_prompt) for block in blocks]
-    return [Unit(seed * 1_000_003 + number, sample, block) for number, (sample, block) in enumerate(parts)]
+    return [
+        Unit(sample, block, response_seeds(len(block), seed, Purpose.UNIT, number))
+        for number, (sample, block) in enumerate(parts)
+    ]
 
 
 def grouped(items: Sequence[Item], size: Callable[[Item], int], at_least: int) -> Iterator[list[Item]]:

@@ -225,7 +225,7 @@ class VllmEngine:
 
         Args:
             requests: What is asked for. The responses to a prompt share it where they follow each other.
-            seeds: Of each response, below 2^31.
+            seeds: Of each response, below 2^32.
             finished: Called on this rank as responses become known, each of them once.
         """
         config = self._config

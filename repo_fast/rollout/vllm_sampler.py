@@ -42,7 +42,7 @@ class VllmSampler:
         ranks: This process among all; the process group is open.
         dtype: Of weights and activations.
         longest: Tokens of a prompt and its response at most.
-        seed: Of the engine. Each response has a seed of its own, from torch's global random state.
+        seed: Of the engine. Each response has a seed of its own.
         pad_is_new: Whether the pad token was added for this run, and must not be drawn.
 
     Raises:
@@ -106,12 +106,13 @@ class VllmSampler:
             raise self._engine.cannot_run(error) from error
         self._sleep()
 
-    def draw(self, policy: "Engine", requests: Sequence[Request], finished: Finished | None = None) -> Rollout:
+    def draw(
+        self, policy: "Engine", requests: Sequence[Request], seeds: Sequence[int], finished: Finished | None = None
+    ) -> Rollout:
         self._wake(policy)
         # The first time at the start does not count: a checkpoint may have been loaded after it.
         self._base_is_there = True
         with self._ranks.together("generation"):
-            seeds = torch.randint(2**31, (len(requests),)).tolist()
             rollout = self._engine.draw(requests, seeds, finished)
         self._sleep()
         return rollout

@@ -95,7 +95,8 @@ class OnTwoRanks:
     def generate(self, engine: Engine, new_tokens: int, texts: tuple[str, ...] = ("how do i", "tea")) -> Rollout:
         asked = [Request(Prompt(i, t), torch.tensor(self.tokenizer(t).input_ids)) for i, t in enumerate(texts)]
         with engine.gathered() as policy:
-            return generate(policy.model, self.tokenizer, asked, RolloutConfig(max_new_tokens=new_tokens), CPU)
+            config = RolloutConfig(max_new_tokens=new_tokens)
+            return generate(policy.model, self.tokenizer, asked, range(len(asked)), config, CPU)
 
 
 def measure(folder: Path) -> dict[str, Any]:

@@ -68,9 +68,9 @@ def test_ranks_that_share_an_engine_draw_the_same(folder: Path, found: dict[str,
 
 
 def test_units_are_drawn_together_and_never_cut() -> None:
-    units = [Unit(seed, 0, [None] * size) for seed, size in enumerate((2, 2, 1, 4, 1))]
+    units = [Unit(sample, [None] * size, [0] * size) for sample, size in enumerate((2, 2, 1, 4, 1))]
     groups = grouped(units, lambda unit: len(unit.requests), 5)
-    assert [[unit.seed for unit in group] for group in groups] == [[0, 1, 2], [3, 4]]
+    assert [[unit.sample for unit in group] for group in groups] == [[0, 1, 2], [3, 4]]
     assert units_of([], 2, 3, 0) == []
 
 

@@ -24,6 +24,7 @@ from repo_fast.models.attention import PACKED
 from repo_fast.models.policy import Policy
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.plan.networks import networks
+from repo_fast.rollout.seeds import Purpose
 from repo_fast.scoring.expectation import score_text
 from tests.job_runs import Job, engines, metrics, same_bits, states, weights
 from tests.learning import learner_worker
@@ -283,7 +284,7 @@ def test_the_reference_is_the_start_to_the_last_bit_and_no_second_copy(
     kl = [row["kl"] for row in metrics(tmp_path / "run")]
     assert kl[0] == 0.0 and all(kl[1:])
     models = trainer.learner.models
-    rollout = trainer.generate(given.requests * 2)
+    rollout = trainer.generate(*trainer.share_requests(given.requests, 2, Purpose.TRAINING))
     ours = trainer.learner.log_probs(models.reference, rollout)
     now = trainer.learner.log_probs(models.policy, rollout)
     with assembly.sharded_loading(config.engine, ranks.device):

@@ -12,6 +12,7 @@ from repo_fast.config import CriticConfig, LoraConfig, parse
 from repo_fast.engine import Engine, start_distributed
 from repo_fast.jobs.inputs import read_inputs
 from repo_fast.jobs.trainer import Trainer
+from repo_fast.rollout.seeds import Purpose
 from tests.job_runs import Job, engines, metrics, same_bits, states, weights
 from tests.learning import learner_worker as worker
 from tests.supervised_runs import norm_wise
@@ -116,7 +117,7 @@ def make_trainer(job: Job, folder: Path, *options: str) -> Trainer:
 def test_a_shared_critic_starts_from_the_reward_streams(job: Job, tmp_path: Path) -> None:
     """And its second head at zero."""
     apart, shared = make_trainer(job, tmp_path), make_trainer(job, tmp_path, SHARED)
-    rollout = shared.generate(shared.inputs.requests)
+    rollout = shared.generate(*shared.share_requests(shared.inputs.requests, 1, Purpose.TRAINING))
     values = shared.learner.values(shared.learner.models.critics["reward_cost"], rollout)
     of_reward = apart.learner.values(apart.learner.models.critics["reward"], rollout)
     assert torch.equal(values[0], of_reward[0])

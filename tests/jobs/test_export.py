@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from repo_fast.rollout.seeds import Purpose
 from tests.job_runs import Job, run
 from tests.tiny import save_policy
 
@@ -43,7 +44,7 @@ def train(job: Job, folder: Path, *, tied: bool) -> list[torch.Tensor]:
     inputs = read_inputs(config)
     trainer = Trainer(config, inputs, start_distributed())
     assert trainer.run() == 0
-    rollout = trainer.generate(inputs.requests * 2)
+    rollout = trainer.generate(*trainer.share_requests(inputs.requests, 2, Purpose.TRAINING))
     log_probs = trainer.learner.log_probs(trainer.learner.models.policy, rollout)
     stop_distributed()
     torch.save(list(zip(rollout.prompt_tokens, rollout.response_tokens, strict=True)), folder / "tokens.pt")

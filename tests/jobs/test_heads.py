@@ -25,6 +25,7 @@ from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.score_writing import convert_score_model
 from repo_fast.models.sharing import SharedWeights
 from repo_fast.plan.networks import networks
+from repo_fast.rollout.seeds import Purpose
 from repo_fast.score import main as score
 from tests.harms import BOMB, HEADS, ROWS
 from tests.job_runs import Job, metrics, run, torchrun, write_lines
@@ -291,7 +292,7 @@ def test_two_heads_are_two_constraints(
     assert first._module is second._module
     assert caplog.text.count("attention of the first cost model") == 1
     assert "attention of the second cost model" not in caplog.text
-    rollout = trainer.generate(trainer.inputs.requests)
+    rollout = trainer.generate(*trainer.share_requests(trainer.inputs.requests, 1, Purpose.TRAINING))
     seen.clear()
     found = trainer.score(rollout)
     assert seen == [2]

@@ -14,6 +14,7 @@ from repo_fast.jobs.inputs import read_inputs
 from repo_fast.jobs.trainer import Trainer
 from repo_fast.models import vocabulary
 from repo_fast.models.score_model import ScoreModel
+from repo_fast.rollout.seeds import Purpose
 from tests.job_runs import Job, metrics, same_bits, weights
 from tests.supervised_runs import here, make_inputs, result
 from tests.tiny import save_beaver, save_policy, word_tokenizer
@@ -130,7 +131,7 @@ def test_what_was_added_is_never_drawn(
     with trainer.learner.models.policy.gathered() as policy:
         logits = policy.model.get_output_embeddings().weight @ torch.randn(32, 200)
     assert (logits.argmax(0) >= TOKENS).float().mean() > 0.8
-    rollout = trainer.generate(trainer.inputs.requests * 4)
+    rollout = trainer.generate(*trainer.share_requests(trainer.inputs.requests, 4, Purpose.TRAINING))
     drawn = torch.cat(rollout.response_tokens)
     assert drawn.numel() > 60
     assert int(drawn.max()) < TOKENS
@@ -143,7 +144,7 @@ def test_a_scorer_with_the_policys_tokenizer_still_reads_its_tokens(inputs: Path
     options = (f"--policy.path {inputs / 'bare'}", OF_POLICY, f"--cost.path {tmp_path / 'cost'}")
     trainer = make_trainer(job, tmp_path / "run", *options)
     assert trainer.inputs.tokenizer.pad_token == NEW
-    rollout = trainer.generate(trainer.inputs.requests * 4)
+    rollout = trainer.generate(*trainer.share_requests(trainer.inputs.requests, 4, Purpose.TRAINING))
     special = torch.tensor(word_tokenizer().all_special_ids)
     assert any(torch.isin(response[:-1], special).any() for response in rollout.response_tokens)
     model = ScoreModel.from_pretrained(str(tmp_path / "cost"), dtype=torch.float32)

@@ -136,7 +136,7 @@ class OnARank:
                 found["off"].append(logits(module))
             torch.manual_seed(0)
             asked = [Request(Prompt(0, "tea"), torch.tensor([1, 12, 13]))]
-            rollout = generate(module.model, word_tokenizer(), asked, RolloutConfig(max_new_tokens=6), CPU)
+            rollout = generate(module.model, word_tokenizer(), asked, [3], RolloutConfig(max_new_tokens=6), CPU)
             found["sampled"] = rollout.response_tokens[0], rollout.sampler_log_probs[0]
         found["logits"].append(logits(engine))
 

@@ -1,5 +1,6 @@
 """Generation by Hugging Face draws from the distribution that is trained, and reports it."""
 
+import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from repo_fast.ops import linear_log_probs
 from repo_fast.packing.rows import pack
 from repo_fast.rollout import Rollout, hf
 from repo_fast.rollout.hf import Request, check_generation, end_tokens, generate, generation_settings, stop_alike
+from repo_fast.rollout.seeds import Purpose, response_seeds
 from tests.families import FAMILIES, family_tokenizer
 from tests.tiny import EOS, save_policy, word_tokenizer
 
@@ -52,8 +54,8 @@ def requests(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str] = TEXTS) -
 
 
 def draw(policy: Policy, tokenizer: PreTrainedTokenizerBase, asked: list[Request], **settings) -> Rollout:
-    torch.manual_seed(7)
-    return generate(policy.model, tokenizer, asked, RolloutConfig(**{"max_new_tokens": 24, **settings}), CPU)
+    config = RolloutConfig(**{"max_new_tokens": 24, **settings})
+    return generate(policy.model, tokenizer, asked, range(len(asked)), config, CPU)
 
 
 def trainer_log_probs(policy: Policy, rollout: Rollout, temperature: float) -> list[torch.Tensor]:
@@ -65,28 +67,50 @@ def trainer_log_probs(policy: Policy, rollout: Rollout, temperature: float) -> l
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
-    torch.manual_seed(0)
+    """Over the seeds of responses, at each of their tokens; and whatever the probabilities add up to."""
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.25, 0.125, 1e-3, 0.124, 0.0])
-    count = 200_000
-    drawn = hf.draw(probabilities.expand(count, -1))
-    assert drawn.shape == (count, 1)
-    share = torch.bincount(drawn[:, 0], minlength=8) / count
+    count = 100_000
+    uniform = hf.uniform_numbers(response_seeds(count, 0, Purpose.TRAINING), 3)
     deviation = (probabilities * (1 - probabilities) / count).sqrt()
-    assert ((share - probabilities).abs() <= 4.5 * deviation).all()
-    # Whatever they add up to.
+    for numbers in uniform.split(1, dim=1):
+        drawn = hf.draw(probabilities.expand(count, -1), numbers)
+        assert drawn.shape == (count, 1)
+        share = torch.bincount(drawn[:, 0], minlength=8) / count
+        assert ((share - probabilities).abs() <= 4.5 * deviation).all()
+        assert torch.equal(hf.draw(8 * probabilities.expand(count, -1), numbers), drawn)
+    # Each token's number says nothing about the next one's, nor a response's about the next response's.
+    correlations = torch.stack([uniform[:, 0], uniform[:, 1], uniform[:, 0].roll(1)]).corrcoef()
+    assert (correlations - torch.eye(3)).abs().max() < 4.5 / count**0.5
+
+
+def test_what_is_drawn_depends_on_the_seed_of_a_response_alone(policy, tokenizer) -> None:
+    """Neither on the torch random state, nor on what is drawn beside it or before, nor on how many tokens there may be.
+    Here in float64, in which padding moves no token."""
+    policy = copy.deepcopy(policy).double()
+    asked = requests(tokenizer) * 4
+    seeds = response_seeds(len(asked), 3, Purpose.TRAINING, 5)
+    config = RolloutConfig(max_new_tokens=24, batch_size=8)
     torch.manual_seed(0)
-    assert torch.equal(hf.draw(8 * probabilities.expand(count, -1)), drawn)
+    together = generate(policy.model, tokenizer, asked, seeds, config, CPU).response_tokens
+    assert len({tuple(tokens.tolist()) for tokens in together}) > 12
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    for batch_size, new_tokens, places in [(3, 24, range(19, -1, -1)), (1, 30, range(4, 12))]:
+        config = RolloutConfig(max_new_tokens=new_tokens, batch_size=batch_size)
+        chosen = [asked[i] for i in places], [seeds[i] for i in places]
+        apart = generate(policy.model, tokenizer, *chosen, config, CPU).response_tokens
+        assert all(torch.equal(tokens[:24], together[i]) for tokens, i in zip(apart, places, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2**-53])
-def test_a_token_of_probability_0_is_never_drawn(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, number, **options))
+def test_a_token_of_probability_0_is_never_drawn(number: float) -> None:
     vocabulary = torch.randn(50, 300).softmax(-1)
     vocabulary[:, [0, 1, 298, 299]] = 0
     # Sums that a number next to 1 rounds up to, and a token that alone has all.
     peaked = torch.zeros(1, 300)
     peaked[0, 77] = 1
-    drawn = hf.draw(torch.cat([vocabulary, peaked]))[:, 0]
+    drawn = hf.draw(torch.cat([vocabulary, peaked]), torch.full((51, 1), number, dtype=torch.float64))[:, 0]
     assert (drawn[:50] == (2 if number == 0 else 297)).all() and drawn[50] == 77
 
 
@@ -101,10 +125,8 @@ def test_the_rarest_token_is_drawn_too() -> None:
     """In float32 the running sum would lose it behind the others."""
     probabilities = torch.cat([torch.full((32000,), 1 / 32000), torch.tensor([1e-9])])
     sums = probabilities.double().cumsum(0)
-    middle = float((sums[-2] + sums[-1]) / 2 / sums[-1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rand", lambda shape, **options: torch.full(shape, middle, **options))
-        assert hf.draw(probabilities[None]).item() == 32000
+    middle = (sums[-2] + sums[-1]) / 2 / sums[-1]
+    assert hf.draw(probabilities[None], middle[None, None]).item() == 32000
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])

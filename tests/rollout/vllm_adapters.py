@@ -41,6 +41,8 @@ EACH = [
 ]
 TOKENS = len(word_tokenizer())
 LORA = LoraConfig(rank=3, alpha=6.0)
+# Of the responses to `requests`.
+SEEDS = range(4)
 # vLLM caches prompts in whole pages, of 128 tokens on a CPU.
 LONG = 300
 LONGEST = LONG + 20
@@ -153,7 +155,7 @@ def draws(path: str, stage: int, form: str, parallel: int, ranks: Ranks) -> dict
     sampler._engine.load = lambda weights: (given.append(1), load(weights))[1]
     for updates in range(3):
         before = adapters(policy)
-        rollout = sampler.draw(policy, requests())
+        rollout = sampler.draw(policy, requests(), SEEDS)
         after = adapters(policy)
         found["same_adapters"].append(all(torch.equal(before[name], after[name]) for name in before))
         found["gaps"].append(gap(policy, rollout))
@@ -173,8 +175,8 @@ def draws(path: str, stage: int, form: str, parallel: int, ranks: Ranks) -> dict
         others = [Request(Prompt(2 + i, "p"), tokens) for i, tokens in enumerate(texts)]
         drawn = []
         for more in ([], others):
-            torch.manual_seed(1)
-            drawn.append(sampler.draw(policy, requests() + more).response_tokens[: len(requests())])
+            asked = requests() + more
+            drawn.append(sampler.draw(policy, asked, range(len(asked))).response_tokens[: len(requests())])
         found["few and many"] = drawn
     sampler.close()
     return found
@@ -187,9 +189,9 @@ def traps(policy: Engine, sampler: VllmSampler, rollout: Rollout) -> dict[str, A
     # Without a reset of the cache of prompts.
     reset, engine._engine.reset_prefix_cache = engine._engine.reset_prefix_cache, lambda: True
     update(policy, rollout)
-    found["gap without a reset"] = gap(policy, sampler.draw(policy, requests()))
+    found["gap without a reset"] = gap(policy, sampler.draw(policy, requests(), SEEDS))
     engine._engine.reset_prefix_cache = reset
-    found["gap with a reset"] = gap(policy, sampler.draw(policy, requests()))
+    found["gap with a reset"] = gap(policy, sampler.draw(policy, requests(), SEEDS))
 
     # With tensors that are not copied.
     class Uncopied:
@@ -209,7 +211,7 @@ def traps(policy: Engine, sampler: VllmSampler, rollout: Rollout) -> dict[str, A
     # After a reload, which drops the adapter.
     sampler._hand_over_all(policy)
     try:
-        engine.draw(requests(), [0] * 4)
+        engine.draw(requests(), SEEDS)
     except Exception as error:
         found["after a reload"] = f"{type(error).__name__}: {error}"
     other = {name.replace("down_proj", "side_proj"): value for name, value in kept.items()}

@@ -141,10 +141,9 @@ def gaps(path: str, ranks: Ranks) -> dict[str, list[float]]:
     policy = start(path, ranks)
     engine = sampler(path, policy, ranks)
     requests = [Request(Prompt(i, "p"), tokens) for i, tokens in enumerate(PROMPTS)]
-    torch.manual_seed(0)
     found: dict[str, list[float]] = {"gaps": [], "moves": []}
     for updates in range(3):
-        rollout = engine.draw(policy, requests)
+        rollout = engine.draw(policy, requests, range(len(requests)))
         theirs, ours = torch.cat(rollout.sampler_log_probs), plain_log_probs(policy, rollout)
         found["gaps"].append(float((theirs - ours).abs().max()))
         if updates < 2:

@@ -110,7 +110,7 @@ def test_each_batch_is_announced_before_the_next_is_drawn(tmp_path: Path, monkey
     monkeypatch.setattr(type(policy.model), "generate", watched)
     asked = [Request(Prompt(i, "x"), torch.arange(4, 4 + length)) for i, length in enumerate((3, 1, 2, 5, 4))]
     config = SamplingConfig(max_new_tokens=6, batch_size=2)
-    rollout = generate(policy.model, tokenizer, asked, config, CPU, announce=announce)
+    rollout = generate(policy.model, tokenizer, asked, range(len(asked)), config, CPU, announce=announce)
     assert events == ["draw", [1, 2], "draw", [0, 4], "draw", [3]]
     assert [texts[place] for place in range(5)] == rollout.responses
 

@@ -1,0 +1,39 @@
+"""The campaign's results as a page of Markdown."""
+
+import textwrap
+from collections import Counter
+
+from bench.measuring.tables import render as table
+from tests.campaign.book import Book, Found
+
+HEADER = ["", "held", "failed", "not to be tried here", "minutes"]
+
+
+def render(book: Book) -> str:
+    """A summary of the parts, what failed or could not be tried, and every trial."""
+    parts = list(dict.fromkeys(found.part for found in book.found))
+    sections = [
+        "# The campaign",
+        "    make campaign",
+        "What a run of a week meets, each tried many times (`tests/campaign/`).",
+        table(HEADER, [_summary(book.found, part) for part in parts]),
+        *(f"- **{odd.part}, {odd.trial}**: {odd.outcome}: {odd.seen}" for odd in book.found if odd.outcome != "held"),
+        table(["environment", ""], [[name, str(value)] for name, value in book.about.items()]),
+    ]
+    for part in parts:
+        own = [found for found in book.found if found.part == part]
+        rows = [[_cell(cell) for cell in (found.trial, found.outcome, found.seen)] for found in own]
+        sections += [f"## {part.replace('_', ' ').capitalize()}", table(["trial", "", "seen"], rows)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _summary(every: list[Found], part: str) -> list[str]:
+    own = [found for found in every if found.part == part]
+    count = Counter(found.outcome for found in own)
+    minutes = sum(found.seconds for found in own) / 60
+    return [part, *(str(count[outcome]) for outcome in ("held", "failed", "unavailable")), f"{minutes:.1f}"]
+
+
+def _cell(text: str) -> str:
+    """In one line of a table."""
+    return textwrap.shorten(text.replace("|", "\\|"), 240)

@@ -1,0 +1,58 @@
+"""What a campaign writes down, and that it goes on where it was stopped."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.campaign import __main__ as campaign
+from tests.campaign.book import Book, Trial, Unavailable
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the trials that ran, of a part that holds, fails, and cannot be tried."""
+    names: list[str] = []
+
+    def holds(folder: Path) -> str:
+        names.append("holds")
+        assert folder.is_dir() and not [*folder.iterdir()]
+        return "as it was | with a bar"
+
+    def fails(folder: Path) -> str:
+        names.append("fails")
+        raise AssertionError("it was lost")
+
+    def cannot(folder: Path) -> str:
+        names.append("cannot")
+        raise Unavailable("no right to mount")
+
+    part = ModuleType("tests.campaign.kills")
+    part.trials = lambda: [Trial(name, run) for name, run in (("a", holds), ("b", fails), ("c", cannot))]
+    monkeypatch.setitem(sys.modules, "tests.campaign.kills", part)
+    return names
+
+
+def test_what_was_tried_is_written_down_once(tried: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--out", str(tmp_path / "out"), "--only", "kills"]
+    assert campaign.main(words) == 1
+    assert tried == ["holds", "fails", "cannot"]
+    assert "3 trials, 1 failed" in capsys.readouterr().out
+    # Stopped before the last: it alone is tried again.
+    file = tmp_path / "out" / "trials.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-1]))
+    assert campaign.main(words) == 1
+    assert tried[3:] == ["cannot"]
+    page = (tmp_path / "out" / "campaign.md").read_text()
+    assert "**kills, b**: failed: AssertionError: it was lost" in page
+    assert "no right to mount" in page and "as it was \\| with a bar" in page
+
+
+def test_trials_of_another_commit_are_not_gone_on_with(tmp_path: Path) -> None:
+    book = Book(tmp_path)
+    file = tmp_path / "trials.jsonl"
+    file.write_text(file.read_text().replace(str(book.about["commit"]), "another"))
+    with pytest.raises(SystemExit, match="is of another, this is .*: give another --out"):
+        Book(tmp_path)
