@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, as_input_error
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ class Ranks:
             phase: Named in the error of the ranks that did not fail themselves.
 
         Raises:
-            InputError: On every rank, if one raised it; what that one said.
+            InputError: On every rank, if one raised it, or its disk failed; what that one said.
             RuntimeError: On the other ranks, if one raised anything else; that one re-raises its own.
         """
         failure: Exception | None = None
         try:
             yield
         except Exception as error:
-            failure = error
+            failure = as_input_error(error) or error
         if self.group is None:
             if failure is not None:
                 raise failure

@@ -1,6 +1,9 @@
 """The one exception type for bad input: it is shown to the user as a single line, without a traceback."""
 
 import contextlib
+import errno
+import os
+import re
 from collections.abc import Iterator
 
 
@@ -15,6 +18,29 @@ class InputError(ValueError):
     The message names the thing, its value, and what was expected; the entry points print it on one line and
     exit with a non-zero status. Anything that is *our* fault raises another type and keeps its traceback.
     """
+
+
+# What a disk that is full, read-only or broken raises.
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG}
+
+
+def as_input_error(error: BaseException | None) -> InputError | None:
+    """An error as something that the user can mend; None of one that is ours.
+
+    Beside an `InputError` that is what a disk raises, also in Rust's libraries (safetensors, tokenizers), which put the
+    number into the text. Where a file fails to be closed after it failed to be written, the first failure counts.
+    """
+    if error is None or isinstance(error, InputError):
+        return error
+    if isinstance(error, OSError):
+        number, name = error.errno, error.filename
+    else:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number, name = int(found[1]) if found else None, None
+    if number not in _OF_THE_DISK:
+        return None
+    line = f"{name or 'a file'} cannot be read or written: {os.strerror(number)}; what was complete is as it was"
+    return as_input_error(error.__context__) or InputError(line)
 
 
 @contextlib.contextmanager

@@ -154,9 +154,9 @@ def _fork_server() -> multiprocessing.context.ForkServerContext:
         ]
     )
     with pytest.MonkeyPatch.context() as patch:
-        for name in _LAUNCH_VARIABLES:
+        for name in LAUNCH_VARIABLES:
             patch.delenv(name, raising=False)
-        for name, value in _SETTINGS.items():
+        for name, value in SETTINGS.items():
             patch.setenv(name, value)
         multiprocessing.forkserver.ensure_running()
     return context
@@ -166,7 +166,7 @@ def _on_rank(rank: int, ranks: int, port: int, environment: dict[str, str], func
     said = os.open(folder / f"said-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    os.environ |= environment | _SETTINGS
+    os.environ |= environment | SETTINGS
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ |= {name: str(value) for name, value in where.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -177,11 +177,11 @@ def _on_rank(rank: int, ranks: int, port: int, environment: dict[str, str], func
 
 def run(words: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """A child process in the repository, with its whole process group killed where it outlives the limit."""
-    inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCH_VARIABLES}
+    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
     with subprocess.Popen(
         words,
         cwd=REPOSITORY,
-        env={**inherited, **_SETTINGS, **(environment or {})},
+        env={**inherited, **SETTINGS, **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -203,8 +203,8 @@ def run(words: Sequence[str], environment: dict[str, str] | None = None) -> subp
     return subprocess.CompletedProcess(words, child.returncode, out, err)
 
 
-_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def write_lines(path: Path, rows: Sequence) -> Path:
@@ -272,3 +272,8 @@ def states(output_dir: Path, step: int) -> dict[str, bytes]:
 def engines(output_dir: Path, step: int) -> set[str]:
     """Those that a checkpoint keeps the states of."""
     return {name.partition("/")[0] for name in states(output_dir, step) if "/" in name}
+
+
+def checkpoint_names(output_dir: Path) -> list[str]:
+    """Of all that lies where checkpoints are written, complete or not."""
+    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())

@@ -101,21 +101,6 @@ def sum_of(path: Path) -> FileSum:
         return FileSum(file.tell(), digest.hexdigest())
 
 
-def sync_folders(folder: Path) -> None:
-    """Bring the names in a folder and in those below it to disk. The files are there already."""
-    for path in [*(path for path in folder.rglob("*") if path.is_dir()), folder]:
-        sync(path)
-
-
-def sync(path: Path) -> None:
-    """Without this a machine that loses power after a rename could keep the new name and not what it is of."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _write(path: Path, parts: Any) -> FileSum:
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:

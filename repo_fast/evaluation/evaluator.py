@@ -266,10 +266,11 @@ class Evaluator:
 
             started, tokens, said, reached = time.perf_counter(), 0, 0.0, done
             for drawn in drawn_in_turn(drawer.grouped(units[done:]), self.ranks, draw):
-                for rows in itertools.chain.from_iterable(drawn):
-                    append(rows)
-                    tokens += sum(len(row["tokens"]) for row in rows)
-                    reached += 1
+                with self.ranks.together("writing what was drawn"):
+                    for rows in itertools.chain.from_iterable(drawn):
+                        append(rows)
+                        tokens += sum(len(row["tokens"]) for row in rows)
+                        reached += 1
                 seconds = time.perf_counter() - started
                 if seconds - said > SECONDS_BETWEEN_MESSAGES or reached == len(units):
                     said = seconds
@@ -335,8 +336,10 @@ class Evaluator:
                     with self.ranks.together(f"the {column.name}"):
                         mine = _rollout(self.ranks.share(responses), requests)
                         scores = finite_scores(scorer, mine, column.exempt)
-                    for unit in self.ranks.gather(scores).split(sizes):
-                        append([{"score": score} for score in unit.tolist()])
+                    units = self.ranks.gather(scores).split(sizes)
+                    with self.ranks.together("writing scores"):
+                        for unit in units:
+                            append([{"score": score} for score in unit.tolist()])
             if cut := int(self.ranks.sum(torch.tensor([scorer.truncated - before]))):
                 log.info("policy %s: %d texts were cut to fit the %s model", name, cut, column.name)
             self.ranks.barrier()

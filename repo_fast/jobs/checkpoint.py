@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from repo_fast.checkpoints.files import FileSum, sync, sync_folders
+from repo_fast.checkpoints.files import FileSum
 from repo_fast.checkpoints.manifest import MANIFEST, Damaged, check_sizes, check_sums, damages, read_manifest, seal
 from repo_fast.collectives import Ranks
 from repo_fast.config import GuardConfig, RubricConfig, ScorerConfig
@@ -273,9 +273,7 @@ def complete(folder: Path, sums: Mapping[str, FileSum]) -> None:
         sums: Of all its files, by their paths in it.
     """
     seal(partial(folder), sums)
-    sync_folders(partial(folder))
     publish(partial(folder), folder)
-    sync(folder.parent)
 
 
 def remove_unfinished(output_dir: Path) -> None:

@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from repo_fast.checkpoints.files import FileSum, sum_of, sync
+from repo_fast.checkpoints.files import FileSum, sum_of
 from repo_fast.engine.conversion import convert_engine
 from repo_fast.jobs.checkpoint import begin, complete, is_checkpoint, is_deepspeeds, partial
 
@@ -45,7 +45,6 @@ def convert(folder: Path, final: Path) -> Path:
         sums |= {f"{engine}/{file}": known for file, known in written.items()}
     for file in sorted(path for path in before.iterdir() if path.is_file()):
         shutil.copyfile(file, partial(final) / file.name)
-        sync(partial(final) / file.name)
         sums[file.name] = sum_of(file)
     complete(final, sums)
     return before

@@ -136,8 +136,9 @@ class EvaluatedRun(Run):
             # Before the first step the policy is the reference.
             kl = self.learner.response_kl(rollout) if self.step else torch.zeros(len(rollout.responses))
         rows = self.ranks.gather_list(self._evaluated(rollout, scores, kl))
-        if self.ranks.is_first:
-            write_evaluation(self.evaluation_file(name), ({"step": self.step, **row} for row in rows))
+        with self.ranks.together("writing an evaluation"):
+            if self.ranks.is_first:
+                write_evaluation(self.evaluation_file(name), ({"step": self.step, **row} for row in rows))
 
     def _evaluated(self, rollout: Rollout, scores: dict[str, torch.Tensor], kl: torch.Tensor) -> list[dict[str, Value]]:
         """This rank's responses as `write_evaluation` takes them, but for the step."""

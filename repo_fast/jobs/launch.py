@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from repo_fast.config import JobConfig, parse  # noqa: E402
-from repo_fast.errors import InputError  # noqa: E402
+from repo_fast.errors import InputError, as_input_error  # noqa: E402
 
 if TYPE_CHECKING:
     from repo_fast.collectives import Ranks
@@ -67,16 +67,20 @@ def launch(
 
 
 def guarded(run: Callable[[], int]) -> int:
-    """Call `run` with the package's messages shown, on the first rank; bad input is one line and the exit status 2."""
+    """Call `run` with the package's messages shown, on the first rank; bad input, or a disk that fails, is one line and
+    the exit status 2."""
     first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"
     if first_on_host:
         logging.basicConfig(stream=sys.stdout, format="%(message)s")
         logging.getLogger("repo_fast").setLevel(logging.INFO)
     try:
         return run()
-    except InputError as error:
+    except Exception as error:
+        line = as_input_error(error)
+        if line is None:
+            raise
         if first_on_host:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {line}", file=sys.stderr, flush=True)
         else:
             # torchrun ends all ranks with the first that goes: the one that says it must not be cut off.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -31,7 +31,7 @@ from repo_fast.jobs.fingerprints import Fingerprint, check_unchanged
 from repo_fast.jobs.random_state import RandomState, load_random_state, save_random_state, seed_everything
 from repo_fast.jobs.training_prompts import Record, write_record
 from repo_fast.models.quantization import say_dequantized
-from repo_fast.report.folders import publish
+from repo_fast.report.folders import publish, sync, sync_tree
 from repo_fast.report.jsonl import Value
 from repo_fast.report.metrics import MetricsLog
 from repo_fast.report.plots import plot_panels
@@ -262,6 +262,9 @@ class Run:
         everyone = dict(ranks.gather_list([*sums.items()]))
         with ranks.together("completing a checkpoint"), writing(f"checkpoint {folder}"):
             if ranks.is_first:
+                # A run goes on from a checkpoint beside the logs and evaluations of before it.
+                sync_tree(self.output_dir, leave_out=folder.parent)
+                sync(self.output_dir.parent)
                 checkpoint.complete(folder, everyone)
                 self.prune_checkpoints()
 
@@ -327,17 +330,20 @@ class Run:
         """
         self.rehearse()
         with contextlib.ExitStack() as stack:
-            if self.ranks.is_first:
-                with self._writable_folder():
-                    # First of all: no model, and no run that can be gone on with, stands without it.
-                    write_record(self.output_dir, self.RESULT, self._training_prompts)
-                    checkpoint.remove_unfinished(self.output_dir)
-                    (self.output_dir / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-                self.metrics_log = MetricsLog(
-                    self.output_dir, self.config.log.loggers, to_dict(self.config), self.resume_step
-                )
-                stack.callback(self.metrics_log.close)
-                self.progress = stack.enter_context(Progress(self.total_steps, self.step, self._shown))
+            with self.ranks.together("opening the logs"):
+                if self.ranks.is_first:
+                    with self._writable_folder():
+                        # First of all: no model, and no run that can be gone on with, stands without it.
+                        write_record(self.output_dir, self.RESULT, self._training_prompts)
+                        checkpoint.remove_unfinished(self.output_dir)
+                        # A run that was killed after its last checkpoint did not come to it.
+                        self.prune_checkpoints()
+                        (self.output_dir / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+                    self.metrics_log = MetricsLog(
+                        self.output_dir, self.config.log.loggers, to_dict(self.config), self.resume_step
+                    )
+                    stack.callback(self.metrics_log.close)
+                    self.progress = stack.enter_context(Progress(self.total_steps, self.step, self._shown))
             yield stack
 
     @contextlib.contextmanager

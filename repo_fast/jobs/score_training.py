@@ -207,10 +207,11 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
             for k, name in enumerate(self.config.heads or [""])
         }
         scored = {name: ScoredPreferences.of(own) for name, own in rows.items()}
-        if self.ranks.is_first:
-            write_scored(self.output_dir / "eval_scores.jsonl", rows, self.step)
-            for name, own in scored.items():
-                plot_scores(own, self.config.kind, self.output_dir / "plots" / name)
+        with self.ranks.together("writing the held-out scores"):
+            if self.ranks.is_first:
+                write_scored(self.output_dir / "eval_scores.jsonl", rows, self.step)
+                for name, own in scored.items():
+                    plot_scores(own, self.config.kind, self.output_dir / "plots" / name)
         return {"eval_loss": float(self.ranks.sum(loss)) / len(held_out), **measures_by_head(scored)}
 
     def write_model(self, folder: Path, state: dict[str, torch.Tensor]) -> None:

@@ -94,8 +94,9 @@ class StepEvaluations:
         left = self._units[done:]
         with file.appending(ranks.is_first) as append:
             for drawn in drawn_in_turn(left, ranks, draw):
-                for rows in drawn:
-                    append(rows)
+                with ranks.together("writing what was drawn"):
+                    for rows in drawn:
+                        append(rows)
                 done += len(drawn)
                 if done < len(self._units) and stopped():
                     return False

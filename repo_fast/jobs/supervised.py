@@ -155,8 +155,9 @@ class SupervisedRun(Run, Generic[Example]):
                         metrics |= self.evaluate()
                     metrics["evaluate_seconds"] = evaluate.seconds
                 metrics |= {"update_seconds": update.seconds, "tokens_per_second": metrics["tokens"] / update.seconds}
-                if self.ranks.is_first:
-                    self.log({"step": self.step, **metrics, "ops_backend": self.ops_backend})
+                with self.ranks.together("logging"):
+                    if self.ranks.is_first:
+                        self.log({"step": self.step, **metrics, "ops_backend": self.ops_backend})
                 self.checkpoint_if_due()
             if self.step == self.total_steps:
                 self._finish()
@@ -204,8 +205,9 @@ class SupervisedRun(Run, Generic[Example]):
         """Write the model and the plots."""
         with self.phase("save model"):
             state = self.engine.whole_state()
-            if self.ranks.is_first:
-                self.write_folder(self.RESULT, lambda folder: self.write_model(folder, state))
+            with self.ranks.together("writing the model"):
+                if self.ranks.is_first:
+                    self.write_folder(self.RESULT, lambda folder: self.write_model(folder, state))
         if self.ranks.is_first:
             plot_panels(read_metrics(self.output_dir / "metrics.jsonl"), self.panels, self.output_dir / "plots")
         self.say(f"model: {self.output_dir / self.RESULT}   metrics: {self.output_dir / 'metrics.jsonl'}")

@@ -102,18 +102,19 @@ class Trainer(EvaluatedRun):
         """
         self.listen()
         with contextlib.closing(self.rollout_engine), self.reports() as stack:
-            if self.ranks.is_first:
-                self.sample_log = SampleLog(self.output_dir, self.resume_step)
-                stack.callback(self.sample_log.close)
-                self.watch.open(self.output_dir, self.resume_step, self.say)
-                stack.callback(self.watch.close)
-                for text in (self._batch_sizes(), *self.inputs.notes, *self._notes()):
-                    self.say(text)
-            self.evaluations = self.open_evaluations()
-            stack.callback(self.evaluations.close)
-            if self.ranks.is_first:
-                self.watch.compare(self.evaluations.rows())
-                self.drop_later_best()
+            with self.ranks.together("opening the logs"):
+                if self.ranks.is_first:
+                    self.sample_log = SampleLog(self.output_dir, self.resume_step)
+                    stack.callback(self.sample_log.close)
+                    self.watch.open(self.output_dir, self.resume_step, self.say)
+                    stack.callback(self.watch.close)
+                    for text in (self._batch_sizes(), *self.inputs.notes, *self._notes()):
+                        self.say(text)
+                self.evaluations = self.open_evaluations()
+                stack.callback(self.evaluations.close)
+                if self.ranks.is_first:
+                    self.watch.compare(self.evaluations.rows())
+                    self.drop_later_best()
             self.evaluate_before()
             # Of a resumed run, what was left of it.
             self.evaluate_step()
@@ -214,12 +215,13 @@ class Trainer(EvaluatedRun):
         everyone = None
         if self.step == 1 or self.step % self.config.log.samples_every == 0:
             everyone = self.ranks.gather_list(list(zip(rollout.prompts, rollout.responses, strict=True)))
-        if self.ranks.is_first:
-            self.log(record)
-            self.watch.see_step(record)
-            if everyone is not None:
-                prompts, responses = zip(*everyone, strict=True)
-                self.sample_log.write(self.step, prompts, responses, rewards, by_name, prompt_ids)
+        with self.ranks.together("logging"):
+            if self.ranks.is_first:
+                self.log(record)
+                self.watch.see_step(record)
+                if everyone is not None:
+                    prompts, responses = zip(*everyone, strict=True)
+                    self.sample_log.write(self.step, prompts, responses, rewards, by_name, prompt_ids)
 
     # -------------------------------------------------------------------------------------------------------- end
 
@@ -234,8 +236,9 @@ class Trainer(EvaluatedRun):
         with self.phase("save policy"):
             policy = self.learner.models.policy
             state = policy.whole_state()
-            if self.ranks.is_first:
-                self.write_folder(self.RESULT, lambda folder: self.write_model(folder, state))
+            with self.ranks.together("writing the policy"):
+                if self.ranks.is_first:
+                    self.write_folder(self.RESULT, lambda folder: self.write_model(folder, state))
         if not self.ranks.is_first:
             return
         metrics = self._draw_plots()

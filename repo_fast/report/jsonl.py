@@ -25,6 +25,7 @@ def write_record(file: TextIO, record: Mapping[str, Value]) -> None:
     Raises:
         TypeError: a value is not a plain Python number, string or None (a tensor, say).
         ValueError: the record has no integer `step`, or uses the reserved key `non_finite`.
+        OSError: it cannot be written; with the file's name.
     """
     if not isinstance(record.get("step"), int):
         raise ValueError(f"a record's step is {record.get('step')!r}; expected an integer")
@@ -34,8 +35,12 @@ def write_record(file: TextIO, record: Mapping[str, Value]) -> None:
     line: dict[str, object] = {name: None if name in non_finite else value for name, value in record.items()}
     if non_finite:
         line["non_finite"] = non_finite
-    file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-    file.flush()
+    try:
+        file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+    except OSError as error:
+        error.filename = file.name
+        raise
 
 
 def write_log(path: Path, records: Iterable[Mapping[str, Value]]) -> None:

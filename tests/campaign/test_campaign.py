@@ -1,5 +1,7 @@
 """What a campaign writes down, and that it goes on where it was stopped."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +10,8 @@ import pytest
 
 from tests.campaign import __main__ as campaign
 from tests.campaign.book import Book, Trial, Unavailable
+from tests.campaign.power import after_the_loss
+from tests.job_runs import REPOSITORY, snapshot
 
 
 @pytest.fixture
@@ -56,3 +60,42 @@ def test_trials_of_another_commit_are_not_gone_on_with(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace(str(book.about["commit"]), "another"))
     with pytest.raises(SystemExit, match="is of another, this is .*: give another --out"):
         Book(tmp_path)
+
+
+WRITES = """
+import os
+from pathlib import Path
+from tests.campaign import power
+
+root, book = Path("root"), Path("book")
+power._watch(book.resolve())
+
+def sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+(root / "kept").write_text("one\\n")
+sync(root / "kept")
+(root / "folder").mkdir()
+(root / "folder" / "named, without content").write_text("lost")
+(root / "folder" / "whole").write_text("whole")
+sync(root / "folder" / "whole")
+sync(root / "folder")
+sync(root)
+with open(root / "kept", "a") as file:
+    file.write("two, lost\\n")
+(root / "synced, without a name").write_text("lost")
+sync(root / "synced, without a name")
+(root / "folder").rename(root / "renamed, lost")
+"""
+
+
+def test_the_power_takes_what_was_not_brought_to_disk(tmp_path: Path) -> None:
+    for name in ("root", "book"):
+        (tmp_path / name).mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, "-c", WRITES], cwd=tmp_path, env=environment, check=True)
+    after_the_loss(tmp_path / "book", tmp_path / "root", tmp_path / "after")
+    left = snapshot(tmp_path / "after")
+    assert left == {"kept": b"one\n", "folder/whole": b"whole", "folder/named, without content": b""}

@@ -16,7 +16,7 @@ from repo_fast.config import parse, to_dict
 from repo_fast.errors import InputError
 from repo_fast.jobs import checkpoint
 from tests import scorers
-from tests.job_runs import Job, engines, metrics, on_ranks, run, same_bits, snapshot, states, weights
+from tests.job_runs import Job, checkpoint_names, engines, metrics, on_ranks, run, same_bits, snapshot, states, weights
 from tests.tiny import save_policy
 
 
@@ -55,10 +55,6 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     assert (ours / "samples.jsonl").read_bytes() == (theirs / "samples.jsonl").read_bytes()
     assert engines(theirs, 6) == {"policy", "reward_critic", "cost_critic"}
     assert states(ours, 6) == states(theirs, 6)
-
-
-def checkpoint_names(output_dir: Path) -> list[str]:
-    return sorted(path.name for path in (output_dir / "checkpoints").iterdir())
 
 
 def test_the_run_has_state_to_lose(uninterrupted: Path) -> None:
