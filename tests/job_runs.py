@@ -58,7 +58,7 @@ OPTIONS = {
     "update": {"minibatches": 2, "micro_batch_tokens": 48, "ptx_batch_size": 3},
     "engine": {"zero_stage": 3, "parameter_persistence_threshold": 0},
     "checkpoint": {"every": 2, "keep": 2},
-    "log": {"loggers": []},
+    "log": {"loggers": [], "samples_every": 1},
 }
 
 

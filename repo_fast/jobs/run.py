@@ -152,7 +152,8 @@ class Run:
         seed_everything(self.config.seed, self.step, self.ranks.size, self.ranks.rank)
         if self.ranks.is_first:
             _log.info(
-                "going on with %d ranks, where %d wrote the checkpoint: what is computed differs by rounding",
+                "going on with %d ranks, where %d wrote the checkpoint: what is computed differs by rounding, and by "
+                "how each shuffles its share into minibatches",
                 *(self.ranks.size, run["ranks"]),
             )
 

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,10 @@ from tests.job_runs import Job, checkpoint_names, engines, metrics, on_ranks, ru
 from tests.tiny import save_policy
 
 
-def drawn_after_step(output_dir: Path, step: int) -> list[tuple[int, int, str]]:
+def drawn_at_step(output_dir: Path, step: int) -> list[tuple[int, str]]:
+    """Prompts and responses, in whatever order ranks had them."""
     rows = map(json.loads, (output_dir / "samples.jsonl").read_text().splitlines())
-    return [(row["step"], row["prompt_id"], row["response"]) for row in rows if row["step"] > step]
+    return sorted((row["prompt_id"], row["response"]) for row in rows if row["step"] == step)
 
 
 @pytest.fixture(scope="module")
@@ -177,10 +177,9 @@ def test_a_checkpoint_of_another_number_of_ranks(two_ranks: tuple[Path, list[dic
     assert ["going on with 2 ranks, where 1 wrote the checkpoint" in text for text in said] == [True, False]
     assert [row["step"] for row in metrics(folder / "one_rank")] == [1, 2, 3, 4, 5, 6]
     assert metrics(folder / "one_rank")[:3] == metrics(uninterrupted)[:3]
-    # It draws what it would have drawn; rounding, which other ranks do otherwise, may move a token near two's border.
-    ours, theirs = (Counter(drawn_after_step(run, 3)) for run in (folder / "one_rank", uninterrupted))
-    assert ours.total() == theirs.total() > 20
-    assert (ours & theirs).total() > 0.9 * theirs.total()
+    # The same policy draws the same. After it the steps differ: each rank shuffles its share into minibatches.
+    ours, theirs = (drawn_at_step(run, 4) for run in (folder / "one_rank", uninterrupted))
+    assert len(ours) == 6 and ours == theirs
 
 
 KILLED_WHILE_WRITING = """
