@@ -141,13 +141,17 @@ class Started:
                     continue
         self._process.wait()
 
-    def end(self, limit: float = LIMIT_SECONDS) -> int:
-        """Wait for it; returns its exit status. None of its processes is left."""
+    def end_alone(self, limit: float = LIMIT_SECONDS) -> int:
+        """Wait for it; returns its exit status. Others that write to the same folder may still run."""
         try:
-            status = self._process.wait(limit)
+            return self._process.wait(limit)
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"hung for {limit} s: {self.said[-2000:]}") from None
+
+    def end(self, limit: float = LIMIT_SECONDS) -> int:
+        """Wait for it; returns its exit status. None of its processes is left."""
+        status = self.end_alone(limit)
         left = self.processes()
         if left:
             self.kill()
