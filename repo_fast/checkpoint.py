@@ -17,8 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from repo_fast.errors import InputError
-from repo_fast.jobs.launch import OneLineParser, guarded
+from repo_fast.errors import InputError, readable
+from repo_fast.jobs.launch import OneLineParser, guarded, without_bars
 
 DAMAGED = 3
 # By the ending of its name, what a folder beside checkpoints is.
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         what.add_argument("--convert", action="store_true", help="write those anew that DeepSpeed wrote, of before")
         chosen = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
-        found = _find(Path(chosen.folder))
+        with readable(Path(chosen.folder)):
+            found = _find(Path(chosen.folder))
         if chosen.convert:
             return _convert(found)
         if chosen.export is None:
@@ -114,6 +115,7 @@ def _export(found: list[Path], step: str, target: str) -> int:
         return DAMAGED
     from repo_fast.jobs.policy_export import export_policy
 
+    without_bars()
     export_policy(folder, Path(target))
     print(f"{target}: the policy of step {step}")
     return 0

@@ -5,11 +5,28 @@ import errno
 import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
+
+# Of a line that is printed (characters).
+_LONGEST = 1200
 
 
 def first_line(error: BaseException) -> str:
     """An error's message cut to one line; the name of its type where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message as it is printed: a value in it may have line breaks, or be a whole file.
+
+    Of a message that is too long to be read its beginning and end are left: what it is about, and what was expected.
+    """
+    said = "".join(character if character.isprintable() else _escaped(character) for character in str(error))
+    return said if len(said) <= _LONGEST else f"{said[: _LONGEST // 2]} … {said[-_LONGEST // 4 :]}"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 class InputError(ValueError):
@@ -50,3 +67,16 @@ def at(place: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{place}: {error}" if place else str(error)) from error
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise an `OSError` inside as an `InputError` that names the file or folder which cannot be read, or looked at.
+
+    Args:
+        path: It, where the error does not say which.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: cannot be read: {error.strerror or first_line(error)}") from error

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from repo_fast.config import RunConfig, ScoreConfig, SftConfig, TrainConfig, parse, to_dict
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, readable
 from repo_fast.jobs.launch import OneLineParser, guarded
 from repo_fast.report.evaluations import judge_evaluation, read_evaluation
 from repo_fast.report.tables import before_after_table
@@ -199,7 +199,6 @@ def _run_stage(stage: Stage, chosen: argparse.Namespace, words: list[str], confi
         print(f"stage {stage.name}: complete in {folder}, skipped", flush=True)
         return 0
     print(f"stage {stage.name}: {'going on' if before else 'started'} in {folder}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
     record["id"] = before.get("id", uuid.uuid4().hex)
     _write_record(folder, record)
     resume = [] if "--resume" in words else ["--resume", "auto"]
@@ -258,16 +257,28 @@ def _check_unchanged(stage: Stage, folder: Path, before: dict, record: dict) -> 
 
 def _read_record(folder: Path) -> dict:
     path = folder / _RECORD
+    expected = "expected the record of a stage, or no file"
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        with readable(path):
+            record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}), expected the record of a stage, or no file") from error
+        raise InputError(f"{path} is not JSON ({error}), {expected}") from error
+    known = {"config": dict, "inputs": dict, "ranks": int, "id": str}
+    if not isinstance(record, dict) or any(not isinstance(record.get(key), known[key]) for key in known if record):
+        raise InputError(f"{path} is not as the pipeline wrote it, {expected}")
+    return record
 
 
 def _write_record(folder: Path, record: dict) -> None:
     aside = folder / f"{_RECORD}.tmp"
-    aside.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(aside, folder / _RECORD)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        os.replace(aside, folder / _RECORD)
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {str(folder.parent)!r} cannot be written: {error.strerror}, expected a folder"
+        ) from error
 
 
 if __name__ == "__main__":

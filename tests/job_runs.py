@@ -123,7 +123,7 @@ def on_ranks(ranks: int, function: str, folder: Path) -> list:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     common = (ranks, port, dict(os.environ), function, folder)
-    started = [_fork_server().Process(target=_on_rank, args=(i, *common)) for i in range(ranks)]
+    started = [fork_server().Process(target=_on_rank, args=(i, *common)) for i in range(ranks)]
     for process in started:
         process.start()
     ends, late = time.monotonic() + LIMIT_SECONDS, False
@@ -142,7 +142,8 @@ def on_ranks(ranks: int, function: str, folder: Path) -> list:
 
 
 @cache
-def _fork_server() -> multiprocessing.context.ForkServerContext:
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """What starts processes that have imported the jobs already, and have nothing else of this one."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
@@ -204,7 +205,13 @@ def run(words: Sequence[str], environment: dict[str, str] | None = None) -> subp
 
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TOKENIZERS_PARALLELISM": "false"}
+# What is not here is not asked for at a hub: without a network that takes a minute.
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(REPOSITORY),
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 def write_lines(path: Path, rows: Sequence) -> Path:

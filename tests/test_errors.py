@@ -58,6 +58,15 @@ def test_refused_before_anything_is_written(
     assert_refused(job, tmp_path / "run", capsys, message, option)
 
 
+def test_whatever_the_value_it_is_one_line_that_can_be_read(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    message = r"no\\nwhere\.jsonl: no such file"
+    assert_refused(job, tmp_path / "run", capsys, message, "--data.prompts no\nwhere.jsonl")
+    message = r"engine\.dtype.{500,900} … x{290,300}"
+    assert_refused(job, tmp_path / "run", capsys, message, f"--engine.dtype {'x' * 100_000}")
+
+
 @pytest.mark.parametrize("earlier", [[], ["--config", "tiny"]], ids=["alone", "after another"])
 def test_an_unknown_configuration(tmp_path: Path, capsys: pytest.CaptureFixture, earlier: list[str]) -> None:
     assert main([*earlier, "--config", "nowhere.yaml", "--output_dir", str(tmp_path / "run")]) == 2
@@ -133,7 +142,7 @@ def test_a_score_model_without_a_score_head(job: Job, tmp_path: Path, capsys: py
     ("scorer", "message"),
     [
         ("raises", r"the reward function 'tests\.scorers:raises' raised KeyError: 'no such word'"),
-        ("returns_nan", r"returned nan for response 0, expected a finite number; the prompt begins '"),
+        ("returns_nan", r"returned nan for response 0, expected a finite number, at .* in size; the prompt begins '"),
         ("returns_too_few", r"returned 5 scores for 6 responses"),
         ("returns_a_number", r"returned a float, expected a list of 6 numbers"),
     ],

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -156,9 +157,22 @@ def test_a_broken_record_and_another_number_of_ranks_are_refused(words, started,
     assert pipeline.main([*words, "--sft.stop_after", "1"]) == 1
     assert pipeline.main([*words, "--ranks", "2"]) == 2
     assert "was started on 1 ranks, expected --ranks 1" in capsys.readouterr().err
-    record.write_text("{")
-    assert pipeline.main(words) == 2
-    assert "pipeline.json is not JSON" in capsys.readouterr().err
+    for content, said in (
+        ("{", "is not JSON"),
+        ("[]", "is not as the pipeline"),
+        ('{"id": "a"}', "is not as the pipeline"),
+    ):
+        record.write_text(content)
+        assert pipeline.main(words) == 2
+        assert f"pipeline.json {said}" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(words, started, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    at = words.index("--output_dir") + 1
+    assert pipeline.main([*words[:at], str(tmp_path / "file/out"), *words[at + 1 :]]) == 2
+    assert re.fullmatch(r"error: .*file/out.*\n", capsys.readouterr().err)
+    assert started == []
 
 
 WORKER = """

@@ -17,7 +17,7 @@ import yaml
 
 from repo_fast.config.sections import JobConfig
 from repo_fast.config.train import TrainConfig
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, readable
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 Config = TypeVar("Config", bound=JobConfig)
@@ -80,10 +80,10 @@ def find_config(name: str, kind: type[JobConfig] = TrainConfig) -> Path:
     """The file of a packaged configuration's name, or the path itself."""
     folder = CONFIG_FOLDER / kind.FOLDER
     packaged = folder / f"{name}.yaml"
-    if packaged.is_file():
-        return packaged
-    if Path(name).is_file():
-        return Path(name)
+    with readable(Path(name)):
+        for path in (packaged, Path(name)):
+            if path.is_file():
+                return path
     names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
     raise InputError(f"--config {name!r} is neither a file nor one of the packaged configurations: {names}")
 
@@ -92,8 +92,16 @@ def read_config_file(path: Path, kind: type = TrainConfig) -> dict:
     """The mapping of a YAML file, with unknown keys rejected.
 
     Raises:
-        InputError: The file is not YAML, not a mapping, or has an unknown key or one twice.
+        InputError: The file cannot be read, is not YAML, not a mapping, or has an unknown key or one twice.
     """
+    try:
+        with readable(path):
+            return _read_mapping(path, kind)
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply, or in itself, expected a mapping of options") from error
+
+
+def _read_mapping(path: Path, kind: type) -> dict:
     try:
         mapping = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

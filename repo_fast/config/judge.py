@@ -1,11 +1,10 @@
 """The section of a judge: a language model that compares or rates responses (`repo_fast/judging`)."""
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
-from repo_fast.config.checks import require, require_at_least
+from repo_fast.config.checks import check_unused, require, require_at_least
 
 Criterion = Literal["helpfulness", "harmlessness"]
 
@@ -71,13 +70,6 @@ def check_judge(key: str, config: JudgeConfig) -> None:
     require(config.model.strip() != "", f"{key}.model", config.model, "the name of the judge's model")
     require_at_least(1, {f"{key}.samples_per_prompt": config.samples_per_prompt})
     check_endpoint(key, config)
-
-
-def check_unused(key: str, section: Any, expected: str) -> None:
-    """Raise `InputError` for the first value of a section that is not its default."""
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        require(value == field.default, f"{key}.{field.name}", value, expected)
 
 
 def check_endpoint(key: str, config: EndpointConfig) -> None:

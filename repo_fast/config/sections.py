@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from repo_fast.config.checks import check_given, require, require_at_least
-from repo_fast.config.judge import RubricConfig, check_endpoint, check_unused
+from repo_fast.config.checks import check_finite, check_given, check_unused, require, require_at_least
+from repo_fast.config.judge import RubricConfig, check_endpoint
 from repo_fast.errors import InputError
 
 # A value of a mapping that is not ours. Text first: as `Any`, the text "1" would become the number, "a: b" a mapping.
@@ -249,9 +249,11 @@ class JobConfig:
     def __post_init__(self) -> None:
         check_given(self)
         self.check()
+        check_finite(self)
 
     def check(self) -> None:
         """Raise `InputError` for the first value, or combination of values, that cannot be honoured."""
+        require(self.output_dir.strip() != "", "output_dir", self.output_dir, "a folder")
         require(0 <= self.seed < 2**32, "seed", self.seed, "a number from 0 to 4294967295")
         require(self.date is None or _is_day(self.date), "date", self.date, "a day as YYYY-MM-DD")
 
@@ -299,9 +301,10 @@ def check_sampling(key: str, sampling: SamplingConfig) -> None:
     require_at_least(1, {f"{key}.max_new_tokens": sampling.max_new_tokens, f"{key}.batch_size": sampling.batch_size})
     require(sampling.temperature > 0, f"{key}.temperature", sampling.temperature, "a number above 0")
     require(0 < sampling.top_p <= 1, f"{key}.top_p", sampling.top_p, "a number in (0, 1]")
+    require("" not in sampling.stop, f"{key}.stop", list(sampling.stop), "texts that are not empty: one ends all")
     vllm = sampling.vllm
     if sampling.engine == "hf":
-        require(vllm == type(vllm)(), f"{key}.vllm", vllm, f"its defaults with {key}.engine 'hf'")
+        check_unused(f"{key}.vllm", vllm, f"its default with {key}.engine 'hf'")
     coldest = _VLLM_COLDEST if sampling.engine == "vllm" else 0.0
     expected = f"at least {coldest} with {key}.engine 'vllm', which draws at that where less is asked for"
     require(sampling.temperature >= coldest, f"{key}.temperature", sampling.temperature, expected)
@@ -336,7 +339,7 @@ def is_called(path: str) -> bool:
 def _check_guard(key: str, scorer: ScorerConfig) -> None:
     guard = scorer.guard
     if not scorer.path.startswith(GUARD):
-        require(guard == GuardConfig(), key, guard, f"its defaults with path {scorer.path!r}, which is no guard:FOLDER")
+        check_unused(key, guard, f"its default with path {scorer.path!r}, which is no guard:FOLDER")
         return
     require(scorer.path != GUARD, key.removesuffix("guard") + "path", scorer.path, "guard:FOLDER")
     is_cost, path = key not in ("reward.guard", "evaluation.second_reward.guard"), key.removesuffix("guard") + "path"

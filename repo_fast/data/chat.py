@@ -68,6 +68,12 @@ class ChatTemplate:
         self._check(dialogue, question=True)
         return self._render(dialogue, answer, question=True)
 
+    @property
+    def _name(self) -> str:
+        """For messages."""
+        path = self.tokenizer.name_or_path
+        return f"the chat template of {path!r}" if path else "the tokenizer's chat template"
+
     def check_finished(self) -> None:
         """Raise `InputError` where it cannot write a finished dialogue, or not the answer as it is."""
         _ = self._finished_probe
@@ -129,7 +135,7 @@ class ChatTemplate:
         before, found, after = rendered.rpartition(_ANSWER)
         if not found:
             raise InputError(
-                f"the tokenizer's chat template writes a finished dialogue without its answer: {rendered[-60:]!r}, "
+                f"{self._name} writes a finished dialogue without its answer: {rendered[-60:]!r}, "
                 "expected the answer in it"
             )
         return before, after
@@ -143,7 +149,7 @@ class ChatTemplate:
         answer = _ANSWER if question else None
         written = self._render(Dialogue(turns, system), answer, question=question)
         if not written.strip():
-            raise InputError("the tokenizer's chat template renders an empty text, expected one with the user's turn")
+            raise InputError(f"{self._name} renders an empty text, expected one with the user's turn")
         others = {
             f"turn {i + 1} ({'assistant' if i % 2 else 'user'})": Dialogue(
                 turns[:i] + (_OTHER,) + turns[i + 1 :], system
@@ -158,7 +164,7 @@ class ChatTemplate:
         for part, other in changed.items():
             if other == written:
                 raise InputError(
-                    f"the tokenizer's chat template leaves out {part} of {_what(dialogue, answer)}: it writes "
+                    f"{self._name} leaves out {part} of {_what(dialogue, answer)}: it writes "
                     f"{written[:60]!r} whatever stands there"
                 )
         self._checked.add((count, has_system, question))
@@ -184,7 +190,7 @@ class ChatTemplate:
         except Exception as error:  # a template may call what it likes, wrongly
             name = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
             raise InputError(
-                f"the tokenizer's chat template cannot render {_what(dialogue, answer)}: {name}{first_line(error)}"
+                f"{self._name} cannot render {_what(dialogue, answer)}: {name}{first_line(error)}"
             ) from error
 
 

@@ -153,7 +153,8 @@ def load_demonstrations(
         if len(demonstrations) == limit:
             break
     if not demonstrations:
-        raise InputError(f"{source}: no demonstrations ({n_blank} rows, all with a blank response)")
+        rows = f"no demonstrations ({n_blank} rows, all with a blank response)" if n_blank else "empty"
+        raise InputError(f"{source}: {rows}, expected at least one demonstration")
     log.info("%s: %d demonstrations (%d with a blank response left out)", source, len(demonstrations), n_blank)
     table.say_unused()
     return demonstrations

@@ -13,6 +13,7 @@ A source is one of
 - anything else: a name for `datasets.load_dataset`, unless it looks like a path.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -177,8 +178,9 @@ def _file_rows(path: Path, labels: Collection[str]) -> Iterator[tuple[str, Any]]
             else:
                 yield from _line_rows(path, file, kind)
     except UnicodeDecodeError as error:
-        line = _undecodable_line(path)
-        raise InputError(f"{path} line {line}: cannot be read, expected UTF-8: {first_line(error)}") from error
+        raise InputError(
+            f"{path}{_undecodable_line(path)}: cannot be read, expected UTF-8: {first_line(error)}"
+        ) from error
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
 
@@ -187,14 +189,15 @@ def _open(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
 
 
-def _undecodable_line(path: Path) -> int:
-    with _open(path) as file:
+def _undecodable_line(path: Path) -> str:
+    """Where it is, as " line 3"; nothing where that cannot be told, of what was compressed and damaged."""
+    with contextlib.suppress(OSError, EOFError, zlib.error), _open(path) as file:
         for number, line in enumerate(file, start=1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError:
-                return number
-    return 0
+                return f" line {number}"
+    return ""
 
 
 def _line_rows(path: Path, file: IO[str], kind: str) -> Iterator[tuple[str, Any]]:

@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from repo_fast.data.chat import ChatTemplate, end_of_turn, special_tokens
 from repo_fast.data.dialogue import HH_ASSISTANT, Dialogue
 from repo_fast.data.readers import Prompt
-from repo_fast.errors import InputError, at, first_line
+from repo_fast.errors import InputError, at, first_line, readable
 
 SAFE_RLHF_START, SAFE_RLHF_USER = "BEGINNING OF CONVERSATION: ", "USER: {} ASSISTANT:"
 NAMES = ("auto", "chat", "safe-rlhf", "plain")
@@ -71,7 +71,10 @@ class PromptTemplate:
         if name == "auto":
             name = "chat" if tokenizer.chat_template else "safe-rlhf"
         if name == "chat" and not tokenizer.chat_template:
-            raise InputError("template 'chat' needs a tokenizer with a chat template, and this one has none")
+            raise InputError(
+                "template 'chat' needs a tokenizer with a chat template, and that of "
+                f"{tokenizer.name_or_path!r} has none"
+            )
         self.tokenizer, self.name, self.date = tokenizer, name, date
         self._chat = ChatTemplate(tokenizer, date) if name == "chat" else None
         # Whatever the template: a policy that was trained as a chat model ends its turns so.
@@ -489,8 +492,13 @@ def load_tokenizer(path: str, *, must_end: bool = True) -> PreTrainedTokenizerBa
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        # What is wrong with some of its settings shows only where they are used.
+        tokenizer.decode(tokenizer.encode(_SOME_TEXT))
+        special_tokens(tokenizer)
     except Exception as error:  # its files are the user's, and may hold anything
-        if Path(path, "adapter_config.json").is_file():
+        with readable(Path(path)):
+            adapters = Path(path, "adapter_config.json").is_file()
+        if adapters:
             raise InputError(
                 f"{path!r} holds adapters without a tokenizer, as policies' do: expected the folder of the merged model"
             ) from error

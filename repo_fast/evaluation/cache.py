@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from repo_fast.errors import InputError
-from repo_fast.models.model_config import load_config
+from repo_fast.models.model_config import folder_of, load_config
 from repo_fast.scoring import ScorerSpec
 
 LOCK_FILE = "lock"
@@ -38,8 +38,8 @@ def fingerprint(path: str) -> list:
 
     Texts about it, as the model card is, are no part of it.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    folder = folder_of(path)
+    if folder is None:
         return [path, getattr(load_config(path), "_commit_hash", None)]
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix.lower() != ".md"]
     stats = [(file.name, file.stat()) for file in files]

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from repo_fast.config import OF_SUITES, REFUSED, EvaluateConfig, certified_policy, section_of, stated
 from repo_fast.data import Columns, Prompt, PromptTemplate, load_prompts
-from repo_fast.errors import InputError, at
+from repo_fast.errors import InputError, at, readable
 from repo_fast.evaluation.cache import LOCK_FILE
 from repo_fast.evaluation.fresh import Fresh, exclude_seen
 from repo_fast.evaluation.suites import KnownPrompt, Origin, categories_of, load_suites
@@ -129,7 +129,8 @@ def read_inputs(config: EvaluateConfig) -> EvaluationInputs:
     Raises:
         InputError: The first thing that cannot be used.
     """
-    _check_output_folder(Path(config.output_dir))
+    with readable(Path(config.output_dir)):
+        _check_output_folder(Path(config.output_dir))
     if config.sampling.engine == "vllm":
         check_installed("sampling")
     scorers = scorer_specs(config.scorers)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from repo_fast.errors import InputError, first_line
+from repo_fast.errors import InputError, at, first_line
 from repo_fast.evaluation.certificate import EXIT_STATUS, certificate_table, decide, made_with, prompts_fingerprint
 from repo_fast.evaluation.plan import CLAIMS_FILE, FILES, SAMPLES_FILE, digest, identity, read_json
 
@@ -37,8 +37,9 @@ def verify(path: Path) -> int:
         rows = list(_rows(folder / SAMPLES_FILE))
         _check_plan(plan, folder / CLAIMS_FILE)
         # What is wrong in the content says more than that a file is another one.
-        again = decide(plan, rows)
-        _compare_prompts(plan, rows)
+        with at(str(folder / SAMPLES_FILE)):
+            again = decide(plan, rows)
+            _compare_prompts(plan, rows)
         same_program = certificate["versions"] == made_with()["versions"]
         for name in sorted(certificate.keys() - again.keys() - {"date", "versions", "files"}):
             raise InputError(f"{path}: {name} is {certificate[name]!r:.80}, made again there is none")

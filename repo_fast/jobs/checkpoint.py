@@ -25,6 +25,8 @@ from repo_fast.config import GuardConfig, RubricConfig, ScorerConfig
 from repo_fast.errors import InputError
 from repo_fast.report.folders import publish
 
+# What runs write whatever is there; `--output_dir .` may be the folder of the policy that it starts from.
+_WRITTEN_OVER = ("policy", "model", "best_policy", "checkpoints", "metrics.jsonl", "samples.jsonl")
 _log = logging.getLogger(__name__)
 
 _COMPLETE = re.compile(r"step-(\d{6,})")
@@ -184,7 +186,7 @@ def _first_damage(folder: Path, ranks: Ranks) -> Damaged | None:
 
 
 def check_output_folder(resume: str | None, output_dir: Path) -> None:
-    """Raise `InputError` where a new run would write over an old one."""
+    """Raise `InputError` where a new run would write over an old one, or over what is no run's."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {str(output_dir)!r} is a file, expected a folder")
     used = (output_dir / "config.yaml").exists()
@@ -195,6 +197,13 @@ def check_output_folder(resume: str | None, output_dir: Path) -> None:
                 f"--resume {resume!r} into --output_dir {str(output_dir)!r}, which holds another run or newer "
                 "checkpoints, expected a new folder, or --resume auto"
             )
+    is_run = used or (resume is not None and bool(checkpoints(output_dir)))
+    others = [name for name in _WRITTEN_OVER if not is_run and (output_dir / name).exists()]
+    if others:
+        raise InputError(
+            f"--output_dir {str(output_dir)!r} holds {others[0]!r} and no run, which would write over it, expected a "
+            "new folder"
+        )
     if resume is None and used:
         raise InputError(
             f"--output_dir {str(output_dir)!r} holds a run already, expected a new folder, or --resume auto to go on"

@@ -14,8 +14,8 @@ from repo_fast.config import RunConfig, TrainConfig
 from repo_fast.config.sections import GUARD
 from repo_fast.config.supervised import SupervisedConfig
 from repo_fast.data.sources import NO_DATA, WORLD, may_be_on_the_hub
-from repo_fast.errors import InputError
-from repo_fast.models.model_config import load_config
+from repo_fast.errors import InputError, readable
+from repo_fast.models.model_config import folder_of, load_config
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,11 @@ _PIECE, _PIECES = 64 * 1024, 64
 
 
 def fingerprints(config: RunConfig) -> dict[str, Fingerprint]:
-    """Of everything that a run reads, by the option that names it. What is not there is left to what reads it."""
+    """Of everything that a run reads, by the option that names it. What is not there is left to what reads it.
+
+    Raises:
+        InputError: Something is there, and cannot be read.
+    """
     found = {key: of_data(source, split) for key, (source, split) in data_sources(config).items()}
     found |= {key: of_model(path) for key, path in model_paths(config).items()}
     return {key: fingerprint for key, fingerprint in found.items() if fingerprint}
@@ -68,9 +72,10 @@ def of_model(path: str, *, whole: bool = False) -> Fingerprint:
         whole: Read all of its files, rather than pieces of them.
     """
     path = path.removeprefix(GUARD)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(_MODEL_SUFFIXES))
+    folder = folder_of(path)
+    if folder is not None:
+        with readable(folder):
+            files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(_MODEL_SUFFIXES))
         return {file.name: _digest(file, None if whole else _PIECES) for file in files}
     if ":" in path:
         # A function, or a part of the embedded world, which comes with the package.
@@ -149,7 +154,7 @@ def model_paths(config: RunConfig) -> dict[str, str]:
 
 def _digest(path: Path, pieces: int | None = None) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with readable(path), open(path, "rb") as file:
         for piece in _read(file, path.stat().st_size, pieces):
             digest.update(piece)
     return digest.hexdigest()

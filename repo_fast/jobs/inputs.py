@@ -36,7 +36,7 @@ from repo_fast.data import (
     load_tokenizer,
     tokenize_prompts,
 )
-from repo_fast.errors import InputError, at, first_line
+from repo_fast.errors import InputError, at, first_line, readable
 from repo_fast.jobs import checkpoint
 from repo_fast.jobs.fingerprints import Fingerprint, check_unchanged, fingerprints
 from repo_fast.jobs.training_prompts import Record, record_of
@@ -333,8 +333,9 @@ def check_start(config: RunConfig) -> Path | None:
         InputError: One of them cannot be.
     """
     output_dir = Path(config.output_dir)
-    resume_from = checkpoint.find_resume(config.resume, output_dir)
-    checkpoint.check_output_folder(config.resume, output_dir)
+    with readable(output_dir):
+        resume_from = checkpoint.find_resume(config.resume, output_dir)
+        checkpoint.check_output_folder(config.resume, output_dir)
     if resume_from is not None:
         checkpoint.check_run(resume_from, checkpoint.read_run(resume_from), to_dict(config))
     check_loggers(config.log.loggers)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from repo_fast.config import JobConfig, parse  # noqa: E402
-from repo_fast.errors import InputError, as_input_error  # noqa: E402
+from repo_fast.errors import InputError, as_input_error, one_line  # noqa: E402
 
 if TYPE_CHECKING:
     from repo_fast.collectives import Ranks
@@ -48,13 +48,10 @@ def launch(
     def run() -> int:
         config = parse(None if arguments is None else list(arguments), kind)
         # After the configuration is known to be good: these take seconds to import.
-        from transformers.utils import logging as transformers_logging
-
         from repo_fast.engine import start_distributed, stop_distributed
         from repo_fast.jobs.run_date import as_it_ran, check_date, with_date
 
-        # Their bars would cut through the run's own display.
-        transformers_logging.disable_progress_bar()
+        without_bars()
         config = as_it_ran(with_date(config))
         job = prepare(config)
         ranks = start_distributed()
@@ -64,6 +61,13 @@ def launch(
         return status
 
     return guarded(run)
+
+
+def without_bars() -> None:
+    """Keep transformers' progress bars out of a run's own display, and out of what is said of bad input."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def guarded(run: Callable[[], int]) -> int:
@@ -76,11 +80,11 @@ def guarded(run: Callable[[], int]) -> int:
     try:
         return run()
     except Exception as error:
-        line = as_input_error(error)
-        if line is None:
+        found = as_input_error(error)
+        if found is None:
             raise
         if first_on_host:
-            print(f"error: {line}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(found)}", file=sys.stderr, flush=True)
         else:
             # torchrun ends all ranks with the first that goes: the one that says it must not be cut off.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -9,7 +9,7 @@ from repo_fast.collectives import Ranks
 from repo_fast.config import EngineConfig, LoraConfig, ModelConfig
 from repo_fast.engine import Engine, read_weights
 from repo_fast.engine.saved import Saved
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, readable
 from repo_fast.jobs.assembly import load_policy
 from repo_fast.jobs.checkpoint import partial, read_run
 from repo_fast.jobs.inputs import find_model
@@ -28,7 +28,9 @@ def export_policy(checkpoint: Path, folder: Path) -> None:
         InputError: The checkpoint is of a score model; the model that the run started from is not there, or has other
             frozen weights; the folder exists, or cannot be written.
     """
-    if folder.exists():
+    with readable(folder):
+        exists = folder.exists()
+    if exists:
         raise InputError(f"{str(folder)!r} exists, expected a new folder")
     config = read_run(checkpoint)["config"]
     if "kind" in config:

@@ -14,7 +14,7 @@ import yaml
 
 from repo_fast.collectives import Ranks
 from repo_fast.config import EvaluateConfig, JobConfig, RunConfig
-from repo_fast.errors import InputError, first_line
+from repo_fast.errors import InputError, first_line, readable
 from repo_fast.jobs import checkpoint
 
 Config = TypeVar("Config", bound=JobConfig)
@@ -56,6 +56,11 @@ def check_date(config: JobConfig, ranks: Ranks) -> None:
 def _earlier(config: JobConfig) -> str | None:
     """The date of the checkpoint, or of the evaluation in the same folder, that a job goes on from."""
     output_dir = Path(config.output_dir)
+    with readable(output_dir):
+        return _date_in(config, output_dir)
+
+
+def _date_in(config: JobConfig, output_dir: Path) -> str | None:
     if isinstance(config, RunConfig) and (folder := checkpoint.find_resume(config.resume, output_dir)) is not None:
         date = checkpoint.read_run(folder)["config"].get("date")
         if date is None:

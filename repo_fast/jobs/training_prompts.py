@@ -33,6 +33,7 @@ from repo_fast.config.sections import GUARD, JUDGE, is_called
 from repo_fast.data import Dialogue, Prompt
 from repo_fast.errors import InputError, first_line
 from repo_fast.jobs.fingerprints import data_sources, model_paths
+from repo_fast.models.model_config import folder_of
 
 FILE = "training_prompts.json"
 # The model that a record in its own folder is about.
@@ -151,7 +152,7 @@ def taken_over(option: str, path: str) -> Record:
     record = read_record(path)
     if record is not None:
         return tuple(source if source.of is not None else replace(source, of=path) for source in record)
-    is_function = is_called(path) and not path.startswith(JUDGE) and not Path(path).expanduser().is_dir()
+    is_function = is_called(path) and not path.startswith(JUDGE) and folder_of(path) is None
     return () if is_function else (Source(option, path, None, None),)
 
 
@@ -192,8 +193,8 @@ def read_record(path: str) -> Record | None:
     """
     if path in ("world:tiny", "world:base"):
         return _of_embedded(path)
-    folder = Path(path.removeprefix(GUARD)).expanduser()
-    if not path or not folder.is_dir():
+    folder = folder_of(path.removeprefix(GUARD))
+    if not path or folder is None:
         return None
     folder = folder.resolve()
     if (folder / FILE).is_file():

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -9,6 +10,16 @@ from transformers import AutoConfig, PretrainedConfig
 
 from repo_fast.errors import InputError, first_line
 from repo_fast.models.weight_files import find_file
+
+
+def folder_of(path: str) -> Path | None:
+    """The folder that a model's path names, `~` for the user's own; None where it names none, and may be on the hub."""
+    try:
+        folder = Path(path).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError):
+        # A name that is too long, or of no user.
+        return None
 
 
 def load_config(path: str) -> PretrainedConfig:
@@ -23,18 +34,27 @@ def load_config(path: str) -> PretrainedConfig:
 
 
 def _read_config(path: str) -> PretrainedConfig:
+    config = _read(path)
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size < 1:
+            raise InputError(f"{path!r} has a config.json with {name} {size}, expected a whole number of at least 1")
+    return config
+
+
+def _read(path: str) -> PretrainedConfig:
     try:
         # Said, or transformers would ask on standard input whether to run a folder's own code.
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except StrictDataclassError as error:
+        raise InputError(f"{path!r} has a config.json that cannot be: {' '.join(str(error).split())}") from error
+    except Exception as error:  # its files are the user's, and may hold anything
         if _has_only_adapters(path):
             raise InputError(
                 f"{path!r} holds adapters without a config.json, as policies', those of earlier versions and of other "
                 "programs do: expected the folder of the merged model, or the adapter/ of a score model with all of it"
             ) from error
         raise InputError(f"{path!r} is not a Hugging Face model folder or hub name: {first_line(error)}") from error
-    except StrictDataclassError as error:
-        raise InputError(f"{path!r} has a config.json that cannot be: {' '.join(str(error).split())}") from error
 
 
 def _has_only_adapters(path: str) -> bool:

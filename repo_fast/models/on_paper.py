@@ -83,6 +83,20 @@ def built(kind: type, config: PretrainedConfig, attention: str = "eager") -> Pre
         return architecture(config).to(torch.bfloat16).eval()
 
 
+def built_at(path: str, kind: type, config: PretrainedConfig, attention: str = "eager") -> PreTrainedModel:
+    """As `built`, of a folder or hub name.
+
+    Raises:
+        InputError: It cannot be built as its configuration says.
+    """
+    try:
+        return built(kind, config, attention)
+    except Exception as error:  # the constructors' errors share no type
+        raise InputError(
+            f"{path!r} cannot be built as its config.json says: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
 @torch.no_grad()
 def _try_on_paper(kind: type, config: PretrainedConfig, attention: str) -> None:
     """Build a model, and run it too, to see whether its layers take part in `PACKED`, and what they ask that SDPA or
@@ -158,7 +172,7 @@ def check_positions(path: str, longest: int, what: str) -> None:
         longest: Tokens.
         what: The model and what the sequence is, for the message.
     """
-    limit = position_limit(built(AutoModel, load_config(path)))
+    limit = position_limit(built_at(path, AutoModel, load_config(path)))
     if limit is not None and longest > limit:
         raise InputError(f"{what}: up to {longest} tokens, expected at most the {limit} positions that {path!r} has")
 

@@ -115,7 +115,10 @@ def _fault(name: str, model: nn.Module, last_state: LastState, device: torch.dev
     before, trains = _random_state(device), model.training
     first = behind(company)
     if not first.isfinite().all():
-        raise InputError(f"{name} gives hidden states that are not finite, expected numbers: look at its weights")
+        raise InputError(
+            f"{name} ({model.config.name_or_path!r}) gives hidden states that are not finite, expected numbers: look "
+            "at its weights"
+        )
     draws = not all(torch.equal(*pair) for pair in zip(before, _random_state(device), strict=True))
     # Where layers are dropped with probability 0, that is drawn all the same.
     drops_layers = any(hasattr(module, "layerdrop") for module in model.modules())

@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, readable
 from repo_fast.models.adapters import Base
 from repo_fast.models.lora import merged_state, save_adapter
 from repo_fast.models.model_config import restored
@@ -159,7 +159,9 @@ def convert_score_model(source: str, target: Path, *, layout: str, score_type: s
         raise InputError(f"score_type is {score_type!r}, expected one of {', '.join(NORMALIZERS)}")
     if score_type is not None and wanted.is_classifier:
         raise InputError(f"score_type is {score_type!r}, expected none: the layout {layout} cannot hold one")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    with readable(target):
+        used = target.exists() and not (target.is_dir() and not any(target.iterdir()))
+    if used:
         raise InputError(f"the target {str(target)!r} exists, expected a new or empty folder")
     checkpoint = ScoreCheckpoint(source)
     if checkpoint.adapter is not None:
@@ -171,15 +173,19 @@ def convert_score_model(source: str, target: Path, *, layout: str, score_type: s
     settings = read_settings(source)
 
     partial = target.with_name(f"{target.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    _write_settings(partial, settings, architecture, wanted, written, bias is not None and not wanted.is_classifier)
-    _convert_weights(checkpoint, partial, wanted, written)
-    for name in _OTHER_FILES:
-        if found := find_file(source, name):
-            shutil.copyfile(found, partial / name)
-    publish(partial, target)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_settings(partial, settings, architecture, wanted, written, bias is not None and not wanted.is_classifier)
+        _convert_weights(checkpoint, partial, wanted, written)
+        for name in _OTHER_FILES:
+            if found := find_file(source, name):
+                shutil.copyfile(found, partial / name)
+        publish(partial, target)
+    except OSError as error:
+        raise InputError(f"the target {str(target)!r} cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _own_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from repo_fast.errors import InputError
 from repo_fast.models.model_config import is_dropout, load_config
-from repo_fast.models.on_paper import PASSED_OVER, built, first_attention
+from repo_fast.models.on_paper import PASSED_OVER, built_at, first_attention
 from repo_fast.models.quantization import (
     check_installed,
     check_plain,
@@ -93,7 +93,7 @@ def load_transformer(
         options["attn_implementation"], passed_over = first_attention(kind, path, settings, names)
     if type(settings) in kind._model_mapping:  # type: ignore[attr-defined]
         # Before loading, in which under ZeRO-3 the first rank alone would see what does not fit.
-        on_paper = built(kind, settings, options.get("attn_implementation", "eager"))
+        on_paper = built_at(path, kind, settings, options.get("attn_implementation", "eager"))
         _check_files(path, what, on_paper)
         if quantize is not None:
             options |= loading_quantized(on_paper, dtype)
@@ -154,11 +154,22 @@ def _check_files(path: str, what: str, model: nn.Module) -> None:
     What its files lack is told by transformers, which knows what is tied and what it renames.
     """
     prefix = f"{model.base_model_prefix}."
-    expected = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name.removeprefix(prefix): (name, shape) for name, shape in Checkpoint(path).shapes().items()}
+    state = model.state_dict().items()
+    expected = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in state}
+    found = {name.removeprefix(prefix): (name, *about) for name, about in Checkpoint(path).shapes().items()}
+    whole = [
+        found[short][0]
+        for name, tensor in state
+        if tensor.is_floating_point() and not found.get(short := name.removeprefix(prefix), (name, (), True))[2]
+    ]
+    if whole:
+        raise InputError(
+            f"{path!r} cannot be loaded as {what}: {len(whole)} weights are whole numbers, {whole[0]} for one, "
+            "expected floating-point ones: quantised models are not read"
+        )
     wrong = [name for name in sorted(found) if name in expected and found[name][1] != expected[name]]
     if wrong:
-        name, shape = found[wrong[0]]
+        name, shape, _ = found[wrong[0]]
         raise InputError(
             f"{path!r} cannot be loaded as {what}: {len(wrong)} weights have another shape than its configuration "
             f"says, {name} for one: {list(shape)}, expected {list(expected[wrong[0]])}"

@@ -68,16 +68,20 @@ class Checkpoint:
                 for name in names:
                     yield name, tensors[name]
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each tensor, by name; no tensor is read from a safetensors file."""
-        found: dict[str, tuple[int, ...]] = {}
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Of each tensor, by name, the shape, and whether its numbers are of a floating-point type; no tensor is read
+        from a safetensors file."""
+        found: dict[str, tuple[tuple[int, ...], bool]] = {}
         for file in sorted(set(self.files.values())):
             with self._readable():
                 if (path := find_file(self.path, file)) is None:
                     raise FileNotFoundError(f"{file} is missing")
                 with _open(path) as tensors:
                     for name in tensors:
-                        found[name] = tensors.shape(name) if isinstance(tensors, _Lazy) else tuple(tensors[name].shape)
+                        if isinstance(tensors, _Lazy):
+                            found[name] = tensors.shape(name)
+                        else:
+                            found[name] = tuple(tensors[name].shape), tensors[name].is_floating_point()
         return found
 
     def fingerprint(self) -> str:
@@ -136,8 +140,9 @@ class _Lazy(Mapping):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._file.get_tensor(name)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
+    def shape(self, name: str) -> tuple[tuple[int, ...], bool]:
+        part = self._file.get_slice(name)
+        return tuple(part.get_shape()), part.get_dtype().startswith(("F", "BF"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -7,7 +7,6 @@ what autograd saves is added up.
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from repo_fast.jobs.inputs import scorer_name
 from repo_fast.models.adapters import Adapter, is_adapter, put_adapter, read_adapter
 from repo_fast.models.attention import MASKED, PACKED, PADDED
 from repo_fast.models.blocks import linear_layers
-from repo_fast.models.model_config import load_config
-from repo_fast.models.on_paper import built, first_attention
+from repo_fast.models.model_config import folder_of, load_config
+from repo_fast.models.on_paper import built, built_at, first_attention
 from repo_fast.models.policy import check_head
 from repo_fast.models.quantization import BLOCK
 from repo_fast.models.score_checkpoint import find_output
@@ -163,8 +162,8 @@ def networks(config: TrainConfig, dtype: torch.dtype) -> list[Network]:
 
 def _base(path: str, quantize: str | None) -> tuple[str, str | None]:
     """A folder by its absolute path; on paper, no weights are compared."""
-    folder = Path(path).expanduser()
-    return (str(folder.absolute()) if folder.is_dir() else path), quantize
+    folder = folder_of(path)
+    return (path if folder is None else str(folder.absolute())), quantize
 
 
 def _policy_config(config: TrainConfig) -> PretrainedConfig:
@@ -210,7 +209,7 @@ def network(
             of its layers.
     """
     kind = AutoModelForCausalLM if head else AutoModel
-    model = built(kind, config).to(dtype)
+    model = built_at(config.name_or_path, kind, config).to(dtype)
     # Before adapters, which are linear layers too.
     quantized = base is not None and base[1] is not None
     layers = [model.get_submodule(name).weight.numel() for name in linear_layers(model)] if quantized else []

@@ -10,6 +10,7 @@ random number for every token of the vocabulary, which took two fifths of all of
 responses at a vocabulary of 32,001. A static cache, without compilation, was measured no faster than one that grows.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from repo_fast.data.chat import end_of_turn
 from repo_fast.errors import InputError, first_line
 from repo_fast.models.model_config import load_config
 from repo_fast.models.vocabulary import never_drawn
+from repo_fast.models.weight_files import find_file
 from repo_fast.rollout import Finished, Request, Rollout
 from repo_fast.rollout.hand_over import TOLERANCE
 
@@ -166,7 +168,10 @@ def generation_settings(path: str) -> GenerationConfig:
     """Those of a model's folder or hub name; without a file of them, what its configuration says."""
     try:
         return GenerationConfig.from_pretrained(path)
-    except OSError:
+    except OSError as error:
+        # One that cannot be read is no other than one that is not there, to transformers.
+        if find_file(path, "generation_config.json") is not None:
+            raise InputError(f"{path!r} has a generation_config.json that cannot be: {first_line(error)}") from error
         return GenerationConfig.from_model_config(load_config(path))
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path!r} has a generation_config.json that cannot be: {first_line(error)}") from error
@@ -296,7 +301,12 @@ def check_generation(model: nn.Module, pad: int, device: torch.device, batch_siz
         gaps += [gap for row, start in enumerate(starts) for gap in _gaps_to_alone(model, rows, row, start)]
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     tolerance, gap = TOLERANCE.get(dtype, max(TOLERANCE.values())), sum(gaps) / len(gaps)
-    if gap > tolerance:  # of a NaN, which no token can be drawn from, the draw itself complains
+    if not math.isfinite(gap):
+        raise InputError(
+            f"the policy ({type(model).__name__} of {model.config.name_or_path!r}) gives logits that are not finite, "
+            "expected numbers: look at its weights"
+        )
+    if gap > tolerance:
         how, instead = ("alone", "another architecture") if batch_size == 1 else ("in a batch", "a batch size of 1")
         raise InputError(
             f"the policy ({type(model).__name__}) generates {how} from other probabilities than it is trained to give: "

@@ -10,6 +10,7 @@ import torch
 
 from repo_fast.config.sections import GUARD, JUDGE
 from repo_fast.errors import InputError
+from repo_fast.models.model_config import folder_of
 from repo_fast.rollout import Rollout
 
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -60,8 +61,7 @@ def load_scorer_spec(path: str, name: str) -> ScorerSpec:
         return ScorerSpec(path.removeprefix(JUDGE), "judge")
     if path.startswith(GUARD):
         return ScorerSpec(_model_path(path.removeprefix(GUARD), f"{name} guard"), "guard")
-    folder = Path(path).expanduser()
-    if _FUNCTION.fullmatch(path) and not folder.is_dir():
+    if _FUNCTION.fullmatch(path) and folder_of(path) is None:
         return ScorerSpec(path, "function")
     try:
         return ScorerSpec(_model_path(path, f"{name} model"), "model")
@@ -79,14 +79,14 @@ class _NotAModelError(InputError):
 
 def _model_path(path: str, what: str) -> str:
     """The folder or hub name of a model."""
-    folder = Path(path).expanduser()
-    if path and folder.is_dir():
+    folder = folder_of(path)
+    if path and folder is not None:
         # Of adapters by themselves the reader of configurations says more.
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise InputError(f"the {what} folder {path!r} has no config.json")
         return str(folder)
     # A name whose first part is a folder here is a mistyped path rather than something to download.
-    if _HUB_NAME.fullmatch(path) and not folder.parent.is_dir():
+    if _HUB_NAME.fullmatch(path) and not Path(path).parent.is_dir():
         return path
     raise _NotAModelError(f"the {what} {path!r} is neither a folder nor a hub name 'owner/model'")
 

@@ -5,7 +5,6 @@ which function, and where there is one, which response. A NaN is refused: it wou
 """
 
 import importlib
-import math
 import numbers
 import os
 import sys
@@ -15,6 +14,9 @@ import torch
 
 from repo_fast.errors import InputError
 from repo_fast.rollout import Rollout
+
+# Scores are kept in float32.
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class FunctionScorer:
@@ -62,7 +64,7 @@ class FunctionScorer:
             return []
         try:
             returned = self.function(prompts, responses)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"{self} raised {_describe(error)}") from error
         # Arrays and tensors, which give plain numbers in one go.
         values = returned.tolist() if hasattr(returned, "tolist") else returned
@@ -75,10 +77,10 @@ class FunctionScorer:
     def _number(self, value: object, index: int, prompt: str) -> float:
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.item()
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        if not isinstance(value, numbers.Real) or not abs(value) <= _LARGEST:
             raise InputError(
-                f"{self} returned {value!r} for response {index}, expected a finite number; "
-                f"the prompt begins {prompt[:60]!r}"
+                f"{self} returned {value!r} for response {index}, expected a finite number, at most "
+                f"{_LARGEST:.2g} in size; the prompt begins {prompt[:60]!r}"
             )
         return float(value)
 
@@ -88,7 +90,7 @@ class FunctionScorer:
             sys.path.append(os.getcwd())
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:  # an import runs the user's code, which may raise anything
+        except (Exception, SystemExit) as error:  # an import runs the user's code, which may raise anything
             raise InputError(f"{self}: module {module_name!r} cannot be imported: {_describe(error)}") from error
         function = getattr(module, function_name, None)
         if not callable(function):
@@ -99,5 +101,5 @@ class FunctionScorer:
         return f"the {self.name} function {self.path!r}"
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]

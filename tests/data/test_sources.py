@@ -306,3 +306,13 @@ def test_libraries_for_tables_are_imported_only_for_tables(tmp_path):
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_what_was_compressed_and_is_neither_whole_nor_utf_8(tmp_path):
+    path = tmp_path / "prompts.jsonl.gz"
+    content = bytearray(gzip.compress(b'{"prompt": "t\xe9a"}\n'))
+    # Of the sum at its end.
+    content[-6] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(InputError, match=r"prompts\.jsonl\.gz.*: cannot be read"):
+        load_prompts(str(path))

@@ -1,12 +1,13 @@
 """A prompt becomes exactly the tokens that the model was trained to see."""
 
+import json
 import logging
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from repo_fast.data import Dialogue, Prompt, PromptTemplate, encode_whole, tokenize_prompts
+from repo_fast.data import Dialogue, Prompt, PromptTemplate, encode_whole, load_tokenizer, tokenize_prompts
 from repo_fast.errors import InputError
 from tests.families import FAMILIES, family_tokenizer
 from tests.tiny import BOS, EOS, SAFE_RLHF_WORDS, word_tokenizer
@@ -420,3 +421,28 @@ def test_the_date_that_a_template_writes_is_the_one_given():
         PromptTemplate(family_tokenizer(entry)).depends_on_date for name, entry in FAMILIES.items() if name != "llama-3"
     )
     assert not PromptTemplate(tokenizer, "plain").depends_on_date
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_max_length": []}, "TypeError|not supported between"),
+        # An unknown word would be looked up for ever.
+        ({"unk_token": ""}, "recursion"),
+    ],
+)
+def test_settings_of_a_tokenizer_that_show_only_where_it_is_used(tmp_path, settings, message):
+    word_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(InputError, match=f"has no tokenizer that transformers can load: .*({message})"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_template_that_cannot_be_used_is_named_by_its_folder(tmp_path):
+    word_tokenizer(chat_template=False).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"that of '{tmp_path}' has none"):
+        PromptTemplate(load_tokenizer(str(tmp_path)), "chat")
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(InputError, match=f"the chat template of '{tmp_path}' cannot render"):
+        PromptTemplate(load_tokenizer(str(tmp_path)), "chat")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from repo_fast.config import TrainConfig, parse
 from repo_fast.data.sampler import PromptSampler
+from repo_fast.errors import InputError
 from repo_fast.jobs import fingerprints
 from tests.job_runs import Job, edited_run, metrics, snapshot, write_lines
 from tests.supervised_runs import here, make_inputs
@@ -157,6 +158,25 @@ def test_folders_of_data_and_what_has_no_file(tmp_path: Path, monkeypatch: pytes
     # What looks like a file is not looked for on the hub, which takes long without a network.
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("looked for on the hub"))
     assert [fingerprints.of_data(name, "test") for name in ("nowhere.jsonl", "./nowhere", "a/b/c")] == [{}] * 3
+
+
+def test_what_is_there_and_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "prompts.jsonl").write_text("{}")
+    monkeypatch.setattr(fingerprints, "open", closed, raising=False)
+    for of in (
+        lambda: fingerprints.of_data(str(tmp_path / "prompts.jsonl"), "train"),
+        lambda: fingerprints.of_data(str(tmp_path), "train"),
+    ):
+        with pytest.raises(InputError, match=r"prompts\.jsonl: cannot be read: Permission denied"):
+            of()
+
+
+@pytest.mark.parametrize("path", ["~no-such-user/model", "x" * 300])
+def test_a_path_that_cannot_be_is_left_to_what_reads_it(path: str) -> None:
+    assert fingerprints.of_model(path) == {}
 
 
 def test_a_large_file_of_a_model_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

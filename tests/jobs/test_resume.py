@@ -307,6 +307,20 @@ def test_a_checkpoint_of_before_there_were_several_constraints(job: Job, stopped
         checkpoint.check_run(folder, run, config)
 
 
+@pytest.mark.parametrize("options", [(), ("--resume auto",)])
+def test_a_folder_of_what_is_no_runs_is_left_alone(
+    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture, options: tuple[str, ...]
+) -> None:
+    """Such as that of the policy that the run starts from: its result is written as `policy` too."""
+    save_policy(tmp_path / "policy")
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    assert job.here(tmp_path, f"--policy.path {tmp_path / 'policy'}", *options) == 2
+    said = r"error: --output_dir '.*' holds 'policy' and no run, which would write over it, expected a new folder\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
+    assert snapshot(tmp_path) == before
+
+
 def test_a_used_output_folder_is_left_alone(job: Job, stopped: Path, capsys: pytest.CaptureFixture) -> None:
     before = snapshot(stopped)
     capsys.readouterr()

@@ -26,6 +26,7 @@ from repo_fast.config import EngineConfig, OptimizerConfig
 from repo_fast.engine import Engine, sharded_loading, start_distributed, stop_distributed
 from repo_fast.errors import InputError
 from repo_fast.models.model_config import load_config
+from repo_fast.models.on_paper import check_positions
 from repo_fast.models.policy import Policy
 from repo_fast.models.policy import save_policy as write_policy
 from repo_fast.models.score_model import ScoreModel
@@ -60,6 +61,10 @@ def cut(part: str) -> Callable[[Weights], Weights]:
     return lambda weights: {name: value[:3].clone() if part in name else value for name, value in weights.items()}
 
 
+def whole(weights: Weights) -> Weights:
+    return {name: value.to(torch.int8) if "up_proj" in name else value for name, value in weights.items()}
+
+
 def with_biases(weights: Weights) -> Weights:
     return weights | {f"model.layers.{i}.self_attn.q_proj.bias": torch.ones(32) for i in range(2)}
 
@@ -78,6 +83,7 @@ UNLOADABLE: dict[str, tuple[Callable[[Weights], Weights], dict, str]] = {
     "prefixed": (prefixed, {}, "lacks 2[01] weights of its architecture"),
     "cut": (cut("layers.1.mlp.up_proj"), {}, r"cannot be loaded as .*layers.1.mlp.up_proj.weight.*3, 32.*64, 32"),
     "few rows": (cut("embed_tokens"), {}, r"cannot be loaded as .*embed_tokens.weight.*3, 32"),
+    "quantised": (whole, {}, "2 weights are whole numbers, model.layers.0.mlp.up_proj.weight for one"),
     "short": (keep, {"num_hidden_layers": 1}, "has 9 weights that its configuration leaves out, model.layers.1"),
     "long": (keep, {"num_hidden_layers": 3}, "lacks 9 weights of its architecture"),
     "biases": (with_biases, {}, "has 2 weights that its configuration leaves out, .*q_proj.bias for one"),
@@ -172,6 +178,8 @@ def test_an_adapter_beside_the_weights_is_an_error(tmp_path: Path) -> None:
     [
         ({"hidden_size": "32"}, "'hidden_size' expected int, got str"),
         ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+        ({"num_hidden_layers": -1}, "config.json with num_hidden_layers -1, expected a whole number of at least 1"),
+        ({"dtype": "float7"}, "not a Hugging Face model folder"),
         ({"model_type": "nope"}, "not a Hugging Face model folder"),
         ({"auto_map": {"AutoConfig": "x.Y"}, "model_type": "foo"}, "custom code"),
     ],
@@ -180,6 +188,12 @@ def test_a_configuration_that_cannot_be_is_one_line(settings: dict, message: str
     with pytest.raises(InputError, match=message) as caught:
         load_config(str(changed(tmp_path / "policy", **settings)))
     assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
+    path = str(changed(tmp_path / "policy", hidden_act="swoosh"))
+    with pytest.raises(InputError, match=f"'{path}' cannot be built as its config.json says: KeyError: 'swoosh"):
+        check_positions(path, 3, "a prompt")
 
 
 # Dropout in modules, in plain numbers of the layers, of whole layers, and the noise of a router.

@@ -328,6 +328,12 @@ def test_conversions_that_are_refused(tmp_path, make, options, message):
     assert "\n" not in str(caught.value) and snapshot(tmp_path) == before
 
 
+def test_a_target_that_cannot_be_made_is_one_line(tmp_path):
+    source = save_beaver(tmp_path / "source")
+    with pytest.raises(InputError, match="config.json/target' cannot be written: Not a directory"):
+        convert_score_model(str(source), source / "config.json" / "target", layout="model-for-score")
+
+
 def test_a_bias_of_zero_is_no_bias(tmp_path):
     source = save_beaver(tmp_path / "source", bias=True)
     state = load_file(source / "model.safetensors")

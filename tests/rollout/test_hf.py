@@ -289,6 +289,21 @@ def test_a_folder_without_generation_settings_has_its_configurations(folder: Pat
     assert settings.eos_token_id == model.generation_config.eos_token_id == [2, 5]
 
 
+def test_generation_settings_that_cannot_be_read_are_not_taken_for_none(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "policy")
+    (tmp_path / "policy" / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match="has a generation_config.json that cannot be"):
+        generation_settings(str(tmp_path / "policy"))
+
+
+def test_a_policy_that_gives_no_numbers_is_refused(folder: Path, tokenizer, tmp_path: Path) -> None:
+    policy = Policy.from_pretrained(str(folder), dtype=torch.float32, attention="sdpa")
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(InputError, match=f"of '{folder}'.* gives logits that are not finite"):
+        draw(policy, tokenizer, requests(tokenizer))
+
+
 @pytest.mark.parametrize("architecture", ["recurrent_gemma", "rwkv"])
 def test_a_model_that_generates_otherwise_in_a_batch_is_refused(architecture: str, tmp_path: Path) -> None:
     """Its tokens would be drawn from another distribution than the one that is trained; one by one they are not."""

@@ -24,6 +24,9 @@ def nothing(prompts, responses): pass
 def nan(prompts, responses): return [0.0, float("nan")]
 def infinite(prompts, responses): return [float("-inf"), 0.0]
 def text(prompts, responses): return ["0.5", "0.5"]
+def exits(prompts, responses): raise SystemExit(3)
+def beyond_float32(prompts, responses): return [0.0, 1e39]
+def beyond_floats(prompts, responses): return [10**400, 0.0]
 def none(prompts, responses): return [0.5, None]
 number = 3
 """
@@ -33,11 +36,12 @@ number = 3
 def module(tmp_path, monkeypatch):
     (tmp_path / "scores_for_test.py").write_text(MODULE)
     (tmp_path / "broken_for_test.py").write_text("import no_such_module_anywhere")
+    (tmp_path / "exits_for_test.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(tmp_path)
     # Without the entry that stands for the current folder, as under an installed command.
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     yield
-    for name in ("scores_for_test", "broken_for_test"):
+    for name in ("scores_for_test", "broken_for_test", "exits_for_test"):
         sys.modules.pop(name, None)
 
 
@@ -84,9 +88,13 @@ def test_numbers_of_other_types(function):
         ("raises", "raised KeyError: 'inside"),
         ("too_few", "returned 1 scores for 2 responses"),
         ("nothing", "returned a NoneType, expected a list of 2 numbers"),
-        ("nan", "returned nan for response 1, expected a finite number; the prompt begins 'how do I make tea'"),
+        ("nan", "returned nan for response 1, expected a finite number, at most"),
+        ("nan", "in size; the prompt begins 'how do I make tea'"),
         ("infinite", "returned -inf for response 0"),
         ("text", "returned '0.5' for response 0"),
+        ("exits", "raised SystemExit: 3"),
+        ("beyond_float32", "returned 1e+39 for response 1, expected a finite number, at most 3.4e+38 in size"),
+        ("beyond_floats", "for response 0, expected a finite number"),
         ("none", "returned None for response 1"),
     ],
 )
@@ -104,6 +112,7 @@ def test_what_a_function_must_not_do(function, message):
     [
         ("no_such_module_anywhere:f", "module 'no_such_module_anywhere' cannot be imported: ModuleNotFoundError"),
         ("broken_for_test:f", "No module named 'no_such_module_anywhere'"),
+        ("exits_for_test:f", "module 'exits_for_test' cannot be imported: SystemExit: 3"),
         ("scores_for_test:absent", "has no function 'absent'"),
         ("scores_for_test:number", "has no function 'number'"),
     ],

@@ -272,7 +272,7 @@ def test_a_guard_that_cannot_be_asked(template: str | None, settings: GuardConfi
         ("--cost.path guard:", r"cost\.path is 'guard:', expected guard:FOLDER"),
         (
             "--cost.path m:f --cost.guard.preset wildguard",
-            r"cost\.guard is GuardConfig\(.*\), expected its defaults .*",
+            r"cost\.guard\.preset is 'wildguard', expected its default with path 'm:f', which is no guard:FOLDER",
         ),
         (
             "--cost.path guard:x --cost.guard.preset wildguard --cost.guard.prompt {prompt}",
