@@ -24,7 +24,8 @@ def require_at_least(minimum: int, values: Mapping[str, float | None]) -> None:
 
 
 def check_given(section: Any, prefix: str = "") -> None:
-    """Raise `InputError` for the first value, in sections inside too, that is null where no null is meant, or NaN.
+    """Raise `InputError` for the first value, in sections inside too, that is null where no null is meant, NaN, or a
+    text with NUL.
 
     The parser lets null pass for a value of any type, and no comparison would find a NaN.
     """
@@ -36,6 +37,9 @@ def check_given(section: Any, prefix: str = "") -> None:
 
 
 def _check_parts(key: str, value: Any) -> None:
+    if isinstance(value, str):
+        # No file can have such a name, and YAML can write it.
+        require("\0" not in value, key, value, "a text without the character NUL")
     if isinstance(value, float) and math.isnan(value):
         raise InputError(f"{key} is nan, expected a value that can be compared")
     if dataclasses.is_dataclass(value):
