@@ -62,7 +62,7 @@ class FunctionScorer:
             return []
         try:
             returned = self.function(prompts, responses)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise InputError(f"{self} raised {_describe(error)}") from error
         # Arrays and tensors, which give plain numbers in one go.
         values = returned.tolist() if hasattr(returned, "tolist") else returned
@@ -88,7 +88,7 @@ class FunctionScorer:
             sys.path.append(os.getcwd())
         try:
             module = importlib.import_module(module_name)
-        except Exception as error:  # an import runs the user's code, which may raise anything
+        except (Exception, SystemExit) as error:  # an import runs the user's code, which may raise anything
             raise InputError(f"{self}: module {module_name!r} cannot be imported: {_describe(error)}") from error
         function = getattr(module, function_name, None)
         if not callable(function):
@@ -99,5 +99,5 @@ class FunctionScorer:
         return f"the {self.name} function {self.path!r}"
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
