@@ -17,6 +17,26 @@ class InputError(ValueError):
     """
 
 
+class RankError(RuntimeError):
+    """A rank cannot go on because of another one, which failed, is gone, or does not answer.
+
+    The message says which one, and what; the entry points print it on one line.
+
+    Args:
+        message: It.
+        by: The rank that says it, of those that know.
+    """
+
+    def __init__(self, message: str, by: int) -> None:
+        super().__init__(message)
+        self.by = by
+
+
+def where(error: BaseException) -> str:
+    """What a run was doing, as the notes of an error say that passed through it; empty where there are none."""
+    return "".join(f", {note}" for note in getattr(error, "__notes__", ())[:1])
+
+
 @contextlib.contextmanager
 def at(place: str) -> Iterator[None]:
     """Put the place of a row ("FILE line 3") in front of what is wrong with it; "" is none."""
