@@ -19,6 +19,7 @@ from pathlib import Path
 
 from repo_fast.errors import InputError, readable
 from repo_fast.jobs.launch import OneLineParser, guarded, without_bars
+from repo_fast.report.progress import printable
 
 DAMAGED = 3
 # By the ending of its name, what a folder beside checkpoints is.
@@ -79,7 +80,7 @@ def _list(found: list[Path], *, whole: bool) -> int:
             ranks = str(read_run(folder)["ranks"])
             size = f"{sum(file.bytes for file in read_manifest(folder).values()) / 1e9:.3g}"
         rows += [[folder.name, written, ranks, size, note] for note in notes]
-    print(grid(["checkpoint", "written", "ranks", "GB", "" if whole else "--verify reads them"], rows))
+    print(printable(grid(["checkpoint", "written", "ranks", "GB", "" if whole else "--verify reads them"], rows)))
     return status
 
 
@@ -95,7 +96,7 @@ def _convert(found: list[Path]) -> int:
     for folder, final in wanted:
         with writing(f"checkpoint {final}"):
             before = convert(folder, final)
-        print(f"{final}: converted, of {before.name}")
+        print(printable(f"{final}: converted, of {before.name}"))
     return 0
 
 
@@ -111,13 +112,13 @@ def _export(found: list[Path], step: str, target: str) -> int:
         raise InputError(f"checkpoint {folder} is DeepSpeed's, as repo_fast wrote them before, expected one of its own")
     if problems := damages(folder):
         for problem in problems:
-            print(f"error: checkpoint {folder} is damaged: {problem}", file=sys.stderr)
+            print(printable(f"error: checkpoint {folder} is damaged: {problem}"), file=sys.stderr)
         return DAMAGED
     from repo_fast.jobs.policy_export import export_policy
 
     without_bars()
     export_policy(folder, Path(target))
-    print(f"{target}: the policy of step {step}")
+    print(printable(f"{target}: the policy of step {step}"))
     return 0
 
 

@@ -7,13 +7,21 @@ also where training uses NCCL, so that they never wait for, or in, a GPU stream.
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from repo_fast.errors import InputError, as_input_error
+from repo_fast.errors import InputError, RankError, as_input_error, first_line, where
+
+# How long ranks wait for one that does not come.
+TIMEOUT_SECONDS = 7200.0
+# How long those that wait for another may take to find out that it does not come.
+_ROLL_CALL_SECONDS = 10.0
+# gloo's errors have no type of their own, but say where they are raised.
+_OF_GLOO = "gloo/"
 
 
 @dataclass(frozen=True)
@@ -25,22 +33,25 @@ class Ranks:
         size: How many processes there are.
         device: Where this process computes.
         group: The gloo group of all ranks; None in a run of one process.
+        timeout: How long each waits for the others (seconds).
     """
 
     rank: int
     size: int
     device: torch.device
     group: dist.ProcessGroup | None = None
+    timeout: float = TIMEOUT_SECONDS
 
     @classmethod
-    def connect(cls) -> "Ranks":
+    def connect(cls, timeout: float = TIMEOUT_SECONDS) -> "Ranks":
         """Join the group that `engine.start_distributed` opened."""
         rank, size = dist.get_rank(), dist.get_world_size()
         device = torch.device("cpu")
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2)) if size > 1 else None
-        return cls(rank, size, device, group)
+        patience = datetime.timedelta(seconds=timeout)
+        group = dist.new_group(backend="gloo", timeout=patience) if size > 1 else None
+        return cls(rank, size, device, group, timeout)
 
     @property
     def is_first(self) -> bool:
@@ -102,7 +113,7 @@ class Ranks:
 
         Raises:
             InputError: On every rank, if one raised it, or its disk failed; what that one said.
-            RuntimeError: On the other ranks, if one raised anything else; that one re-raises its own.
+            RankError: On the other ranks, if one raised anything else; that one re-raises its own.
         """
         failure: Exception | None = None
         try:
@@ -123,4 +134,53 @@ class Ranks:
                 is_input, text = word
                 if is_input:
                     raise InputError(text.removeprefix("InputError: "))
-                raise RuntimeError(f"rank {rank} failed in {phase}: {text}")
+                raise RankError(f"rank {rank} failed in {phase}: {text}", by=everyone.index(None))
+
+    @contextlib.contextmanager
+    def accounted_for(self) -> Iterator[None]:
+        """Say which rank it is, where one is gone or does not answer: what libraries raise then does not.
+
+        Those that wait for it learn it at about the same time, and say so in the store where the run began; the others
+        do not.
+
+        Raises:
+            RankError: On every rank that waits for another in vain.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.group is None or not _is_of_another(error):
+                raise
+            waiting = self._roll_call()
+            raise RankError(self._said_of_the_others(error, waiting), by=min(waiting)) from error
+
+    def _roll_call(self) -> list[int]:
+        """The ranks that wait too. This one is among them."""
+        waiting = {self.rank}
+        # There is none where the rank that keeps the store is the one that is gone.
+        with contextlib.suppress(RuntimeError):
+            store = dist.distributed_c10d._get_default_store()
+            store.set_timeout(datetime.timedelta(seconds=_ROLL_CALL_SECONDS))
+            store.set(f"waits/{self.rank}", "")
+            ends = time.monotonic() + _ROLL_CALL_SECONDS
+            while len(waiting) < self.size and time.monotonic() < ends:
+                waiting |= {rank for rank in range(self.size) if store.check([f"waits/{rank}"])}
+                time.sleep(0.1)
+        return sorted(waiting)
+
+    def _said_of_the_others(self, error: RuntimeError, waiting: list[int]) -> str:
+        absent = [rank for rank in range(self.size) if rank not in waiting]
+        doing, resume = where(error), "; --resume auto goes on from the last checkpoint"
+        if not absent:
+            return f"the ranks lost each other{doing}: {first_line(error)}{resume}"
+        who = f"rank {absent[0]}" if len(absent) == 1 else f"one of the ranks {', '.join(map(str, absent))}"
+        if "timed out" in str(error).lower():
+            return (
+                f"{who} does not answer: rank {self.rank} waited for it in vain{doing}, expected it within timeout "
+                f"({self.timeout:g} s){resume}"
+            )
+        return f"{who} is gone: rank {self.rank} lost its connection to it{doing}{resume}"
+
+
+def _is_of_another(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or _OF_GLOO in str(error)

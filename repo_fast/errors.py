@@ -16,8 +16,9 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message as it is printed: a value in it may have line breaks, or be a whole file.
+def one_line(error: object) -> str:
+    """An error's message as it is printed: a value in it may have line breaks, what a terminal would act on, or be a
+    whole file.
 
     Of a message that is too long to be read its beginning and end are left: what it is about, and what was expected.
     """
@@ -58,6 +59,26 @@ def as_input_error(error: BaseException | None) -> InputError | None:
         return None
     line = f"{name or 'a file'} cannot be read or written: {os.strerror(number)}; what was complete is as it was"
     return as_input_error(error.__context__) or InputError(line)
+
+
+class RankError(RuntimeError):
+    """A rank cannot go on because of another one, which failed, is gone, or does not answer.
+
+    The message says which one, and what; the entry points print it on one line.
+
+    Args:
+        message: It.
+        by: The rank that says it, of those that know.
+    """
+
+    def __init__(self, message: str, by: int) -> None:
+        super().__init__(message)
+        self.by = by
+
+
+def where(error: BaseException) -> str:
+    """What a run was doing, as the notes of an error say that passed through it; empty where there are none."""
+    return "".join(f", {note}" for note in getattr(error, "__notes__", ())[:1])
 
 
 @contextlib.contextmanager

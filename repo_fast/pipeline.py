@@ -39,7 +39,7 @@ from repo_fast.report.tables import before_after_table
 from repo_fast.world import rules
 
 # A stage may be gone on with under these, which change nothing that is computed.
-_FREE = ("output_dir", "resume", "resume_changed_data", "stop_after", "checkpoint", "log")
+_FREE = ("output_dir", "resume", "resume_changed_data", "stop_after", "checkpoint", "log", "timeout")
 _RECORD = "pipeline.json"
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from repo_fast.config import LAYOUTS, ScoreConfig
 from repo_fast.errors import InputError
 from repo_fast.jobs.launch import OneLineParser, guarded, launch, without_bars
+from repo_fast.report.progress import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,7 +92,7 @@ def _convert_or_check(words: list[str]) -> int:
 
     without_bars()
     if chosen.check is not None:
-        print(check_folder(chosen.check, chosen.kind, expect, chosen.head))
+        print(printable(check_folder(chosen.check, chosen.kind, expect, chosen.head)))
         return 0
     target, layout = Path(chosen.to), chosen.layout or "score"
     convert_score_model(chosen.convert, target, layout=layout, score_type=chosen.kind)
@@ -99,11 +100,11 @@ def _convert_or_check(words: list[str]) -> int:
         try:
             # One of the layouts cannot say what its score means.
             role = chosen.kind or getattr(load_config(chosen.convert), "score_type", None)
-            print(check_folder(chosen.to, role, expect, chosen.head))
+            print(printable(check_folder(chosen.to, role, expect, chosen.head)))
         except InputError:
             shutil.rmtree(target)
             raise
-    print(f"{chosen.to}: {chosen.convert} in the layout {layout}")
+    print(printable(f"{chosen.to}: {chosen.convert} in the layout {layout}"))
     return 0
 
 

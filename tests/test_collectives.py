@@ -1,5 +1,6 @@
 """What two ranks say to each other."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from repo_fast.collectives import Ranks
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, RankError
 from tests.job_runs import on_ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -42,6 +43,23 @@ def talk(folder: Path) -> dict:
     return said
 
 
+def one_stays_away(folder: Path) -> str:
+    """Rank 1 comes when the other has long said that it does not."""
+    dist.init_process_group("gloo")
+    ranks = Ranks.connect(timeout=3)
+    if ranks.rank == 1:
+        # The store, which the other asks, is rank 0's.
+        time.sleep(20)
+        return ""
+    try:
+        with ranks.accounted_for():
+            ranks.barrier()
+    except RankError as error:
+        assert error.by == 0
+        return str(error)
+    return "it came"
+
+
 def _raised(ranks: Ranks, error: Exception | None) -> tuple[str, str]:
     try:
         with ranks.together("the reward"):
@@ -50,6 +68,11 @@ def _raised(ranks: Ranks, error: Exception | None) -> tuple[str, str]:
     except Exception as seen:
         return type(seen).__name__, str(seen)
     return "", ""
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    said, _ = on_ranks(2, "tests.test_collectives:one_stays_away", tmp_path)
+    assert said.startswith("rank 1 does not answer: rank 0 waited for it in vain, expected it within timeout (3 s)")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +116,7 @@ def test_shares_are_even_and_complete(said: list[dict]) -> None:
 def test_an_error_on_one_rank_is_raised_on_all(said: list[dict]) -> None:
     assert [rank["bad input on rank 1"] for rank in said] == [("InputError", "the score is bad")] * 2
     assert said[0]["a fault on rank 0"] == ("KeyError", "'a fault'")
-    assert said[1]["a fault on rank 0"] == ("RuntimeError", "rank 0 failed in the reward: KeyError: 'a fault'")
+    assert said[1]["a fault on rank 0"] == ("RankError", "rank 0 failed in the reward: KeyError: 'a fault'")
     assert [rank["both"] for rank in said] == [("InputError", "rank 0"), ("InputError", "rank 1")]
 
 

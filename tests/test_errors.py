@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from repo_fast.errors import InputError
+from repo_fast.jobs.launch import guarded
 from repo_fast.ops import dispatch
 from repo_fast.train import main
 from tests.job_runs import PROMPTS, Job, metrics, write_lines
@@ -192,3 +194,28 @@ def test_torchrun_with_a_scorer_that_raises_on_one_rank(job: Job, tmp_path: Path
     ended = job.torchrun(2, tmp_path / "run", "--cost.path tests.scorers:raises_on_rank_1_at_step_2")
     said_once(ended, r"raised OSError: the moderation service said 503")
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")],
+)
+def test_a_rank_without_memory_says_which_it_is(
+    error: Exception, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> int:
+        error.add_note("in the phase 'update' after step 2")
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    assert guarded(run) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: rank 1 ran out of memory, in the phase 'update' after step 2: .*\n", said)
+
+
+def test_an_error_is_one_line_that_a_terminal_does_nothing_at(capsys: pytest.CaptureFixture) -> None:
+    def run() -> int:
+        raise InputError("a\x1b[31m\x9b2J\rfile\nthat is not there")
+
+    assert guarded(run) == 2
+    assert capsys.readouterr().err == r"error: a\x1b[31m\x9b2J\rfile\nthat is not there" + "\n"

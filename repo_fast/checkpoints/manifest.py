@@ -6,7 +6,7 @@ It is written last. A folder with a manifest whose files are all as it says is w
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from repo_fast.checkpoints.files import FileSum, as_json, sum_of, write_json
@@ -42,9 +42,18 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
         raise Damaged(MANIFEST, "cannot be read") from error
     if not intact:
         raise Damaged(MANIFEST, "is not what was written")
+    for name in found:
+        if not is_inside(name):
+            raise Damaged(MANIFEST, f"names {name!r}, which is not in the checkpoint")
     if form > _FORMAT:
         raise InputError(f"{path} has the form {form}, expected at most {_FORMAT}: it is of a later repo_fast")
     return found
+
+
+def is_inside(name: object) -> bool:
+    """Whether a name that a file says is one of a file in that one's folder, or in one below it."""
+    path = PurePath(name) if isinstance(name, str) else None
+    return path is not None and path.parts != () and not path.is_absolute() and ".." not in path.parts
 
 
 class Damaged(Exception):

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from repo_fast.errors import InputError, first_line
 
 
 @dataclass
@@ -24,7 +26,10 @@ class Pieces:
 
 
 class PieceReader:
-    """Reads slices of tensors from the files of a folder, which it holds open. Use as a context."""
+    """Reads slices of tensors from the files of a folder, which it holds open. Use as a context.
+
+    A file that is no safetensors raises `InputError`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -71,5 +76,9 @@ class PieceReader:
 
     def _file(self, name: str) -> Any:
         if name not in self._files:
-            self._files[name] = self._open.enter_context(safe_open(self._folder / name, framework="pt"))
+            path = self._folder / name
+            try:
+                self._files[name] = self._open.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"{path} cannot be read: {first_line(error)}") from error
         return self._files[name]

@@ -18,6 +18,7 @@ import yaml
 from repo_fast.config.sections import JobConfig
 from repo_fast.config.train import TrainConfig
 from repo_fast.errors import InputError, readable
+from repo_fast.report.plain_yaml import load_yaml
 
 CONFIG_FOLDER = Path(__file__).parent.parent / "configs"
 Config = TypeVar("Config", bound=JobConfig)
@@ -94,18 +95,12 @@ def read_config_file(path: Path, kind: type = TrainConfig) -> dict:
     Raises:
         InputError: The file cannot be read, is not YAML, not a mapping, or has an unknown key or one twice.
     """
+    with readable(path):
+        content = path.read_bytes()
     try:
-        with readable(path):
-            return _read_mapping(path, kind)
-    except RecursionError as error:
-        raise InputError(f"{path} is nested too deeply, or in itself, expected a mapping of options") from error
-
-
-def _read_mapping(path: Path, kind: type) -> dict:
-    try:
-        mapping = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        mapping = load_yaml(content.decode("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(mapping, dict):
         raise InputError(f"{path} holds a {type(mapping).__name__}, expected a mapping of options")
     if isinstance(mapping.get("date"), datetime.date):
@@ -114,19 +109,6 @@ def _read_mapping(path: Path, kind: type) -> dict:
     _check_sections(mapping, kind, str(path))
     _reject_unknown(_dotted(mapping), str(path), kind)
     return mapping
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML whose mappings have each key once; of two, the loader alone would take the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is there twice", node.value[i][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
 
 
 def _check_sections(mapping: dict, section: type, where: str, prefix: str = "") -> None:

@@ -245,6 +245,9 @@ class JobConfig:
     date: str | None = None
     """YYYY-MM-DD, the day that chat templates which write the current date (Llama 3) are to write, also a score
     model's. Null: that of the checkpoint resumed from, or of the earlier evaluation in `output_dir`; else today."""
+    timeout: float = 7200.0
+    """How long ranks wait for one that does not come before the run ends (seconds): longer than the slowest scorer may
+    take. Where all compute alike, as in an update, 10 minutes at most."""
 
     def __post_init__(self) -> None:
         check_given(self)
@@ -256,6 +259,8 @@ class JobConfig:
         require(self.output_dir.strip() != "", "output_dir", self.output_dir, "a folder")
         require(0 <= self.seed < 2**32, "seed", self.seed, "a number from 0 to 4294967295")
         require(self.date is None or _is_day(self.date), "date", self.date, "a day as YYYY-MM-DD")
+        # A year is longer than any wait, and what libraries can count.
+        require(0 < self.timeout <= 31_536_000, "timeout", self.timeout, "seconds above 0, a year at most")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ how its parameters are stored. What is particular here:
 
 import atexit
 import contextlib
+import datetime
 import logging
 import math
 import os
@@ -24,12 +25,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from repo_fast.checkpoints.files import writing
 from repo_fast.checkpoints.pieces import PieceReader, Pieces
-from repo_fast.collectives import Ranks
+from repo_fast.collectives import TIMEOUT_SECONDS, Ranks
 from repo_fast.config import EngineConfig, OptimizerConfig
 from repo_fast.engine import fragments as own
 from repo_fast.engine.saved import BUFFER, SCHEDULE, Saved, Unsaved, shard_file
@@ -46,10 +48,11 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context", UserWarning)
 
 
-# What torchrun says to each rank, for a process that was started without it. Port 0 lets the store choose a free one:
-# two such runs on one machine do not meet.
+# What torchrun says to each rank, for a process that was started without it; others read it too. Nothing listens there.
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 _said_here: set[str] = set()
+# DeepSpeed's default, for where all ranks do alike: none waits for what another has to do alone.
+_MOST_SECONDS_ALIKE = 600.0
 
 
 def _deepspeed() -> Any:
@@ -59,17 +62,39 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def start_distributed() -> Ranks:
-    """Open the process group (gloo on CPU, nccl on CUDA) as torchrun's environment says, or one of a single process."""
-    _said_here.update(_ALONE.keys() - os.environ.keys())
-    os.environ.update({name: _ALONE[name] for name in _said_here})
+def start_distributed(timeout: float = TIMEOUT_SECONDS) -> Ranks:
+    """Open the process group (gloo on CPU, nccl on CUDA) as torchrun's environment says, or one of a single process.
+
+    Args:
+        timeout: How long ranks wait for one that does not come (seconds).
+    """
+    settings = dict(_ALONE)
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
+        # All ranks are on this host. gloo listens where the host's name leads, which others may reach.
+        settings["GLOO_SOCKET_IFNAME"] = _loopback()
+    _said_here.update(settings.keys() - os.environ.keys())
+    os.environ.update({name: settings[name] for name in _said_here})
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    _deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    c10d = torch.distributed.distributed_c10d
+    patience = datetime.timedelta(seconds=min(timeout, _MOST_SECONDS_ALIKE))
+    # DeepSpeed opens groups of its own without saying how long they wait.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = patience
+    if "MASTER_PORT" in _said_here and os.environ["WORLD_SIZE"] == "1" and not torch.distributed.is_initialized():
+        # A store of its own: one that MASTER_PORT names would listen on every interface.
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    _deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=patience)
     _pause_at_exit()
-    return Ranks.connect()
+    return Ranks.connect(timeout)
+
+
+@cache
+def _loopback() -> str:
+    """The name of the interface that this host alone reaches."""
+    found = psutil.net_if_addrs().items()
+    return next((name for name, own in found if any(address.address == "127.0.0.1" for address in own)), "lo")
 
 
 @cache

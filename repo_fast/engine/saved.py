@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from repo_fast.checkpoints.files import FileSum, write_json, write_tensors
+from repo_fast.checkpoints.manifest import is_inside
 from repo_fast.checkpoints.pieces import Pieces
+from repo_fast.errors import InputError, first_line
 
 STATE_FILE = "engine.json"
 BUFFER = "buffer"
@@ -44,10 +46,19 @@ class Saved:
 
     @classmethod
     def read(cls, folder: Path) -> "Saved":
-        """From the folder of an engine."""
-        content = json.loads((folder / STATE_FILE).read_bytes())
-        parameters = {name: Pieces(**pieces) for name, pieces in content.pop("parameters").items()}
-        return cls(**content, parameters=parameters)
+        """From the folder of an engine. Raises `InputError` where it is not what `write` wrote."""
+        path = folder / STATE_FILE
+        try:
+            content = json.loads(path.read_bytes())
+            parameters = {name: Pieces(**pieces) for name, pieces in content.pop("parameters").items()}
+            read = cls(**content, parameters=parameters)
+            files = [part[0] for pieces in parameters.values() for part in pieces.parts] + [*read.buffers.values()]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} cannot be read: {first_line(error)}") from error
+        for file in files:
+            if not is_inside(file):
+                raise InputError(f"{path} has tensors in {file!r}, expected a file beside it")
+        return read
 
     def write(self, folder: Path) -> FileSum:
         """Into the folder of an engine. Raises `OSError`."""

@@ -18,6 +18,7 @@ from repo_fast.evaluation.fresh import Fresh, exclude_seen
 from repo_fast.evaluation.suites import KnownPrompt, Origin, categories_of, load_suites
 from repo_fast.jobs.inputs import check_scorer_inputs, exempt_prompts, fields_kept, find_model, scorer_specs
 from repo_fast.models.on_paper import check_positions
+from repo_fast.report.folders import check_no_links
 from repo_fast.report.known_prompts import KnownPrompts
 from repo_fast.rollout import Request
 from repo_fast.rollout.hf import end_tokens, generation_settings
@@ -258,6 +259,7 @@ def _check_output_folder(folder: Path) -> None:
     """A run's folder has files of the report's names: only a folder of an evaluation is written to again."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {str(folder)!r} is a file, expected a folder, or nothing")
+    check_no_links(folder)
     # One that ended before it began leaves its lock.
     used = folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
     if used and not (folder / EvaluateConfig.FILE).is_file():

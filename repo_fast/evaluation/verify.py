@@ -13,6 +13,7 @@ from typing import Any
 from repo_fast.errors import InputError, at, first_line
 from repo_fast.evaluation.certificate import EXIT_STATUS, certificate_table, decide, made_with, prompts_fingerprint
 from repo_fast.evaluation.plan import CLAIMS_FILE, FILES, SAMPLES_FILE, digest, identity, read_json
+from repo_fast.report.progress import printable
 
 # Other versions of SciPy may round differently.
 _TOLERANCE = 1e-9
@@ -58,8 +59,8 @@ def verify(path: Path) -> int:
             f"{path} or a file beside it is not as repo_fast.evaluate wrote it: {type(error).__name__}: "
             f"{first_line(error)}"
         ) from error
-    print(certificate_table(certificate))
-    print(f"verified: {path} follows from {CLAIMS_FILE} and {SAMPLES_FILE}")
+    print(printable(certificate_table(certificate)))
+    print(printable(f"verified: {path} follows from {CLAIMS_FILE} and {SAMPLES_FILE}"))
     return EXIT_STATUS[certificate["verdict"]]
 
 

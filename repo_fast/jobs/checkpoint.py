@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +21,8 @@ from repo_fast.checkpoints.files import FileSum
 from repo_fast.checkpoints.manifest import MANIFEST, Damaged, check_sizes, check_sums, damages, read_manifest, seal
 from repo_fast.collectives import Ranks
 from repo_fast.config import GuardConfig, RubricConfig, ScorerConfig
-from repo_fast.errors import InputError
-from repo_fast.report.folders import publish
+from repo_fast.errors import InputError, first_line
+from repo_fast.report.folders import check_no_links, publish, remove
 
 # What runs write whatever is there; `--output_dir .` may be the folder of the policy that it starts from.
 _WRITTEN_OVER = ("policy", "model", "best_policy", "checkpoints", "metrics.jsonl", "samples.jsonl")
@@ -36,6 +35,7 @@ _FREE_KEYS = (
     *("expect", "evaluation.every", "evaluation.stop_on", "evaluation.kl_bound", "engine.share_base"),
     *(f"engine.{name}" for name in ("zero_stage", "offload_optimizer", "offload_parameters", "offload_frozen")),
     "engine.parameter_persistence_threshold",
+    "timeout",
 )
 # May differ too, but what is computed differs by its rounding.
 _ROUNDS = "engine.dtype"
@@ -68,7 +68,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether it is a folder whose name says that it is complete."""
-    return folder.is_dir() and _COMPLETE.fullmatch(folder.resolve().name) is not None
+    return folder.is_dir() and _COMPLETE.fullmatch(_name(folder)) is not None
 
 
 def is_deepspeeds(folder: Path) -> bool:
@@ -76,8 +76,13 @@ def is_deepspeeds(folder: Path) -> bool:
     return not (folder / MANIFEST).exists() and any(folder.glob("*/state/*.pt"))
 
 
+def _name(folder: Path) -> str:
+    """Its own; of a path that does not say, or of a link to one, the folder's."""
+    return folder.name if _COMPLETE.fullmatch(folder.name) else folder.resolve().name
+
+
 def _step_of(folder: Path) -> int:
-    return int(folder.resolve().name.removeprefix("step-"))
+    return int(_name(folder).removeprefix("step-"))
 
 
 def find_resume(resume: str | None, output_dir: Path) -> Path | None:
@@ -164,7 +169,7 @@ def first_sound(folder: Path, resume: str | None, output_dir: Path, ranks: Ranks
             for damaged in [path for path in checkpoints(output_dir) if _step_of(path) > _step_of(found)]:
                 problem = problems.get(damaged) or damages(damaged, ["run.json"])[0]
                 aside = damaged.with_name(f"{damaged.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
                 os.rename(damaged, aside)
                 said = "checkpoint %s is damaged (%s): it is called %s from now on, and the run goes on from step %d"
                 _log.warning(said, damaged, problem, aside.name, _step_of(found))
@@ -189,6 +194,7 @@ def check_output_folder(resume: str | None, output_dir: Path) -> None:
     """Raise `InputError` where a new run would write over an old one, or over what is no run's."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {str(output_dir)!r} is a file, expected a folder")
+    check_no_links(output_dir, read_only="checkpoints")
     used = (output_dir / "config.yaml").exists()
     if used and resume not in (None, "auto"):
         newest = checkpoints(output_dir)[-1:]
@@ -214,8 +220,8 @@ def read_run(folder: Path) -> dict:
     """The `run.json` of a checkpoint."""
     try:
         return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{folder / 'run.json'} is not valid JSON: {error}") from error
+    except ValueError as error:
+        raise InputError(f"{folder / 'run.json'} is not valid JSON: {first_line(error)}") from error
 
 
 def check_run(folder: Path, run: dict, config: dict) -> None:
@@ -270,7 +276,7 @@ def partial(folder: Path) -> Path:
 
 def begin(folder: Path) -> None:
     """Make an empty place to write a checkpoint to. For one rank to call."""
-    shutil.rmtree(partial(folder), ignore_errors=True)
+    remove(partial(folder))
     partial(folder).mkdir(parents=True)
 
 
@@ -288,7 +294,7 @@ def complete(folder: Path, sums: Mapping[str, FileSum]) -> None:
 def remove_unfinished(output_dir: Path) -> None:
     """Remove what killed runs left. For one rank to call, before there is one of this run."""
     for unfinished in (output_dir / "checkpoints").glob("step-*.partial"):
-        shutil.rmtree(unfinished)
+        remove(unfinished)
 
 
 def prune(output_dir: Path, keep: int, best: int | None = None) -> None:
@@ -303,7 +309,7 @@ def prune(output_dir: Path, keep: int, best: int | None = None) -> None:
         if old.name != f"step-{best or 0:06d}":
             # A removal that is killed half-way must not leave what looks complete.
             os.rename(old, partial(old))
-            shutil.rmtree(partial(old))
+            remove(partial(old))
 
 
 def describe_model(module: torch.nn.Module) -> dict:

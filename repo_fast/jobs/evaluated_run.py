@@ -6,7 +6,6 @@ All random states are put back after: the training is the same with and without.
 """
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from repo_fast.jobs.watch import Watch
 from repo_fast.learning.learner import Learner
 from repo_fast.report import best as best_policy
 from repo_fast.report.evaluations import read_evaluation, write_evaluation, written
+from repo_fast.report.folders import remove
 from repo_fast.report.jsonl import Value
 from repo_fast.report.measures import Evaluation, Thresholds
 from repo_fast.report.plots import plot_evaluations
@@ -314,7 +314,7 @@ class EvaluatedRun(Run):
         written = best_policy.read_best(folder)
         if written is not None and written.step > self.step:
             aside = folder.with_name(f"{folder.name}-before-resume")
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             folder.rename(aside)
             self.say(f"{folder} is of step {written.step}, which this run has yet to come to: it is {aside} now")
             written = None

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from repo_fast.config import JobConfig, parse  # noqa: E402
-from repo_fast.errors import InputError, as_input_error, one_line  # noqa: E402
+from repo_fast.errors import InputError, RankError, as_input_error, first_line, one_line, where  # noqa: E402
+from repo_fast.report.progress import printable  # noqa: E402
 
 if TYPE_CHECKING:
     from repo_fast.collectives import Ranks
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound=JobConfig)
 
 _SECONDS_FOR_THE_FIRST = 5
+# Python's, torch's on a CPU, CUDA's, and the operating system's.
+_OUT_OF_MEMORY = re.compile(
+    r"^MemoryError|^OutOfMemoryError|out of memory|can't allocate memory|Cannot allocate memory"
+)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -54,9 +60,10 @@ def launch(
         without_bars()
         config = as_it_ran(with_date(config))
         job = prepare(config)
-        ranks = start_distributed()
-        check_date(config, ranks)
-        status = job(ranks)
+        ranks = start_distributed(config.timeout)
+        with ranks.accounted_for():
+            check_date(config, ranks)
+            status = job(ranks)
         stop_distributed()
         return status
 
@@ -72,21 +79,45 @@ def without_bars() -> None:
 
 def guarded(run: Callable[[], int]) -> int:
     """Call `run` with the package's messages shown, on the first rank; bad input, or a disk that fails, is one line and
-    the exit status 2."""
+    the exit status 2.
+
+    One line, and the status 1, is also what there is to say where a rank has no memory left, or others lost it.
+    """
     first_on_host = os.environ.get("LOCAL_RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
     if first_on_host:
-        logging.basicConfig(stream=sys.stdout, format="%(message)s")
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(_Printable("%(message)s"))
+        logging.basicConfig(handlers=[handler])
         logging.getLogger("repo_fast").setLevel(logging.INFO)
     try:
         return run()
+    except RankError as error:
+        if rank == str(error.by):
+            _say(error)
+        return 1
     except Exception as error:
         found = as_input_error(error)
         if found is None:
-            raise
+            if not _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+                raise
+            _say(f"rank {rank} ran out of memory{where(error)}: {first_line(error)}")
+            return 1
         if first_on_host:
-            print(f"error: {one_line(found)}", file=sys.stderr, flush=True)
+            _say(found)
         else:
             # torchrun ends all ranks with the first that goes: the one that says it must not be cut off.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(_SECONDS_FOR_THE_FIRST)
         return 2
+
+
+class _Printable(logging.Formatter):
+    """Messages alone, without what a terminal would act on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _say(said: object) -> None:
+    print(f"error: {one_line(said)}", file=sys.stderr, flush=True)

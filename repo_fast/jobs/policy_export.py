@@ -1,6 +1,5 @@
 """The policy of a checkpoint as a Hugging Face folder, without DeepSpeed, a GPU, or the ranks that wrote it."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from repo_fast.jobs.assembly import load_policy
 from repo_fast.jobs.checkpoint import partial, read_run
 from repo_fast.jobs.inputs import find_model
 from repo_fast.models.policy import save_policy
-from repo_fast.report.folders import publish
+from repo_fast.report.folders import publish, remove
 
 
 def export_policy(checkpoint: Path, folder: Path) -> None:
@@ -48,7 +47,7 @@ def export_policy(checkpoint: Path, folder: Path) -> None:
     state = Engine(policy, whole, ranks).whole_state()
     aside = partial(folder)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         save_policy(aside, policy, state, tokenizer, path)
         publish(aside, folder)
     except OSError as error:

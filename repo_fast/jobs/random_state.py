@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from repo_fast.checkpoints.files import FileSum, write_tensors
+from repo_fast.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,14 @@ def save_random_state(state: RandomState, folder: Path, rank: int) -> dict[str, 
 
 
 def load_random_state(folder: Path, rank: int) -> None:
-    """Restore what `save_random_state` wrote."""
+    """Restore what `save_random_state` wrote. Raises `InputError` where it is something else."""
     path = folder / _random_file(rank)
-    with safe_open(path, framework="pt") as file:
-        words = json.loads(file.metadata()["state"])
-    RandomState(load_file(path), words).restore()
+    try:
+        with safe_open(path, framework="pt") as file:
+            words = json.loads(file.metadata()["state"])
+        RandomState(load_file(path), words).restore()
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def seed_everything(*numbers: int) -> None:

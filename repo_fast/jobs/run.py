@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import random
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +30,7 @@ from repo_fast.jobs.fingerprints import Fingerprint, check_unchanged
 from repo_fast.jobs.random_state import RandomState, load_random_state, save_random_state, seed_everything
 from repo_fast.jobs.training_prompts import Record, write_record
 from repo_fast.models.quantization import say_dequantized
-from repo_fast.report.folders import publish, sync, sync_tree
+from repo_fast.report.folders import publish, remove, sync, sync_tree
 from repo_fast.report.jsonl import Value
 from repo_fast.report.metrics import MetricsLog
 from repo_fast.report.plots import plot_panels
@@ -302,21 +301,21 @@ class Run:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
             folder = self.output_dir / "rehearsal.partial"
             for what, end in ends.items():
-                shutil.rmtree(folder, ignore_errors=True)
+                remove(folder)
                 try:
                     end(folder)
                 except Exception as error:  # whatever libraries and the file system raise
                     reason = " ".join(str(error).split()) or type(error).__name__
                     raise InputError(f"the run could not end: {what} fails ({reason})") from error
                 finally:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    remove(folder)
 
     def write_folder(self, name: str, write: Callable[[Path], None]) -> None:
         """Let `write` make a folder of results aside, then give it its name. For the first rank to call."""
         final, aside = self.output_dir / name, self.output_dir / f"{name}.partial"
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         write(aside)
-        shutil.rmtree(final, ignore_errors=True)
+        remove(final)
         publish(aside, final)
         if name == self.RESULT:
             say_dequantized(final, next(iter(self.trained().values())).module)
@@ -381,8 +380,12 @@ class Run:
             self.progress.phase(name)
         reset_peak_memory(self.ranks.device)
         measured = Measured(time.perf_counter())
-        with torch.profiler.record_function(name):
-            yield measured
+        try:
+            with torch.profiler.record_function(name):
+                yield measured
+        except Exception as error:
+            error.add_note(f"in the phase {name!r} after step {self.step}")
+            raise
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         measured.seconds = time.perf_counter() - measured.started

@@ -10,12 +10,11 @@ import logging
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
-
 from repo_fast.collectives import Ranks
 from repo_fast.config import EvaluateConfig, JobConfig, RunConfig
 from repo_fast.errors import InputError, first_line, readable
 from repo_fast.jobs import checkpoint
+from repo_fast.report.plain_yaml import load_yaml
 
 Config = TypeVar("Config", bound=JobConfig)
 
@@ -70,8 +69,8 @@ def _date_in(config: JobConfig, output_dir: Path) -> str | None:
         return date
     if isinstance(config, EvaluateConfig) and (output_dir / config.FILE).is_file():
         try:
-            earlier = yaml.safe_load((output_dir / config.FILE).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            earlier = load_yaml((output_dir / config.FILE).read_text(encoding="utf-8"))
+        except ValueError as error:
             raise InputError(f"{output_dir / config.FILE} is not valid YAML: {first_line(error)}") from error
         return earlier.get("date") if isinstance(earlier, dict) else None
     return None

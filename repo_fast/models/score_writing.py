@@ -30,7 +30,7 @@ from repo_fast.models.score_checkpoint import (
 )
 from repo_fast.models.score_model import ScoreModel
 from repo_fast.models.weight_files import find_file
-from repo_fast.report.folders import publish
+from repo_fast.report.folders import publish, remove
 
 SHARD_SIZE = "5GB"
 # What a model folder may hold beside weights and config.json, and what is copied when it is converted.
@@ -174,7 +174,7 @@ def convert_score_model(source: str, target: Path, *, layout: str, score_type: s
 
     partial = target.with_name(f"{target.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         partial.mkdir(parents=True)
         _write_settings(partial, settings, architecture, wanted, written, bias is not None and not wanted.is_classifier)
         _convert_weights(checkpoint, partial, wanted, written)
@@ -185,7 +185,7 @@ def convert_score_model(source: str, target: Path, *, layout: str, score_type: s
     except OSError as error:
         raise InputError(f"the target {str(target)!r} cannot be written: {error.strerror}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
 
 
 def _own_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from repo_fast.plan.memory import Memory
 from repo_fast.plan.networks import Network
 from repo_fast.plan.remedies import USABLE, Plan, largest_micro_batch, remedies
 from repo_fast.plan.speed import DEVICES, Device, Workload, step_seconds
+from repo_fast.report.progress import printable
 from repo_fast.report.tables import grid
 
 CERTAINTY = (
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument("--response_tokens", type=_positive, help="mean length; else half of the longest")
         chosen, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
         config = parse(rest, TrainConfig)
-        print(describe(config, chosen.gpus, DEVICES[chosen.device], chosen.response_tokens))
+        print(printable(describe(config, chosen.gpus, DEVICES[chosen.device], chosen.response_tokens)))
         return 0
 
     return guarded(run)

@@ -1,7 +1,13 @@
-"""Folders that are written aside and get their name once they are complete, and on disk."""
+"""Folders that are written aside and get their name once they are complete, and on disk.
+
+One that came from elsewhere may have links in it. What these lead to is nobody's to change.
+"""
 
 import os
+import shutil
 from pathlib import Path
+
+from repo_fast.errors import InputError
 
 
 def sync(path: Path) -> None:
@@ -49,3 +55,32 @@ def publish(aside: Path, final: Path) -> None:
     sync_tree(aside)
     os.rename(aside, final)
     sync(final.parent)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, or what else has its name, if anything has. Of a link, the link alone.
+
+    What cannot be removed stays.
+    """
+    if folder.is_symlink() or folder.is_file():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_no_links(output_dir: Path, read_only: str | None = None) -> None:
+    """Raise `InputError` where a file in a folder that is to be written is a link: it would lead what is written out.
+
+    Args:
+        output_dir: It.
+        read_only: The name of a folder in it that nothing is written over in.
+    """
+    for place, folders, files in os.walk(output_dir):
+        if read_only in folders and Path(place) == output_dir:
+            folders.remove(read_only)
+        for name in files:
+            path = Path(place, name)
+            if path.is_symlink():
+                raise InputError(
+                    f"{str(path)!r} is a link to {os.readlink(path)!r}, expected a file: what is written would go there"
+                )

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -20,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from repo_fast.errors import InputError, first_line
 from repo_fast.report.best import read_best
 from repo_fast.report.page_parts.wording import visible
+from repo_fast.report.plain_yaml import load_yaml
 
 FILE = "README.md"
 # What tells a card of ours from one that somebody wrote.
@@ -80,12 +80,12 @@ def read_training(policy_path: str) -> dict[str, Any] | None:
     if not folder.is_dir() or (folder.name != "policy" and best is None) or not file.is_file():
         return None
     try:
-        training = yaml.safe_load(file.read_text(encoding="utf-8"))
+        training = load_yaml(file.read_text(encoding="utf-8"))
         # What a card takes from it is there.
         _training(training or {}, policy_path)
         if best is not None:
             training["best"] = vars(best)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{file} cannot be read ({first_line(error)}), expected the configuration of a run") from error
     except (AttributeError, LookupError, TypeError) as error:
         raise InputError(f"{file} lacks options of a run, expected the configuration that a run leaves") from error

@@ -25,6 +25,12 @@ _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 _RECENT_STEPS = 20
 
 
+def printable(text: str) -> str:
+    """A text without what a terminal would act on: names and texts of others may be in it. Spaces stand there instead,
+    but newlines stay."""
+    return _CONTROL.sub(" ", text)
+
+
 class Progress:
     """The progress display of a run, to be used as a context manager.
 
@@ -93,7 +99,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Prints text (a warning, a table) above the display. Control characters but newlines become spaces."""
-        clean = _CONTROL.sub(" ", text)
+        clean = printable(text)
         if self._live is not None:
             from rich.text import Text
 

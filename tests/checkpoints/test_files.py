@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from repo_fast.checkpoints import files
-from repo_fast.checkpoints.files import sum_of, write_json, write_tensors
+from repo_fast.checkpoints.files import FileSum, sum_of, write_json, write_tensors
 from repo_fast.checkpoints.manifest import MANIFEST, Damaged, check_sizes, check_sums, read_manifest, seal
 from repo_fast.checkpoints.pieces import PieceReader, Pieces
+from repo_fast.engine.saved import Saved
 from repo_fast.errors import InputError
 
 DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
@@ -142,3 +143,29 @@ def test_a_manifest_of_a_later_form_is_not_damage(sealed: Path) -> None:
         InputError, match=r"manifest.json has the form 2, expected at most 1: it is of a later repo_fast"
     ):
         read_manifest(sealed)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", ""])
+def test_a_manifest_names_files_of_its_own_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "outside").write_bytes(b"")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    seal(folder, {name: FileSum(0, "")})
+    with pytest.raises(Damaged, match="names .*, which is not in the checkpoint"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname"])
+def test_tensors_are_in_files_beside_what_names_them(tmp_path: Path, name: str) -> None:
+    Saved(1.0, "float32", {}, "", {"weight": Pieces([1], [(name, 0, 1)])}, {}).write(tmp_path)
+    with pytest.raises(InputError, match=r"engine\.json has tensors in .*, expected a file beside it"):
+        Saved.read(tmp_path)
+    (tmp_path / "engine.json").write_bytes(b"\x80\x04")
+    with pytest.raises(InputError, match=r"engine\.json cannot be read"):
+        Saved.read(tmp_path)
+
+
+def test_a_file_that_holds_no_tensors_is_named(tmp_path: Path) -> None:
+    (tmp_path / "shard").write_bytes(b"\x80\x04 a pickle, say, of some length")
+    with PieceReader(tmp_path) as reader, pytest.raises(InputError, match="shard cannot be read"):
+        reader.tensor("shard", "weight")

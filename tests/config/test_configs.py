@@ -29,6 +29,8 @@ NAMES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 RECIPES = ("alpaca-7b", "llama3.2-3b")
 SCORERS = ["--reward.path", "some.module:reward", "--cost.path", "some.module:cost"]
 GPUS = 8
+# A thousand million values in thirty lines.
+DOUBLED = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 31))
 
 # Safe RLHF's published settings for Alpaca-7B, which the RePO paper builds on.
 PUBLISHED = {
@@ -305,9 +307,13 @@ def test_numbers_with_an_exponent_need_no_dot(tmp_path):
     ("text", "said"),
     [
         ("rollout: [1,\n", "is not valid YAML"),
-        ("seed: " + "[" * 1000, "nested too deeply, or in itself"),
-        ("&a\nengine: *a\n", "nested too deeply, or in itself"),
+        ("&a\nengine: *a\n", "is not valid YAML: its aliases stand for more than 100,000 values"),
         ("a: b: c\n", "is not valid YAML"),
+        (f"seed: {'[' * 5000}", "is not valid YAML: it is nested too deeply"),
+        (f"seed: {'9' * 5000}", "is not valid YAML: Exceeds the limit"),
+        ("seed: &a [*a]\n", "is not valid YAML: its aliases stand for more than 100,000 values"),
+        (DOUBLED, "is not valid YAML: its aliases stand for more than 100,000 values"),
+        ("seed: !!python/object/apply:os.getcwd []\n", "is not valid YAML: could not determine a constructor"),
         ("- seed\n", "holds a list, expected a mapping"),
         ("", "expected a mapping"),
         ("rollout: 3\n", "rollout"),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers.integrations.deepspeed import deepspeed_config
@@ -297,6 +298,14 @@ def test_a_group_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatc
     assert os.environ["WORLD_SIZE"] == "1"
     stop_distributed()
     assert os.environ == before
+
+
+def test_nobody_but_this_machine_reaches_a_run_of_one_process() -> None:
+    stop_distributed()
+    start_distributed()
+    listening = [c for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+    stop_distributed()
+    assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1"}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from repo_fast.collectives import Ranks
 from repo_fast.errors import InputError
 from repo_fast.jobs import checkpoint
+from repo_fast.jobs.random_state import load_random_state
 from tests.checkpoints.test_files import DAMAGES, damage, fill_disk
 from tests.job_runs import Job, metrics, same_bits, snapshot, states, weights
 
@@ -128,3 +129,34 @@ def test_one_of_before_is_said_to_be(copied: Path) -> None:
     for resume in ("auto", str(newest(copied))):
         with pytest.raises(InputError, match="step-000004 is DeepSpeed's, as repo_fast wrote them before, expected"):
             sound(resume, copied)
+
+
+def test_links_are_not_followed_by_what_is_written(job: Job, copied: Path, tmp_path: Path) -> None:
+    """A run that came from elsewhere may have some."""
+    shutil.rmtree(copied / "policy")
+    precious = tmp_path / "precious"
+    shutil.move(copied / "checkpoints" / "step-000002", precious)
+    before = snapshot(precious)
+    for name in ("checkpoints/step-000002", "checkpoints/step-000003.partial", "policy", "policy.partial"):
+        (copied / name).symlink_to(precious)
+    assert job.here(copied, *SMALL, "--checkpoint.keep 1", "--resume auto") == 0
+    assert snapshot(precious) == before and not (copied / "policy").is_symlink()
+
+
+def test_a_file_that_is_a_link_is_refused(
+    job: Job, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (copied / "config.yaml").unlink()
+    (copied / "config.yaml").symlink_to(tmp_path / "precious")
+    capsys.readouterr()
+    assert job.here(copied, *SMALL, "--resume auto") == 2
+    assert re.fullmatch(r"error: '.*config\.yaml' is a link to '.*precious', .*\n", capsys.readouterr().err)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_random_states_that_are_none_are_named(copied: Path) -> None:
+    """Where the manifest was written to agree."""
+    (newest(copied) / "random-rank0.safetensors").write_bytes(b"\x80\x04 a pickle, say, of some length")
+    with pytest.raises(InputError, match=r"random-rank0\.safetensors cannot be read"):
+        load_random_state(newest(copied), 0)

@@ -19,6 +19,7 @@ def array(prompts, responses): return numpy.arange(len(prompts), dtype=numpy.flo
 def tensor(prompts, responses): return torch.arange(len(prompts))
 def scalars(prompts, responses): return [numpy.float32(1), torch.tensor(2.0)]
 def raises(prompts, responses): raise KeyError("inside\\nand more")
+def leaves(prompts, responses): raise SystemExit(0)
 def too_few(prompts, responses): return [0.0]
 def nothing(prompts, responses): pass
 def nan(prompts, responses): return [0.0, float("nan")]
@@ -86,6 +87,7 @@ def test_numbers_of_other_types(function):
     ("function", "message"),
     [
         ("raises", "raised KeyError: 'inside"),
+        ("leaves", "raised SystemExit: 0"),
         ("too_few", "returned 1 scores for 2 responses"),
         ("nothing", "returned a NoneType, expected a list of 2 numbers"),
         ("nan", "returned nan for response 1, expected a finite number, at most"),
