@@ -259,7 +259,7 @@ def _check_output_folder(folder: Path) -> None:
     """A run's folder has files of the report's names: only a folder of an evaluation is written to again."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {str(folder)!r} is a file, expected a folder, or nothing")
-    check_no_links(folder)
+    check_no_links(folder, ["cache", "plots"])
     # One that ended before it began leaves its lock.
     used = folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
     if used and not (folder / EvaluateConfig.FILE).is_file():

@@ -194,7 +194,7 @@ def check_output_folder(resume: str | None, output_dir: Path) -> None:
     """Raise `InputError` where a new run would write over an old one, or over what is no run's."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {str(output_dir)!r} is a file, expected a folder")
-    check_no_links(output_dir, read_only="checkpoints")
+    check_no_links(output_dir, ["evaluations", "plots", "profile", "tensorboard"])
     used = (output_dir / "config.yaml").exists()
     if used and resume not in (None, "auto"):
         newest = checkpoints(output_dir)[-1:]

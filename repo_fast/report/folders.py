@@ -5,6 +5,7 @@ One that came from elsewhere may have links in it. What these lead to is nobody'
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from repo_fast.errors import InputError
@@ -68,19 +69,17 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_no_links(output_dir: Path, read_only: str | None = None) -> None:
+def check_no_links(output_dir: Path, folders: Sequence[str]) -> None:
     """Raise `InputError` where a file in a folder that is to be written is a link: it would lead what is written out.
 
     Args:
-        output_dir: It.
-        read_only: The name of a folder in it that nothing is written over in.
+        output_dir: It; its own files are looked at.
+        folders: The names of those in it that files are written over in. What else lies there is others', such as
+            wandb, which has links.
     """
-    for place, folders, files in os.walk(output_dir):
-        if read_only in folders and Path(place) == output_dir:
-            folders.remove(read_only)
-        for name in files:
-            path = Path(place, name)
-            if path.is_symlink():
-                raise InputError(
-                    f"{str(path)!r} is a link to {os.readlink(path)!r}, expected a file: what is written would go there"
-                )
+    own = output_dir.iterdir() if output_dir.is_dir() else ()
+    for path in (*own, *(path for name in folders for path in (output_dir / name).rglob("*"))):
+        if path.is_symlink() and not path.is_dir():
+            raise InputError(
+                f"{str(path)!r} is a link to {os.readlink(path)!r}, expected a file: what is written would go there"
+            )

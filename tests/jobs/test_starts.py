@@ -19,6 +19,7 @@ from transformers import (
 
 from repo_fast.config.sections import check_fields
 from repo_fast.errors import InputError
+from repo_fast.jobs.checkpoint import check_output_folder
 from repo_fast.report.folders import publish
 from tests.job_runs import Job, edited_run, metrics, write_lines
 from tests.supervised_runs import here, make_inputs
@@ -209,6 +210,20 @@ def test_a_folder_is_published_readable_and_whole(tmp_path: Path) -> None:
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "final").rglob("*") if file.is_file()}
     assert modes == {"a.safetensors": 0o644, "run.sh": 0o744}
     assert not (tmp_path / "aside").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "plots/loss.png", "evaluations/step-000001.jsonl"])
+def test_what_is_written_is_not_led_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    """Links of others, as wandb makes them, are theirs."""
+    path = tmp_path / "run" / name
+    for own in (path, tmp_path / "run" / "wandb" / "debug.log"):
+        own.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / "wandb" / "debug.log").symlink_to(tmp_path / "log")
+    (tmp_path / "run" / "latest").symlink_to(tmp_path)
+    check_output_folder("auto", tmp_path / "run")
+    path.symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError, match=f"{name}' is a link to '.*precious', expected a file"):
+        check_output_folder("auto", tmp_path / "run")
 
 
 BLOOM = BloomConfig(
