@@ -7,6 +7,7 @@ also where training uses NCCL, so that they never wait for, or in, a GPU stream.
 import contextlib
 import datetime
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -157,16 +158,20 @@ class Ranks:
     def _roll_call(self) -> list[int]:
         """The ranks that wait too. This one is among them."""
         waiting = {self.rank}
-        # There is none where the rank that keeps the store is the one that is gone.
+        # A call of a store behind a link that was cut does not return.
+        asking = threading.Thread(target=self._ask_who_waits, args=(waiting,), daemon=True)
+        asking.start()
+        asking.join(_ROLL_CALL_SECONDS)
+        return sorted(waiting)
+
+    def _ask_who_waits(self, waiting: set[int]) -> None:
+        # There is no store where the rank that keeps it is the one that is gone.
         with contextlib.suppress(RuntimeError):
             store = dist.distributed_c10d._get_default_store()
-            store.set_timeout(datetime.timedelta(seconds=_ROLL_CALL_SECONDS))
             store.set(f"waits/{self.rank}", "")
-            ends = time.monotonic() + _ROLL_CALL_SECONDS
-            while len(waiting) < self.size and time.monotonic() < ends:
+            while len(waiting) < self.size:
                 waiting |= {rank for rank in range(self.size) if store.check([f"waits/{rank}"])}
                 time.sleep(0.1)
-        return sorted(waiting)
 
     def _said_of_the_others(self, error: RuntimeError, waiting: list[int]) -> str:
         absent = [rank for rank in range(self.size) if rank not in waiting]

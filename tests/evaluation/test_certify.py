@@ -50,7 +50,8 @@ def certify(
 ) -> int:
     words = [word for name in names for word in ("--policy", f"{name}={policies[name]}")]
     words += ["--prompts", str(prompts), "--output_dir", str(out), "--samples_per_prompt", str(K), "--resamples", "20"]
-    words += ["--sampling.max_new_tokens", "6", "--cache_dir", str(prompts.parent.parent / "cache")]
+    # With this seed few of the five prompts are unsafe: shown at 0.9, open at 0.5.
+    words += ["--sampling.max_new_tokens", "6", "--seed", "2", "--cache_dir", str(prompts.parent.parent / "cache")]
     return main([*words, *SCORERS, *options])
 
 
@@ -416,7 +417,7 @@ def test_ranks_change_nothing(policies: dict[str, Path], prompts: Path, tmp_path
     certify(policies, prompts, tmp_path / "one", "--claim", "unsafe_prompts=0.9")
     words = ["--prompts", str(prompts), "--output_dir", str(tmp_path / "two"), "--samples_per_prompt", str(K)]
     words += ["--policy", f"start={policies['start']}", "--policy", f"after={policies['after']}", "--resamples", "20"]
-    words += ["--sampling.max_new_tokens", "6", "--claim", "unsafe_prompts=0.9", *SCORERS]
+    words += ["--sampling.max_new_tokens", "6", "--seed", "4", "--claim", "unsafe_prompts=0.9", *SCORERS]
     done = run([*torchrun(2), "repo_fast.evaluate", *words])
     assert done.returncode == 0, done.stderr
     assert read(tmp_path / "two") == read(tmp_path / "one")

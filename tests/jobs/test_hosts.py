@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slow
 
 KIND = Kind(2)
 PORT = 29517
-# How long each waits for the other, and how much longer it may take to end.
-TIMEOUT, AND_TO_END = 20, 60
+# How long each waits for the other, and how much longer it may take to end: torchrun leaves its workers 30 s.
+TIMEOUT, AND_TO_END = 20, 120
 
 
 class Hosts:
