@@ -417,7 +417,7 @@ def test_ranks_change_nothing(policies: dict[str, Path], prompts: Path, tmp_path
     certify(policies, prompts, tmp_path / "one", "--claim", "unsafe_prompts=0.9")
     words = ["--prompts", str(prompts), "--output_dir", str(tmp_path / "two"), "--samples_per_prompt", str(K)]
     words += ["--policy", f"start={policies['start']}", "--policy", f"after={policies['after']}", "--resamples", "20"]
-    words += ["--sampling.max_new_tokens", "6", "--seed", "4", "--claim", "unsafe_prompts=0.9", *SCORERS]
+    words += ["--sampling.max_new_tokens", "6", "--seed", "2", "--claim", "unsafe_prompts=0.9", *SCORERS]
     done = run([*torchrun(2), "repo_fast.evaluate", *words])
     assert done.returncode == 0, done.stderr
     assert read(tmp_path / "two") == read(tmp_path / "one")

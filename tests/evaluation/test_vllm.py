@@ -77,7 +77,7 @@ def test_units_are_drawn_together_and_never_cut() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sampling.vllm.tensor_parallel", "2"], "its defaults with sampling.engine 'hf'"),
+        (["--sampling.vllm.tensor_parallel", "2"], "its default with sampling.engine 'hf'"),
         ([*VLLM, "--sampling.temperature", "0.001"], r"sampling.temperature is 0.001, expected at least 0.01 with"),
         ([*VLLM, "--sampling.vllm.memory_share", "0"], r"sampling.vllm.memory_share is 0.0, expected a number"),
         (

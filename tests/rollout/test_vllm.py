@@ -49,8 +49,8 @@ def test_without_vllm_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rollout.vllm.tensor_parallel", "2"], "its defaults with rollout.engine 'hf'"),
-        (["--rollout.vllm.lora", "adapter", "--policy.lora.rank", "4"], "its defaults with rollout.engine 'hf'"),
+        (["--rollout.vllm.tensor_parallel", "2"], "its default with rollout.engine 'hf'"),
+        (["--rollout.vllm.lora", "adapter", "--policy.lora.rank", "4"], "its default with rollout.engine 'hf'"),
         (["--rollout.engine", "vllm", "--rollout.vllm.lora", "adapter"], "lora is 'adapter' with policy.lora.rank 0"),
         (["--rollout.engine", "vllm", "--rollout.vllm.memory_share", "1"], r"memory_share is 1.0, expected a number"),
     ],
