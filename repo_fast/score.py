@@ -13,6 +13,7 @@ Options of training: `--help`; configurations, checks and exit status as in `rep
 """
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -56,9 +57,12 @@ def _take_expectation(words: list[str]) -> tuple[list[str], tuple[str, float] | 
         return words, None
     text, score = given
     try:
-        return words[:start] + words[start + 3 :], (text, float(score))
+        known = float(score)
     except ValueError:
-        raise InputError(f"--expect has the score {score!r}, expected a number") from None
+        known = math.nan
+    if not math.isfinite(known):
+        raise InputError(f"--expect has the score {score!r}, expected a number")
+    return words[:start] + words[start + 3 :], (text, known)
 
 
 def _convert_or_check(words: list[str]) -> int:

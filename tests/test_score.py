@@ -466,7 +466,7 @@ def wrong_expectations(score: float) -> list[tuple[str, str]]:
         (str(score + 1), rf"(?!.*inverted).*{given}"),
         (str(-score), f"{given}.*: its sign looks inverted"),
         ("high", "--expect has the score 'high', expected a number"),
-        ("nan", "expected score is nan, expected a finite number"),
+        ("nan", "--expect has the score 'nan', expected a number"),
     ]
 
 

@@ -99,5 +99,9 @@ def _bad(words: tuple[str, ...], name: str, where: str, value: Any) -> Bad:
         options[option] = value
         (folder / "wrong.yaml").write_text(yaml.safe_dump(content))
 
+    # Words would take the place of what the file says.
+    if f"--{name}" in words:
+        at = words.index(f"--{name}")
+        words = (*words[:at], *words[at + 2 :])
     shown = "null" if value is None else str(value)
     return Bad(f"{job} {name}: {shown} in a file", (*words, "--config", "wrong.yaml"), said, write)
