@@ -182,7 +182,7 @@ class Ranks:
         if "timed out" in str(error).lower():
             return (
                 f"{who} does not answer: rank {self.rank} waited for it in vain{doing}, expected it within timeout "
-                f"({self.timeout:g} s){resume}"
+                f"({self.timeout:g} s), or what DeepSpeed waits in an update (10 minutes, or DEEPSPEED_TIMEOUT){resume}"
             )
         return f"{who} is gone: rank {self.rank} lost its connection to it{doing}{resume}"
 

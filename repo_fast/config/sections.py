@@ -247,7 +247,7 @@ class JobConfig:
     model's. Null: that of the checkpoint resumed from, or of the earlier evaluation in `output_dir`; else today."""
     timeout: float = 7200.0
     """How long ranks wait for one that does not come before the run ends (seconds): longer than the slowest scorer may
-    take. Where all compute alike, as in an update, 10 minutes at most."""
+    take. Where all compute alike, as in an update, 10 minutes at most, or as many as DEEPSPEED_TIMEOUT says."""
 
     def __post_init__(self) -> None:
         check_given(self)

@@ -51,8 +51,6 @@ warnings.filterwarnings("ignore", r"barrier\(\): using the device under current 
 # What torchrun says to each rank, for a process that was started without it; others read it too. Nothing listens there.
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 _said_here: set[str] = set()
-# DeepSpeed's default, for where all ranks do alike: none waits for what another has to do alone.
-_MOST_SECONDS_ALIKE = 600.0
 
 
 def _deepspeed() -> Any:
@@ -66,7 +64,8 @@ def start_distributed(timeout: float = TIMEOUT_SECONDS) -> Ranks:
     """Open the process group (gloo on CPU, nccl on CUDA) as torchrun's environment says, or one of a single process.
 
     Args:
-        timeout: How long ranks wait for one that does not come (seconds).
+        timeout: How long ranks wait for one that does not come (seconds); in a collective of the training itself, no
+            longer than DeepSpeed does by itself.
     """
     settings = dict(_ALONE)
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
@@ -79,7 +78,8 @@ def start_distributed(timeout: float = TIMEOUT_SECONDS) -> Ranks:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     c10d = torch.distributed.distributed_c10d
-    patience = datetime.timedelta(seconds=min(timeout, _MOST_SECONDS_ALIKE))
+    # DeepSpeed's own, or DEEPSPEED_TIMEOUT, is the most where all ranks do alike: none waits for what one does alone.
+    patience = min(datetime.timedelta(seconds=timeout), _deepspeed().constants.default_pg_timeout)
     # DeepSpeed opens groups of its own without saying how long they wait.
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = patience
     if "MASTER_PORT" in _said_here and os.environ["WORLD_SIZE"] == "1" and not torch.distributed.is_initialized():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from repo_fast.packing.rows import PackedBatch, pack
 from repo_fast.rollout import Rollout
 from repo_fast.rollout.hf import Request, generate
 from tests import scorers
-from tests.job_runs import Job, metrics, on_ranks
+from tests.job_runs import Job, metrics, on_ranks, run
 from tests.tiny import save_policy, word_tokenizer
 
 CPU = torch.device("cpu")
@@ -325,3 +326,23 @@ def test_schedules(schedule: str, expected: list[float]) -> None:
 def test_a_schedule_without_warm_up_starts_at_the_peak() -> None:
     assert [learning_rate_factor("linear", 0.0, 2)(step) for step in range(4)] == [1.0, 0.5, 0.0, 0.0]
     assert learning_rate_factor("cosine", 0.99, 1)(0) == 0.5
+
+
+WAITS = """
+import sys
+from torch.distributed import distributed_c10d
+from repo_fast.engine import start_distributed, stop_distributed
+
+start_distributed(float(sys.argv[1]))
+print(distributed_c10d.default_pg_timeout.total_seconds())
+stop_distributed()
+"""
+
+
+@pytest.mark.parametrize(
+    ("timeout", "environment", "expected"),
+    [("20", {}, 20.0), ("7200", {}, 600.0), ("7200", {"DEEPSPEED_TIMEOUT": "45"}, 2700.0)],
+)
+def test_how_long_ranks_wait_in_an_update(timeout: str, environment: dict[str, str], expected: float) -> None:
+    done = run([sys.executable, "-c", WAITS, timeout], environment)
+    assert float(done.stdout.splitlines()[-1]) == expected, done.stderr
