@@ -71,8 +71,9 @@ def start_distributed(timeout: float = TIMEOUT_SECONDS) -> Ranks:
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
         # All ranks are on this host. gloo listens where the host's name leads, which others may reach.
         settings["GLOO_SOCKET_IFNAME"] = _loopback()
-    _said_here.update(settings.keys() - os.environ.keys())
-    os.environ.update({name: settings[name] for name in _said_here})
+    settings = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(settings)
+    _said_here.update(settings)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -119,6 +119,8 @@ class VllmEngine:
                     with contextlib.suppress(OSError):
                         left.unlink()
                 ranks.barrier()
+        # On a CPU it writes its own over the launcher's, and others read that.
+        local_ranks = os.environ.get("LOCAL_WORLD_SIZE")
         with ranks.together("the start of vLLM"):
             try:
                 self._engine = vllm.LLM(
@@ -138,6 +140,9 @@ class VllmEngine:
                 )
             except Exception as error:
                 raise self.cannot_run(error) from error
+            finally:
+                if local_ranks is not None:
+                    os.environ["LOCAL_WORLD_SIZE"] = local_ranks
 
     def check_own_model(self) -> None:
         """Raise `InputError` where vLLM computes with transformers' class of the model: it decorates that for itself,

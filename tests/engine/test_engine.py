@@ -289,7 +289,8 @@ def test_a_skipped_step_of_a_run(job: Job, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_group_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torchrun said stays, what was made up goes."""
+    """What torchrun said stays, what was made up goes. What libraries set when they are imported is theirs."""
+    start_distributed()
     stop_distributed()
     for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -297,6 +298,10 @@ def test_a_group_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatc
     before = dict(os.environ)
     start_distributed()
     assert os.environ["WORLD_SIZE"] == "1"
+    # As a library may have changed it.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    start_distributed()
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     stop_distributed()
     assert os.environ == before
 

@@ -81,6 +81,10 @@ def test_no_added_row_is_drawn(apart: list[dict], stage: int, form: str) -> None
         assert max(rank[stage, form]["highest"]) < len(word_tokenizer())
 
 
+def test_the_launchers_environment_is_left_as_it_is(apart: list[dict]) -> None:
+    assert [rank["ranks of the host"] for rank in apart] == [{"LOCAL_WORLD_SIZE": "2"}] * 2
+
+
 def test_a_response_does_not_depend_on_how_many_are_drawn(apart: list[dict]) -> None:
     """Nor is it an error where their prompts do not fit one step of vLLM's."""
     for rank in apart:

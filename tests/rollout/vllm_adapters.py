@@ -1,6 +1,7 @@
 """LoRA policies with grown vocabularies, drawn by vLLM, for `tests/rollout/test_vllm_adapters.py`; on every rank."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -233,6 +234,7 @@ def apart(folder: Path) -> dict[Any, dict[str, Any]]:
     ranks, path = start_distributed(), str(folder / "policy")
     found: dict[Any, dict[str, Any]] = {(stage, form): draws(path, stage, form, 1, ranks) for stage, form in EACH}
     found["runs"] = runs(folder)
+    found["ranks of the host"] = {"LOCAL_WORLD_SIZE": os.environ["LOCAL_WORLD_SIZE"]}
     stop_distributed()
     return found
 
