@@ -123,12 +123,20 @@ class Started:
         """Those that train."""
         return [process for process in self.processes() if "torch.distributed.run" not in process.cmdline()]
 
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
     def until_it_writes(self, name: str = "config.yaml") -> None:
         """Wait for a file of its output folder."""
+        self.until(self._output_dir / name)
+
+    def until(self, file: Path) -> None:
+        """Wait for a file that it writes."""
         ends = time.monotonic() + LIMIT_SECONDS
-        while not (self._output_dir / name).exists():
-            assert self._process.poll() is None, f"ended with {self._process.returncode}: {self.said[-2000:]}"
-            assert time.monotonic() < ends, f"no {name} in {LIMIT_SECONDS} s: {self.said[-2000:]}"
+        while not file.exists():
+            assert self.running, f"ended with {self._process.returncode}: {self.said[-2000:]}"
+            assert time.monotonic() < ends, f"no {file.name} in {LIMIT_SECONDS} s: {self.said[-2000:]}"
             time.sleep(0.005)
 
     def kill(self) -> None:

@@ -1,6 +1,7 @@
 """Power that goes, disks that are full or read-only, a clock that jumps."""
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import random
@@ -8,7 +9,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from tests.campaign.book import Trial, Unavailable
@@ -27,6 +28,8 @@ _IMAGE_BYTES = 256 * 2**20
 # Of linux/ext4's ioctls, and what it does with the journal: nothing.
 _EXT4_SHUTDOWN = 0x8004587D
 _WITHOUT_THE_JOURNAL = 2
+# Of linux/sched.h and sys/mount.h: a namespace for mounts, and that others do not see them.
+_NEW_MOUNTS, _RECURSIVELY_PRIVATE = 0x00020000, 0x4000 | 0x40000
 
 KINDS = {"one rank": Kind(1), "in the background": Kind(1, (BACKGROUND,)), "two ranks": Kind(2)}
 
@@ -83,7 +86,16 @@ def _disk(folder: Path, megabytes: float | None = None) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@cache
+def _mounts_of_our_own() -> None:
+    """From here on what this process and its children mount goes with them, however they end."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_NEW_MOUNTS) or libc.mount(b"none", b"/", None, _RECURSIVELY_PRIVATE, None):
+        raise Unavailable(f"no namespace for mounts: {os.strerror(ctypes.get_errno())}")
+
+
 def _mount(*words: str) -> None:
+    _mounts_of_our_own()
     try:
         done = subprocess.run(["mount", *words], capture_output=True, text=True)
     except FileNotFoundError as error:
