@@ -14,7 +14,7 @@ OUTPUT = $(shell n=; while [ -e outputs/tiny$$n ]; do n=$$(($${n:-0} - 1)); done
 # A waiting OpenMP thread that spins takes the core of the thread it waits for: up to 30 times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup train pipeline test test-vllm rehearse acceptance campaign lint format bench clean
+.PHONY: help setup train pipeline test test-vllm rehearse acceptance campaign docs lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -88,12 +88,15 @@ acceptance: lint rehearse ## Check and test everything, and rehearse
 campaign: setup ## Kills, full disks, damage, bad input, stopped ranks, attacks; goes on where it was stopped
 	$(VENV)/bin/python -m tests.campaign --out outputs/campaign $(ARGS)
 
+docs: setup ## Build the site, strict, into outputs/site; python3 -m http.server --directory outputs/site shows it
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 lint: setup ## Style, types of the public ops, which room may import which, the length of files
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check --quiet
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
-	@find . -name '.venv*' -prune -o -name .git -prune -o -name build -prune -o \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.css' -o -name '*.js' \) -print0 | xargs -0 awk 'FNR == 601 { print FILENAME ": more than 600 lines"; long = 1 } END { exit long }'
+	@find . -name '.venv*' -prune -o -name .git -prune -o -name build -prune -o -name outputs -prune -o \( -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.css' -o -name '*.js' \) -print0 | xargs -0 awk 'FNR == 601 { print FILENAME ": more than 600 lines"; long = 1 } END { exit long }'
 
 format: setup ## Put the source into its one form
 	$(VENV)/bin/ruff format

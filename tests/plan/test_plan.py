@@ -230,7 +230,7 @@ def test_a_base_of_its_own_is_not_shared(adapted: dict[str, str], large: list[st
     held, models = held_by("alpaca-7b-lora", adapted | {"cost": score})
     trunk = next(model for model in models if model.role == "cost").weight_bytes(2)
     assert held.resident["cost"]["weights"] == trunk and held.resident["cost critic"]["weights"] < 0.02 * trunk
-    # What the README says of the two recipes: three bases, and one.
+    # What docs/start/one-gpu.md says of the two recipes: three bases, and one.
     published, _ = held_by(
         "alpaca-7b-lora", adapted | {"cost": score, "reward": str(shutil.copytree(score, tmp_path / "reward"))}
     )

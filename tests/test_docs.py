@@ -1,4 +1,4 @@
-"""What the README shows is run, or at least parsed: a reader will copy it."""
+"""What README and docs show is run, or at least parsed: a reader will copy it. That all of it is there, and true."""
 
 import json
 import re
@@ -9,16 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
+import repo_fast.score
+import repo_fast.sft
+from docs import options
 from repo_fast.config import EvaluateConfig, JobConfig, ScoreConfig, SftConfig, TrainConfig, known_keys, parse
 from repo_fast.evaluate import spelled_out
 from repo_fast.jobs.inputs import read_inputs
 from repo_fast.rollout import Rollout
-from repo_fast.score import main
 from repo_fast.scoring import FunctionScorer
+from repo_fast.speed.throughput import PHASES
+from tests.job_runs import Job, metrics, write_lines
 from tests.tiny import save_beaver, save_policy, tiny_llama_config
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TEXT = "\n\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 JOBS: dict[str, type[JobConfig]] = {
     "repo_fast.train": TrainConfig,
     "repo_fast.sft": SftConfig,
@@ -28,7 +33,7 @@ JOBS: dict[str, type[JobConfig]] = {
 
 
 def blocks(language: str) -> list[str]:
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
     return [text for kind, text in found if kind == language]
 
 
@@ -121,15 +126,15 @@ def test_the_conversion_and_the_check_work_as_shown(tmp_path, monkeypatch, capsy
     )
     source = save_beaver(tmp_path / "source", config_overrides={"score_type": "cost"})
     monkeypatch.chdir(tmp_path)
-    assert main([str(source) if "beaver" in word else word for word in convert]) == 0
+    assert repo_fast.score.main([str(source) if "beaver" in word else word for word in convert]) == 0
     assert json.loads((tmp_path / "outputs/cost/config.json").read_text())["architectures"] == ["LlamaModelForScore"]
     # The score shown is made up, so this model's is another one.
-    assert main(check) == 2
+    assert repo_fast.score.main(check) == 2
     assert "expected -1.5" in capsys.readouterr().err
 
 
 def test_the_heads_of_a_cost_model_are_taken_as_shown(tmp_path):
-    (shown,) = re.findall(r"^  ```yaml\n(  heads:.*?)^  ```$", README, re.DOTALL | re.MULTILINE)
+    (shown,) = re.findall(r"^```yaml\n(heads:.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
     path = tmp_path / "heads.yaml"
     path.write_text("kind: cost\n" + textwrap.dedent(shown))
     heads = parse(["--config", str(path)], ScoreConfig).heads
@@ -137,24 +142,78 @@ def test_the_heads_of_a_cost_model_are_taken_as_shown(tmp_path):
 
 
 def test_every_option_and_target_named_exists():
-    named = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", README)) | set(re.findall(r"`([a-z]+\.[a-z_]+)`", README))
-    others = {"nproc", "help", "print_config", "config", "out"}  # of torchrun, the parser, the benchmarks
+    named = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", TEXT)) | set(re.findall(r"`([a-z]+\.[a-z_]+)`", TEXT))
+    others = {"nproc", "shutdown", "logdir", "help", "print_config", "config", "out"}  # of torchrun, the parser, ...
     others |= {"convert", "to", "check"}  # of repo_fast.score
     others |= {"policy", "claim", "suite", "accept", "verify"}  # of repo_fast.evaluate
     others |= {"gpus", "device"}  # of repo_fast.plan
     others |= {"export"}  # of repo_fast.checkpoint, beside verify and convert
     files = {name for name in named if name.endswith((".yaml", ".json", ".jsonl", ".html", ".txt", ".py"))}
-    assert named - others - files <= {key for kind in JOBS.values() for key in known_keys(kind)}
+    assert named - others - files - {"torch.distributed"} <= {key for kind in JOBS.values() for key in known_keys(kind)}
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"make (train|test|pipeline|[a-z]+(?=`))", README)) <= targets
+    assert set(re.findall(r"make (train|test|pipeline|[a-z]+(?=`))", TEXT)) <= targets
 
 
 def test_the_map_names_only_what_exists_and_every_room():
     (rooms,) = [block for block in blocks("") if "entry points" in block]
-    assert len(rooms.splitlines()) <= 25
+    assert len(rooms.splitlines()) <= 26
     inside = {line.split()[0] for line in rooms.splitlines() if line.startswith("  ")}
     top = {line.split()[0] for line in rooms.splitlines() if not line.startswith("  ")}
     assert [name for name in top if not (ROOT / name).exists()] == []
     assert [name for name in inside if not (ROOT / "repo_fast" / name).exists()] == []
     folders = {f"{path.name}/" for path in (ROOT / "repo_fast").iterdir() if path.is_dir()}
     assert folders - inside <= {"configs/", "kernels/", "__pycache__/"}
+
+
+def help_of(job: str, capsys: pytest.CaptureFixture) -> str:
+    with pytest.raises(SystemExit):
+        parse(["--help"], JOBS[f"repo_fast.{job}"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("job", options.JOBS)
+def test_every_option_is_in_the_reference_and_the_other_way_round(job: str, capsys: pytest.CaptureFixture) -> None:
+    shown = set(re.findall(r"^  (?:-h, )?--([\w.]+)", help_of(job, capsys), re.MULTILINE))
+    shown = {name for name in shown if not name.endswith("help")} - {"config", "print_config"}
+    page = options.render(job, JOBS[f"repo_fast.{job}"])
+    referred = {name.removesuffix(".NAME") for name in re.findall(r"^(?:## )?`([\w.]+)` ?\{ #", page, re.MULTILINE)}
+    assert shown - referred == set()
+    # Below the names that users choose help does not look, nor below a section that may be null.
+    below = tuple(f"{name}." for name in shown)
+    assert {name for name in referred - shown if not name.startswith(below) and "NAME" not in name} == set()
+
+
+def test_every_metric_is_in_the_reference(tmp_path: Path) -> None:
+    """With importance weights, a reward's cap and demonstrations, which bring metrics of their own."""
+    job = Job.make(tmp_path)
+    options = ("--algorithm.importance_cap 2", "--algorithm.reward_cap 1", "--total_steps 1")
+    assert job.here(tmp_path / "train", *options) == 0
+    data = tmp_path / "demonstrations.jsonl"
+    common = ["--model.path", str(tmp_path / "policy"), "--epochs", "1", "--log.loggers", "[]"]
+    sft = [*common, "--data.train", str(data), "--data.eval", str(data)]
+    assert repo_fast.sft.main([*sft, "--output_dir", str(tmp_path / "sft")]) == 0
+    pair = {"prompt": "please", "response_0": "yes", "response_1": "no", "better_response_id": 0}
+    pair |= {"safer_response_id": 1, "is_response_0_safe": False, "is_response_1_safe": True}
+    write_lines(tmp_path / "pairs.jsonl", [pair, pair | {"prompt": "tea"}])
+    score = [
+        "--kind",
+        "cost",
+        "--data.train",
+        str(tmp_path / "pairs.jsonl"),
+        "--data.eval",
+        str(tmp_path / "pairs.jsonl"),
+    ]
+    assert repo_fast.score.main([*common, *score, "--output_dir", str(tmp_path / "score")]) == 0
+    assert_named(tmp_path / "train", "importance_mean", "capped_prompts", "ptx_loss", "cost_value_loss")
+    assert_named(tmp_path / "sft", "loss", "eval_loss")
+    assert_named(tmp_path / "score", "ranking_accuracy", "safety_calibration_error")
+
+
+def assert_named(output_dir: Path, *expected: str) -> None:
+    page = (ROOT / "docs/reference/metrics.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    named |= {name.replace("PHASE", phase) for name in named for phase in PHASES}
+    *_, record = metrics(output_dir)
+    assert set(expected) < record.keys()
+    assert record.keys() - named == set()
