@@ -175,7 +175,7 @@ def _signals_end_ranks() -> Iterator[list[int]]:
         raise ending(f"got {signal.Signals(number).name}", signal.SIGTERM)
 
     # What nohup, or a shell for what is in its background, has ignored stays so.
-    heard = [number for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    heard = [number for number in _ENDING if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     before = {number: signal.signal(number, end) for number in heard}
     try:
         yield got
