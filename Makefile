@@ -34,8 +34,8 @@ $(VENV)/.done: requirements.lock setup.py pyproject.toml $(wildcard csrc/*)
 	@touch $@
 
 train: setup ## Run the main job on the embedded default; ARGS="--seed 1" and the like change it
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/torchrun --standalone --nproc-per-node $(RANKS) \
-	  -m repo_fast.train --config tiny --output_dir $(OUTPUT) $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/repo-fast train --gpus $(RANKS) \
+	  --config tiny --output_dir $(OUTPUT) $(ARGS)
 
 pipeline: RANKS = 2
 pipeline: setup ## From demonstrations and preferences to a safer policy: SFT, reward and cost model, RePO, a table

@@ -3,8 +3,8 @@
     python -m repo_fast.pipeline --output_dir outputs/pipeline
     python -m repo_fast.pipeline --sft.epochs 2 --repo.total_steps 20 --ranks 2
 
-Each stage is an entry point of its own under torchrun, with the configuration of its name's `tiny` family, and writes
-a folder below the output folder. What comes after starts from what came before:
+Each stage is an entry point of its own, on ranks as `repo_fast.launcher` starts them, with the configuration of its
+name's `tiny` family, and writes a folder below the output folder. What comes after starts from what came before:
 
     sft/       repo_fast.sft     demonstrations         -> sft/policy
     reward/    repo_fast.score   preferences            -> reward/model   (trunk: sft/policy)
@@ -22,18 +22,16 @@ nothing is overwritten. Options of a stage are `--STAGE.option value`; `--until 
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from repo_fast.config import RunConfig, ScoreConfig, SftConfig, TrainConfig, parse, to_dict
 from repo_fast.errors import InputError, readable
 from repo_fast.jobs.launch import OneLineParser, guarded
+from repo_fast.launcher import run_ranks
 from repo_fast.report.evaluations import judge_evaluation, read_evaluation
 from repo_fast.report.tables import before_after_table
 from repo_fast.world import rules
@@ -202,7 +200,8 @@ def _run_stage(stage: Stage, chosen: argparse.Namespace, words: list[str], confi
     record["id"] = before.get("id", uuid.uuid4().hex)
     _write_record(folder, record)
     resume = [] if "--resume" in words else ["--resume", "auto"]
-    status = _torchrun(chosen.ranks, stage.module, [*words, *resume])
+    # A model of the embedded world is too small for a second thread to pay.
+    status = run_ranks(stage.module, [*words, *resume], chosen.ranks, threads=1)
     if status == 0 and (folder / stage.result).is_dir():
         _write_record(folder, record | {"complete": True})
     elif status == 0:
@@ -210,29 +209,6 @@ def _run_stage(stage: Stage, chosen: argparse.Namespace, words: list[str], confi
         print(f"stage {stage.name}: not complete yet")
         return 1
     return status
-
-
-def _torchrun(ranks: int, module: str, words: list[str]) -> int:
-    """Run a module on some ranks; returns the exit status."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    # A model of the embedded world is too small for a second thread to pay.
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    with subprocess.Popen([*launcher, "-m", module, *words], env=environment, start_new_session=True) as child:
-        stopped = 0
-
-        def stop(number: int, frame: Any) -> None:
-            """Ask torchrun to end its workers, which first finish their step and save; then wait for them."""
-            nonlocal stopped
-            stopped = number
-            child.terminate()
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            status = child.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    return 128 + stopped if stopped else status
 
 
 def _check_unchanged(stage: Stage, folder: Path, before: dict, record: dict) -> None:

@@ -37,13 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         inputs = read_inputs(config)
         return lambda ranks: ScoreTraining(config, inputs, ranks).run()
 
-    def train() -> int:
-        others, expect = _take_expectation(words)
-        # As the JSON that the option of the configuration reads.
-        option = [] if expect is None else ["--expect", json.dumps(expect, ensure_ascii=False)]
-        return launch([*others, *option], ScoreConfig, prepare)
+    return guarded(lambda: launch(spelled_out(words), ScoreConfig, prepare))
 
-    return guarded(train)
+
+def spelled_out(words: list[str]) -> list[str]:
+    """The command line of a training, with `--expect TEXT SCORE` as the JSON that the configuration's option reads."""
+    others, expect = _take_expectation(words)
+    return [*others, *([] if expect is None else ["--expect", json.dumps(expect, ensure_ascii=False)])]
 
 
 def _take_expectation(words: list[str]) -> tuple[list[str], tuple[str, float] | None]:

@@ -14,6 +14,8 @@ from pathlib import Path
 import grimp
 import pytest
 
+import repo_fast
+
 ROOT = Path(__file__).parent.parent
 LEFT_BEHIND = shutil.ignore_patterns(".*", "outputs", "build", "dist", "*.egg-info", "*.so", "__pycache__")
 LIMIT_SECONDS = 600
@@ -96,6 +98,12 @@ def test_an_installed_wheel_brings_its_configurations_and_corpus(python, tmp_pat
     environment = str(python.parent.parent)
     assert module.startswith(environment) and config.startswith(environment)
     assert train >= 200 and held_out >= 64
+
+
+def test_an_installed_wheel_brings_the_command(python, tmp_path):
+    command = python.with_name("repo-fast")
+    assert run(command, "--version", cwd=tmp_path) == f"repo_fast {repo_fast.__version__}\n"
+    assert "agrees" in run(command, "doctor", cwd=tmp_path)
 
 
 def test_the_main_job_runs_from_an_installed_wheel_in_an_empty_folder(python, tmp_path):

@@ -4,10 +4,8 @@ import importlib
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -65,11 +63,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Stages run in this process; the command of each, from the module's name on."""
     commands: list[list[str]] = []
 
-    def run(ranks: int, module: str, words: list[str]) -> int:
+    def run(module: str, words: list[str], ranks: int, threads: int) -> int:
         commands.append([module, *words])
         return importlib.import_module(module).main(words)
 
-    monkeypatch.setattr(pipeline, "_torchrun", run)
+    monkeypatch.setattr(pipeline, "run_ranks", run)
     return commands
 
 
@@ -175,32 +173,19 @@ def test_a_folder_that_cannot_be_written_is_one_line(words, started, tmp_path, c
     assert started == []
 
 
-WORKER = """
-import signal, sys, time
-from pathlib import Path
+@pytest.mark.parametrize("status", [5, 143])
+def test_a_stage_that_ends_early_ends_the_pipeline_with_its_status(status, words, tmp_path, monkeypatch, capsys):
+    """Also after a signal, which `run_ranks` has waited for: nothing else is started."""
+    calls = []
 
-def end(number, frame):
-    Path(sys.argv[1], "ended").touch()
-    sys.exit(0)
+    def run(module: str, words: list[str], ranks: int, threads: int) -> int:
+        calls.append((module, ranks, threads))
+        return status
 
-signal.signal(signal.SIGTERM, end)
-Path(sys.argv[1], "started").touch()
-time.sleep(120)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_workers_and_is_waited_for(number, tmp_path):
-    (tmp_path / "waiting_worker.py").write_text(WORKER)
-    call = "import sys; from repo_fast import pipeline; sys.exit(pipeline._torchrun(1, 'waiting_worker', sys.argv[1:]))"
-    with subprocess.Popen([sys.executable, "-c", call, str(tmp_path)], cwd=tmp_path) as child:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "started").exists():
-            assert time.monotonic() < deadline and child.poll() is None
-            time.sleep(0.1)
-        child.send_signal(number)
-        assert child.wait(timeout=60) == 128 + number
-    assert (tmp_path / "ended").exists()
+    monkeypatch.setattr(pipeline, "run_ranks", run)
+    assert pipeline.main([*words, "--ranks", "2"]) == status
+    assert calls == [("repo_fast.sft", 2, 1)]
+    assert f"stage sft ended with exit status {status}; the same command goes on from there" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def start_distributed(timeout: float = TIMEOUT_SECONDS) -> Ranks:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = process_group_backend()
     c10d = torch.distributed.distributed_c10d
     # DeepSpeed's own, or DEEPSPEED_TIMEOUT, is the most where all ranks do alike: none waits for what one does alone.
     patience = min(datetime.timedelta(seconds=timeout), _deepspeed().constants.default_pg_timeout)
@@ -117,6 +117,11 @@ def stop_distributed() -> None:
     # Other libraries take these for a launch by torchrun, and open groups of their own.
     while _said_here:
         os.environ.pop(_said_here.pop(), None)
+
+
+def process_group_backend() -> str:
+    """What ranks speak to each other by: nccl on CUDA, else gloo."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def resolve_dtype(choice: str, device: torch.device) -> torch.dtype:
