@@ -71,7 +71,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def render(job: str, kind: type) -> str:
     """A page of Markdown: a heading a section, a term an option."""
     lines = [f"# Options of `{job}`", "", inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0], ""]
-    lines += [f"`python -m repo_fast.{job} --help` says the same. {_GIVEN}", ""]
+    lines += [f"`repo-fast {job} --help` says the same. {_GIVEN}", ""]
     for option in options(kind):
         if option.type:
             default = f", `{option.default}`" if option.default else ", to be given"

@@ -25,10 +25,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXT = "\n\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 JOBS: dict[str, type[JobConfig]] = {
-    "repo_fast.train": TrainConfig,
-    "repo_fast.sft": SftConfig,
-    "repo_fast.score": ScoreConfig,
-    "repo_fast.evaluate": EvaluateConfig,
+    "train": TrainConfig,
+    "sft": SftConfig,
+    "score": ScoreConfig,
+    "evaluate": EvaluateConfig,
 }
 
 
@@ -37,11 +37,13 @@ def blocks(language: str) -> list[str]:
     return [text for kind, text in found if kind == language]
 
 
-def commands(module: str) -> list[list[str]]:
-    """The words behind a module's name in every command shown that runs it."""
+def commands(job: str) -> list[list[str]]:
+    """The job's own words in every command shown that runs it."""
     joined = "".join(blocks("bash")).replace("\\\n", " ")
     lines = [shlex.split(line, comments=True) for line in joined.splitlines()]
-    return [words[words.index(module) + 1 :] for words in lines if module in words]
+    shown = [words[2:] for words in lines if words[:2] == ["repo-fast", job]]
+    places = [words.index("--gpus") if "--gpus" in words else len(words) for words in shown]
+    return [words[:place] + words[place + 2 :] for words, place in zip(shown, places, strict=True)]
 
 
 def test_the_op_runs_in_another_trainer_as_shown():
@@ -89,7 +91,7 @@ def test_the_op_runs_in_another_trainer_as_shown():
 
 def test_the_reward_and_cost_functions_work_as_shown(tmp_path, monkeypatch):
     (functions,) = [block for block in blocks("python") if "def reward" in block]
-    (command,) = [words for words in commands("repo_fast.train") if "my_scores:reward" in words]
+    (command,) = [words for words in commands("train") if "my_scores:reward" in words]
     monkeypatch.chdir(tmp_path)
     Path("my_scores.py").write_text(functions, encoding="utf-8")
     Path("prompts.txt").write_text("".join(f"how do i make tea {'please ' * i}\n" for i in range(20)))
@@ -112,17 +114,17 @@ def test_the_reward_and_cost_functions_work_as_shown(tmp_path, monkeypatch):
     torch.testing.assert_close(rewards, torch.tensor([1 - 3 / 50, -3 / 50, 1 - 4 / 50]))
 
 
-@pytest.mark.parametrize("module", JOBS)
-def test_every_training_command_shown_parses(module):
-    shown = [words for words in commands(module) if not {"--convert", "--check", "--verify"}.intersection(words)]
+@pytest.mark.parametrize("job", JOBS)
+def test_every_command_of_a_job_shown_parses(job):
+    shown = [words for words in commands(job) if not {"--convert", "--check", "--verify"}.intersection(words)]
     assert shown
     for words in shown:
-        parse(spelled_out(words), JOBS[module])
+        parse(spelled_out(words), JOBS[job])
 
 
 def test_the_conversion_and_the_check_work_as_shown(tmp_path, monkeypatch, capsys):
     convert, check = (
-        next(words for words in commands("repo_fast.score") if option in words) for option in ("--convert", "--check")
+        next(words for words in commands("score") if option in words) for option in ("--convert", "--check")
     )
     source = save_beaver(tmp_path / "source", config_overrides={"score_type": "cost"})
     monkeypatch.chdir(tmp_path)
@@ -143,10 +145,10 @@ def test_the_heads_of_a_cost_model_are_taken_as_shown(tmp_path):
 
 def test_every_option_and_target_named_exists():
     named = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", TEXT)) | set(re.findall(r"`([a-z]+\.[a-z_]+)`", TEXT))
-    others = {"nproc", "shutdown", "logdir", "help", "print_config", "config", "out"}  # of torchrun, the parser, ...
+    others = {"nproc", "nnodes", "standalone", "shutdown", "logdir", "help", "print_config", "config", "out"}  # of torchrun, the parser, ...
     others |= {"convert", "to", "check"}  # of repo_fast.score
     others |= {"policy", "claim", "suite", "accept", "verify"}  # of repo_fast.evaluate
-    others |= {"gpus", "device"}  # of repo_fast.plan
+    others |= {"gpus", "nodes", "rdzv", "version", "device"}  # of repo_fast.launcher and repo_fast.plan
     others |= {"export"}  # of repo_fast.checkpoint, beside verify and convert
     files = {name for name in named if name.endswith((".yaml", ".json", ".jsonl", ".html", ".txt", ".py"))}
     assert named - others - files - {"torch.distributed"} <= {key for kind in JOBS.values() for key in known_keys(kind)}
@@ -167,7 +169,7 @@ def test_the_map_names_only_what_exists_and_every_room():
 
 def help_of(job: str, capsys: pytest.CaptureFixture) -> str:
     with pytest.raises(SystemExit):
-        parse(["--help"], JOBS[f"repo_fast.{job}"])
+        parse(["--help"], JOBS[job])
     return capsys.readouterr().out
 
 
@@ -175,7 +177,7 @@ def help_of(job: str, capsys: pytest.CaptureFixture) -> str:
 def test_every_option_is_in_the_reference_and_the_other_way_round(job: str, capsys: pytest.CaptureFixture) -> None:
     shown = set(re.findall(r"^  (?:-h, )?--([\w.]+)", help_of(job, capsys), re.MULTILINE))
     shown = {name for name in shown if not name.endswith("help")} - {"config", "print_config"}
-    page = options.render(job, JOBS[f"repo_fast.{job}"])
+    page = options.render(job, JOBS[job])
     referred = {name.removesuffix(".NAME") for name in re.findall(r"^(?:## )?`([\w.]+)` ?\{ #", page, re.MULTILINE)}
     assert shown - referred == set()
     # Below the names that users choose help does not look, nor below a section that may be null.
