@@ -162,6 +162,7 @@ class SupervisedRun(Run, Generic[Example]):
                 self.checkpoint_if_due()
             if self.step == self.total_steps:
                 self._finish()
+            self.write_page()
         return self.exit_status()
 
     def update(self, batch: list[Example]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from repo_fast.report.known_prompts import MEASURES as KNOWN
 from repo_fast.report.measures import Thresholds
+from repo_fast.report.page_links import Link
 from repo_fast.report.page_parts import charts
 from repo_fast.report.page_parts.certificate import describe
 from repo_fast.report.page_parts.document import render, write_page_text
@@ -55,7 +56,9 @@ _MORE_HELPFUL = {
 }
 
 
-def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[str, Any]]) -> None:
+def write_page(
+    path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[str, Any]], links: Sequence[Link] = ()
+) -> None:
     """Writes the report of an evaluation, over an older one.
 
     Args:
@@ -87,6 +90,7 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
             several constraints, None where it is not about the prompt), `response_length` (tokens) and `finished` (both
             None where not known), and maybe `also_in`, further categories by name. Samples of the reference from
             `samples_per_prompt` on are its second sample; where it has one, the page shows it rather than the first.
+        links: To the model card of the certified policy, and to the pages of the runs that made policies.
 
     Raises:
         ValueError: the reference is not among the policies, a sample is of none of them, or a verdict of the
@@ -105,6 +109,7 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
         parts = [(name, collected.by_constraint[name], threshold[name]) for name in constraints]
     certified = report.get("certificate")
     context = {
+        "links": links,
         "policies": policies,
         "reference": reference,
         "above": _limits(threshold, " or "),

@@ -20,7 +20,7 @@ class Columns:
     A log that was written anew, as a resumed run does, is read from its beginning.
 
     Args:
-        path: The log; it need not be there yet.
+        path: The log; it need not be there yet. A link is as good as nothing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +37,7 @@ class Columns:
         Raises:
             InputError: A complete line is no record.
         """
-        if not self._path.is_file():
+        if not self._path.is_file() or self._path.is_symlink():
             return self._forget(None)
         found = self._path.stat()
         if self._file != (found.st_dev, found.st_ino) or found.st_size < self._bytes:

@@ -86,9 +86,9 @@ class Plot:
         self.path(f"M{short(self.left)} {short(y)}H{short(self.right)}", "threshold")
         self.text(self.right, self.top - 8, "tick", text, anchor="end")
 
-    def columns(self, ends: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
+    def pointed(self, ends: Sequence[tuple[float, float]], texts: Sequence[str]) -> None:
         """Areas from the top to the bottom, from one x to another, that show a text where the pointer rests."""
-        group = ElementTree.SubElement(self._svg, "g", {"class": "columns"})
+        group = ElementTree.SubElement(self._svg, "g", {"class": "pointed"})
         for (low, high), text in zip(ends, texts, strict=True):
             left, right = self.x(low), self.x(high)
             path = {"d": f"M{short(left)} {short(self.top)}V{short(self.bottom)}H{short(right)}V{short(self.top)}z"}
