@@ -50,7 +50,7 @@ from repo_fast.report.jsonl import write_rows
 from repo_fast.report.measures import Evaluation, Thresholds, above
 from repo_fast.report.model_card import model_card, read_training, write_model_card
 from repo_fast.report.page import write_page
-from repo_fast.report.page_links import PAGE, is_page_of_a_run, relative_links
+from repo_fast.report.page_links import PAGE, pages_of_runs, relative_links
 from repo_fast.report.tables import comparison_table
 from repo_fast.report.unit_file import UnitFile
 from repo_fast.rollout import Request, Rollout
@@ -360,8 +360,8 @@ class Evaluator:
         certificate = None if self._plan is None else certify(self._plan, published, self.output_dir, self._hashes)
         page = self.output_dir / PAGE
         card = None if certificate is None else self._write_card(certificate, page)
-        runs = [Path(path).expanduser().parent / PAGE for path in self.config.policies.values()]
-        links = relative_links([*([card] if card else []), *filter(is_page_of_a_run, runs)], self.output_dir)
+        linked = [*([card] if card else []), *pages_of_runs(self.config.policies.values())]
+        links = relative_links(linked, self.output_dir)
 
         def write(judgments: dict[str, Judgments], judged: dict[str, Any] | None) -> None:
             report = self._compared(rows, second, judgments, judged)
@@ -389,9 +389,7 @@ class Evaluator:
             training = read_training(path)
         except InputError as error:
             log.warning("%s", error)
-        folder = Path(path).expanduser()
-        run = folder.parent / PAGE
-        linked = [page, *([run] if is_page_of_a_run(run) else [])]
+        folder, linked = Path(path).expanduser(), [page, *pages_of_runs([path])]
         if folder.is_dir():
             try:
                 return write_model_card(folder, model_card(certificate, training, relative_links(linked, folder)))

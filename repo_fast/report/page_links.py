@@ -22,6 +22,9 @@ def relative_links(paths: Iterable[Path], folder: Path) -> list[Link]:
     return [link(path) for path in dict.fromkeys(from_here)]
 
 
-def is_page_of_a_run(path: Path) -> bool:
-    """Whether the page of a run is there, not that of an evaluation."""
-    return path.is_file() and path.with_name("metrics.jsonl").is_file()
+def pages_of_runs(policies: Iterable[str]) -> list[Path]:
+    """The pages of the runs that made policies, of those in folders that runs left."""
+    folders = [Path(path).expanduser() for path in policies]
+    pages = [folder.parent / PAGE for folder in folders if folder.is_dir()]
+    # A page without metrics beside it is not a run's.
+    return [page for page in pages if page.is_file() and page.with_name("metrics.jsonl").is_file()]

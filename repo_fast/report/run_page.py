@@ -115,7 +115,7 @@ class RunPage:
             "pages": [link(path) for path in self._matching(_PAGES)],
             "steps": len(steps),
             "figures": list(_figures(metrics, names)),
-            "figures_note": f"Means of the last {_FEW} steps, and of the first {_FEW}.",
+            "figures_note": f"Means of the last {_FEW} steps and of the first; of what is seldom measured, one value.",
             "warnings": self._read("warnings.jsonl", self._warnings) or [],
             "curves": list(_curves(options, metrics, names, thresholds)),
             "how_drawn": how_drawn(len(steps)) if len(steps) else "",
@@ -279,14 +279,16 @@ def _charts(
         values, (name, _, unit) = columns[key], label.rpartition(" (")
         if np.isfinite(values).any():
             errors = columns[f"{key}_error"]
-            yield name[:1].upper() + name[1:], curve(steps, values, name, unit.rstrip(")"), levels.get(key), errors)
+            # What begins with the name of a constraint is written as that is.
+            caption = name if ": " in name else name[:1].upper() + name[1:]
+            yield caption, curve(steps, values, name, unit.rstrip(")"), levels.get(key), errors)
 
 
 def _curves(
     options: Mapping[str, Any], metrics: Columns, names: Sequence[str], thresholds: Mapping[str, float]
 ) -> Iterator[tuple[str, list[tuple[str, Markup]]]]:
     """The charts of the steps, by heading."""
-    if "algorithm" not in options and not names:
+    if "algorithm" not in options and "reward" not in metrics.names():
         groups = SCORES if "kind" in options else FINE_TUNING
         yield from _headed("Curves", metrics, [panel for own in groups.values() for panel in own if own is not SPEED])
         return
@@ -371,7 +373,7 @@ def _phases(metrics: Columns) -> dict[str, Any]:
         for name, own in seconds.items()
     ]
     steps = len(metrics["step"])
-    note = f"{_duration(total)} in {steps:,} steps, by the first rank's clock; evaluations and checkpoints come on top."
+    note = f"{_duration(total)} in {steps:,} steps, by the first rank's clock. What lies between phases is not in it."
     return {"phases": rows, "phases_note": note}
 
 

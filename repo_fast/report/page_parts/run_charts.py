@@ -47,8 +47,9 @@ def curve(
         236,
         limits,
         _limits([groups.low - half, groups.high + half, [] if level is None else [level[0]]]),
-        left=56,
+        left=66,
         bottom=42,
+        top=22 if level else 10,
         whole_x=True,
     )
     plot.axes("step", unit)
