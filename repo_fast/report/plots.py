@@ -39,17 +39,17 @@ def plot_metrics(metrics: Sequence[Mapping[str, Value]], folder: Path, threshold
     thresholds = dict(threshold) if isinstance(threshold, Mapping) else {"": threshold}
     lines = {column(name, "cost"): (d, f"threshold d = {d:g}") for name, d in thresholds.items()}
     pictures = {name: list(panels_of(panels, list(thresholds))) for name, panels in PICTURES.items()}
-    written = plotpanels_of(metrics, pictures, folder, lines)
+    written = plot_panels(metrics, pictures, folder, lines)
     return written + _plot_speed(metrics, _series(metrics, "step"), folder / "speed.png")
 
 
 def plot_evaluations(rows: Sequence[Mapping[str, Value]], folder: Path, threshold: Thresholds = 0.0) -> list[Path]:
     """Draws the rows of `evaluations.jsonl` into `evaluations.png`; all else as for `plot_metrics`."""
     constraints = list(threshold) if isinstance(threshold, Mapping) else [""]
-    return plotpanels_of(rows, {"evaluations": list(panels_of(EVALUATED, constraints))}, folder)
+    return plot_panels(rows, {"evaluations": list(panels_of(EVALUATED, constraints))}, folder)
 
 
-def plotpanels_of(
+def plot_panels(
     metrics: Sequence[Mapping[str, Value]],
     pictures: Mapping[str, Sequence[Panel]],
     folder: Path,

@@ -126,7 +126,6 @@ class RunPage:
             **_phases(metrics),
             "table": None,
             "prompts": None,
-            "after": "after training",
             "cost_word": "excess" if len(thresholds) > 1 else "cost",
             "changed": self._read("config.yaml", lambda: _changed(options, self._defaults(options))) or [],
             "options": text,
@@ -136,9 +135,10 @@ class RunPage:
                 if (found := self._matching(patterns))
             ],
         }
-        if thresholds and self._file("eval_after.jsonl") is not None:
-            context["table"] = self._read("the table of before and after", lambda: self._table(thresholds))
-            context["prompts"] = self._read("the list of prompts", lambda: self._prompts(thresholds))
+        after = self._read("eval_after.jsonl", lambda: self._after(steps)) if thresholds else None
+        if after:
+            context["table"] = self._read("the table of before and after", lambda: self._table(after, thresholds))
+            context["prompts"] = self._read("the list of prompts", lambda: self._prompts(after, thresholds))
         context["problems"] = self._problems
         scripts = ["print.js"] if version is None else ["watch.js", "print.js"]
         return render("run.html", context, ["style.css", "run.css"], scripts, asks=version is not None)
@@ -204,10 +204,16 @@ class RunPage:
             yield f"from {started.get('path')}"
         yield from (f"{key} {options[key]}" for key in ("seed", "date") if options.get(key) is not None)
 
-    def _table(self, thresholds: Mapping[str, float]) -> dict[str, Any] | None:
+    def _after(self, steps: np.ndarray) -> list[dict[str, Any]]:
+        """The responses after training; none, where they are of another end of a run that is not there yet again."""
+        path = self._file("eval_after.jsonl")
+        rows: list[dict[str, Any]] = [] if path is None else list(read_records(path))
+        return [] if rows and not (len(steps) and rows[0]["step"] <= steps[-1]) else rows
+
+    def _table(self, rows: Sequence[Mapping[str, Any]], thresholds: Mapping[str, float]) -> dict[str, Any] | None:
         """The numbers of `before_after.txt`, as the tables of an evaluation are."""
         files = [self._file(name) for name in _HELD_OUT]
-        by_name, threshold = self._several(thresholds)
+        by_name, threshold = _several(rows, thresholds)
         before, again, after = (None if path is None else read_evaluation(path, by_name)[0] for path in files)
         if before is None or after is None:
             return None
@@ -232,21 +238,10 @@ class RunPage:
             f"paired by prompt{floor}.",
         }
 
-    def _prompts(self, thresholds: Mapping[str, float]) -> dict[str, Any]:
+    def _prompts(self, rows: Sequence[Mapping[str, Any]], thresholds: Mapping[str, float]) -> dict[str, Any]:
         before = self._file("eval_before.jsonl")
         first = () if before is None else read_records(before)
-        return worst_prompts(first, read_records(self._folder / "eval_after.jsonl"), self._several(thresholds)[1])
-
-    def _several(self, thresholds: Mapping[str, float]) -> tuple[list[str], Thresholds]:
-        """The constraints that the held-out responses have by name, and the threshold, or theirs.
-
-        A single one is by name too where it is not about all prompts.
-        """
-        rows = list(read_records(self._folder / "eval_after.jsonl"))
-        if rows and "cost" in rows[0]:
-            own = next(iter(thresholds.values()))
-            return (["cost"], {"cost": own}) if any(row["cost"] is None for row in rows) else ([], own)
-        return list(thresholds), dict(thresholds)
+        return worst_prompts(first, rows, _several(rows, thresholds)[1])
 
 
 def _is_own(folder: Path, name: str) -> bool:
@@ -268,6 +263,17 @@ def _thresholds(options: Mapping[str, Any]) -> dict[str, float]:
     if isinstance(several, Mapping) and several:
         return {str(name): float(own.get("threshold", 0.0)) for name, own in several.items()}
     return {"cost": float(algorithm.get("threshold", 0.0))} if isinstance(algorithm, Mapping) else {}
+
+
+def _several(rows: Sequence[Mapping[str, Any]], thresholds: Mapping[str, float]) -> tuple[list[str], Thresholds]:
+    """The constraints that held-out responses have by name, and the threshold, or theirs.
+
+    A single one is by name too where it is not about all prompts.
+    """
+    if "cost" in rows[0]:
+        own = next(iter(thresholds.values()))
+        return (["cost"], {"cost": own}) if any(row["cost"] is None for row in rows) else ([], own)
+    return list(thresholds), dict(thresholds)
 
 
 def _charts(

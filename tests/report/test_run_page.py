@@ -246,6 +246,15 @@ def test_a_run_that_has_just_begun_waits_and_one_of_before_lacks_what_it_lacks(t
     assert set(charts_of(html_of(folder))) == {"Mean reward"}
 
 
+def test_responses_of_a_later_step_are_of_an_end_that_is_to_come(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 3)
+    assert "The worst prompts" in page_of(folder).text
+    rows = [row | {"step": 4} for row in responses_of([[1.0], [1.0], [1.0]])]
+    write_evaluation(folder / "eval_after.jsonl", rows)
+    text = page_of(folder).text
+    assert "The worst prompts" not in text and "Before and after" not in text and "cannot be shown" not in text
+
+
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 3)
     (folder / "eval_after.jsonl").write_text('{"step": 1, "prompt_id": 0}\n')
@@ -274,6 +283,15 @@ def test_texts_of_others_stay_texts(tmp_path: Path) -> None:
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert "<script>document.title='pwned'</script>" in page.text and "⟨U+202E⟩" in page.text
     assert "Constraint </svg><script>alert(1)" in page.text or "</svg><script>alert(1)" in page.text
+
+
+def test_a_link_leads_nothing_that_is_written_out_of_the_folder(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 3)
+    (tmp_path / "precious").write_text("mine")
+    for name in ("report.html", "report.html.tmp"):
+        (folder / name).symlink_to(tmp_path / "precious")
+    assert "step 3 of 40" in html_of(folder)
+    assert (tmp_path / "precious").read_text() == "mine" and not (folder / "report.html").is_symlink()
 
 
 def test_links_lead_to_files_of_the_run_that_are_there(tmp_path: Path) -> None:

@@ -52,7 +52,9 @@ def render(
 def write_page_text(path: Path, parts: Iterable[str]) -> None:
     """Write a page, over an older one of that name, which stays until the new one is whole. Raises `OSError`."""
     aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8", newline="\n") as file:
+    # Of a writer that was killed, or a link that would lead out of the folder.
+    aside.unlink(missing_ok=True)
+    with open(aside, "x", encoding="utf-8", newline="\n") as file:
         file.writelines(parts)
     os.replace(aside, path)
 
