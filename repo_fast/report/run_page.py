@@ -282,12 +282,13 @@ def _charts(
     """A chart of each panel that has a finite value, under its name."""
     steps = columns["step"]
     for key, label in panels:
-        values, (name, _, unit) = columns[key], label.rpartition(" (")
+        values, (name, _, rest) = columns[key], label.rpartition(" (")
+        unit, _, more = rest.partition(")")
         if np.isfinite(values).any():
             errors = columns[f"{key}_error"]
             # What begins with the name of a constraint is written as that is.
-            caption = name if ": " in name else name[:1].upper() + name[1:]
-            yield caption, curve(steps, values, name, unit.rstrip(")"), levels.get(key), errors)
+            caption = (name if ": " in name else name[:1].upper() + name[1:]) + more
+            yield caption, curve(steps, values, name, unit, levels.get(key), errors)
 
 
 def _curves(

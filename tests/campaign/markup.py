@@ -98,7 +98,7 @@ def _markup(folder: Path) -> str:
     _assert_no_markup(as_html, expected, "the model card")
     assert as_html.count("<td") == expected.count("<td"), "a bar in a text makes another cell"
     trained, expected = (_trained(place, text) for text in (_HOSTILE, "x" * len(_HOSTILE)))
-    assert trained.count("&lt;script&gt;alert(1)") > 10
+    assert trained.count("&lt;script&gt;alert(1)") >= 5, "not all prompts are on the page"
     _assert_no_markup(trained, expected, "report.html of a run")
     pages = [path.name for path in folder.rglob("*.html") if path.name != "report.html"]
     assert not pages, pages

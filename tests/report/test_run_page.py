@@ -179,8 +179,12 @@ def test_several_constraints_each_have_their_curves_and_their_costs(tmp_path: Pa
         for row in rows:
             row["harm"], row["refusal"] = row.pop("cost"), None if row["prompt_id"] else 0.25
         write_evaluation(folder / f"eval_{name}.jsonl", rows)
+    rows = [row | {"safety_rate": 0.5} for row in metrics_of(5, ("harm", "refusal"))]
+    write_lines(folder / "metrics.jsonl", rows)
     html = html_of(folder)
     text = Page(html).text
+    overall = re.search("<figcaption>Safety rate of all</figcaption>.*?>share of responses</text>", html, re.DOTALL)
+    assert overall is not None and overall[0].count("<figcaption>") == 1
     assert "Constraint harm" in text and "Constraint refusal" in text
     assert "1 of 2 held-out prompts are unsafe" in text and "harm 0.900, refusal 0.250 unsafe" in text
     assert "harm: strict violation" in text and html.count("<figcaption>Multiplier λ</figcaption>") == 2
