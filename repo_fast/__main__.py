@@ -27,6 +27,7 @@ JOBS = {
 TOOLS = {
     "pipeline": "all stages on the embedded world: sft, score, score, train",
     "plan": "what a run would take of memory and time, before a GPU is rented",
+    "watch": "show a run's page on this machine while it goes on",
     "checkpoint": "list, verify, export and convert the checkpoints of a run",
     "doctor": "what this machine has, what runs on what here, and whether the ops compute the right thing",
 }

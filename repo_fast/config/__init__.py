@@ -27,6 +27,7 @@ from repo_fast.config.constraints import (
     by_column,
     section_of,
 )
+from repo_fast.config.defaults import default_options
 from repo_fast.config.evaluate import EvaluateConfig
 from repo_fast.config.heads import HeadConfig
 from repo_fast.config.judge import EndpointConfig, JudgeConfig, RubricConfig
@@ -108,6 +109,7 @@ __all__ = [
     "UpdateConfig",
     "VllmConfig",
     "by_column",
+    "default_options",
     "certified_policy",
     "find_config",
     "known_keys",

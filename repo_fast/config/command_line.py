@@ -197,12 +197,16 @@ def _one_line(error: Exception) -> str:
 def to_dict(config: JobConfig) -> dict:
     """The configuration as plain mappings, lists and scalars."""
 
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(entry) for key, entry in value.items()}
-        return [plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
+    return typing.cast(dict, as_plain(config))
 
-    return plain(dataclasses.asdict(config))
+
+def as_plain(value: typing.Any) -> typing.Any:
+    """A section, or a value of an option, as plain mappings, lists and scalars."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return as_plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {key: as_plain(entry) for key, entry in value.items()}
+    return [as_plain(entry) for entry in value] if isinstance(value, (tuple, list)) else value
 
 
 def to_yaml(config: JobConfig) -> str:

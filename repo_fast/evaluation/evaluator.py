@@ -50,6 +50,7 @@ from repo_fast.report.jsonl import write_rows
 from repo_fast.report.measures import Evaluation, Thresholds, above
 from repo_fast.report.model_card import model_card, read_training, write_model_card
 from repo_fast.report.page import write_page
+from repo_fast.report.page_links import PAGE, pages_of_runs, relative_links
 from repo_fast.report.tables import comparison_table
 from repo_fast.report.unit_file import UnitFile
 from repo_fast.rollout import Request, Rollout
@@ -357,15 +358,19 @@ class Evaluator:
         published = [self._published(name, row, texts) for name, drawn in samples.items() for row in drawn.rows]
         write_rows(self.output_dir / SAMPLES_FILE, published)
         certificate = None if self._plan is None else certify(self._plan, published, self.output_dir, self._hashes)
+        page = self.output_dir / PAGE
+        card = None if certificate is None else self._write_card(certificate, page)
+        linked = [*([card] if card else []), *pages_of_runs(self.config.policies.values())]
+        links = relative_links(linked, self.output_dir)
 
         def write(judgments: dict[str, Judgments], judged: dict[str, Any] | None) -> None:
             report = self._compared(rows, second, judgments, judged)
             if certificate is not None:
                 report["certificate"] = certificate
             _write_text(self.output_dir / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-            write_page(self.output_dir / "report.html", report, published)
+            write_page(page, report, published, links)
             log.info("%s", comparison_table(report))
-            log.info("report: %s   %s", self.output_dir / "report.html", self.output_dir / "report.json")
+            log.info("report: %s   %s", page, self.output_dir / "report.json")
 
         write({}, None)
         if judge is not None:
@@ -373,28 +378,26 @@ class Evaluator:
             write(*judge_policies(judge, rows, reference, texts))
         if certificate is None:
             return 0
-        self._write_card(certificate)
+        log.info("model card: %s", card)
         log.info("%s", certificate_table(certificate))
         return EXIT_STATUS[certificate["verdict"]]
 
-    def _write_card(self, certificate: dict[str, Any]) -> None:
+    def _write_card(self, certificate: dict[str, Any], page: Path) -> Path:
         """The model card, into the certified policy's folder; beside the report where that is not ours to write to."""
         path, training = certificate["policy"]["path"], None
         try:
             training = read_training(path)
         except InputError as error:
             log.warning("%s", error)
-        text = model_card(certificate, training)
+        folder, linked = Path(path).expanduser(), [page, *pages_of_runs([path])]
+        if folder.is_dir():
+            try:
+                return write_model_card(folder, model_card(certificate, training, relative_links(linked, folder)))
+            except InputError as error:
+                log.warning("%s", error)
         card = self.output_dir / "model_card.md"
-        try:
-            if (folder := Path(path).expanduser()).is_dir():
-                card = write_model_card(folder, text)
-            else:
-                _write_text(card, text)
-        except InputError as error:
-            log.warning("%s", error)
-            _write_text(card, text)
-        log.info("model card: %s", card)
+        _write_text(card, model_card(certificate, training, relative_links(linked, self.output_dir)))
+        return card
 
     def _compared(
         self, rows: Rows, second: list[dict[str, Any]], judgments: dict[str, Judgments], judged: dict[str, Any] | None

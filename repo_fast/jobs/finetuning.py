@@ -16,6 +16,7 @@ from repo_fast.learning.imitation import Shown, imitation_backward, imitation_lo
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.policy import Policy, save_policy
 from repo_fast.packing.balance import share_out
+from repo_fast.report.panels import FINE_TUNING
 
 _SHOWN = (
     ("loss", "loss", ".3f"),
@@ -23,11 +24,6 @@ _SHOWN = (
     ("gradient_norm", "gradient", ".2f"),
     ("tokens_per_second", "tokens/s", ",.0f"),
 )
-_PANELS = {
-    "loss": [("loss", "training loss (nats/token)"), ("eval_loss", "held-out loss (nats/token)")],
-    "optimizer": [("gradient_norm", "gradient norm (no unit)"), ("learning_rate", "learning rate (no unit)")],
-    "speed": [("tokens_per_second", "throughput (tokens/s)")],
-}
 
 
 def read_inputs(config: SftConfig) -> SupervisedInputs[Shown]:
@@ -70,7 +66,7 @@ class FineTuning(SupervisedRun[Shown]):
     RESULT = "policy"
 
     def __init__(self, config: SftConfig, inputs: SupervisedInputs[Shown], ranks: Ranks) -> None:
-        super().__init__(config, inputs, ranks, _SHOWN, _PANELS)
+        super().__init__(config, inputs, ranks, _SHOWN, FINE_TUNING)
         settle_policy("the policy", self.engine, config.model.attention, ranks)
 
     def load_model(self) -> Policy:

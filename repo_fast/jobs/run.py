@@ -22,9 +22,9 @@ import torch
 
 from repo_fast.checkpoints.files import FileSum, as_json, write_bytes, writing
 from repo_fast.collectives import Ranks
-from repo_fast.config import RunConfig, to_dict, to_yaml
+from repo_fast.config import RunConfig, default_options, to_dict, to_yaml
 from repo_fast.engine import Engine
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, as_input_error, first_line
 from repo_fast.jobs import checkpoint
 from repo_fast.jobs.fingerprints import Fingerprint, check_unchanged
 from repo_fast.jobs.random_state import RandomState, load_random_state, save_random_state, seed_everything
@@ -33,8 +33,10 @@ from repo_fast.models.quantization import say_dequantized
 from repo_fast.report.folders import publish, remove, sync, sync_tree
 from repo_fast.report.jsonl import Value
 from repo_fast.report.metrics import MetricsLog
+from repo_fast.report.page_links import PAGE
 from repo_fast.report.plots import plot_panels
 from repo_fast.report.progress import Progress
+from repo_fast.report.run_page import RunPage
 from repo_fast.speed.throughput import Measured, peak_memory, reset_peak_memory
 
 _log = logging.getLogger(__name__)
@@ -85,6 +87,7 @@ class Run:
         self._unfinished: _Unfinished | None = None
         self._said_short = False
         self._shown = shown
+        self._page = RunPage(self.output_dir, default_options)
         self._fingerprints: dict[str, Fingerprint] = {}
         self._training_prompts: Record = ()
         # The same on every rank, for what is drawn while models are built.
@@ -267,6 +270,7 @@ class Run:
                 sync(self.output_dir.parent)
                 checkpoint.complete(folder, everyone)
                 self.prune_checkpoints()
+        self.write_page()
 
     def prune_checkpoints(self) -> None:
         """Remove those that are not to be kept. For the first rank to call."""
@@ -321,6 +325,24 @@ class Run:
             say_dequantized(final, next(iter(self.trained().values())).module)
 
     # ---------------------------------------------------------------------------------------------------- reports
+
+    def write_page(self) -> None:
+        """Write `report.html` of what there is so far. All ranks must call it.
+
+        A page that cannot be made ends no run.
+
+        Raises:
+            InputError: The disk fails.
+        """
+        with self.ranks.together("writing the page of the run"):
+            if not self.ranks.is_first:
+                return
+            try:
+                self._page.write()
+            except Exception as error:
+                if isinstance(error, OSError) and as_input_error(error) is not None:
+                    raise
+                self.say(f"{PAGE} is not written: {type(error).__name__}: {first_line(error)}")
 
     @contextlib.contextmanager
     def reports(self) -> Iterator[contextlib.ExitStack]:

@@ -23,6 +23,7 @@ from repo_fast.models.score_writing import check_layout, save_score_model
 from repo_fast.objective.preference import PreferenceLoss, mean_over_heads, preference_loss
 from repo_fast.packing.balance import share_out
 from repo_fast.packing.rows import pack_whole, with_last
+from repo_fast.report.panels import SCORES
 from repo_fast.report.preferences import ScoredPreferences, measures_by_head, plot_scores, write_scored
 from repo_fast.scoring import check_expected_score, score_text
 
@@ -33,16 +34,6 @@ _SHOWN = (
     ("safety_accuracy", "safe/unsafe", ".3f"),
     ("tokens_per_second", "tokens/s", ",.0f"),
 )
-_PANELS = {
-    "loss": [("loss", "training loss (no unit)"), ("eval_loss", "held-out loss (no unit)")],
-    "accuracy": [
-        ("ranking_accuracy", "held-out ranking accuracy (share of pairs)"),
-        ("safety_accuracy", "held-out safety accuracy (share of responses)"),
-        ("ranking_calibration_error", "held-out calibration error (share)"),
-    ],
-    "optimizer": [("gradient_norm", "gradient norm (no unit)"), ("learning_rate", "learning rate (no unit)")],
-    "speed": [("tokens_per_second", "throughput (tokens/s)")],
-}
 
 
 @dataclass(frozen=True)
@@ -147,7 +138,7 @@ class ScoreTraining(SupervisedRun[TokenizedPreference]):
     config: ScoreConfig
 
     def __init__(self, config: ScoreConfig, inputs: SupervisedInputs[TokenizedPreference], ranks: Ranks) -> None:
-        super().__init__(config, inputs, ranks, _SHOWN, _PANELS)
+        super().__init__(config, inputs, ranks, _SHOWN, SCORES)
         settle_scores("the model", self.engine, self.engine.module.score_head, config.model.attention, ranks)
         if config.expect is not None and inputs.resume_from is None:
             text, expected = config.expect

@@ -5,7 +5,7 @@ the examples depends on seed and epoch alone, and losses are normalised by the g
 ranks nor the split into micro-batches changes an update.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -26,7 +26,8 @@ from repo_fast.ops.dispatch import resolve
 from repo_fast.packing.balance import share_out, split_by_tokens
 from repo_fast.packing.rows import in_step
 from repo_fast.report.metrics import read_metrics
-from repo_fast.report.plots import Panel, plot_panels
+from repo_fast.report.panels import Panel
+from repo_fast.report.plots import plot_panels
 from repo_fast.report.tables import batch_size_table
 from repo_fast.speed.flops import Shape, forward_work
 
@@ -79,7 +80,7 @@ class SupervisedRun(Run, Generic[Example]):
         inputs: SupervisedInputs[Example],
         ranks: Ranks,
         shown: tuple[tuple[str, str, str], ...],
-        panels: dict[str, list[Panel]],
+        panels: Mapping[str, Sequence[Panel]],
     ) -> None:
         self.batch_size = min(config.batch_size, len(inputs.examples))
         total_steps = -(-config.epochs * len(inputs.examples) // self.batch_size)
@@ -161,6 +162,7 @@ class SupervisedRun(Run, Generic[Example]):
                 self.checkpoint_if_due()
             if self.step == self.total_steps:
                 self._finish()
+            self.write_page()
         return self.exit_status()
 
     def update(self, batch: list[Example]) -> dict[str, Any]:

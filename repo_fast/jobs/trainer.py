@@ -132,6 +132,7 @@ class Trainer(EvaluatedRun):
                 self._finish()
             elif self.step and self.ranks.is_first:
                 self._draw_plots()
+            self.write_page()
         return self.exit_status()
 
     def must_stop(self) -> bool:

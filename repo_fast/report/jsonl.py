@@ -66,7 +66,7 @@ def read_records(path: Path) -> Iterator[dict[str, Value]]:
     Raises:
         InputError: the file is missing, or a complete line is not a record (named with its number).
     """
-    for _, record in _lines_and_records(path):
+    for _, record in lines_and_records(path):
         for name, value in record.pop("non_finite", {}).items():
             record[name] = float(value)
         yield record
@@ -95,7 +95,7 @@ def open_log(path: Path, resume_step: int | None) -> TextIO:
     if path.exists():
         aside = path.with_name(path.name + ".tmp")
         with open(aside, "wb") as kept:
-            for line, record in _lines_and_records(path):
+            for line, record in lines_and_records(path):
                 if record["step"] <= resume_step:
                     kept.write(line)
             kept.flush()
@@ -104,17 +104,23 @@ def open_log(path: Path, resume_step: int | None) -> TextIO:
     return _open_text(path, "a")
 
 
-def _open_text(path: Path, mode: Literal["x", "a", "w"]) -> TextIO:
-    return open(path, mode, encoding="utf-8", errors="backslashreplace", newline="\n")
+def lines_and_records(path: Path, offset: int = 0, lines: int = 0) -> Iterator[tuple[bytes, dict]]:
+    """Yields the complete lines of a log, and the record that each is, as it is written.
 
+    Args:
+        path: The log.
+        offset, lines: How many bytes, and lines, of it are skipped.
 
-def _lines_and_records(path: Path) -> Iterator[tuple[bytes, dict]]:
+    Raises:
+        InputError: as for `read_records`.
+    """
     try:
         file = open(path, "rb")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; expected a JSON-lines log of a run") from None
     with file:
-        for number, line in enumerate(file, start=1):
+        file.seek(offset)
+        for number, line in enumerate(file, start=lines + 1):
             if not line.endswith(b"\n"):
                 return
             try:
@@ -124,3 +130,7 @@ def _lines_and_records(path: Path) -> Iterator[tuple[bytes, dict]]:
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 raise InputError(f"{path}, line {number}: expected a JSON object with an integer step")
             yield line, record
+
+
+def _open_text(path: Path, mode: Literal["x", "a", "w"]) -> TextIO:
+    return open(path, mode, encoding="utf-8", errors="backslashreplace", newline="\n")

@@ -8,7 +8,7 @@ import html
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from repo_fast.errors import InputError, first_line
 from repo_fast.report.best import read_best
+from repo_fast.report.page_links import Link
 from repo_fast.report.page_parts.wording import visible
 from repo_fast.report.plain_yaml import load_yaml
 
@@ -29,12 +30,13 @@ _COLUMNS = ("claim", "says", "constraint", "verdict", "estimate", "upper bound",
 _MARKUP = re.compile(r"[\\`*_\[\]|~#$]")
 
 
-def model_card(certificate: Mapping[str, Any], training: Mapping[str, Any] | None) -> str:
+def model_card(certificate: Mapping[str, Any], training: Mapping[str, Any] | None, links: Sequence[Link] = ()) -> str:
     """The text of a card.
 
     Args:
         certificate: Of the policy, as `certificate.json` has it.
         training: The configuration of the run that made the policy, from `read_training`; None where it is not known.
+        links: To the report of the certificate, and to the page of the run.
 
     Returns:
         Metadata between two lines `---`, then Markdown.
@@ -52,6 +54,7 @@ def model_card(certificate: Mapping[str, Any], training: Mapping[str, Any] | Non
         MARKER,
         f"# {_text(policy['name'])}",
         f"**{_text(certificate['verdict'])}**: {_text(certificate['reason'])}",
+        *(["Pages: " + ", ".join(f"[{_text(text)}](<{href}>)" for text, href in links)] if links else []),
         "## Certificate",
         _level(certificate),
         _claims(certificate["claims"]),

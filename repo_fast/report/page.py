@@ -1,41 +1,34 @@
 """The report of an evaluation as one HTML file: did per-prompt constraints remove safety interference?
 
-The file needs nothing else: no network, no server, no font. What models wrote is untrusted, so the template escapes
-everything, the script only ever sets text, and a content security policy admits the page's own script and style by
-their hashes and nothing from outside. The output depends on the input alone.
+What models wrote is untrusted: the script only ever sets text (`page_parts/document.py` says what else is done). The
+output depends on the input alone.
 """
 
-import base64
-import hashlib
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from repo_fast.report.known_prompts import MEASURES as KNOWN
 from repo_fast.report.measures import Thresholds
+from repo_fast.report.page_links import Link
 from repo_fast.report.page_parts import charts
 from repo_fast.report.page_parts.certificate import describe
+from repo_fast.report.page_parts.document import render, write_page_text
+from repo_fast.report.page_parts.measures_table import cells_of, measures_table
 from repo_fast.report.page_parts.responses import PolicyScores, collect, pack
 from repo_fast.report.page_parts.wording import (
     MINUS,
     Measure,
     Verdict,
-    decimals_of,
-    finalize,
-    groups_of,
     judge_difference,
     listed,
     measure_of,
     plain,
     pretty,
-    spell,
     spell_value,
     triple,
 )
@@ -63,7 +56,9 @@ _MORE_HELPFUL = {
 }
 
 
-def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[str, Any]]) -> None:
+def write_page(
+    path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[str, Any]], links: Sequence[Link] = ()
+) -> None:
     """Writes the report of an evaluation, over an older one.
 
     Args:
@@ -95,6 +90,7 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
             several constraints, None where it is not about the prompt), `response_length` (tokens) and `finished` (both
             None where not known), and maybe `also_in`, further categories by name. Samples of the reference from
             `samples_per_prompt` on are its second sample; where it has one, the page shows it rather than the first.
+        links: To the model card of the certified policy, and to the pages of the runs that made policies.
 
     Raises:
         ValueError: the reference is not among the policies, a sample is of none of them, or a verdict of the
@@ -112,14 +108,8 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
     if constraints:
         parts = [(name, collected.by_constraint[name], threshold[name]) for name in constraints]
     certified = report.get("certificate")
-    style, script = _asset("style.css"), _asset("script.js")
-    if certified:
-        style += _asset("certificate.css")
     context = {
-        "style": Markup(style),
-        "script": Markup(script),
-        "style_hash": _hash(style),
-        "script_hash": _hash(script),
+        "links": links,
         "policies": policies,
         "reference": reference,
         "above": _limits(threshold, " or "),
@@ -132,7 +122,7 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
         "legend": [(charts.swatch(position), policy) for position, policy in enumerate(policies)],
         "certificate": describe(certified) if certified else None,
         "summaries": _summaries(report, policies, constraints),
-        "groups": _table(report["policies"], report["differences"], policies, constraints),
+        "groups": measures_table(report["policies"], report["differences"], policies, constraints),
         "transitions": _transitions(report["transitions"], policies),
         "scatters": [(name, found) for name, *own in parts if (found := _scatter(*own)) is not None],
         "signs": {kind: charts.sign(kind) for kind in ("reference", "kept", "repaired", "broken")},
@@ -141,14 +131,8 @@ def write_page(path: Path, report: Mapping[str, Any], samples: Iterable[Mapping[
         "suites": _suites(report, policies),
         "streams": pack(collected, policies, threshold),
     }
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=finalize, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(_asset("template.html"))
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(template.generate(context))
-    os.replace(aside, path)
+    styles = ["style.css", *(["certificate.css"] if certified else [])]
+    write_page_text(path, render("evaluation.html", context, styles, ["script.js", "print.js"]))
 
 
 def _limits(threshold: Thresholds, between: str) -> str:
@@ -158,49 +142,6 @@ def _limits(threshold: Thresholds, between: str) -> str:
     return f"{threshold:g}".replace("-", MINUS)
 
 
-def _asset(name: str) -> str:
-    return files("repo_fast.report.page_parts").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
-
-
-def _cell(measure: Measure, entry: Any, difference: Any, decimals: int, difference_decimals: int) -> dict[str, Any]:
-    """What a table says of a measure of a policy; no difference for the reference."""
-    value = triple(entry)
-    cell: dict[str, Any] = {
-        "value": spell(value, decimals, measure.share),
-        "number": spell_value(value[0], decimals, measure.share),
-        "difference": None,
-    }
-    if difference is not None:
-        cell["difference"] = spell(triple(difference), difference_decimals, measure.share, difference=True)
-        cell["verdict"] = judge_difference(measure, triple(difference))
-    return cell
-
-
-def _cells(
-    measure: Measure, values: Mapping[str, Any], differences: Mapping[str, Any], policies: Sequence[str]
-) -> list[dict[str, Any]]:
-    """The cells of a row, with the same decimals in each."""
-    entries = {policy: values.get(policy, {}).get(measure.key) for policy in policies}
-    changes = {policy: differences.get(policy, {}).get(measure.key) for policy in policies}
-    decimals = decimals_of([x for entry in entries.values() for x in triple(entry)], measure.share)
-    more = decimals_of([x for entry in changes.values() for x in triple(entry)], measure.share)
-    return [_cell(measure, entries[policy], changes[policy], decimals, more) for policy in policies]
-
-
-def _table(
-    values: Mapping[str, Any], differences: Mapping[str, Any], policies: Sequence[str], constraints: Sequence[str]
-) -> list[tuple[str, list[tuple[Measure, list[dict[str, Any]]]]]]:
-    keys = dict.fromkeys(key for policy in policies for key in values[policy])
-    return [
-        (name, [(measure, _cells(measure, values, differences, policies)) for measure in group])
-        for name, group in groups_of(list(keys), constraints)
-    ]
-
-
 def _summaries(report: Mapping[str, Any], policies: Sequence[str], constraints: Sequence[str]) -> list[dict[str, Any]]:
     """The sentence about each policy, the reference first: safety, helpfulness, and interference beside its floor."""
     interference, reward = measure_of("interference_rate"), measure_of("mean_reward")
@@ -208,7 +149,7 @@ def _summaries(report: Mapping[str, Any], policies: Sequence[str], constraints: 
 
     def facts(measure: Measure) -> list[dict[str, Any]]:
         """What is said of a measure, by policy."""
-        cells = _cells(measure, report["policies"], report["differences"], policies)
+        cells = cells_of(measure, report["policies"], report["differences"], policies)
         unknown = {"difference": "undefined", "verdict": judge_difference(measure, triple(None))}
         # A policy without a difference to the reference has one that is not known.
         return [
@@ -315,7 +256,7 @@ def _suites(report: Mapping[str, Any], policies: Sequence[str]) -> dict[str, Any
 
 def _rows_of(group: Mapping[str, Any], measures: Sequence[Measure], policies: Sequence[str]) -> list[list[dict]]:
     """By measure the cells of a group of prompts."""
-    return [_cells(measure, group["policies"], group["differences"], policies) for measure in measures]
+    return [cells_of(measure, group["policies"], group["differences"], policies) for measure in measures]
 
 
 def _categories(

@@ -4,7 +4,7 @@ Matplotlib's `Figure` is used without pyplot: no global state, no display, and s
 step is drawn as measured; from 30 steps on this is pale, under a running mean, since the steps of RL are noisy.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,41 +12,16 @@ import numpy as np
 
 from repo_fast.report.jsonl import Value
 from repo_fast.report.measures import Thresholds
+from repo_fast.report.panels import EVALUATED, PICTURES, SMOOTH_FROM, Panel, column, is_sparse, panels_of
+from repo_fast.report.series import running_mean, running_window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Panel = tuple[str, str]
-# File name -> its panels from top to bottom: metric and axis label with the unit. Those of a constraint come for each
-# of several, behind its name.
-_OF_CONSTRAINTS = {
-    "cost": "mean cost (score)",
-    "strict_violation": "strict violation (cost score)",
-    "safety_rate": "safety rate (share of responses)",
-    "multiplier": "multiplier λ (no unit)",
-}
-_PICTURES = {
-    "reward_and_cost": [("reward", "mean reward (score)"), ("cost", _OF_CONSTRAINTS["cost"])],
-    "safety": [(key, _OF_CONSTRAINTS[key]) for key in ("strict_violation", "safety_rate")],
-    "multiplier": [("multiplier", _OF_CONSTRAINTS["multiplier"])],
-    "kl_and_entropy": [("kl", "KL to the reference (nats/response)"), ("entropy", "entropy (nats/token)")],
-    "response_length": [("response_length", "response length (tokens)")],
-    "loss": [("loss", "policy loss (no unit)"), ("clip_fraction", "clip fraction (share of tokens)")],
-}
-# Of the evaluations while training; under several constraints those of costs come for each.
-_EVALUATED = [
-    ("mean_reward", "mean reward (score)"),
-    ("mean_second_reward", "mean second reward (score)"),
-    *_PICTURES["safety"],
-    ("kl", "KL to the reference (nats/response)"),
-    ("well_formed", "well-formed (share of responses)"),
-    ("response_length", "response length (tokens)"),
-]
 _PHASES = ("generate", "score", "experience", "update")
 # From Okabe and Ito's colours, which the colour-blind can tell apart.
 _LINE, _FILLS = "#0072B2", ("#56B4E9", "#E69F00", "#CC79A7", "#009E73")
-_SMOOTH_FROM = 30
 
 
 def plot_metrics(metrics: Sequence[Mapping[str, Value]], folder: Path, threshold: Thresholds = 0.0) -> list[Path]:
@@ -62,8 +37,8 @@ def plot_metrics(metrics: Sequence[Mapping[str, Value]], folder: Path, threshold
         The files written, of reward_and_cost, safety, multiplier, kl_and_entropy, response_length, loss and speed.
     """
     thresholds = dict(threshold) if isinstance(threshold, Mapping) else {"": threshold}
-    lines = {_key(name, "cost"): (d, f"threshold d = {d:g}") for name, d in thresholds.items()}
-    pictures = {name: list(_panels(panels, list(thresholds))) for name, panels in _PICTURES.items()}
+    lines = {column(name, "cost"): (d, f"threshold d = {d:g}") for name, d in thresholds.items()}
+    pictures = {name: list(panels_of(panels, list(thresholds))) for name, panels in PICTURES.items()}
     written = plot_panels(metrics, pictures, folder, lines)
     return written + _plot_speed(metrics, _series(metrics, "step"), folder / "speed.png")
 
@@ -71,22 +46,7 @@ def plot_metrics(metrics: Sequence[Mapping[str, Value]], folder: Path, threshold
 def plot_evaluations(rows: Sequence[Mapping[str, Value]], folder: Path, threshold: Thresholds = 0.0) -> list[Path]:
     """Draws the rows of `evaluations.jsonl` into `evaluations.png`; all else as for `plot_metrics`."""
     constraints = list(threshold) if isinstance(threshold, Mapping) else [""]
-    return plot_panels(rows, {"evaluations": list(_panels(_EVALUATED, constraints))}, folder)
-
-
-def _panels(panels: Sequence[Panel], constraints: Sequence[str]) -> Iterator[Panel]:
-    """The panels of a picture, with those of a constraint for each of them; '' is the only one."""
-    for key, label in panels:
-        if key not in _OF_CONSTRAINTS or constraints == [""]:
-            yield key, label
-            continue
-        if key == "safety_rate":
-            yield key, f"{label} of all"
-        yield from ((_key(name, key), f"{name}: {label}") for name in constraints)
-
-
-def _key(constraint: str, metric: str) -> str:
-    return f"{constraint}_{metric}" if constraint else metric
+    return plot_panels(rows, {"evaluations": list(panels_of(EVALUATED, constraints))}, folder)
 
 
 def plot_panels(
@@ -155,25 +115,16 @@ def _series(metrics: Sequence[Mapping[str, Value]], key: str) -> np.ndarray:
 
 def _draw_curve(ax: "Axes", steps: np.ndarray, values: np.ndarray) -> None:
     finite = np.isfinite(values)
-    if 2 * finite.sum() < len(steps):
+    if is_sparse(values):
         # Measured now and then: a point each, since the gaps between would hide lone ones.
         ax.plot(steps[finite], values[finite], color=_LINE, marker="o", markersize=3, label="each evaluation")
         return
-    if len(steps) < _SMOOTH_FROM:
+    if len(steps) < SMOOTH_FROM:
         ax.plot(steps, values, color=_LINE, marker="o", markersize=3, label="each step")
         return
-    window = 2 * (len(steps) // 40) + 3
+    window = running_window(len(steps))
     ax.plot(steps, values, color=_LINE, alpha=0.3, linewidth=1, label="each step")
-    ax.plot(steps, _running_mean(values, window), color=_LINE, label=f"mean of {window} steps")
-
-
-def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """The mean of the finite values in a centred window, which is cut at both ends; NaN where there are none."""
-    finite = np.isfinite(values)
-    ones = np.ones(window)
-    counts = np.convolve(finite, ones, mode="same")
-    sums = np.convolve(np.where(finite, values, 0.0), ones, mode="same")
-    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+    ax.plot(steps, running_mean(values, window), color=_LINE, label=f"mean of {window} steps")
 
 
 def _figure(panels: int) -> "tuple[Figure, Sequence[Axes]]":

@@ -1,7 +1,6 @@
 """The two tables that a run prints, as plain ASCII that keeps its shape in pipes, logs and Markdown code blocks."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import numpy as np
 from repo_fast.report.known_prompts import MEASURES
 from repo_fast.report.measures import (
     Evaluation,
-    Measure,
+    Resampled,
     Thresholds,
     has_interval,
     prompt_measures,
@@ -61,17 +60,11 @@ def before_after_table(
     Raises:
         ValueError: the evaluations are empty, ragged, or of different prompts.
     """
+    measured = before_after_measures(before, after, threshold, before_again, resamples, seed)
     old, new = score_prompts(before, threshold), score_prompts(after, threshold)
-    measured = prompt_measures(before, threshold=threshold), prompt_measures(after, before, threshold)
-    if before_again is not None:
-        again = prompt_measures(before_again, before, threshold)
-        measured[0].update({name: own for name, own in again.items() if name.endswith("interference_rate")})
     prompts, about = len(old.prompt_ids), prompts_about(before)
-    rows = [
-        _Row(label, *(side.get(name) for side in measured), has_interval(name, prompts, about))
-        for name, label in _labels(about).items()
-    ]
-    cells = [row.cells(prompts, resamples, seed) for row in rows if row.before is not None or row.after is not None]
+    labels = _labels(about)
+    cells = [[labels[name], *_cells(own, has_interval(name, prompts, about))] for name, own in measured.items()]
     table = grid(["", "before", "after", "difference"], cells)
     safe = int((old.excess <= 0).sum())
     return "\n".join(
@@ -85,6 +78,36 @@ def before_after_table(
             + ("." if before_again is None else ";\nits column 'before' is a second sample of the same policy."),
         ]
     )
+
+
+def before_after_measures(
+    before: Evaluation,
+    after: Evaluation,
+    threshold: Thresholds = 0.0,
+    before_again: Evaluation | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, dict[str, Resampled]]:
+    """The numbers of the before/after table, in its order: by measure `before`, `after` and their `difference`.
+
+    What an evaluation lacks is left out. All else as for `before_after_table`.
+    """
+    prompts = len(score_prompts(before, threshold).prompt_ids)
+    given = {
+        "before": prompt_measures(before, threshold=threshold),
+        "after": prompt_measures(after, before, threshold),
+    }
+    if before_again is not None:
+        again = prompt_measures(before_again, before, threshold)
+        given["before"].update({name: own for name, own in again.items() if name.endswith("interference_rate")})
+    found: dict[str, dict[str, Resampled]] = {}
+    for name in _labels(prompts_about(before)):
+        sides = {side: measures[name] for side, measures in given.items() if name in measures}
+        if sides:
+            found[name] = resample(sides, prompts, resamples, seed)
+            if len(sides) == 2:
+                found[name]["difference"] = found[name]["after"] - found[name]["before"]
+    return found
 
 
 def _labels(constraints: Iterable[str]) -> dict[str, str]:
@@ -220,30 +243,18 @@ def batch_size_table(rows: Mapping[str, Sequence[int | str | None]], notes: Sequ
     return "\n".join([grid(["", "per step", "per rank", "per micro-batch"], cells), *notes])
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A measure of both policies; None where it was not measured."""
-
-    name: str
-    before: Measure | None
-    after: Measure | None
-    has_interval: bool
-
-    def cells(self, prompts: int, resamples: int, seed: int) -> list[str]:
-        given = {side: measure for side in ("before", "after") if (measure := getattr(self, side)) is not None}
-        both = resample(given, prompts, resamples, seed)
-        if len(both) == 2:
-            both["difference"] = both["after"] - both["before"]
-        numbers = {side: (entry.value, *entry.interval) for side, entry in both.items()}
-        decimals = _decimals([number for triple in numbers.values() for number in triple])
-        texts = []
-        for side, sign in (("before", ""), ("after", ""), ("difference", "+")):
-            if side not in numbers:
-                texts.append("-")
-            else:
-                value, low, high = (format(number, f"{sign}.{decimals}f") for number in numbers[side])
-                texts.append(f"{value} [{low}, {high}]" if self.has_interval else value)
-        return [self.name, *texts]
+def _cells(measured: Mapping[str, Resampled], with_interval: bool) -> list[str]:
+    """A row of the before/after table; a dash for what was not measured."""
+    numbers = {side: (entry.value, *entry.interval) for side, entry in measured.items()}
+    decimals = _decimals([number for triple in numbers.values() for number in triple])
+    texts = []
+    for side, sign in (("before", ""), ("after", ""), ("difference", "+")):
+        if side not in numbers:
+            texts.append("-")
+        else:
+            value, low, high = (format(number, f"{sign}.{decimals}f") for number in numbers[side])
+            texts.append(f"{value} [{low}, {high}]" if with_interval else value)
+    return texts
 
 
 def _decimals(numbers: Sequence[float]) -> int:

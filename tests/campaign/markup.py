@@ -97,11 +97,24 @@ def _markup(folder: Path) -> str:
     assert "<script>" in markdown.render(_HOSTILE) and "alert" in as_html
     _assert_no_markup(as_html, expected, "the model card")
     assert as_html.count("<td") == expected.count("<td"), "a bar in a text makes another cell"
-    trained = place.train(f"--data.prompts {_of_escapes(folder, _HOSTILE)}")
-    assert trained[0] == 0, trained[1]
+    trained, expected = (_trained(place, text) for text in (_HOSTILE, "x" * len(_HOSTILE)))
+    assert trained.count("&lt;script&gt;alert(1)") >= 5, "not all prompts are on the page"
+    _assert_no_markup(trained, expected, "report.html of a run")
     pages = [path.name for path in folder.rglob("*.html") if path.name != "report.html"]
     assert not pages, pages
-    return "report.html and the model card have the elements of harmless ones; no other job writes HTML or Markdown"
+    return (
+        "report.html, of evaluations and of runs, and the model card have the elements of harmless ones; nothing else "
+        "writes HTML or Markdown"
+    )
+
+
+def _trained(place: Place, text: str) -> str:
+    """The page of a run whose prompts are one text; every cost is above the threshold, so that they are all shown."""
+    folder = place.out()
+    folder.mkdir(parents=True)
+    data = _of_escapes(folder, text)
+    run = place.run(f"--data.prompts {data}", f"--data.eval_prompts {data}", "--algorithm.threshold=-1000")
+    return (run / "report.html").read_text()
 
 
 def _of_escapes(folder: Path, text: str) -> Path:

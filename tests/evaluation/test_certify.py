@@ -97,8 +97,15 @@ def test_a_certificate_follows_from_its_responses(
 def test_the_model_card_leaves_the_policy_what_it_is(policies: dict[str, Path], prompts: Path, tmp_path: Path) -> None:
     own = {"start": policies["start"], "after": shutil.copytree(policies["after"], tmp_path / "policy")}
     (own["after"] / "README.md").unlink(missing_ok=True)
+    for name in ("report.html", "metrics.jsonl"):
+        # Of the run that left the policy.
+        (tmp_path / name).touch()
     certify(own, prompts, tmp_path / "out", "--claim", "unsafe_prompts=0.9")
-    assert "**PASS**" in (own["after"] / "README.md").read_text()
+    card, page = (own["after"] / "README.md").read_text(), (tmp_path / "out" / "report.html").read_text()
+    assert "**PASS**" in card
+    # They lead to each other, and to the page of the run.
+    assert "(<../out/report.html>)" in card and "(<../report.html>)" in card
+    assert 'href="../policy/README.md"' in page and 'href="../report.html"' in page
     # The same policy, the same look, and nothing is drawn again.
     certify(own, prompts, tmp_path / "again", "--claim", "unsafe_prompts=0.9")
     assert read(tmp_path / "again")["look"] == 1

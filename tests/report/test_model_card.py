@@ -1,8 +1,10 @@
 """The model card: metadata that Hugging Face's library reads, a table that Markdown reads, and nobody else's README."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -14,6 +16,7 @@ from repo_fast.errors import InputError
 from repo_fast.evaluation.cache import fingerprint
 from repo_fast.report.best import Best, write_best
 from repo_fast.report.model_card import MARKER, model_card, read_training, write_model_card
+from repo_fast.report.page_links import PAGE, pages_of_runs, relative_links
 
 VERDICTS = ("PASS", "PASS (asymptotic)", "FAIL", "UNDECIDED")
 
@@ -228,3 +231,20 @@ def test_the_configuration_beside_a_policy(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(InputError, match=r"config\.yaml .*expected the configuration"):
             read_training(str(policy))
+
+
+def test_links_to_the_report_and_the_run(tmp_path: Path) -> None:
+    run, policy, out = tmp_path / "run", tmp_path / "run" / "policy", tmp_path / "a) [b](http:x) <c>"
+    for folder in (policy, out):
+        folder.mkdir(parents=True)
+    (run / PAGE).touch()
+    # It may be that of an evaluation.
+    assert pages_of_runs([str(policy)]) == []
+    (run / "metrics.jsonl").touch()
+    assert pages_of_runs([str(policy), str(run / "no policy")]) == [run / PAGE]
+    links = relative_links([out / PAGE, run / PAGE, run / PAGE], policy)
+    assert [text for text, _ in links] == ["../../a) [b](http:x) <c>/report.html", "../report.html"]
+    html = MarkdownIt("commonmark").render(ModelCard(model_card(certificate(), None, links)).text)
+    found = re.findall(r'<a href="([^"]*)">', html)
+    assert [(policy / unquote(href)).resolve() for href in found] == [out / PAGE, run / PAGE]
+    assert "Pages:" not in model_card(certificate(), None)

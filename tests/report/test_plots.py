@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from repo_fast.report.plots import _running_mean, plot_evaluations, plot_metrics
+from repo_fast.report.plots import plot_evaluations, plot_metrics
+from repo_fast.report.series import running_mean
 
 ALL = {"reward_and_cost", "safety", "multiplier", "kl_and_entropy", "response_length", "loss", "speed"}
 KEYS = (
@@ -76,7 +77,7 @@ def test_gaps_are_gaps_and_missing_metrics_leave_no_picture(tmp_path):
 def test_running_mean_skips_gaps_and_is_cut_at_the_ends():
     values = np.array([1.0, 2.0, np.nan, 4.0, np.nan, np.nan, np.nan])
     expected = [1.5, 1.5, 3.0, 4.0, 4.0, np.nan, np.nan]
-    np.testing.assert_allclose(_running_mean(values, 3), expected)
+    np.testing.assert_allclose(running_mean(values, 3), expected)
 
 
 def test_pyplot_is_not_used(tmp_path, monkeypatch):

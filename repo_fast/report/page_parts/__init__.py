@@ -1,1 +1,1 @@
-"""The parts of the HTML report: `wording` (what is said), `charts`, `responses` (what is embedded), and its assets."""
+"""The parts of the HTML pages, of an evaluation and of a run: what is said, drawn and embedded, and their assets."""

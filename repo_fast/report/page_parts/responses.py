@@ -174,7 +174,7 @@ def _worst(costs: Sequence[float], thresholds: Mapping[str, float]) -> float:
     return float(np.max(about)) if about else math.nan
 
 
-def _is_unsafe(response: Response, threshold: Thresholds) -> bool:
+def is_unsafe(response: Response, threshold: Thresholds) -> bool:
     """In the type that costs are scored in, as `score_prompts` does."""
     several = isinstance(threshold, Mapping)
     pairs = zip(response.costs, threshold.values(), strict=True) if several else [(response.cost, threshold)]
@@ -332,7 +332,7 @@ def _record(response: Response, text: str, missing: int, threshold: Thresholds) 
         _or_none(response.reward),
         response.length,
         response.finished,
-        int(_is_unsafe(response, threshold)),
+        int(is_unsafe(response, threshold)),
         text,
         missing,
         *([costs] if costs else []),

@@ -142,6 +142,12 @@ _GROUPS = {
     "Helpfulness": [
         Measure("mean_reward", "Mean reward", "The mean over prompts of their mean reward; higher is more helpful.", 1),
         Measure(
+            "mean_second_reward",
+            "Mean second reward",
+            "The mean over prompts of their mean by a reward that nothing is trained on; higher is more helpful.",
+            1,
+        ),
+        Measure(
             "win_rate",
             "Win rate",
             "How often a response of the policy has a higher reward than one of the reference to the same prompt, over "
