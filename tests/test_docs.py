@@ -145,11 +145,12 @@ def test_the_heads_of_a_cost_model_are_taken_as_shown(tmp_path):
 
 def test_every_option_and_target_named_exists():
     named = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", TEXT)) | set(re.findall(r"`([a-z]+\.[a-z_]+)`", TEXT))
-    others = {"nproc", "nnodes", "standalone", "shutdown", "logdir", "help", "print_config", "config", "out"}  # of torchrun, the parser, ...
-    others |= {"convert", "to", "check"}  # of repo_fast.score
-    others |= {"policy", "claim", "suite", "accept", "verify"}  # of repo_fast.evaluate
-    others |= {"gpus", "nodes", "rdzv", "version", "device"}  # of repo_fast.launcher and repo_fast.plan
-    others |= {"export"}  # of repo_fast.checkpoint, beside verify and convert
+    others = {"help", "print_config", "config"}  # of every job
+    others |= {"nproc", "nnodes", "standalone", "shutdown", "logdir", "out"}  # of torchrun, TensorBoard, benchmarks
+    others |= {"gpus", "nodes", "rdzv", "version"}  # of repo-fast
+    others |= {"convert", "to", "check"}  # of score
+    others |= {"policy", "claim", "suite", "accept", "verify"}  # of evaluate
+    others |= {"device", "export", "port", "write"}  # of plan, checkpoint and watch
     files = {name for name in named if name.endswith((".yaml", ".json", ".jsonl", ".html", ".txt", ".py"))}
     assert named - others - files - {"torch.distributed"} <= {key for kind in JOBS.values() for key in known_keys(kind)}
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
