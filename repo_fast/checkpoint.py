@@ -68,17 +68,21 @@ def _list(found: list[Path], *, whole: bool) -> int:
 
     rows, status = [], 0
     for folder in found:
-        written = datetime.datetime.fromtimestamp(folder.stat().st_mtime).isoformat(" ", "seconds")
-        ranks, size, notes = "", "", ["sound" if whole else "all files are there"]
+        ranks, size, notes, problems = "", "", ["sound" if whole else "all files are there"], []
         if not is_checkpoint(folder):
             notes = [_INCOMPLETE.get(folder.suffix, "no checkpoint")]
         elif is_deepspeeds(folder):
             notes = ["DeepSpeed's, of before: --convert"]
         elif problems := damages(folder, None if whole else ["run.json"]):
-            notes, status = [f"damaged: {problem}" for problem in problems], DAMAGED
+            notes = [f"damaged: {problem}" for problem in problems]
         else:
             ranks = str(read_run(folder)["ranks"])
             size = f"{sum(file.bytes for file in read_manifest(folder).values()) / 1e9:.3g}"
+        if not folder.exists():
+            # The run, which goes on meanwhile, keeps the newest.
+            continue
+        status = DAMAGED if problems else status
+        written = datetime.datetime.fromtimestamp(folder.stat().st_mtime).isoformat(" ", "seconds")
         rows += [[folder.name, written, ranks, size, note] for note in notes]
     print(printable(grid(["checkpoint", "written", "ranks", "GB", "" if whole else "--verify reads them"], rows)))
     return status
@@ -102,9 +106,9 @@ def _convert(found: list[Path]) -> int:
 
 def _export(found: list[Path], step: str, target: str) -> int:
     from repo_fast.checkpoints.manifest import damages
-    from repo_fast.jobs.checkpoint import is_checkpoint, is_deepspeeds
+    from repo_fast.jobs.checkpoint import is_checkpoint, is_deepspeeds, step_of
 
-    steps = {str(int(path.name.removeprefix("step-"))): path for path in found if is_checkpoint(path)}
+    steps = {str(step_of(path)): path for path in found if is_checkpoint(path)}
     if step not in steps:
         raise InputError(f"--export {step!r} is no step that has a checkpoint, expected one of {', '.join(steps)}")
     folder = steps[step]

@@ -1,9 +1,11 @@
 """`python -m repo_fast.checkpoint`: what it says of checkpoints, and the policies that it makes of them."""
 
+import json
 import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -96,6 +98,51 @@ def test_what_is_listed(copied: Path, capsys: pytest.CaptureFixture) -> None:
     assert listed.count("all files are there") == listed.count("sound") == 2
     assert main([str(copied / "checkpoints" / "step-000002"), "--verify"]) == 0
     assert capsys.readouterr().out.count("sound") == 1
+
+
+def test_one_that_the_run_removes_meanwhile(
+    copied: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from repo_fast.checkpoints import manifest
+
+    damages = manifest.damages
+
+    def removed_first(folder: Path, *arguments: Any) -> list:
+        if folder.name == "step-000001":
+            shutil.rmtree(folder)
+        return damages(folder, *arguments)
+
+    monkeypatch.setattr(manifest, "damages", removed_first)
+    assert main([str(copied)]) == 0
+    listed = capsys.readouterr().out
+    assert "step-000002" in listed and "step-000001" not in listed
+
+
+def test_a_link_to_one(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "step-newest").symlink_to(copied / "checkpoints" / "step-000002")
+    assert main([str(tmp_path / "kept"), "--export", "2", str(tmp_path / "exported")]) == 0
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+
+
+def test_what_is_beside_an_export_stays(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "exported.partial").mkdir()
+    (tmp_path / "exported.partial" / "mine.txt").write_text("notes")
+    assert main([str(copied), "--export", "2", str(tmp_path / "exported")]) == 2
+    assert re.fullmatch(r"error: '.*exported.partial' exists, expected a new folder\n", capsys.readouterr().err)
+    assert (tmp_path / "exported.partial" / "mine.txt").read_text() == "notes"
+
+
+def test_a_model_that_changed_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its tokenizer goes into the folder, and its frozen weights."""
+    inputs = make_inputs(tmp_path / "inputs")
+    assert here("sft", inputs, tmp_path / "sft", "--stop_after 1") == 0
+    model = Path(json.loads((tmp_path / "sft/checkpoints/step-000001/run.json").read_text())["config"]["model"]["path"])
+    settings = model / "tokenizer_config.json"
+    settings.write_text(settings.read_text() + " ")
+    assert main([str(tmp_path / "sft"), "--export", "1", str(tmp_path / "exported")]) == 2
+    assert "is of another model: tokenizer_config.json of model.path has changed since" in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()
 
 
 def test_damage_is_listed(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

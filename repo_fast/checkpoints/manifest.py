@@ -28,7 +28,12 @@ def seal(folder: Path, sums: Mapping[str, FileSum]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, FileSum]:
-    """The files that a folder is to have. Raises `Damaged`, or `InputError` where it is of a later form."""
+    """The files that a folder is to have.
+
+    Raises:
+        Damaged: It is not what was written.
+        InputError: It is of a later form, or may not be read by this user.
+    """
     path = folder / MANIFEST
     try:
         read = path.read_bytes()
@@ -38,6 +43,8 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
         found = {name: FileSum(file["bytes"], file["sha256"]) for name, file in content["files"].items()}
     except FileNotFoundError as error:
         raise Damaged(MANIFEST, "is missing") from error
+    except PermissionError as error:
+        raise _not_allowed(path) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(MANIFEST, "cannot be read") from error
     if not intact:
@@ -92,10 +99,13 @@ def damages(folder: Path, read: Collection[str] | None = None) -> list[Damaged]:
 
 
 def check_sizes(folder: Path, files: Mapping[str, FileSum]) -> None:
-    """Raise `Damaged` where a file is missing, or is longer or shorter than it was."""
+    """Raise `Damaged` where a file is missing, or is longer or shorter than it was; `InputError` where it may not be
+    looked at."""
     for name, expected in files.items():
         try:
             size = (folder / name).stat().st_size
+        except PermissionError as error:
+            raise _not_allowed(folder / name) from error
         except OSError as error:
             raise Damaged(name, "is missing") from error
         if size != expected.bytes:
@@ -103,14 +113,22 @@ def check_sizes(folder: Path, files: Mapping[str, FileSum]) -> None:
 
 
 def check_sums(folder: Path, files: Mapping[str, FileSum], names: Iterable[str]) -> None:
-    """Raise `Damaged` where one of the named files is not what was written; reads all of them."""
+    """Raise `Damaged` where one of the named files is not what was written; reads all of them. Raise `InputError` where
+    one may not be read."""
     for name in names:
         try:
             found = sum_of(folder / name)
+        except PermissionError as error:
+            raise _not_allowed(folder / name) from error
         except OSError as error:
             raise Damaged(name, f"cannot be read ({error.strerror})") from error
         if found != files[name]:
             raise Damaged(name, "is not what was written: its sha256 differs")
+
+
+def _not_allowed(path: Path) -> InputError:
+    """It says nothing about what was written: a checkpoint of somebody else's may be whole."""
+    return InputError(f"{path}: may not be read by this user, expected a checkpoint that is one's own, or readable")
 
 
 def _sum(content: dict[str, Any]) -> str:

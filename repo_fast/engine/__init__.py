@@ -51,6 +51,7 @@ warnings.filterwarnings("ignore", r"barrier\(\): using the device under current 
 # What torchrun says to each rank, for a process that was started without it; others read it too. Nothing listens there.
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 _said_here: set[str] = set()
+_log = logging.getLogger(__name__)
 
 
 def _deepspeed() -> Any:
@@ -395,7 +396,7 @@ class Engine:
         schedule = self._schedule.state_dict()
         saved = Saved(
             adam_step,
-            str(next(p.dtype for p in self.module.parameters() if p.requires_grad)).removeprefix("torch."),
+            self._computes_in(),
             {key: schedule[key] for key in SCHEDULE},
             self._frozen_weights(),
             {name: pieces[name] for name in sorted(pieces)},
@@ -419,12 +420,16 @@ class Engine:
         Raises:
             InputError: It is of another model, or of adapters on other weights.
         """
-        optimizer = self._engine.optimizer
-        saved = _read_saved(folder, self.module, self._frozen_weights())
+        optimizer, frozen = self._engine.optimizer, self._frozen_weights()
+        with self._ranks.together("reading a checkpoint"):
+            saved = _read_saved(folder, self.module, frozen)
+        if self._ranks.is_first and saved.dtype != self._computes_in():
+            said = "going on with engine.dtype %s, where checkpoint %s was written with %s"
+            _log.warning(said, self._computes_in(), folder, saved.dtype)
         own.before_masters_change(optimizer)
         for step in own.adam_steps(optimizer):
             step.fill_(saved.adam_step)
-        with PieceReader(folder) as reader:
+        with self._ranks.together("reading a checkpoint"), PieceReader(folder) as reader:
             for part in own.fragments(optimizer, self.module):
                 parts = saved.parameters[part.name].parts
                 for key, view in part.views.items():
@@ -435,6 +440,10 @@ class Engine:
         self._schedule.load_state_dict(saved.schedule | {"lr_lambdas": [None] * len(optimizer.param_groups)})
         for group, learning_rate in zip(optimizer.param_groups, saved.schedule["_last_lr"], strict=True):
             group["lr"] = learning_rate
+
+    def _computes_in(self) -> str:
+        """As torch names it."""
+        return str(next(p.dtype for p in self.module.parameters() if p.requires_grad)).removeprefix("torch.")
 
     def _frozen_weights(self) -> str:
         """What the frozen weights are known by, in any stage and on any number of ranks. All ranks must call it."""

@@ -10,8 +10,6 @@ A key is a hash of everything that the rows depend on, so another setting is ano
 """
 
 import ast
-import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -21,11 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from repo_fast.errors import InputError
 from repo_fast.models.model_config import folder_of, load_config
 from repo_fast.scoring import ScorerSpec
-
-LOCK_FILE = "lock"
 
 
 def key_of(what: Mapping[str, Any]) -> str:
@@ -114,26 +109,3 @@ def _imported(text: bytes, module: ModuleType) -> Iterator[str]:
                 continue
             yield origin
             yield from (f"{origin}.{entry.name}" for entry in node.names)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """A folder, the cache or that of the report, is this process's inside; it is made where there is none.
-
-    Raises:
-        InputError: Another process has it, or it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK_FILE, "w")
-    except OSError as error:
-        raise InputError(f"{str(folder)!r} cannot be written to ({error.strerror}), expected a folder") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"{str(folder)!r} is in use by another evaluation, or cannot be locked ({error.strerror}), expected "
-                "one at a time: wait for it, or give another output_dir or cache_dir"
-            ) from None
-        yield

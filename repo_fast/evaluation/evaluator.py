@@ -32,7 +32,7 @@ from repo_fast.config import ONLY, REFUSED, EngineConfig, EvaluateConfig, to_dic
 from repo_fast.data import Prompt, PromptTemplate, load_tokenizer
 from repo_fast.data.cells import is_blank
 from repo_fast.errors import InputError
-from repo_fast.evaluation.cache import describe, drawn_before, fingerprint, key_of, locked, scorer_fingerprint
+from repo_fast.evaluation.cache import describe, drawn_before, fingerprint, key_of, scorer_fingerprint
 from repo_fast.evaluation.certificate import EXIT_STATUS, Plan, certificate_table
 from repo_fast.evaluation.drawing import open_drawer
 from repo_fast.evaluation.inputs import EvaluationInputs, PolicyInput
@@ -46,6 +46,7 @@ from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import first_attention
 from repo_fast.report.comparison import Judgments, compare
 from repo_fast.report.evaluations import written
+from repo_fast.report.folders import hold
 from repo_fast.report.jsonl import write_rows
 from repo_fast.report.measures import Evaluation, Thresholds, above
 from repo_fast.report.model_card import model_card, read_training, write_model_card
@@ -149,8 +150,8 @@ class Evaluator:
             judge = None
             with self.ranks.together("the start"):
                 if self.ranks.is_first:
-                    held.enter_context(locked(self.output_dir))
-                    held.enter_context(locked(self.cache_dir))
+                    held.enter_context(hold(self.output_dir, "output_dir"))
+                    held.enter_context(hold(self.cache_dir, "cache_dir"))
                     self._plan = self._begin_claims()
                     (self.output_dir / self.config.FILE).write_text(to_yaml(self.config), encoding="utf-8")
                     judge = self._start_judge()

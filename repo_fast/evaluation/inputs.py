@@ -13,12 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from repo_fast.config import OF_SUITES, REFUSED, EvaluateConfig, certified_policy, section_of, stated
 from repo_fast.data import Columns, Prompt, PromptTemplate, load_prompts
 from repo_fast.errors import InputError, at, readable
-from repo_fast.evaluation.cache import LOCK_FILE
 from repo_fast.evaluation.fresh import Fresh, exclude_seen
 from repo_fast.evaluation.suites import KnownPrompt, Origin, categories_of, load_suites
 from repo_fast.jobs.inputs import check_scorer_inputs, exempt_prompts, fields_kept, find_model, scorer_specs
 from repo_fast.models.on_paper import check_positions
-from repo_fast.report.folders import check_no_links
+from repo_fast.report.folders import LOCK_FILE, check_no_links
 from repo_fast.report.known_prompts import KnownPrompts
 from repo_fast.rollout import Request
 from repo_fast.rollout.hf import end_tokens, generation_settings

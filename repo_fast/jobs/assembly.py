@@ -546,11 +546,18 @@ class ScorerLoader:
 
 
 def _judge(column: str, model: str, settings: RubricConfig, ranks: Ranks, folder: Path) -> JudgedScorer:
-    """A rank's own, with its share of the budget; the first rank's is tried."""
-    with ranks.together("the judge"):
+    """A rank's own, with its share of the budget; the first rank's is tried.
+
+    A run that goes on may have had more ranks, or fewer: the answers of all count.
+    """
+    file = folder / f"{column}-rank{ranks.rank}.jsonl"
+    with ranks.together("the answers of a judge"):
         share = None if settings.budget is None else settings.budget / ranks.size
         own = replace(settings, budget=share)
-        judge = JudgedScorer(model, own, scorer_name(column), folder / f"{column}-rank{ranks.rank}.jsonl")
+        others = sorted(other for other in folder.glob(f"{column}-rank*.jsonl") if other != file)
+        judge = JudgedScorer(model, own, scorer_name(column), file, others, ranks.size)
+    # All have read what there was.
+    with ranks.together("the judge"):
         if ranks.is_first:
             judge.probe()
     return judge

@@ -17,17 +17,22 @@ from pathlib import Path
 
 import torch
 
-from repo_fast.checkpoints.files import FileSum
+from repo_fast.checkpoints.files import FileSum, sum_of
 from repo_fast.checkpoints.manifest import MANIFEST, Damaged, check_sizes, check_sums, damages, read_manifest, seal
 from repo_fast.collectives import Ranks
 from repo_fast.config import GuardConfig, RubricConfig, ScorerConfig
-from repo_fast.errors import InputError, first_line
+from repo_fast.errors import InputError, first_line, readable
 from repo_fast.report.folders import check_no_links, publish, remove
+from repo_fast.report.jsonl import last_step
+from repo_fast.report.plain_yaml import load_yaml
 
 # What runs write whatever is there; `--output_dir .` may be the folder of the policy that it starts from.
-_WRITTEN_OVER = ("policy", "model", "best_policy", "checkpoints", "metrics.jsonl", "samples.jsonl")
+_RESULTS = ("policy", "model")
+_WRITTEN_OVER = (*_RESULTS, "best_policy", "checkpoints", "metrics.jsonl", "samples.jsonl")
 _log = logging.getLogger(__name__)
 
+# Endings of what is no checkpoint any more: one that was found damaged, and one of before that was converted.
+DAMAGED, CONVERTED = ".damaged", ".deepspeed"
 _COMPLETE = re.compile(r"step-(\d{6,})")
 # May differ between a checkpoint and the run that goes on from it: they change nothing that is computed.
 _FREE_KEYS = (
@@ -35,10 +40,10 @@ _FREE_KEYS = (
     *("expect", "evaluation.every", "evaluation.stop_on", "evaluation.kl_bound", "engine.share_base"),
     *(f"engine.{name}" for name in ("zero_stage", "offload_optimizer", "offload_parameters", "offload_frozen")),
     "engine.parameter_persistence_threshold",
+    # What is computed differs by its rounding, which is said where the state is read.
+    "engine.dtype",
     "timeout",
 )
-# May differ too, but what is computed differs by its rounding.
-_ROUNDS = "engine.dtype"
 # So do these of any scorer: a run that stopped at its budget goes on with a larger one.
 _FREE_OF_SCORERS = re.compile(
     r".+\.(expect|judge\.(url|api_key_variable|concurrency|retries|timeout|input_price|output_price|budget))"
@@ -61,9 +66,16 @@ _BEFORE = {
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first. Raises `InputError` where the folder cannot be read."""
+    return sorted((path for path in _beside_checkpoints(output_dir) if _COMPLETE.fullmatch(path.name)), key=step_of)
+
+
+def _beside_checkpoints(output_dir: Path) -> list[Path]:
+    """All that lies where checkpoints are; nothing where there is no such folder."""
     folder = output_dir / "checkpoints"
-    return sorted((path for path in folder.glob("step-*") if _COMPLETE.fullmatch(path.name)), key=_step_of)
+    with readable(folder):
+        # A glob would find nothing in a folder that may not be read, and the run begin anew.
+        return [folder / name for name in os.listdir(folder)] if folder.exists() else []
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -81,7 +93,8 @@ def _name(folder: Path) -> str:
     return folder.name if _COMPLETE.fullmatch(folder.name) else folder.resolve().name
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step of a complete one, or of a link to one."""
     return int(_name(folder).removeprefix("step-"))
 
 
@@ -142,7 +155,8 @@ def _all_are_damaged(folder: Path, error: Damaged) -> InputError:
 def first_sound(folder: Path, resume: str | None, output_dir: Path, ranks: Ranks) -> Path:
     """The checkpoint that `find_resume` found, or one before it, all of whose files are what was written.
 
-    The ranks share the reading. Those that are damaged get another name. All ranks must call it.
+    The ranks share the reading, of what the first finds. Those that are damaged get another name. All ranks must call
+    it.
 
     Args:
         folder: From `find_resume`.
@@ -153,7 +167,10 @@ def first_sound(folder: Path, resume: str | None, output_dir: Path, ranks: Ranks
     Raises:
         InputError: It was named, and is damaged; or all are.
     """
-    older = [path for path in checkpoints(output_dir) if _step_of(path) < _step_of(folder)] if resume == "auto" else []
+    with ranks.together("looking for checkpoints"):
+        goes_back = resume == "auto" and ranks.is_first
+        older = [path for path in checkpoints(output_dir) if step_of(path) < step_of(folder)] if goes_back else []
+    older = ranks.gather_list(older)
     problems: dict[Path, Damaged] = {}
     for found in (folder, *reversed(older)):
         problem = _first_damage(found, ranks)
@@ -166,13 +183,13 @@ def first_sound(folder: Path, resume: str | None, output_dir: Path, ranks: Ranks
         raise _all_are_damaged(folder, problems[folder])
     with ranks.together("setting damaged checkpoints aside"):
         if ranks.is_first and resume == "auto":
-            for damaged in [path for path in checkpoints(output_dir) if _step_of(path) > _step_of(found)]:
+            for damaged in [path for path in checkpoints(output_dir) if step_of(path) > step_of(found)]:
                 problem = problems.get(damaged) or damages(damaged, ["run.json"])[0]
-                aside = damaged.with_name(f"{damaged.name}.damaged")
+                aside = damaged.with_name(f"{damaged.name}{DAMAGED}")
                 remove(aside)
                 os.rename(damaged, aside)
                 said = "checkpoint %s is damaged (%s): it is called %s from now on, and the run goes on from step %d"
-                _log.warning(said, damaged, problem, aside.name, _step_of(found))
+                _log.warning(said, damaged, problem, aside.name, step_of(found))
     return found
 
 
@@ -190,20 +207,47 @@ def _first_damage(folder: Path, ranks: Ranks) -> Damaged | None:
     return Damaged(*everyone[0]) if everyone else None
 
 
+def check_ranks_agree(found: Path | None, ranks: Ranks) -> None:
+    """Raise `InputError` where not all ranks found the same checkpoint: each would go on from its own.
+
+    Args:
+        found: By this rank; None where it found none.
+        ranks: This process among all, which must all call it.
+    """
+    with ranks.together("looking at a checkpoint"):
+        mine = "none" if found is None else f"{found.name} (sha256 {_sum_of_manifest(found)})"
+    everyone = ranks.gather_list([mine])
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            raise InputError(
+                f"the ranks do not find the same checkpoint: rank 0 finds {everyone[0]}, rank {rank} {theirs}; "
+                "expected one folder that all hosts see"
+            )
+
+
+def _sum_of_manifest(folder: Path) -> str:
+    try:
+        return sum_of(folder / MANIFEST).sha256[:12]
+    except OSError as error:
+        # That it is damaged is found, and said, by all together.
+        return f"unknown: {error.strerror}"
+
+
 def check_output_folder(resume: str | None, output_dir: Path) -> None:
-    """Raise `InputError` where a new run would write over an old one, or over what is no run's."""
+    """Raise `InputError` where a run would write over another, over what is no run's, or over its own results, whose
+    checkpoints are gone."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {str(output_dir)!r} is a file, expected a folder")
     check_no_links(output_dir, ["evaluations", "plots", "profile", "tensorboard"])
     used = (output_dir / "config.yaml").exists()
-    if used and resume not in (None, "auto"):
-        newest = checkpoints(output_dir)[-1:]
-        if [path.resolve() for path in newest] != [Path(resume).resolve()]:
+    written = checkpoints(output_dir)
+    if (used or written) and resume not in (None, "auto"):
+        if [path.resolve() for path in written[-1:]] != [Path(resume).resolve()]:
             raise InputError(
                 f"--resume {resume!r} into --output_dir {str(output_dir)!r}, which holds another run or newer "
                 "checkpoints, expected a new folder, or --resume auto"
             )
-    is_run = used or (resume is not None and bool(checkpoints(output_dir)))
+    is_run = used or (resume is not None and bool(written))
     others = [name for name in _WRITTEN_OVER if not is_run and (output_dir / name).exists()]
     if others:
         raise InputError(
@@ -214,6 +258,39 @@ def check_output_folder(resume: str | None, output_dir: Path) -> None:
         raise InputError(
             f"--output_dir {str(output_dir)!r} holds a run already, expected a new folder, or --resume auto to go on"
         )
+    if resume == "auto" and not written:
+        _check_that_none_is_gone(output_dir)
+
+
+def _check_that_none_is_gone(output_dir: Path) -> None:
+    """Raise `InputError` where a folder without checkpoints had some: to begin anew would cost what is left."""
+    beside = sorted(_beside_checkpoints(output_dir))
+    half_converted = [path for path in beside if path.suffix == CONVERTED]
+    if half_converted:
+        raise InputError(
+            f"checkpoint {half_converted[-1]} is DeepSpeed's, and its conversion was not finished, expected one of "
+            f"repo_fast's own: python -m repo_fast.checkpoint {output_dir} --convert makes it one"
+        )
+    results = [str(output_dir / name) for name in _RESULTS if (output_dir / name).exists()]
+    signs = [*results, *(str(path) for path in beside if path.suffix == DAMAGED)]
+    log, every = output_dir / "metrics.jsonl", _steps_between(output_dir)
+    # Killed while its first was written, a run has no more than the steps up to the second.
+    if every and (last := last_step(log)) > 2 * every:
+        signs.append(f"{log}, up to step {last}")
+    if signs:
+        raise InputError(
+            f"--resume 'auto' finds no checkpoint in {str(output_dir / 'checkpoints')!r}, where there was one: there "
+            f"is {signs[0]}; expected the checkpoint, or a new folder for a run that begins anew"
+        )
+
+
+def _steps_between(output_dir: Path) -> int | None:
+    """Of two checkpoints of the run in a folder, as it was started; None where it says none, or cannot be read."""
+    try:
+        before = load_yaml((output_dir / "config.yaml").read_text(encoding="utf-8"))
+        return int(before["checkpoint"]["every"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def read_run(folder: Path) -> dict:
@@ -238,9 +315,6 @@ def check_run(folder: Path, run: dict, config: dict) -> None:
             theirs = None
         if theirs is None and key in _BEFORE:
             theirs = ours if _BEFORE[key] is _ANY else _BEFORE[key]
-        if key == _ROUNDS:
-            _log.warning("going on with %s %s, where checkpoint %s was written with %s", key, ours, folder, theirs)
-            continue
         free = {key, key.split(".")[0]} & {*_FREE_KEYS} or _FREE_OF_SCORERS.fullmatch(key)
         if theirs != ours and not free:
             raise InputError(

@@ -285,9 +285,11 @@ class EvaluatedRun(Run):
 
     def _keep_best(self) -> None:
         """Write the policy where this step's evaluation is the best so far. All ranks must call it."""
-        best = self.watch.best
-        is_new = self.ranks.is_first and best is not None and best.step == self.step
-        if not self.ranks.any(is_new and best_policy.read_best(self.output_dir / best_policy.FOLDER) != best):
+        best, is_new = self.watch.best, False
+        with self.ranks.together("looking at the best policy"):
+            if self.ranks.is_first and best is not None and best.step == self.step:
+                is_new = best_policy.read_best(self.output_dir / best_policy.FOLDER) != best
+        if not self.ranks.any(is_new):
             return
         with self.phase("save best policy"):
             state = self.learner.models.policy.whole_state()

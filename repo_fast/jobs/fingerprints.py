@@ -103,7 +103,7 @@ def check_unchanged(folder: Path, run: dict, now: dict[str, Fingerprint], allowe
     if before is None:
         log.warning("checkpoint %s is from before data were fingerprinted: whether they changed is not known", folder)
         return
-    changed = list(_changes(before, now))
+    changed = list(changes(before, now))
     if changed and not allowed:
         more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise InputError(
@@ -114,7 +114,7 @@ def check_unchanged(folder: Path, run: dict, now: dict[str, Fingerprint], allowe
         log.warning("going on with inputs that are not those of checkpoint %s: %s", folder, "; ".join(changed))
 
 
-def _changes(before: dict[str, Fingerprint], now: dict[str, Fingerprint]) -> Iterator[str]:
+def changes(before: dict[str, Fingerprint], now: dict[str, Fingerprint]) -> Iterator[str]:
     """What is not as it was, of the options that both have."""
     for key, then in before.items():
         for name in sorted(then.keys() | now.get(key, then).keys()):

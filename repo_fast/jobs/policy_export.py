@@ -11,6 +11,7 @@ from repo_fast.engine.saved import Saved
 from repo_fast.errors import InputError, readable
 from repo_fast.jobs.assembly import load_policy
 from repo_fast.jobs.checkpoint import partial, read_run
+from repo_fast.jobs.fingerprints import changes, of_model
 from repo_fast.jobs.inputs import find_model
 from repo_fast.models.policy import save_policy
 from repo_fast.report.folders import publish, remove
@@ -25,19 +26,28 @@ def export_policy(checkpoint: Path, folder: Path) -> None:
 
     Raises:
         InputError: The checkpoint is of a score model; the model that the run started from is not there, or has other
-            frozen weights; the folder exists, or cannot be written.
+            frozen weights, or other files than it had; the folder exists, or cannot be written.
     """
-    with readable(folder):
-        exists = folder.exists()
-    if exists:
-        raise InputError(f"{str(folder)!r} exists, expected a new folder")
-    config = read_run(checkpoint)["config"]
+    aside = partial(folder)
+    for path in (folder, aside):
+        with readable(path):
+            exists = path.exists() or path.is_symlink()
+        if exists:
+            raise InputError(f"{str(path)!r} exists, expected a new folder")
+    run = read_run(checkpoint)
+    config = run["config"]
     if "kind" in config:
         raise InputError(f"{str(checkpoint)!r} is of a score model, expected one of repo_fast.train or repo_fast.sft")
     engine = "policy" if "policy" in config else "model"
     section = config[engine]
     lora = LoraConfig(**section["lora"] | {"targets": tuple(section["lora"]["targets"])})
     settings = ModelConfig(**section | {"lora": lora})
+    key, now = f"{engine}.path", of_model(settings.path)
+    # Of what cannot be told now nothing is said.
+    for change in changes({key: run.get("inputs", {}).get(key, {})}, {key: now} if now else {}):
+        raise InputError(
+            f"checkpoint {checkpoint} is of another model: {change} since the run started, expected as it was"
+        )
     dtype = Saved.read(checkpoint / engine).dtype
     ranks = Ranks(0, 1, torch.device("cpu"))
     whole = EngineConfig(zero_stage=1, dtype=dtype)
@@ -45,10 +55,10 @@ def export_policy(checkpoint: Path, folder: Path) -> None:
     policy = load_policy(path, tokenizer, settings, whole, ranks)
     read_weights(policy, checkpoint / engine, ranks)
     state = Engine(policy, whole, ranks).whole_state()
-    aside = partial(folder)
     try:
-        remove(aside)
         save_policy(aside, policy, state, tokenizer, path)
         publish(aside, folder)
     except OSError as error:
         raise InputError(f"{str(folder)!r} cannot be written: {error.strerror}") from error
+    finally:
+        remove(aside)

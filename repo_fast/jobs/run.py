@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy
 import psutil
@@ -30,8 +30,8 @@ from repo_fast.jobs.fingerprints import Fingerprint, check_unchanged
 from repo_fast.jobs.random_state import RandomState, load_random_state, save_random_state, seed_everything
 from repo_fast.jobs.training_prompts import Record, write_record
 from repo_fast.models.quantization import say_dequantized
-from repo_fast.report.folders import publish, remove, sync, sync_tree
-from repo_fast.report.jsonl import Value
+from repo_fast.report.folders import hold, publish, remove, sync, sync_tree
+from repo_fast.report.jsonl import Value, last_step
 from repo_fast.report.metrics import MetricsLog
 from repo_fast.report.page_links import PAGE
 from repo_fast.report.plots import plot_panels
@@ -84,6 +84,8 @@ class Run:
         self.output_dir = Path(config.output_dir)
         self.step = 0
         self.stop_signal: int | None = None
+        self._resumed_from: Path | None = None
+        self._lock: TextIO | None = None
         self._unfinished: _Unfinished | None = None
         self._said_short = False
         self._shown = shown
@@ -121,7 +123,8 @@ class Run:
             training_prompts: What the run's model will have seen.
 
         Raises:
-            InputError: The checkpoint is of another model, or beyond the run's last step.
+            InputError: The checkpoint is of another model, or beyond the run's last step; another process writes the
+                folder; or the ranks do not find the same checkpoint.
         """
         self._fingerprints, self._training_prompts = fingerprints, training_prompts
         seed = self.config.seed * 1_000_003 + self.ranks.rank
@@ -129,11 +132,50 @@ class Run:
         # The user's scorers may draw from these.
         random.seed(seed)
         numpy.random.seed(seed % 2**32)
-        if resume_from is None:
+        if self.config.resume is None:
             return
-        found = resume_from
+        self._resumed_from = resume_from
+        try:
+            self._hold(if_there=True)
+            checkpoint.check_ranks_agree(resume_from, self.ranks)
+            if resume_from is not None:
+                self._go_on(resume_from, model_path)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _hold(self, *, if_there: bool = False) -> None:
+        """Keep others out of the folder from now on. All ranks must call it.
+
+        Args:
+            if_there: Only where there is one already.
+
+        Raises:
+            InputError: Another process has it, or had it since this one looked what was there.
+        """
+        with self.ranks.together("taking the output folder"):
+            if not self.ranks.is_first or self._lock is not None or (if_there and not self.output_dir.is_dir()):
+                return
+            self._lock = hold(self.output_dir, "output_dir")
+            checkpoint.check_output_folder(self.config.resume, self.output_dir)
+            if checkpoint.find_resume(self.config.resume, self.output_dir) != self._resumed_from:
+                raise InputError(
+                    f"another process wrote checkpoints in output_dir {self.config.output_dir!r} while this run "
+                    "started, expected one at a time: start again"
+                )
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _go_on(self, found: Path, model_path: str) -> None:
+        """Take over the state of a checkpoint, or of one before it where it is damaged."""
+        fingerprints = self._fingerprints
         resume_from = checkpoint.first_sound(found, self.config.resume, self.output_dir, self.ranks)
-        run = checkpoint.read_run(resume_from)
+        with self.ranks.together("reading a checkpoint"):
+            run = checkpoint.read_run(resume_from)
+        self._resumed_from = resume_from
         if resume_from != found:
             # It may be from before something was changed.
             checkpoint.check_run(resume_from, run, to_dict(self.config))
@@ -206,9 +248,10 @@ class Run:
         """
         self.finish_checkpoint()
         folder = self.output_dir / "checkpoints" / f"step-{self.step:06d}"
-        if self.step == 0 or folder.is_dir():
-            return
         ranks, partial = self.ranks, checkpoint.partial(folder)
+        # A host may not see yet what another has written.
+        if self.step == 0 or ranks.any(folder.is_dir()):
+            return
         with ranks.together("writing a checkpoint"), writing(f"checkpoint {folder}"):
             if ranks.is_first:
                 checkpoint.begin(folder)
@@ -298,11 +341,10 @@ class Run:
             "writing the model": lambda folder: self.write_model(folder, state),
             "drawing a plot": lambda folder: plot_panels(curve, {"loss": [("loss", "loss")]}, folder),
         }
+        self._hold()
         with self.ranks.together("the rehearsal of the run's end"):
             if not self.ranks.is_first:
                 return
-            with self._writable_folder():
-                self.output_dir.mkdir(parents=True, exist_ok=True)
             folder = self.output_dir / "rehearsal.partial"
             for what, end in ends.items():
                 remove(folder)
@@ -350,8 +392,9 @@ class Run:
 
         The end of the run is rehearsed first. All ranks must call it.
         """
-        self.rehearse()
         with contextlib.ExitStack() as stack:
+            stack.callback(self._let_go)
+            self.rehearse()
             with self.ranks.together("opening the logs"):
                 if self.ranks.is_first:
                     with self._writable_folder():
@@ -361,12 +404,23 @@ class Run:
                         # A run that was killed after its last checkpoint did not come to it.
                         self.prune_checkpoints()
                         (self.output_dir / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+                        self._check_log()
                     self.metrics_log = MetricsLog(
                         self.output_dir, self.config.log.loggers, to_dict(self.config), self.resume_step
                     )
                     stack.callback(self.metrics_log.close)
                     self.progress = stack.enter_context(Progress(self.total_steps, self.step, self._shown))
             yield stack
+
+    def _check_log(self) -> None:
+        """Say where the log of the run that goes on here lacks steps. For the first rank to call."""
+        log, found = self.output_dir / "metrics.jsonl", self._resumed_from
+        is_here = found is not None and found.resolve().parent.parent == self.output_dir.resolve()
+        if is_here and (last := last_step(log)) < self.step:
+            _log.warning(
+                "%s ends at step %d, and the run goes on from a checkpoint of step %d: what lies between is not in it",
+                *(log, last, self.step),
+            )
 
     @contextlib.contextmanager
     def _writable_folder(self) -> Iterator[None]:

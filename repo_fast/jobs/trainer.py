@@ -203,6 +203,8 @@ class Trainer(EvaluatedRun):
         by_name = dict(zip(self.config.costs, costs, strict=True))
         tokens = metrics["response_length"] * rewards.numel()
         truncated = self.ranks.sum(torch.tensor([scorer.truncated for scorer in self.scorers.values()]))
+        for scorer in self.scorers.values():
+            scorer.truncated = 0
         record = {
             "step": self.step,
             "reward": float(rewards.mean()),

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +52,7 @@ class ChatClient:
         config: Of the endpoint; with a url.
         cache: JSON-lines file of answers, made if missing, its folder too. Its last line is dropped where a kill tore
             it. A file belongs to one client at a time.
+        others: Files of other clients, whose answers are taken as its own.
 
     Attributes:
         counts: `requests` that the endpoint answered, `input_tokens` and `output_tokens` of these; requests whose
@@ -61,7 +62,7 @@ class ChatClient:
         InputError: The configuration cannot be honoured, the package `openai` is missing, or the cache cannot be used.
     """
 
-    def __init__(self, config: JudgeConfig, cache: Path) -> None:
+    def __init__(self, config: JudgeConfig, cache: Path, others: Iterable[Path] = ()) -> None:
         require(config.url is not None, "judge.url", config.url, "the base URL of an endpoint")
         check_judge("judge", config)
         self.config = config
@@ -70,7 +71,7 @@ class ChatClient:
             variable = f"the environment variable {config.api_key_variable}"
             raise InputError(f"{variable} has characters that no key has, expected printable ASCII or nothing")
         self._openai = _import_openai()
-        self._cache = AnswerCache(cache)
+        self._cache = AnswerCache(cache, others)
         self.counts: Counter[str] = Counter()
 
     def request(self, prompt: str, message: str) -> Request:
@@ -99,11 +100,14 @@ class ChatClient:
             dollars=dollars(self.config, input_tokens, output_tokens),
         )
 
-    def count_cached(self) -> None:
-        """Take what the cache has for spent: a run that goes on is held to the budget of the whole."""
-        replies = self._cache.replies.values()
-        self.counts["input_tokens"] += sum(reply.input_tokens for reply in replies)
-        self.counts["output_tokens"] += sum(reply.output_tokens for reply in replies)
+    def count_cached(self, clients: int = 1) -> None:
+        """Take what the files have for spent: a run that goes on is held to the budget of the whole.
+
+        Args:
+            clients: How many share a budget, and have all of the same files: each counts its part.
+        """
+        for name, tokens in zip(("input_tokens", "output_tokens"), self._cache.paid, strict=True):
+            self.counts[name] += -(-tokens // clients)
 
     def spent(self) -> float | None:
         """US dollars for what was sent and answered so far; None without prices."""

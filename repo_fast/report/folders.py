@@ -1,14 +1,55 @@
-"""Folders that are written aside and get their name once they are complete, and on disk.
+"""Folders that are one process's while it writes them; and those that are written aside, and get their name once they
+are complete, and on disk.
 
 One that came from elsewhere may have links in it. What these lead to is nobody's to change.
 """
 
+import contextlib
+import errno
+import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from repo_fast.errors import InputError
+
+_log = logging.getLogger(__name__)
+
+# Whoever writes a folder of results holds it. It stays there when it is let go.
+LOCK_FILE = "lock"
+
+
+def hold(folder: Path, what: str) -> TextIO:
+    """Make a folder this process's, until what is returned is closed or the process ends, however it does.
+
+    Args:
+        folder: It; made where there is none.
+        what: How it is called in messages, as `output_dir`.
+
+    Raises:
+        InputError: Another process has it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # For appending: nothing is written, and a file of that name which is not ours keeps its content.
+        lock = open(folder / LOCK_FILE, "a")
+    except OSError as error:
+        raise InputError(f"{what} {str(folder)!r} cannot be written: {error.strerror}, expected a folder") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            lock.close()
+            raise InputError(
+                f"{what} {str(folder)!r} is in use by another process, expected one at a time: wait for it, or give "
+                "another folder"
+            ) from None
+        # Some file systems of clusters have no locks: better to run there than not.
+        _log.warning("%s %s cannot be locked (%s): keep others out of it", what, folder, error.strerror)
+    return lock
 
 
 def sync(path: Path) -> None:
@@ -21,14 +62,18 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path, leave_out: Path | None = None) -> None:
-    """Bring a folder, with all that is below it but one folder, to disk. Raises `OSError`."""
+    """Bring a folder, with all that is below it but one folder, to disk. Raises `OSError`.
+
+    What goes meanwhile, or may not be read, is passed over: it is not what a run writes.
+    """
     for path in folder.iterdir():
         if path.is_symlink() or path == leave_out:
             continue
-        if path.is_dir():
-            sync_tree(path)
-        elif path.is_file():
-            sync(path)
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            if path.is_dir():
+                sync_tree(path)
+            elif path.is_file():
+                sync(path)
     sync(folder)
 
 

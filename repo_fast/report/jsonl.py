@@ -72,6 +72,15 @@ def read_records(path: Path) -> Iterator[dict[str, Value]]:
         yield record
 
 
+def last_step(path: Path) -> int:
+    """The last step that a log has a record of; 0 where there is none.
+
+    Raises:
+        InputError: a complete line is not a record.
+    """
+    return max((record["step"] for _, record in lines_and_records(path)), default=0) if path.exists() else 0
+
+
 def open_log(path: Path, resume_step: int | None) -> TextIO:
     """Opens a log for appending.
 

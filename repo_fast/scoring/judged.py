@@ -4,7 +4,7 @@ Every answer is kept from when it arrives, and found again by what was asked: a 
 draws the same responses, pays for none of them twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +27,10 @@ class JudgedScorer:
         model: Name of the judge's model.
         settings: Its endpoint, and the rubric.
         name: `reward`, `cost`, or that of one of several costs, for messages.
-        cache: File of its answers, this process's own. What it has counts for the budget.
+        cache: File of its answers, this process's own.
+        others: Those of other ranks, also of those that there were before the run went on: nothing in them is asked
+            again.
+        ranks: How many share the budget. What all files have counts for it.
 
     Attributes:
         truncated: 0: nothing is cut here.
@@ -36,11 +39,19 @@ class JudgedScorer:
         InputError: As for `ChatClient`.
     """
 
-    def __init__(self, model: str, settings: RubricConfig, name: str, cache: Path) -> None:
+    def __init__(
+        self,
+        model: str,
+        settings: RubricConfig,
+        name: str,
+        cache: Path,
+        others: Iterable[Path] = (),
+        ranks: int = 1,
+    ) -> None:
         self.name, self.truncated, self._rubric = name, 0, settings.rubric
         endpoint = {key: value for key, value in vars(settings).items() if key != "rubric"}
-        self._client = ChatClient(JudgeConfig(**endpoint, model=model), cache)
-        self._client.count_cached()
+        self._client = ChatClient(JudgeConfig(**endpoint, model=model), cache, others)
+        self._client.count_cached(ranks)
 
     def probe(self) -> None:
         """Ask one question, so that an endpoint that refuses, or answers no number, is known at once.

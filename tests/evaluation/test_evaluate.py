@@ -11,7 +11,8 @@ import pytest
 
 from repo_fast.evaluate import main
 from repo_fast.evaluation import drawing, evaluator
-from repo_fast.evaluation.cache import locked, scorer_fingerprint
+from repo_fast.evaluation.cache import scorer_fingerprint
+from repo_fast.report.folders import hold
 from repo_fast.report.measures import Evaluation, prompt_measures
 from repo_fast.scoring import FunctionScorer, ScorerSpec
 from tests.job_runs import PROMPTS, REPOSITORY, Job, run, snapshot, torchrun, write_lines
@@ -150,9 +151,9 @@ def test_the_cache_is_what_is_used(folder: Path, tmp_path: Path, paid: dict[str,
 
 
 def test_a_cache_has_one_user_at_a_time(folder: Path, tmp_path: Path, capsys) -> None:
-    with locked(tmp_path / "cache"):
+    with hold(tmp_path / "cache", "cache_dir"):
         assert main(words(folder, tmp_path / "out", "--cache_dir", str(tmp_path / "cache"))) == 2
-    assert "is in use by another evaluation" in capsys.readouterr().err
+    assert "is in use by another process" in capsys.readouterr().err
     evaluate(folder, tmp_path / "out", "--cache_dir", str(tmp_path / "cache"))
 
 

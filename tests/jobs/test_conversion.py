@@ -84,6 +84,27 @@ def test_killed_while_it_is_converted(whole: Path, before: Path, monkeypatch: py
     assert states(before, 2).keys() == states(whole, 2).keys()
 
 
+def test_one_that_cannot_be_converted_keeps_its_name(before: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from repo_fast.jobs import conversion
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    left = snapshot(before)
+    monkeypatch.setattr(conversion, "convert_engine", fails)
+    assert main([str(before), "--convert"]) == 2
+    assert snapshot(before) == left
+
+
+def test_half_converted_is_not_begun_anew(job: Job, before: Path, capsys: pytest.CaptureFixture) -> None:
+    checkpoint = before / "checkpoints" / "step-000002"
+    os.rename(checkpoint, checkpoint.with_name("step-000002.deepspeed"))
+    left = snapshot(before)
+    assert job.here(before, *SMALL, "--resume auto") == 2
+    assert "its conversion was not finished, expected one of repo_fast's own: " in capsys.readouterr().err
+    assert snapshot(before) == left
+
+
 @pytest.mark.parametrize(
     "name", ["zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"]
 )

@@ -20,7 +20,7 @@ from transformers import (
 from repo_fast.config.sections import check_fields
 from repo_fast.errors import InputError
 from repo_fast.jobs.checkpoint import check_output_folder
-from repo_fast.report.folders import publish
+from repo_fast.report.folders import LOCK_FILE, publish
 from tests.job_runs import Job, edited_run, metrics, write_lines
 from tests.supervised_runs import here, make_inputs
 from tests.tiny import save_beaver, save_policy, save_sequence_classifier, word_tokenizer
@@ -171,7 +171,7 @@ def test_what_the_end_of_a_run_cannot_do_shows_at_its_start(
             assert start(inputs / "policy", tmp_path / name) == 2
             said = capsys.readouterr().err
             assert "the run could not end: writing the model fails ([Errno 28] No space left on device)" in said
-            assert not list((tmp_path / name).iterdir())
+            assert [path.name for path in (tmp_path / name).iterdir()] == [LOCK_FILE]
     monkeypatch.undo()
     assert job.here(tmp_path / "train") == 0, "the same command cannot be given again"
     monkeypatch.setattr("repo_fast.jobs.run.plot_panels", full)

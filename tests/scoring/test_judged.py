@@ -30,6 +30,29 @@ def scorer(url: str, folder: Path, **changes: object) -> JudgedScorer:
     return JudgedScorer("judge", settings(url, **changes), "cost", folder / "answers.jsonl")
 
 
+def test_answers_of_other_ranks_are_not_paid_for_again(tmp_path: Path) -> None:
+    """A run of two ranks goes on with one, and with three: the budget and the answers are those of the whole."""
+    files = [tmp_path / f"cost-rank{rank}.jsonl" for rank in range(2)]
+    prices = {"input_price": 1e6, "output_price": 1e6, "max_tokens": 1}
+
+    with JudgeServer(rated) as server:
+        firsts = [JudgedScorer("judge", settings(server.url, **prices), "cost", file) for file in files]
+        for first, response in zip(firsts, ("a", "abc"), strict=True):
+            first.score(rollout(response))
+        # A kill tore the last line of the other.
+        with open(files[1], "ab") as file:
+            file.write(b'{"key": "ab')
+        before, sent = files[1].read_bytes(), len(server.bodies)
+        spent = sum(first._client.spent() or 0 for first in firsts)
+        alone = JudgedScorer("judge", settings(server.url, **prices), "cost", files[0], files[1:])
+        assert alone.score(rollout("a", "abc")).tolist() == [2.0, 4.0]
+        assert alone._client.spent() == spent
+        third = JudgedScorer("judge", settings(server.url, **prices), "cost", tmp_path / "third", files, ranks=3)
+        assert third.score(rollout("abc", "a")).tolist() == [4.0, 2.0]
+        assert third._client.spent() == pytest.approx(spent / 3, abs=2)
+        assert len(server.bodies) == sent and files[1].read_bytes() == before
+
+
 def rollout(*responses: str) -> Rollout:
     tokens = [torch.tensor([1])] * len(responses)
     finished = torch.ones(len(responses), dtype=torch.bool)
