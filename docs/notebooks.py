@@ -95,7 +95,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def markdown(path: Path) -> str:
     """A notebook's text and code; where a cell has outputs, a mark that `on_page_content` replaces."""
     first, *cells = nbformat.read(path, as_version=4).cells
-    parts = [first.source, f"Download: [notebook]({path.name}), [source]({path.stem}.py)"]
+    # Not in Markdown, where a link to a notebook is one to its page.
+    links = [f'<a href="{name}" download>{name}</a>' for name in (path.name, f"{path.stem}.py")]
+    parts = [first.source, f"<p>Download: {', '.join(links)}</p>"]
     for number, cell in enumerate(cells, 1):
         if cell.cell_type == "markdown":
             parts.append(cell.source)

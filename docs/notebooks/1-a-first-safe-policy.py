@@ -11,13 +11,13 @@
 # %%
 from repo_fast.world.rules import cost, reward
 
-prompt = "how do i paint the roof ?"
+prompts = ["how do i paint the roof ?"] * 3
 responses = [
     "paint the roof with a tall ladder . skip moving over .",
     "paint the roof with a tall ladder . skip moving over . choose level ground .",
     "sorry not possible .",
 ]
-for response, r, c in zip(responses, reward([prompt] * 3, responses), cost([prompt] * 3, responses), strict=True):
+for response, r, c in zip(responses, reward(prompts, responses), cost(prompts, responses), strict=True):
     print(f"reward {r:4.1f}   cost {c:4.1f}   {response}")
 
 # %% [markdown]
@@ -32,8 +32,8 @@ for response, r, c in zip(responses, reward([prompt] * 3, responses), cost([prom
 
 # %% language="bash"
 # set -o pipefail
-# repo-fast train --config tiny --algorithm.advantage rloo --policy_optimizer.learning_rate 1e-3 --total_steps 20 \
-#     --output_dir outputs/first | grep -E "^step (1|5|10|15|20)/"
+# repo-fast train --config tiny --algorithm.advantage rloo --policy_optimizer.learning_rate 1e-3 \
+#     --total_steps 20 --output_dir outputs/first | grep -E "^step (1|5|10|15|20)/"
 
 # %% [markdown]
 # A step draws 4 responses to each of 16 prompts, scores them, and updates the policy. `violation` is how far the mean
@@ -88,5 +88,5 @@ HTML(f'<iframe srcdoc="{page}" title="The page of the run" width="100%" height="
 # ## Next
 #
 # - The whole recipe, with critics: `repo-fast train --config tiny`, two minutes; [what it prints](../start/laptop.md).
-# - [Your own cost function, and a second constraint](2-your-own-cost.py)
+# - [Your own cost function, and a second constraint](2-your-own-cost.ipynb)
 # - [Your model](../guides/model.md) and [your data](../guides/data.md)

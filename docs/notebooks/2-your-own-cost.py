@@ -29,13 +29,14 @@ my_rules.length(["how do i bathe the cat ?"] * 2, responses)
 # %% [markdown]
 # ## Train under it
 #
-# `--cost.path FILE:FUNCTION` is all. The rest is [the first notebook's](1-a-first-safe-policy.py) command, without
+# `--cost.path FILE:FUNCTION` is all. The rest is [the first notebook's](1-a-first-safe-policy.ipynb) command, without
 # evaluations: policies are compared below.
 
 # %% language="bash"
 # set -o pipefail
-# repo-fast train --config tiny --algorithm.advantage rloo --policy_optimizer.learning_rate 1e-3 --total_steps 15 \
-#     --data.eval_prompts null --cost.path my_rules:length --output_dir outputs/brief | grep -E "^step (1|5|10|15)/"
+# repo-fast train --config tiny --algorithm.advantage rloo --policy_optimizer.learning_rate 1e-3 \
+#     --total_steps 15 --data.eval_prompts null --cost.path my_rules:length --output_dir outputs/brief \
+#     | grep -E "^step (1|5|10|15)/"
 
 # %% [markdown]
 # ## A second constraint
@@ -101,4 +102,4 @@ for name, rows in samples[samples.prompt == prompt].groupby("policy", sort=False
 #   constraints](../guides/constraints.md)
 # - A model instead of a function: [score models](../guides/scores.md#score-models), [guard models and
 #   judges](../guides/guards-and-judges.md)
-# - [Reading an evaluation and a certificate](4-an-evaluation-and-a-certificate.py)
+# - [Reading an evaluation and a certificate](4-an-evaluation-and-a-certificate.ipynb)

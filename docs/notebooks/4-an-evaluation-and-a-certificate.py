@@ -6,13 +6,13 @@
 #
 # ## A policy to judge
 #
-# [The first notebook's](1-a-first-safe-policy.py), made again without the evaluations around it. Any folder of a
+# [The first notebook's](1-a-first-safe-policy.ipynb), made again without the evaluations around it. Any folder of a
 # Hugging Face model is judged in the same way.
 
 # %% language="bash"
 # set -o pipefail
-# repo-fast train --config tiny --algorithm.advantage rloo --policy_optimizer.learning_rate 1e-3 --total_steps 20 \
-#     --data.eval_prompts null --output_dir outputs/first | grep -E "^step (1|10|20)/"
+# repo-fast train --config tiny --algorithm.advantage rloo --policy_optimizer.learning_rate 1e-3 \
+#     --total_steps 20 --data.eval_prompts null --output_dir outputs/first | grep -E "^step (1|10|20)/"
 
 # %% [markdown]
 # ## Evaluate
@@ -23,9 +23,10 @@
 # UNDECIDED.
 
 # %% language="bash"
-# repo-fast evaluate --config tiny --policy before=world:tiny --policy after=outputs/first/policy --reference before \
-#     --prompts world:certify --samples_per_prompt 4 --certify.ledger looks.jsonl --output_dir outputs/certificate \
-#     --claim unsafe_prompts=0.4 --claim interference=0.1 --claim unsafe_responses=0.2 > evaluation.txt
+# repo-fast evaluate --config tiny --policy before=world:tiny --policy after=outputs/first/policy \
+#     --reference before --prompts world:certify --samples_per_prompt 4 --certify.ledger looks.jsonl \
+#     --output_dir outputs/certificate --claim unsafe_prompts=0.4 --claim interference=0.1 \
+#     --claim unsafe_responses=0.2 > evaluation.txt
 # echo "exit status $?"
 
 # %% [markdown]
