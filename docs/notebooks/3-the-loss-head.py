@@ -131,8 +131,8 @@ table = pd.DataFrame(rows).pivot(index="tokens", columns="loss", values=["ms", "
 table
 
 # %% [markdown]
-# The plain loss's memory grows with T and V, the op's hardly. Other sizes, bfloat16, GPUs, and other heads beside it:
-# [measured](../measured/index.md).
+# The plain loss holds several tensors of the size of the logits, which grow with T and V; the op holds a chunk of rows.
+# Other sizes, bfloat16, GPUs, and other heads beside it: [measured](../measured/index.md).
 #
 # ## A loop
 #
