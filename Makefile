@@ -14,7 +14,7 @@ OUTPUT = $(shell n=; while [ -e outputs/tiny$$n ]; do n=$$(($${n:-0} - 1)); done
 # A waiting OpenMP thread that spins takes the core of the thread it waits for: up to 30 times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup train pipeline test test-vllm rehearse acceptance campaign docs lint format bench clean
+.PHONY: help setup train pipeline test test-vllm rehearse acceptance campaign docs notebooks lint format bench clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -90,6 +90,9 @@ campaign: setup ## Kills, full disks, damage, bad input, stopped ranks, attacks;
 
 docs: setup ## Build the site, strict, into outputs/site; python3 -m http.server --directory outputs/site shows it
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+notebooks: setup ## Execute the notebooks' sources, docs/notebooks/*.py, into the .ipynb beside them
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(VENV)/bin/python docs/notebooks.py $(ARGS)
 
 lint: setup ## Style, types of the public ops, which room may import which, the length of files
 	$(VENV)/bin/ruff check

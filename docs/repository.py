@@ -2,8 +2,8 @@
 
 The README, results and examples are read where they lie, so that there is one text of each. Links in all pages are
 written as they hold in the repository (as on a code host), and become those of the site here: to a page where there is
-one, to a copy where it is a picture, and to nothing, the text alone, where it is a source file. One that leads nowhere
-ends the build.
+one, as of a notebook, to a copy where it is a picture, and to nothing, the text alone, where it is a source file. One
+that leads nowhere ends the build.
 """
 
 import posixpath
@@ -64,6 +64,8 @@ def _in_text(markdown: str, source: str, place: str, files: Files) -> str:
             return match[0]
         path = _resolved(source, target)
         here = places.get(path, path.removeprefix("docs/"))
+        if here.endswith(".ipynb"):
+            here = here.removesuffix(".ipynb") + ".md"
         if files.get_file_from_path(here) is None:
             return match["text"]
         return f"[{match['text']}]({posixpath.relpath(here, posixpath.dirname(place))}{anchor and '#' + anchor})"
