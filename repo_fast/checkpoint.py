@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from repo_fast.errors import InputError, readable
-from repo_fast.jobs.launch import OneLineParser, guarded, without_bars
+from repo_fast.jobs.launch import OneLineParser, guarded, quiet_libraries
 from repo_fast.report.progress import printable
 
 DAMAGED = 3
@@ -120,7 +120,7 @@ def _export(found: list[Path], step: str, target: str) -> int:
         return DAMAGED
     from repo_fast.jobs.policy_export import export_policy
 
-    without_bars()
+    quiet_libraries()
     export_policy(folder, Path(target))
     print(printable(f"{target}: the policy of step {step}"))
     return 0

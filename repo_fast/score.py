@@ -21,7 +21,7 @@ from pathlib import Path
 
 from repo_fast.config import LAYOUTS, ScoreConfig
 from repo_fast.errors import InputError
-from repo_fast.jobs.launch import OneLineParser, guarded, launch, without_bars
+from repo_fast.jobs.launch import OneLineParser, guarded, launch, quiet_libraries
 from repo_fast.report.progress import printable
 
 
@@ -94,7 +94,7 @@ def _convert_or_check(words: list[str]) -> int:
     from repo_fast.models.score_writing import convert_score_model
     from repo_fast.scoring.expectation import check_folder
 
-    without_bars()
+    quiet_libraries()
     if chosen.check is not None:
         print(printable(check_folder(chosen.check, chosen.kind, expect, chosen.head)))
         return 0

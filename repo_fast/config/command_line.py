@@ -1,7 +1,8 @@
 """How a command line and a YAML file become a configuration.
 
 A run is a YAML file of sections, chosen by name (`repo_fast/configs/`) or by path, with single values changed on the
-command line: `--config tiny --rollout.temperature 0.8`. `parse` returns the resolved configuration or raises
+command line: `--config tiny --rollout.temperature 0.8`. Of several files the later ones change what the earlier say.
+`parse` returns the resolved configuration or raises
 `InputError`; checks that need only the configuration are all made there, before anything is loaded.
 """
 
@@ -54,7 +55,9 @@ def _reject_unknown(keys: list[str], where: str, section: type, prefix: str = ""
     for key in keys:
         if where == _COMMAND_LINE and dataclasses.is_dataclass(tables.get(key)):
             # The parser would take a part of those in the file for this.
-            raise InputError(f"--{key} with a whole mapping, expected --{key}.NAME.OPTION, or a file")
+            raise InputError(
+                f"--{key} with a whole mapping, expected --{key}.NAME.OPTION, or `{key}:` in a file for --config"
+            )
         table = next((table for table in tables if key.startswith(f"{table}.")), None)
         if table is not None and prefix and where == _COMMAND_LINE:
             raise InputError(f"--{key}: expected --{table} with all of it, as in --{table} '{{NAME: VALUE}}'")
@@ -136,7 +139,11 @@ def _parser(kind: type[JobConfig]):
     parser = jsonargparse.ArgumentParser(
         prog=kind.PROGRAM, description=(kind.__doc__ or "").partition("\n")[0], exit_on_error=False
     )
-    parser.add_argument("--config", default=kind.DEFAULT, help="Packaged configuration by name, or a YAML file.")
+    parser.add_argument(
+        "--config",
+        default=kind.DEFAULT,
+        help="Packaged configuration by name, or a YAML file; given again, what it says is changed in the one before.",
+    )
     parser.add_argument("--print_config", action="store_true", help="Print the resolved configuration and exit.")
     parser.add_class_arguments(kind)
     return parser
@@ -163,8 +170,11 @@ def parse(arguments: list[str] | None = None, kind: type[Config] = TrainConfig) 
     _reject_unknown([o for o in options if o not in ("config", "print_config", "help")], _COMMAND_LINE, kind)
     parser = _parser(kind)
     try:
-        chosen = parser.parse_args([word for word in arguments if word in ("--help", "-h")] or _config_words(arguments))
-        base = {} if chosen.config is None else read_config_file(find_config(chosen.config, kind), kind)
+        helped = [word for word in arguments if word in ("--help", "-h")]
+        base: dict = {}
+        for words in [helped] if helped else _config_words(arguments) or [[]]:
+            name = parser.parse_args(words).config
+            base = base if name is None else _changed(base, read_config_file(find_config(name, kind), kind))
         # Through the parser, which checks types, as for the command line; defaults it would take as they are.
         namespace = parser.parse_object(base)
         namespace = parser.parse_args([word for word in arguments if word != "--print_config"], namespace=namespace)
@@ -179,15 +189,25 @@ def parse(arguments: list[str] | None = None, kind: type[Config] = TrainConfig) 
     return config
 
 
-def _config_words(arguments: list[str]) -> list[str]:
-    """Only the `--config` words of a command line; the last ones, as with every option given twice."""
-    words: list[str] = []
+def _config_words(arguments: list[str]) -> list[list[str]]:
+    """The words of each `--config` of a command line."""
+    words = []
     for index, word in enumerate(arguments):
         if word.startswith("--config="):
-            words = [word]
+            words.append([word])
         elif word == "--config":
-            words = arguments[index : index + 2]
+            words.append(arguments[index : index + 2])
     return words
+
+
+def _changed(mapping: dict, by: dict) -> dict:
+    """A file's options, with those of a later one in their place."""
+    changed = dict(mapping)
+    for name, value in by.items():
+        before = mapping.get(name)
+        both = isinstance(before, dict) and isinstance(value, dict)
+        changed[name] = _changed(before, value) if both else value
+    return changed
 
 
 def _one_line(error: Exception) -> str:

@@ -31,7 +31,7 @@ _NAME = re.compile(r"[\w.+-]+")
 class EvaluateConfig(JobConfig):
     """Compare policies on the same prompts: safety prompt by prompt, helpfulness, and a report to look at."""
 
-    PROGRAM: ClassVar[str] = "python -m repo_fast.evaluate"
+    PROGRAM: ClassVar[str] = "repo-fast evaluate"
     FOLDER: ClassVar[str] = "evaluate"
     DEFAULT: ClassVar[str | None] = None
     FILE: ClassVar[str] = "evaluation.yaml"

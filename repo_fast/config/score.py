@@ -41,7 +41,7 @@ class PreferenceLossConfig:
 class ScoreConfig(SupervisedConfig):
     """Train a reward model or a cost model on preferences, as Safe RLHF does."""
 
-    PROGRAM: ClassVar[str] = "torchrun -m repo_fast.score"
+    PROGRAM: ClassVar[str] = "repo-fast score"
     FOLDER: ClassVar[str] = "score"
 
     output_dir: str = "outputs/score"

@@ -24,7 +24,7 @@ class SftDataConfig(ExamplesConfig):
 class SftConfig(SupervisedConfig):
     """Fine-tune a causal language model on demonstrations, with the loss on response tokens only."""
 
-    PROGRAM: ClassVar[str] = "torchrun -m repo_fast.sft"
+    PROGRAM: ClassVar[str] = "repo-fast sft"
     FOLDER: ClassVar[str] = "sft"
 
     output_dir: str = "outputs/sft"

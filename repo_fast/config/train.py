@@ -245,7 +245,7 @@ class TrainLogConfig(LogConfig):
 class TrainConfig(RunConfig):
     """Train a policy with RePO, or with a baseline of its table, end to end."""
 
-    PROGRAM: ClassVar[str] = "torchrun -m repo_fast.train"
+    PROGRAM: ClassVar[str] = "repo-fast train"
     FOLDER: ClassVar[str] = ""
 
     output_dir: str = "outputs/train"

@@ -147,7 +147,7 @@ def _claims(claims: Mapping[str, Mapping[str, Any]]) -> str:
         if claim["category"] is not None:
             says += f" (category {_text(claim['category'])})"
         values = [_value(claim[key], claim["share"]) for key in ("estimate", "bound", "limit")]
-        prompts = f"{claim.get('prompts', claim['n'])} of {claim['k']} responses"
+        prompts = f"{claim.get('prompts', claim['n'])}, with {claim['k']} responses each"
         if claim.get("prompts", claim["n"]) != claim["n"]:
             prompts += f", in {claim['n']} clusters"
         if claim["prompts_needed"] is not None:

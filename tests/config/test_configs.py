@@ -446,3 +446,22 @@ def test_what_cannot_be_honoured_is_refused(words, said):
     with pytest.raises(InputError) as raised:
         parse(words.split())
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_second_file_changes_what_the_first_says(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("rollout: {max_new_tokens: 7}\ndata: {fields: {question: prompt}}\n")
+    (tmp_path / "more.yaml").write_text("rollout: {temperature: 0.5}\ndata: {fields: {kind: ignore}}\n")
+    words = ["--config", "tiny", f"--config={tmp_path / 'mine.yaml'}", "--config", str(tmp_path / "more.yaml")]
+    config, tiny = parse([*words, "--total_steps", "3"]), parse(["--config", "tiny"])
+    assert (config.rollout.max_new_tokens, config.rollout.temperature, config.total_steps) == (7, 0.5, 3)
+    assert config.data.fields == {"question": "prompt", "kind": "ignore"}
+    assert (config.reward, config.rollout.prompts_per_step) == (tiny.reward, tiny.rollout.prompts_per_step)
+    with pytest.raises(InputError, match="--config 'nowhere' is neither a file nor"):
+        parse(["--config", "nowhere", "--config", "tiny"])
+
+
+def test_help_names_the_command(capsys: pytest.CaptureFixture) -> None:
+    for kind, command in ((TrainConfig, "train"), (ScoreConfig, "score"), (SftConfig, "sft")):
+        with pytest.raises(SystemExit):
+            parse(["--help"], kind)
+        assert capsys.readouterr().out.startswith(f"usage: repo-fast {command} ")

@@ -180,7 +180,7 @@ def test_the_certificate_says_what_its_units_are(
     assert "Prompts that are alike without being told so" in said
     assert "10 × 3 in 6 clusters" in (certified / "report.html").read_text()
     card = (policies["after"] / "README.md").read_text()
-    assert "| 10 of 3 responses, in 6 clusters" in card
+    assert "| 10, with 3 responses each, in 6 clusters" in card
     assert "Of the prompts 4 are known to be harmful and 6 to be harmless, in 6 clusters" in card
 
 

@@ -128,9 +128,18 @@ def test_the_table_of_claims() -> None:
     assert head[0] == "claim" and len(head) == len(first) == len(second) == 10
     says = "at most 10 % of prompts have a mean cost above 0"
     bounds = ["3.1 %", "5.46 %", "10 %"]
-    assert first == ["unsafe_prompts", says, "cost", "PASS", *bounds, "200 of 8 responses", "1.23e-09", "0.0246"]
+    assert first == [
+        "unsafe_prompts",
+        says,
+        "cost",
+        "PASS",
+        *bounds,
+        "200, with 8 responses each",
+        "1.23e-09",
+        "0.0246",
+    ]
     assert second[:7] == ["harm", f"{says} (category pets)", "", "PASS", "–", "1.23", "-0.5"]
-    assert second[7] == "200 of 8 responses; 512 fresh ones needed"
+    assert second[7] == "200, with 8 responses each; 512 fresh ones needed"
 
 
 def test_the_run_and_what_the_certificate_rests_on() -> None:
