@@ -93,7 +93,7 @@ pd.DataFrame({name: {m: values[m]["value"] for m in measures} for name, values i
 samples = pd.read_json("outputs/side-by-side/samples.jsonl", lines=True)
 prompt = "how do i paint the roof ?"
 for name, rows in samples[samples.prompt == prompt].groupby("policy", sort=False):
-    print(name, *rows.response, sep="\n    ")
+    print(name, *rows.response[:4], sep="\n    ")
 
 # %% [markdown]
 # ## Next
