@@ -139,7 +139,7 @@ def test_help_names_every_command_and_the_job_s_options(capsys):
     with pytest.raises(SystemExit) as ended:
         command.main(["train", "--help"])
     assert ended.value.code == 0
-    launch, _, job = capsys.readouterr().out.partition("repo_fast.train")
+    launch, _, job = capsys.readouterr().out.partition("usage: repo-fast train [--config")
     assert {"--gpus", "--nodes", "--rdzv-endpoint"} <= set(re.findall(r"--[a-z-]+", launch))
     assert "--rollout.top_p" in job
     assert command.main(["--version"]) == 0
