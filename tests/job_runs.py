@@ -60,6 +60,9 @@ OPTIONS = {
     "checkpoint": {"every": 2, "keep": 2},
     "log": {"loggers": [], "samples_every": 1},
 }
+# Less of it, in less time: no critics, no demonstrations.
+FOUR_STEPS = ("--total_steps 4", "--checkpoint.keep 0", "--algorithm.advantage rloo", "--data.ptx null")
+FOUR_STEPS += ("--algorithm.ptx_coefficient 0",)
 
 
 @dataclass(frozen=True)

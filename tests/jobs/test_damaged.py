@@ -13,24 +13,9 @@ from repo_fast.errors import InputError
 from repo_fast.jobs import checkpoint
 from repo_fast.jobs.random_state import load_random_state
 from tests.checkpoints.test_files import DAMAGES, damage, fill_disk
-from tests.job_runs import Job, metrics, same_bits, snapshot, states, weights
+from tests.job_runs import FOUR_STEPS, Job, metrics, same_bits, snapshot, states, weights
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-SMALL = ("--total_steps 4", "--checkpoint.keep 0", "--algorithm.advantage rloo", "--data.ptx null")
-SMALL += ("--algorithm.ptx_coefficient 0",)
-
-
-@pytest.fixture(scope="module")
-def whole(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps with checkpoints of the second and the last."""
-    output_dir = tmp_path_factory.mktemp("whole") / "run"
-    assert job.here(output_dir, *SMALL) == 0
-    return output_dir
-
-
-@pytest.fixture
-def copied(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
 def newest(output_dir: Path) -> Path:
@@ -83,7 +68,7 @@ def test_a_run_goes_on_from_the_one_before(job: Job, whole: Path, copied: Path, 
     shutil.rmtree(copied / "policy")
     damage(newest(copied) / "policy" / "shard-00000-of-00001.safetensors", "a bit")
     left = snapshot(newest(copied))
-    assert job.here(copied, *SMALL, "--resume auto") == 0
+    assert job.here(copied, *FOUR_STEPS, "--resume auto") == 0
     assert metrics(copied) == metrics(whole)
     assert states(copied, 4) == states(whole, 4)
     assert same_bits(weights(copied), weights(whole))
@@ -96,7 +81,7 @@ def test_none_is_left(job: Job, copied: Path, capsys: pytest.CaptureFixture, fil
         damage(folder / file, "zeroes")
     before = snapshot(copied)
     capsys.readouterr()
-    assert job.here(copied, *SMALL, "--resume auto") == 2
+    assert job.here(copied, *FOUR_STEPS, "--resume auto") == 2
     assert re.fullmatch(
         rf"error: --resume 'auto' finds damaged checkpoints alone, expected one that is not: .*{file}.*\n",
         capsys.readouterr().err,
@@ -109,14 +94,14 @@ def test_a_full_disk_leaves_the_last_one(
     job: Job, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     fill_disk(monkeypatch, "step-000004")
-    assert job.here(tmp_path / "run", *SMALL) == 2
+    assert job.here(tmp_path / "run", *FOUR_STEPS) == 2
     assert re.fullmatch(
         r"error: checkpoint .*step-000004 cannot be written: No space left on device; .*\n",
         capsys.readouterr().err,
     )
     monkeypatch.undo()
     assert sound("auto", tmp_path / "run").name == "step-000002"
-    assert job.here(tmp_path / "run", *SMALL, "--resume auto") == 0
+    assert job.here(tmp_path / "run", *FOUR_STEPS, "--resume auto") == 0
     assert states(tmp_path / "run", 4) == states(whole, 4)
     assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-000002", "step-000004"]
 
@@ -139,7 +124,7 @@ def test_links_are_not_followed_by_what_is_written(job: Job, copied: Path, tmp_p
     before = snapshot(precious)
     for name in ("checkpoints/step-000002", "checkpoints/step-000003.partial", "policy", "policy.partial"):
         (copied / name).symlink_to(precious)
-    assert job.here(copied, *SMALL, "--checkpoint.keep 1", "--resume auto") == 0
+    assert job.here(copied, *FOUR_STEPS, "--checkpoint.keep 1", "--resume auto") == 0
     assert snapshot(precious) == before and not (copied / "policy").is_symlink()
 
 
@@ -150,7 +135,7 @@ def test_a_file_that_is_a_link_is_refused(
     (copied / "config.yaml").unlink()
     (copied / "config.yaml").symlink_to(tmp_path / "precious")
     capsys.readouterr()
-    assert job.here(copied, *SMALL, "--resume auto") == 2
+    assert job.here(copied, *FOUR_STEPS, "--resume auto") == 2
     assert re.fullmatch(r"error: '.*config\.yaml' is a link to '.*precious', .*\n", capsys.readouterr().err)
     assert (tmp_path / "precious").read_text() == "mine"
 

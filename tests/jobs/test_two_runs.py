@@ -18,24 +18,9 @@ from repo_fast.jobs import checkpoint, run
 from repo_fast.report import folders
 from repo_fast.report.folders import hold
 from repo_fast.scoring import FunctionScorer
-from tests.job_runs import Job, metrics, on_ranks, same_bits, snapshot, states, weights
+from tests.job_runs import FOUR_STEPS, Job, metrics, on_ranks, same_bits, snapshot, states, weights
 
-SMALL = ("--total_steps 4", "--checkpoint.every 2", "--checkpoint.keep 0", "--algorithm.advantage rloo")
-SMALL += ("--data.ptx null", "--algorithm.ptx_coefficient 0")
 ALONE = Ranks(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def whole(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four steps with checkpoints of the second and the last."""
-    output_dir = tmp_path_factory.mktemp("whole") / "run"
-    assert job.here(output_dir, *SMALL) == 0
-    return output_dir
-
-
-@pytest.fixture
-def copied(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
 def half(output_dir: Path) -> Path:
@@ -49,7 +34,7 @@ def refused(job: Job, capsys: pytest.CaptureFixture, output_dir: Path, resume: s
     """The run ends with one line, and leaves the folder as it was."""
     before = snapshot(output_dir)
     capsys.readouterr()
-    assert job.here(output_dir, *SMALL, f"--resume {resume}") == 2
+    assert job.here(output_dir, *FOUR_STEPS, f"--resume {resume}") == 2
     assert re.fullmatch(rf"error: {said}\n", capsys.readouterr().err)
     assert snapshot(output_dir) == before
 
@@ -60,7 +45,7 @@ def refused(job: Job, capsys: pytest.CaptureFixture, output_dir: Path, resume: s
 def test_two_are_not_in_one_folder(job: Job, whole: Path, copied: Path, capsys: pytest.CaptureFixture) -> None:
     with hold(half(copied), "output_dir"):
         refused(job, capsys, copied, "auto", "output_dir '.*' is in use by another process, expected one at a time.*")
-    assert job.here(copied, *SMALL, "--resume auto") == 0
+    assert job.here(copied, *FOUR_STEPS, "--resume auto") == 0
     assert metrics(copied) == metrics(whole) and same_bits(weights(copied), weights(whole))
     # It is let go with the end of the run.
     hold(copied, "output_dir").close()
@@ -74,8 +59,8 @@ def test_two_do_not_begin_in_one_folder(job: Job, tmp_path: Path, capsys: pytest
 
 def test_a_run_that_fails_lets_go(job: Job, tmp_path: Path, copied: Path) -> None:
     half(copied)
-    assert job.here(copied, *SMALL, "--resume auto", "--policy.path", "nowhere/at/all") == 2
-    assert job.here(tmp_path / "new", *SMALL, "--reward.path", "tests.jobs.test_two_runs:fails") == 2
+    assert job.here(copied, *FOUR_STEPS, "--resume auto", "--policy.path", "nowhere/at/all") == 2
+    assert job.here(tmp_path / "new", *FOUR_STEPS, "--reward.path", "tests.jobs.test_two_runs:fails") == 2
     for folder in (copied, tmp_path / "new"):
         hold(folder, "output_dir").close()
 
@@ -95,7 +80,7 @@ def test_what_another_wrote_since_one_looked(
         return hold(folder, what)
 
     monkeypatch.setattr(run, "hold", late)
-    assert job.here(copied, *SMALL, "--resume auto") == 2
+    assert job.here(copied, *FOUR_STEPS, "--resume auto") == 2
     assert "another process wrote checkpoints in output_dir" in capsys.readouterr().err
 
 
@@ -136,7 +121,7 @@ def test_checkpoints_that_are_damaged_and_no_others(job: Job, copied: Path, caps
 def test_killed_before_its_first_checkpoint(job: Job, whole: Path, copied: Path) -> None:
     """The log may have come to the second: the first is written in the background."""
     shutil.rmtree(half(copied) / "checkpoints")
-    assert job.here(copied, *SMALL, "--resume auto") == 0
+    assert job.here(copied, *FOUR_STEPS, "--resume auto") == 0
     assert metrics(copied) == metrics(whole) and states(copied, 4) == states(whole, 4)
 
 
@@ -168,7 +153,7 @@ def test_a_file_that_may_not_be_read_is_not_damaged(
     monkeypatch.setattr(Path, "read_bytes", not_these)
     before = snapshot(copied)
     allowed = False
-    assert job.here(copied, *SMALL, "--resume auto") == 2
+    assert job.here(copied, *FOUR_STEPS, "--resume auto") == 2
     allowed = True
     assert "step-000004/manifest.json: may not be read by this user, expected" in capsys.readouterr().err
     assert snapshot(copied) == before
@@ -185,7 +170,7 @@ def test_an_older_one_is_not_gone_on_from_beside_newer_ones(
 def test_steps_that_the_log_lacks(job: Job, copied: Path, caplog: pytest.LogCaptureFixture) -> None:
     log = half(copied) / "metrics.jsonl"
     log.write_text(log.read_text().splitlines(keepends=True)[0])
-    assert job.here(copied, *SMALL, "--resume auto") == 0
+    assert job.here(copied, *FOUR_STEPS, "--resume auto") == 0
     assert "metrics.jsonl ends at step 1, and the run goes on from a checkpoint of step 2" in caplog.text
     assert [row["step"] for row in metrics(copied)] == [1, 3, 4]
 
@@ -211,9 +196,9 @@ def test_another_dtype_is_said_as_it_computes(job: Job, copied: Path, caplog: py
     half(copied)
     again = Path(shutil.copytree(copied, copied.with_name("again")))
     # What `auto` is on a CPU.
-    assert job.here(copied, *SMALL, "--resume auto", "--engine.dtype float32") == 0
+    assert job.here(copied, *FOUR_STEPS, "--resume auto", "--engine.dtype float32") == 0
     assert "engine.dtype" not in caplog.text
-    assert job.here(again, *SMALL, "--resume auto", "--engine.dtype bfloat16") == 0
+    assert job.here(again, *FOUR_STEPS, "--resume auto", "--engine.dtype bfloat16") == 0
     assert "going on with engine.dtype bfloat16, where checkpoint" in caplog.text
 
 
@@ -227,7 +212,7 @@ def test_scores_of_cut_responses_are_counted_by_step(
         return score(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(FunctionScorer, "score", cuts_one)
-    options = (*SMALL, "--rollout.score_early false")
+    options = (*FOUR_STEPS, "--rollout.score_early false")
     assert job.here(tmp_path / "one", *options) == 0
     assert [row["truncated_scores"] for row in metrics(tmp_path / "one")] == [2, 2, 2, 2]
     assert job.here(tmp_path / "two", *options, "--stop_after 1") == 0
@@ -270,7 +255,7 @@ def looks(folder: Path) -> dict[str, str]:
 def test_a_rank_that_cannot_read_its_part_ends_all(job: Job, whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path / "run")
     half(tmp_path / "run")
-    words = job.words(tmp_path / "run", *SMALL, "--resume auto")
+    words = job.words(tmp_path / "run", *FOUR_STEPS, "--resume auto")
     (tmp_path / "words.json").write_text(json.dumps(words))
     assert on_ranks(2, "tests.jobs.test_two_runs:reads_in_part", tmp_path) == [2, 2]
     # What the second said, the first prints: it waited for nobody.
