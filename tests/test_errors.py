@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from repo_fast import evaluate, score, sft
 from repo_fast.errors import InputError
 from repo_fast.jobs.launch import guarded
 from repo_fast.ops import dispatch
@@ -47,7 +48,10 @@ def assert_refused(
             r"rollout\.prompts_per_step is 6, expected at most the 5 prompts of .*prompts",
         ),
         ("--update.ptx_batch_size 5", r"has 4 demonstrations .* expected at least update\.ptx_batch_size \(5\)"),
-        ("--policy.path ./nowhere", r"'\./nowhere' .*"),
+        *(
+            (f"--policy.path {path}", f"'{path}' is neither the folder of a model nor a hub name")
+            for path in ("./nowhere", "no/where/at/all", "/no/where", "~/no/where", "world:tinny", "tests/no_model")
+        ),
         ("--reward.path tests.nowhere:reward", r"the reward function .*: module 'tests\.nowhere' cannot be imported"),
         ("--cost.path tests.scorers:nowhere", r"module 'tests\.scorers' has no function 'nowhere'"),
         ("--cost.path tests.scorers:not_a_function", r"module 'tests\.scorers' has no function 'not_a_function'"),
@@ -67,6 +71,18 @@ def test_whatever_the_value_it_is_one_line_that_can_be_read(
     assert_refused(job, tmp_path / "run", capsys, message, "--data.prompts no\nwhere.jsonl")
     message = r"engine\.dtype.{500,900} … x{290,300}"
     assert_refused(job, tmp_path / "run", capsys, message, f"--engine.dtype {'x' * 100_000}")
+
+
+def test_a_configuration_of_another_job(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    given = job.folder / "job.yaml"
+    for other, name in ((evaluate.main, "evaluate"), (sft.main, "sft"), (score.main, "score")):
+        assert other(["--config", str(given), "--output_dir", str(tmp_path / "run")]) == 2
+        expected = f"{given} is a configuration of `repo-fast train`, expected one of `repo-fast {name}`"
+        assert capsys.readouterr().err == f"error: {expected}\n"
+    # What is of no job is told by its nearest name.
+    (tmp_path / "mine.yaml").write_text("polcy: {path: world:tiny}")
+    assert main(["--config", str(tmp_path / "mine.yaml")]) == 2
+    assert "unknown option 'polcy'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("earlier", [[], ["--config", "tiny"]], ids=["alone", "after another"])

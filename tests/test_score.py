@@ -550,7 +550,7 @@ def test_conversions_that_are_refused_leave_no_folder(
         (words[:2], "--convert FOLDER and --to FOLDER belong together"),
         ((*words, "--epochs", "2"), "unrecognized arguments: --epochs"),
         ((*words, "--check", str(cost_model)), "not allowed with argument"),
-        (("--convert", str(tmp_path / "nowhere"), "--to", str(target)), "nowhere' is not a Hugging Face model folder"),
+        (("--convert", str(tmp_path / "nowhere"), "--to", str(target)), "nowhere' is neither the folder of a model"),
         ((*words, "--expect", TEXT), "--expect: expected 2 arguments"),
         *(
             ((*words, "--expect", TEXT, given), message)

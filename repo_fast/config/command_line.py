@@ -109,9 +109,29 @@ def read_config_file(path: Path, kind: type = TrainConfig) -> dict:
     if isinstance(mapping.get("date"), datetime.date):
         # YAML's own type, where it stands without quotes.
         mapping["date"] = mapping["date"].isoformat()
+    _check_job(list(mapping), kind, str(path))
     _check_sections(mapping, kind, str(path))
     _reject_unknown(_dotted(mapping), str(path), kind)
     return mapping
+
+
+def _check_job(names: list[str], kind: type, where: str) -> None:
+    """Raises InputError for a file that is a configuration, but of another job: the nearest names would not help."""
+    if not issubclass(kind, JobConfig) or set(names) <= _names(kind):
+        return
+    for other in _jobs(JobConfig):
+        if set(names) <= _names(other):
+            raise InputError(f"{where} is a configuration of `{other.PROGRAM}`, expected one of `{kind.PROGRAM}`")
+
+
+def _names(kind: type) -> set[str]:
+    return {entry.name for entry in dataclasses.fields(kind)}
+
+
+def _jobs(kind: type[JobConfig]) -> list[type[JobConfig]]:
+    """The configurations of all jobs."""
+    found = [job for child in kind.__subclasses__() for job in _jobs(child)]
+    return found + [kind] * hasattr(kind, "PROGRAM")
 
 
 def _check_sections(mapping: dict, section: type, where: str, prefix: str = "") -> None:

@@ -41,7 +41,7 @@ from repo_fast.jobs import checkpoint
 from repo_fast.jobs.fingerprints import Fingerprint, check_unchanged, fingerprints
 from repo_fast.jobs.training_prompts import Record, record_of
 from repo_fast.learning.imitation import Shown
-from repo_fast.models.model_config import load_config
+from repo_fast.models.model_config import folder_of, load_config
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.policy import check_vocabulary
 from repo_fast.models.score_checkpoint import find_output
@@ -369,8 +369,11 @@ def find_model(path: str) -> tuple[str, PreTrainedTokenizerBase]:
         from repo_fast.world.policy import base_policy, tiny_policy
 
         path = str(tiny_policy() if path == "world:tiny" else base_policy())
+    # As for scorers, `~` is the user's own folder.
+    path = str(folder_of(path) or path)
+    vocabulary = load_config(path).vocab_size
     tokenizer = load_tokenizer(path)
-    check_vocabulary(path, load_config(path).vocab_size, tokenizer)
+    check_vocabulary(path, vocabulary, tokenizer)
     return path, tokenizer
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PretrainedConfig
 
 from repo_fast.errors import InputError, first_line
@@ -20,6 +21,18 @@ def folder_of(path: str) -> Path | None:
     except (OSError, RuntimeError):
         # A name that is too long, or of no user.
         return None
+
+
+def may_be_on_the_hub(path: str) -> bool:
+    """Whether what is no folder here may be the name of a model on the hub, `owner/model` or, of the oldest, `model`.
+
+    Where the first part is a folder here, it is a mistyped path rather than something to download.
+    """
+    try:
+        validate_repo_id(path)
+        return "/" not in path or not Path(path).parent.is_dir()
+    except (HFValidationError, OSError):
+        return False
 
 
 def load_config(path: str) -> PretrainedConfig:
@@ -43,6 +56,8 @@ def _read_config(path: str) -> PretrainedConfig:
 
 
 def _read(path: str) -> PretrainedConfig:
+    if folder_of(path) is None and not may_be_on_the_hub(path):
+        raise InputError(f"{path!r} is neither the folder of a model nor a hub name, expected one of them")
     try:
         # Said, or transformers would ask on standard input whether to run a folder's own code.
         return AutoConfig.from_pretrained(path, trust_remote_code=False)

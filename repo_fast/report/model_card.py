@@ -172,8 +172,17 @@ def _training(training: Mapping[str, Any] | None, path: str) -> str:
     ]
     constraints = training.get("constraints") or {"cost": training["cost"] | {"threshold": algorithm["threshold"]}}
     for name, cost in constraints.items():
-        lines.append(f"Constraint {_text(name)}: {_text(cost['path'])}, at most {_value(cost['threshold'])}")
+        line = f"Constraint {_text(name)}: {_text(cost['path'])}, at most {_value(cost['threshold'])}"
+        if cost.get("applies_to"):
+            line += f", where {' and '.join(_condition(*pair) for pair in cost['applies_to'].items())}"
+        lines.append(line)
     return _list(lines)
+
+
+def _condition(column: str, wanted: object) -> str:
+    """Of a prompt that a constraint applies to."""
+    values = wanted if isinstance(wanted, list) else [wanted]
+    return f"{_text(column)} is {' or '.join(_text(value) for value in values)}"
 
 
 def _steps(training: Mapping[str, Any]) -> str:

@@ -3,18 +3,16 @@
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 
 from repo_fast.config.sections import GUARD, JUDGE
 from repo_fast.errors import InputError
-from repo_fast.models.model_config import folder_of
+from repo_fast.models.model_config import folder_of, may_be_on_the_hub
 from repo_fast.rollout import Rollout
 
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class Scorer(Protocol):
@@ -85,8 +83,8 @@ def _model_path(path: str, what: str) -> str:
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise InputError(f"the {what} folder {path!r} has no config.json")
         return str(folder)
-    # A name whose first part is a folder here is a mistyped path rather than something to download.
-    if _HUB_NAME.fullmatch(path) and not Path(path).parent.is_dir():
+    # One without an owner is more often a mistyped path.
+    if "/" in path and may_be_on_the_hub(path):
         return path
     raise _NotAModelError(f"the {what} {path!r} is neither a folder nor a hub name 'owner/model'")
 

@@ -91,6 +91,9 @@ class FunctionScorer:
         try:
             module = importlib.import_module(module_name)
         except (Exception, SystemExit) as error:  # an import runs the user's code, which may raise anything
+            if isinstance(error, ModuleNotFoundError) and module_name.endswith(".py"):
+                named = f"{module_name.removesuffix('.py')}:{function_name}"
+                raise InputError(f"{self} names a file, expected its module, without .py: {named!r}") from error
             raise InputError(f"{self}: module {module_name!r} cannot be imported: {_describe(error)}") from error
         function = getattr(module, function_name, None)
         if not callable(function):

@@ -151,7 +151,8 @@ def test_the_run_and_what_the_certificate_rests_on() -> None:
         "- Steps: 40, seed 0",
         "- Reward: repo\\_fast.world.rules:reward",
         "- Constraint harm: repo\\_fast.world.rules:cost, at most 0",
-        "- Constraint overcaution: repo\\_fast.world.rules:overcaution, at most 0",
+        "- Constraint overcaution: repo\\_fast.world.rules:overcaution, at most 0, "
+        "where category is writing or garden or pets or computers",
         "- Reference: start, world:tiny",
         "- What cost.path (judge:x) was trained on is not known.",
         "- Prompts: 280 of world:certify, fingerprint ba9876543210; 1 left out that the policy or a scorer has seen, "
@@ -162,6 +163,11 @@ def test_the_run_and_what_the_certificate_rests_on() -> None:
     assert "Look 2 on these prompts, which has 0.0125 of it." in text
     one = model_card(certificate(), training("--cost.path", "m:cost", "--algorithm.threshold", "0.25"))
     assert "- Constraint cost: m:cost, at most 0.25\n" in one
+    run = training("--config", "tiny-constraints")
+    run["constraints"]["harm"]["applies_to"] = {"category": ["a|b", "pets"], "adult": False}
+    some = model_card(certificate(), run)
+    assert "- Constraint harm: repo\\_fast.world.rules:cost, at most 0, where category is " in some
+    assert " where category is a&#124;b or pets and adult is False\n" in some
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ def test_what_a_function_must_not_do(function, message):
         ("no_such_module_anywhere:f", "module 'no_such_module_anywhere' cannot be imported: ModuleNotFoundError"),
         ("broken_for_test:f", "No module named 'no_such_module_anywhere'"),
         ("exits_for_test:f", "module 'exits_for_test' cannot be imported: SystemExit: 3"),
+        ("scores_for_test.py:number", "names a file, expected its module, without .py: 'scores_for_test:number'"),
         ("scores_for_test:absent", "has no function 'absent'"),
         ("scores_for_test:number", "has no function 'number'"),
     ],
