@@ -10,6 +10,8 @@ import torch
 
 from bench.measuring.machine import machine
 
+PARTS = ("kills", "storage", "damage", "bad_inputs", "fuzzing", "ranks", "attacks")
+
 
 @dataclass(frozen=True)
 class Trial:

@@ -4,20 +4,24 @@ import textwrap
 from collections import Counter
 
 from bench.measuring.tables import render as table
-from tests.campaign.book import Book, Found
+from tests.campaign.book import PARTS, Book, Found
 
 HEADER = ["", "held", "failed", "not to be tried here", "minutes"]
 
 
 def render(book: Book) -> str:
     """A summary of the parts, what failed or could not be tried, and every trial."""
-    parts = list(dict.fromkeys(found.part for found in book.found))
+    parts = [part for part in PARTS if any(found.part == part for found in book.found)]
     sections = [
         "# The campaign",
         "    make campaign",
         "What a run of a week meets, each tried many times (`tests/campaign/`).",
         table(HEADER, [_summary(book.found, part) for part in parts]),
-        *(f"- **{odd.part}, {odd.trial}**: {odd.outcome}: {odd.seen}" for odd in book.found if odd.outcome != "held"),
+        *(
+            f"- **{odd.part}, {odd.trial}**: {odd.outcome}: {_cell(odd.seen)}"
+            for odd in book.found
+            if odd.outcome != "held"
+        ),
         table(["environment", ""], [[name, str(value)] for name, value in book.about.items()]),
     ]
     for part in parts:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_what_was_tried_is_written_down_once(tried: list[str], tmp_path: Path, c
     words = ["--out", str(tmp_path / "out"), "--only", "kills"]
     assert campaign.main(words) == 1
     assert tried == ["holds", "fails", "cannot"]
-    assert "3 trials, 1 failed" in capsys.readouterr().out
+    assert "3 trials, 1 failed, 0 left" in capsys.readouterr().out
     # Stopped before the last: it alone is tried again.
     file = tmp_path / "out" / "trials.jsonl"
     lines = file.read_text().splitlines(keepends=True)
@@ -52,6 +52,24 @@ def test_what_was_tried_is_written_down_once(tried: list[str], tmp_path: Path, c
     page = (tmp_path / "out" / "campaign.md").read_text()
     assert "**kills, b**: failed: AssertionError: it was lost" in page
     assert "no right to mount" in page and "as it was \\| with a bar" in page
+
+
+def test_parts_are_tried_at_once_and_one_that_ends_early_is_not_taken_for_tried(
+    tried: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    other = ModuleType("tests.campaign.storage")
+    other.trials = lambda: [Trial("d", lambda folder: "as it was")]
+    monkeypatch.setitem(sys.modules, "tests.campaign.storage", other)
+
+    def in_this_process(command: list[str], check: bool) -> None:
+        assert command[1:3] == ["-m", "tests.campaign"]
+        if command[-1] == "kills":
+            campaign.main(command[3:])
+
+    monkeypatch.setattr(campaign, "subprocess", SimpleNamespace(run=in_this_process))
+    assert campaign.main(["--out", str(tmp_path / "out"), "--only", "storage", "kills"]) == 1
+    assert tried == ["holds", "fails", "cannot"]
+    assert capsys.readouterr().out.splitlines()[-1].startswith("3 trials, 1 failed, 1 left")
 
 
 def test_trials_of_another_commit_are_not_gone_on_with(tmp_path: Path) -> None:
