@@ -18,8 +18,8 @@ def load_yaml(text: str) -> Any:
     Raises:
         ValueError: It is no such YAML; the message is one line.
     """
-    loader = _UniqueKeys(text)
     try:
+        loader = _UniqueKeys(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -30,8 +30,9 @@ def load_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        # What PyYAML's constructors run into where the value of a tag is none of its kind.
+        raise ValueError(f"a value does not fit its tag ({type(error).__name__})") from error
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
