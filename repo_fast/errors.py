@@ -61,6 +61,11 @@ def as_input_error(error: BaseException | None) -> InputError | None:
     return as_input_error(error.__context__) or InputError(line)
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a library's Rust code gave up (tokenizers): what it raises then is no `Exception`, nor to be imported."""
+    return type(error).__name__ == "PanicException"
+
+
 class RankError(RuntimeError):
     """A rank cannot go on because of another one, which failed, is gone, or does not answer.
 

@@ -201,6 +201,10 @@ def parse(arguments: list[str] | None = None, kind: type[Config] = TrainConfig) 
         built = parser.instantiate_classes(namespace)
     except (jsonargparse.ArgumentError, TypeError, KeyError) as error:
         raise InputError(_one_line(error)) from error
+    except OverflowError as error:
+        raise InputError(
+            "an option is a whole number of more than 308 digits, expected one that a float holds"
+        ) from error
     # By item: a section's name may also be that of one of the namespace's methods.
     config = kind(**{entry.name: built[entry.name] for entry in dataclasses.fields(kind)})
     if "--print_config" in arguments:

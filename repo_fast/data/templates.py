@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from repo_fast.data.chat import ChatTemplate, end_of_turn, special_tokens
 from repo_fast.data.dialogue import HH_ASSISTANT, Dialogue
 from repo_fast.data.readers import Prompt
-from repo_fast.errors import InputError, at, first_line, readable
+from repo_fast.errors import InputError, at, first_line, is_panic, readable
 
 SAFE_RLHF_START, SAFE_RLHF_USER = "BEGINNING OF CONVERSATION: ", "USER: {} ASSISTANT:"
 NAMES = ("auto", "chat", "safe-rlhf", "plain")
@@ -495,7 +495,9 @@ def load_tokenizer(path: str, *, must_end: bool = True) -> PreTrainedTokenizerBa
         # What is wrong with some of its settings shows only where they are used.
         tokenizer.decode(tokenizer.encode(_SOME_TEXT))
         special_tokens(tokenizer)
-    except Exception as error:  # its files are the user's, and may hold anything
+    except BaseException as error:  # its files are the user's, and may hold anything
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         with readable(Path(path)):
             adapters = Path(path, "adapter_config.json").is_file()
         if adapters:

@@ -61,7 +61,7 @@ def _tried(name: str, seconds: float, folder: Path) -> str:
     place = folder / "fuzzing"
     place.mkdir()
     ended = end_of(("tests.campaign.fuzzing", name, str(seconds)), place, limit=seconds + 600)
-    said = f"exit status {ended.status}: {ended.err[-4000:]} {ended.out[-500:]}"
+    said = f"exit status {ended.status}: {ended.out[-200:]} {ended.err[-1700:]}"
     assert not ended.late, f"hung: {said}"
     assert ended.status == 0, said
     assert "Traceback" not in ended.err + ended.out, said

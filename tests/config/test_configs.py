@@ -333,6 +333,13 @@ def test_a_file_that_is_not_there_lists_the_packaged_names(tmp_path):
         parse(["--config", str(tmp_path / "missing.yaml")])
 
 
+def test_a_number_that_no_float_holds_is_one_line(tmp_path):
+    file = write(tmp_path / "mine.yaml", f"algorithm: {{gamma: {10**400}}}")
+    for words in (["--algorithm.gamma", str(10**400)], ["--config", file]):
+        with pytest.raises(InputError, match="a whole number of more than 308 digits, expected one that a float holds"):
+            parse([*words, *SCORERS])
+
+
 def test_words_that_are_no_options_are_refused():
     for words in (["seed"], ["--seed"], ["--config"]):
         with pytest.raises(InputError):

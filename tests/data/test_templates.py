@@ -446,3 +446,14 @@ def test_a_template_that_cannot_be_used_is_named_by_its_folder(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(InputError, match=f"the chat template of '{tmp_path}' cannot render"):
         PromptTemplate(load_tokenizer(str(tmp_path)), "chat")
+
+
+def test_a_tokenizer_that_panics_is_one_line(tmp_path):
+    """Rust's panics are no `Exception`."""
+    word_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["post_processor"]["special_tokens"] = {}
+    path.write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="has no tokenizer that transformers can load: no entry found for key"):
+        load_tokenizer(str(tmp_path))
