@@ -105,8 +105,9 @@ def settle_quantized(path: str, model: PreTrainedModel) -> None:
     # What is written of it is plain weights, so nothing may say otherwise; nor does peft need its layers of another
     # kind, whose output is copied.
     del model.hf_quantizer, model.config.quantization_config
+    # Not every version of transformers leaves all of them.
     for mark in ("is_loaded_in_4bit", "is_4bit_serializable", "is_quantized", "quantization_method"):
-        delattr(model, mark)
+        vars(model).pop(mark, None)
     everything = sum(size for size, _ in parameter_sizes(model))
     share = quantized_size(model) / everything
     _log.info("%s: %.1f %% of %s parameters in 4 bits (nf4)", path, 100 * share, f"{everything:,}")

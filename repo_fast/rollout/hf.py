@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     GenerationConfig,
@@ -281,6 +282,7 @@ def check_generation(model: nn.Module, pad: int, device: torch.device, batch_siz
 
     Raises:
         InputError: They differ by more than rounding does. Some recurrent states take padding in, or those of others.
+            Or transformers has an error there of its own.
     """
     if getattr(model, _CHECKED, False):
         return
@@ -294,9 +296,15 @@ def check_generation(model: nn.Module, pad: int, device: torch.device, batch_siz
     )
     gaps = []
     for batch in ([0], [1]) if batch_size == 1 else ([0, 1],):
-        rows = model.generate(
-            input_ids=input_ids[batch], attention_mask=attention_mask[batch], generation_config=settings
-        )
+        try:
+            rows = model.generate(
+                input_ids=input_ids[batch], attention_mask=attention_mask[batch], generation_config=settings
+            )
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InputError(
+                f"the policy ({type(model).__name__}) cannot generate by transformers {transformers.__version__}: "
+                f"{first_line(error)}; choose another architecture, or another version"
+            ) from error
         starts = (attention_mask[batch] == 0).sum(1).tolist()
         gaps += [gap for row, start in enumerate(starts) for gap in _gaps_to_alone(model, rows, row, start)]
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

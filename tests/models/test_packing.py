@@ -48,6 +48,8 @@ WAYS = {
     "mamba": PADDED,
     "lfm2": PADDED,
 }
+# What some of them can in transformers 5.24.
+LATER = {"falcon": "sdpa", "gptj": "packed"}
 
 
 def outcome_of(architecture: str, ranks: Ranks, folder: Path, attention: str = "auto") -> Outcome:
@@ -58,7 +60,7 @@ def outcome_of(architecture: str, ranks: Ranks, folder: Path, attention: str = "
 @pytest.mark.parametrize("architecture", WAYS)
 def test_auto_finds_what_is_right(architecture: str, ranks: Ranks, tmp_path: Path) -> None:
     outcome = outcome_of(architecture, ranks, tmp_path)
-    assert outcome.way == WAYS[architecture]
+    assert outcome.way in (WAYS[architecture], LATER.get(architecture))
     assert bool(outcome.reason) == (outcome.way != "packed")
     # Log-probabilities of transformers alone; what sequences see of each other is above 1.
     assert outcome.gap is not None and outcome.gap < 3e-5
@@ -83,13 +85,20 @@ def test_padded_rows_can_be_asked_for(architecture: str, ranks: Ranks, tmp_path:
         ("stablelm", "packed", "StableLmAttention does not take part in packed attention"),
         ("phimoe", "auto", "draws random numbers in training"),
         ("gemma2", "packed", "Gemma2Attention needs softcap, which packed attention and SDPA lack"),
-        ("gemma2", "sdpa", "Gemma2Attention needs softcap, which packed attention and SDPA lack"),
+        (
+            "gemma2",
+            "sdpa",
+            "Gemma2Attention needs softcap, which packed .*SDPA lack|architecture has no such attention",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(
     architecture: str, attention: str, message: str, ranks: Ranks, tmp_path: Path
 ) -> None:
     outcome = outcome_of(architecture, ranks, tmp_path, attention)
+    if outcome.way == LATER.get(architecture):
+        assert outcome.gap is not None and outcome.gap < 3e-5
+        return
     assert outcome.way == "refused"
     with pytest.raises(InputError, match=message):
         raise InputError(outcome.reason)

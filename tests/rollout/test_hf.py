@@ -311,6 +311,13 @@ def test_a_model_that_generates_otherwise_in_a_batch_is_refused(architecture: st
     """Its tokens would be drawn from another distribution than the one that is trained; one by one they are not."""
     save_model(config_of(architecture), tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    try:
+        model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, pad_token_id=0)
+    except ValueError:
+        # transformers 5.24 asks RecurrentGemma's cache for what it has not.
+        with pytest.raises(InputError, match=r"cannot generate by transformers 5\..*; choose another"):
+            check_generation(model, 0, CPU, batch_size=8)
+        return
     with pytest.raises(InputError, match="generates in a batch from other probabilities .*; choose a batch size of 1"):
         check_generation(model, 0, CPU, batch_size=8)
     check_generation(model, 0, CPU, batch_size=1)
