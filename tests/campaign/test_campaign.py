@@ -1,5 +1,6 @@
 """What a campaign writes down, and that it goes on where it was stopped."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from tests.campaign import __main__ as campaign
-from tests.campaign.book import Book, Trial, Unavailable
+from tests.campaign.book import PARTS, Book, Trial, Unavailable
 from tests.campaign.power import after_the_loss
 from tests.job_runs import REPOSITORY, snapshot
 
@@ -70,6 +71,13 @@ def test_parts_are_tried_at_once_and_one_that_ends_early_is_not_taken_for_tried(
     assert campaign.main(["--out", str(tmp_path / "out"), "--only", "storage", "kills"]) == 1
     assert tried == ["holds", "fails", "cannot"]
     assert capsys.readouterr().out.splitlines()[-1].startswith("3 trials, 1 failed, 1 left")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_trial_has_the_name_of_another(part: str) -> None:
+    """It would be taken for tried."""
+    names = [trial.name for trial in importlib.import_module(f"tests.campaign.{part}").trials()]
+    assert names and len(set(names)) == len(names)
 
 
 def test_trials_of_another_commit_are_not_gone_on_with(tmp_path: Path) -> None:

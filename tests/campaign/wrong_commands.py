@@ -297,7 +297,6 @@ def _other_programs() -> Iterator[Bad]:
         (PLAN, ("--device", "h200x"), "--device.*'h200x'"),
         (PLAN, ("--response_tokens", "0"), "--response_tokens.*0, expected"),
         (PLAN, ("--rollout.temprature", "1"), "unknown option 'rollout.temprature'"),
-        (PLAN, ("--policy.path", "./nowhere"), r"\./nowhere"),
         (PLAN, ("--cost.path", "./nowhere"), r"\./nowhere"),
         (PLAN, ("--config", "tinny"), "--config 'tinny'"),
         (PLAN, ("--total_steps", "0"), "total_steps is 0"),
