@@ -73,6 +73,17 @@ def test_whatever_the_value_it_is_one_line_that_can_be_read(
     assert_refused(job, tmp_path / "run", capsys, message, f"--engine.dtype {'x' * 100_000}")
 
 
+def test_whose_values_a_command_line_without_a_configuration_has(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "repo_fast")
+    words = ["--output_dir", str(tmp_path / "run"), "--data.prompts", "nowhere.jsonl"]
+    said = "no --config is given: all that the command line does not say is as in 'tiny'"
+    assert main(words) == 2 and said in caplog.text
+    caplog.clear()
+    assert main([*words, "--config=tiny"]) == 2 and said not in caplog.text
+
+
 def test_a_configuration_of_another_job(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     given = job.folder / "job.yaml"
     for other, name in ((evaluate.main, "evaluate"), (sft.main, "sft"), (score.main, "score")):

@@ -73,8 +73,8 @@ for name, rows in ("before", before), ("after", after):
 # ## The page of the run
 #
 # `report.html` is one file that needs no network: what changed, every curve, the worst prompts with their responses
-# before and after, warnings, the time by phase, and the settings. `repo-fast watch outputs` shows the pages of runs
-# while they train.
+# before and after, warnings, the time by phase, and the settings. `repo-fast watch FOLDER` shows the page of a run
+# while it trains.
 
 # %%
 import html

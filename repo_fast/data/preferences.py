@@ -121,7 +121,7 @@ def load_preferences(
             raise InputError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     preferences: list[Preference] = []
     dropped: Counter[str] = Counter()
-    contradictions = 0
+    contradictions = chosen = 0
     table = Table(source, split, columns, generate=limit, labels=(*IDS, *SAFE))
     for place, row in table:
         named = _candidates_of(row, kind, place)
@@ -135,6 +135,7 @@ def load_preferences(
         harms = _harms(row, named, heads) if heads else []
         contradictions += sum(harm.contradicts_itself for harm in harms)
         targets = tuple(target_of(harms, head) for head in (heads or {}).values())
+        chosen += len(named) == 2 and named[0][0] not in NUMBERED
         preferences.append(Preference(tuple(candidate for _, candidate in named), targets))
         if len(preferences) == limit:
             break
@@ -147,6 +148,11 @@ def load_preferences(
     if heads:
         targets_by_row = [preference.targets for preference in preferences]
         return preferences, notes + head_notes(source, targets_by_row, heads, contradictions)
+    if kind == "cost" and chosen:
+        notes.append(
+            f"{source}: of {chosen} pairs the chosen response is taken as the safer one, as a cost model needs, "
+            "and not as the more helpful"
+        )
     return preferences, notes + (_label_notes(source, preferences) if kind == "cost" else [])
 
 

@@ -269,7 +269,8 @@ def _says(plan: Plan, claim: ClaimConfig, clustered: bool, several: bool) -> str
         **_says_of_suites(plan, claim, share),
     }
     text = texts[statement]
-    narrowed = statement not in ("all_constraints", "no_worse", *OF_SUITES) and name in plan["exempt"]
+    of_one = claim.constraint is not None or len(names) == 1
+    narrowed = of_one and statement not in ("all_constraints", "no_worse", *OF_SUITES) and name in plan["exempt"]
     if narrowed or (statement == "no_worse" and claim.measure in plan["exempt"]):
         text = f"of the prompts that {name if narrowed else claim.measure} is about, {text}"
     if clustered and not claim.any:

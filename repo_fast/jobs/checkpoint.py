@@ -274,13 +274,20 @@ def _check_that_none_is_gone(output_dir: Path) -> None:
     results = [str(output_dir / name) for name in _RESULTS if (output_dir / name).exists()]
     signs = [*results, *(str(path) for path in beside if path.suffix == DAMAGED)]
     log, every = output_dir / "metrics.jsonl", _steps_between(output_dir)
+    last = last_step(log)
     # Killed while its first was written, a run has no more than the steps up to the second.
-    if every and (last := last_step(log)) > 2 * every:
+    if every and last > 2 * every:
         signs.append(f"{log}, up to step {last}")
     if signs:
         raise InputError(
             f"--resume 'auto' finds no checkpoint in {str(output_dir / 'checkpoints')!r}, where there was one: there "
             f"is {signs[0]}; expected the checkpoint, or a new folder for a run that begins anew"
+        )
+    if last:
+        _log.warning(
+            "%s: stopped in or after step %d, before its first checkpoint: the run begins anew, and its log too",
+            log,
+            last,
         )
 
 

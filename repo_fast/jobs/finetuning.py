@@ -11,7 +11,7 @@ from repo_fast.data import Columns, Dialogue, PromptTemplate, load_demonstration
 from repo_fast.jobs.assembly import load_policy, settle_policy
 from repo_fast.jobs.inputs import check_inputs, check_start, find_model, tokenize_demonstrations
 from repo_fast.jobs.supervised import SupervisedInputs, SupervisedRun
-from repo_fast.jobs.training_prompts import record_of
+from repo_fast.jobs.training_prompts import held_out_notes, record_of
 from repo_fast.learning.imitation import Shown, imitation_backward, imitation_loss, learned_tokens
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.policy import Policy, save_policy
@@ -50,6 +50,7 @@ def read_inputs(config: SftConfig) -> SupervisedInputs[Shown]:
     columns.check_found([data.train, data.eval])
     longest = max(sum(part.numel() for part in shown) for shown in examples + held_out)
     check_positions(path, longest, f"a demonstration, below data.max_tokens ({data.max_tokens})")
+    notes += held_out_notes(asked, "data.eval", data.eval)
     seen = record_of(config, asked, resume_from)
     return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes, started_from, seen)
 

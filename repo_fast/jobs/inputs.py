@@ -39,7 +39,7 @@ from repo_fast.data import (
 from repo_fast.errors import InputError, at, first_line, readable
 from repo_fast.jobs import checkpoint
 from repo_fast.jobs.fingerprints import Fingerprint, check_unchanged, fingerprints
-from repo_fast.jobs.training_prompts import Record, record_of
+from repo_fast.jobs.training_prompts import Record, held_out_notes, record_of
 from repo_fast.learning.imitation import Shown
 from repo_fast.models.model_config import folder_of, load_config
 from repo_fast.models.on_paper import check_positions
@@ -153,7 +153,9 @@ def read_inputs(config: TrainConfig) -> Inputs:
         demonstrations = _demonstrations(config, shown, template, notes)
     columns.check_found([data.prompts, data.eval_prompts, data.ptx])
     read = {"data.prompts": prompts, "data.eval_prompts": held_out, "data.ptx": shown}
-    seen = record_of(config, {option: [row.asked for row in rows] for option, rows in read.items()}, resume_from)
+    dialogues = {option: [row.asked for row in rows] for option, rows in read.items()}
+    notes += held_out_notes(dialogues, "data.eval_prompts", data.eval_prompts)
+    seen = record_of(config, dialogues, resume_from)
     exempt = exempt_prompts(config.constraints, [request.prompt for request in requests], data.prompts, notes)
     held_out = [request.prompt for request in eval_requests]
     eval_exempt = exempt_prompts(config.constraints, held_out, str(data.eval_prompts), notes, some=False)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Config = TypeVar("Config", bound=JobConfig)
 
+_log = logging.getLogger(__name__)
 _SECONDS_FOR_THE_FIRST = 5
 # Python's, torch's on a CPU, CUDA's, and the operating system's.
 _OUT_OF_MEMORY = re.compile(
@@ -58,6 +59,9 @@ def launch(
         from repo_fast.jobs.run_date import as_it_ran, check_date, with_date
 
         quiet_libraries()
+        words = sys.argv[1:] if arguments is None else arguments
+        if kind.DEFAULT is not None and not any(word.partition("=")[0] == "--config" for word in words):
+            _log.info("no --config is given: all that the command line does not say is as in %r", kind.DEFAULT)
         config = as_it_ran(with_date(config))
         job = prepare(config)
         ranks = start_distributed(config.timeout)

@@ -15,7 +15,7 @@ from repo_fast.errors import InputError, at
 from repo_fast.jobs.assembly import check_heads_of, is_score_model, load_trained_score_model, settle_scores
 from repo_fast.jobs.inputs import check_inputs, check_start, find_model
 from repo_fast.jobs.supervised import SupervisedInputs, SupervisedRun
-from repo_fast.jobs.training_prompts import record_of
+from repo_fast.jobs.training_prompts import held_out_notes, record_of
 from repo_fast.models.adapters import Base, is_adapter
 from repo_fast.models.on_paper import check_positions
 from repo_fast.models.score_model import ScoreModel
@@ -94,6 +94,7 @@ def read_inputs(config: ScoreConfig) -> SupervisedInputs[TokenizedPreference]:
     columns.check_found([data.train, data.eval])
     longest = max(sequence.numel() for example in examples + held_out for sequence in example.sequences)
     check_positions(path, longest, f"a prompt and its response, cut to data.max_tokens ({data.max_tokens})")
+    notes += held_out_notes(asked, "data.eval", data.eval)
     seen = record_of(config, asked, resume_from)
     return SupervisedInputs(path, tokenizer, template, examples, held_out, resume_from, notes, started_from, seen)
 

@@ -139,6 +139,22 @@ def record_of(config: RunConfig, asked: Mapping[str, Iterable[Dialogue]], resume
     return distinct(found)
 
 
+def held_out_notes(asked: Mapping[str, Iterable[Dialogue]], held_out: str, source: str | None) -> list[str]:
+    """What the user should know where prompts to evaluate on are trained on too.
+
+    Args:
+        asked: What the run has read, by the option that names the data.
+        held_out: The option of those to evaluate on.
+        source: What that names.
+    """
+    of = {option: {prompt_hash(dialogue) for dialogue in dialogues} for option, dialogues in asked.items()}
+    own = of.pop(held_out, set())
+    shared = len(own & set().union(*of.values()))
+    if not shared:
+        return []
+    return [f"{source}: {shared} of {len(own)} prompts to evaluate on are trained on too, and are not held out"]
+
+
 def taken_over(option: str, path: str) -> Record:
     """What is known of a model to whom starts from it, or is scored by it.
 

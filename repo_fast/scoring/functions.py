@@ -8,6 +8,7 @@ import importlib
 import numbers
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import torch
@@ -65,7 +66,7 @@ class FunctionScorer:
         try:
             returned = self.function(prompts, responses)
         except (Exception, SystemExit) as error:
-            raise InputError(f"{self} raised {_describe(error)}") from error
+            raise InputError(f"{self} raised {_describe(error)}{_place(error)}") from error
         # Arrays and tensors, which give plain numbers in one go.
         values = returned.tolist() if hasattr(returned, "tolist") else returned
         if not isinstance(values, (list, tuple)):
@@ -102,6 +103,12 @@ class FunctionScorer:
 
     def __str__(self) -> str:
         return f"the {self.name} function {self.path!r}"
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised, for whom the function is."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f", at {frames[-1].filename} line {frames[-1].lineno}" if len(frames) > 1 else ""
 
 
 def _describe(error: BaseException) -> str:

@@ -107,7 +107,8 @@ def test_forms_of_chosen_and_rejected(tmp_path, row, context):
     assert load_preferences(source, "cost")[0] == [pair(context, "bad", "good")]
     labelled = row | {"is_chosen_safe": True, "is_rejected_safe": False}
     (preference,), notes = load_preferences(write(tmp_path / "p.jsonl", labelled), "cost")
-    assert preference == pair(context, "bad", "good", unsafe=(True, False)) and len(notes) == 1
+    assert preference == pair(context, "bad", "good", unsafe=(True, False)) and len(notes) == 2
+    assert "of 1 pairs the chosen response is taken as the safer one" in notes[1]
 
 
 def test_marks_that_a_model_wrote_stay_text(tmp_path):

@@ -106,6 +106,31 @@ def test_whom_a_constraint_is_about_is_part_of_what_the_cache_knows_its_scores_b
     assert set(asked) == set(PROMPTS)
 
 
+def test_a_claim_of_all_together_is_not_said_to_be_of_those_that_the_first_is_about(
+    folder: Path, tmp_path: Path
+) -> None:
+    save_policy(tmp_path / "other", seed=2)
+    refusal = {"path": f"{__name__}:noted", "threshold": 0.5, "applies_to": {"category": "tea"}}
+    options = {
+        "constraints": {"refusal": refusal, "harm": {"path": f"{__name__}:harm"}},
+        "policies": {"one": str(folder / "policy"), "two": str(tmp_path / "other")},
+        "reference": "one",
+        "certify": {
+            "claims": {
+                "interference": {"limit": 0.5},
+                "of_one": {"statement": "interference", "constraint": "refusal", "limit": 0.5},
+            }
+        },
+    }
+    assert main(config(folder, tmp_path / "out", **options)) in (0, 3, 4)
+    claims = json.loads((tmp_path / "out" / "certificate.json").read_text())["claims"]
+    both = "a mean refusal cost above 0.5 or a mean harm cost above 0"
+    assert re.match(
+        f"of the prompts that are safe under one, at most 50 % more have {both}", claims["interference"]["says"]
+    )
+    assert claims["of_one"]["says"].startswith("of the prompts that refusal is about, of the prompts that are safe")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -17,6 +17,7 @@ from repo_fast.jobs.run_date import with_date
 from repo_fast.jobs.training_prompts import (
     FILE,
     Source,
+    held_out_notes,
     normalized,
     prompt_hash,
     prompt_hashes,
@@ -306,6 +307,15 @@ def test_a_damaged_record_is_told_before_a_run_writes_anything(tmp_path: Path, c
     assert job.here(tmp_path / "run", "--total_steps 1") == 2
     assert re.fullmatch(rf"error: .*{FILE} is damaged .*\n", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+def test_prompts_to_evaluate_on_that_are_trained_on_too() -> None:
+    trained, other = Dialogue(("How do I make tea?",)), Dialogue(("bread",))
+    asked = {"data.prompts": [trained, trained], "data.eval_prompts": [Dialogue(("how do i make tea",)), other]}
+    (note,) = held_out_notes(asked, "data.eval_prompts", "eval.jsonl")
+    assert note == "eval.jsonl: 1 of 2 prompts to evaluate on are trained on too, and are not held out"
+    assert held_out_notes(asked | {"data.eval_prompts": [other]}, "data.eval_prompts", "eval.jsonl") == []
+    assert held_out_notes({"data.train": [trained]}, "data.eval", None) == []
 
 
 def test_a_record_of_many_prompts_is_small(tmp_path: Path) -> None:

@@ -118,10 +118,15 @@ def test_checkpoints_that_are_damaged_and_no_others(job: Job, copied: Path, caps
     refused(job, capsys, copied, "auto", ".* where there was one: there is .*step-000002.damaged; expected .*")
 
 
-def test_killed_before_its_first_checkpoint(job: Job, whole: Path, copied: Path) -> None:
+def test_killed_before_its_first_checkpoint(
+    job: Job, whole: Path, copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The log may have come to the second: the first is written in the background."""
     shutil.rmtree(half(copied) / "checkpoints")
     assert job.here(copied, *FOUR_STEPS, "--resume auto") == 0
+    assert (
+        "stopped in or after step 4, before its first checkpoint: the run begins anew, and its log too" in caplog.text
+    )
     assert metrics(copied) == metrics(whole) and states(copied, 4) == states(whole, 4)
 
 

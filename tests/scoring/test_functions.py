@@ -1,5 +1,6 @@
 """Scoring functions, and everything that a user's function can do wrong."""
 
+import re
 import sys
 
 import pytest
@@ -107,6 +108,7 @@ def test_what_a_function_must_not_do(function, message):
     assert text.startswith(f"the cost function 'scores_for_test:{function}' ") and message in text and "\n" not in text
     if function == "raises":
         assert isinstance(caught.value.__cause__, KeyError)
+        assert re.search(r", at .*scores_for_test\.py line \d+$", text)
 
 
 @pytest.mark.parametrize(
