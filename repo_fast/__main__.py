@@ -10,6 +10,7 @@ Also `python -m repo_fast`. Jobs are started as torchrun starts them, and the co
 are ranks; 128 + the signal where a rank, or this process, got one.
 """
 
+import difflib
 import importlib
 import signal
 import sys
@@ -83,7 +84,10 @@ def _help() -> str:
 def _unknown(command: str) -> int:
     from repo_fast.errors import InputError
 
-    raise InputError(f"unknown command {command!r}, expected one of {', '.join([*JOBS, *TOOLS])}")
+    names = [*JOBS, *TOOLS]
+    near = difflib.get_close_matches(command, names, n=1)
+    nearest = f"; the nearest is {near[0]!r}" if near else ""
+    raise InputError(f"unknown command {command!r}, expected one of {', '.join(names)}{nearest}")
 
 
 def _entry_point(command: str) -> Any:
@@ -92,13 +96,19 @@ def _entry_point(command: str) -> Any:
 
 def _start(command: str, words: list[str]) -> int:
     """A job, from here on: what can be refused without ranks is refused, then they are started."""
+    from repo_fast.errors import InputError
     from repo_fast.jobs.launch import OneLineParser
     from repo_fast.launcher import run_ranks
 
     parser = OneLineParser(allow_abbrev=False, add_help=False)
-    for option, kind in (("--gpus", int), ("--nodes", int), ("--rdzv-endpoint", str)):
+    own = {"--gpus": int, "--nodes": int, "--rdzv-endpoint": str}
+    for option, kind in own.items():
         parser.add_argument(option, type=kind)
     chosen, rest = parser.parse_known_args(words)
+    for name in (word.partition("=")[0] for word in rest):
+        # The job, which knows its own options alone, would name another.
+        if name.startswith("--") and (near := difflib.get_close_matches(name, own, n=1, cutoff=0.85)):
+            raise InputError(f"unknown option {name!r} in the command line, the nearest valid name is {near[0]!r}")
     if any(word.partition("=")[0] in _NO_RUN for word in rest):
         if {"--help", "-h"}.intersection(rest):
             print(_LAUNCH_HELP.format(command=command, summary=JOBS[command]), end="", flush=True)

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
 
     def run() -> int:
-        parser = OneLineParser(prog="python -m repo_fast.checkpoint", description=(__doc__ or "").partition("\n")[0])
+        parser = OneLineParser(prog="repo-fast checkpoint", description=(__doc__ or "").partition("\n")[0])
         parser.add_argument("folder", help="a run's output_dir, or one of its checkpoints")
         what = parser.add_mutually_exclusive_group()
         what.add_argument("--verify", action="store_true", help="read every file; exit status 3 where one is damaged")

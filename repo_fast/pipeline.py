@@ -100,7 +100,7 @@ def run(words: list[str]) -> int:
     Raises:
         InputError: An option that does not exist, or a stage of another configuration.
     """
-    parser = OneLineParser(prog="python -m repo_fast.pipeline", allow_abbrev=False, add_help=False)
+    parser = OneLineParser(prog="repo-fast pipeline", allow_abbrev=False, add_help=False)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/pipeline"))
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--until")

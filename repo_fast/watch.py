@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
 
     def run() -> int:
-        parser = OneLineParser(prog="python -m repo_fast.watch", description=(__doc__ or "").partition("\n")[0])
+        parser = OneLineParser(prog="repo-fast watch", description=(__doc__ or "").partition("\n")[0])
         parser.add_argument("folder", type=Path, help="a run's output_dir")
         how = parser.add_mutually_exclusive_group()
         how.add_argument("--port", type=int, default=0, help="to listen at; 0, the default, chooses a free one")

@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         parser = OneLineParser(
-            prog="python -m repo_fast.plan",
+            prog="repo-fast plan",
             usage="%(prog)s [--config NAME] --gpus N [--device KIND] [--response_tokens N] [--OPTION VALUE ...]",
             description=(__doc__ or "").partition("\n")[0],
             epilog=_FOLLOWING,
