@@ -71,8 +71,8 @@ def loading_quantized(on_paper: nn.Module, dtype: torch.dtype) -> dict[str, Any]
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=False,
-        # A pattern that all other layers match.
-        llm_int8_skip_modules=[f"(?!(?:{chosen})$)"],
+        # A pattern that all other layers match, to their end: newer versions ask for that.
+        llm_int8_skip_modules=[f"(?!(?:{chosen})$).*"],
     )
     return {"quantization_config": settings}
 
