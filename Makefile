@@ -20,13 +20,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
-setup: $(VENV)/.done ## Create .venv from requirements.lock (PYTHON=... chooses the Python, 3.11 or 3.12)
+setup: $(VENV)/.done ## Create .venv from requirements.lock (PYTHON=... chooses the Python, 3.11 to 3.13)
 
 $(VENV)/.done: requirements.lock setup.py pyproject.toml $(wildcard csrc/*)
-	@set -e; for python in $(or $(PYTHON),python3 python3.12 python3.11); do \
-	  if $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2> /dev/null; then found=$$python; break; fi; \
+	@set -e; for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12), (3, 13)))' 2> /dev/null; then found=$$python; break; fi; \
 	done; \
-	if [ -z "$$found" ]; then echo "error: no Python 3.11 or 3.12 among: $(or $(PYTHON),python3 python3.12 python3.11); name one by PYTHON=" >&2; exit 1; fi; \
+	if [ -z "$$found" ]; then echo "error: no Python 3.11, 3.12 or 3.13 among: $(or $(PYTHON),python3 python3.13 python3.12 python3.11); name one by PYTHON=" >&2; exit 1; fi; \
 	echo "set-up: $$($$found --version), $(VENV), a few minutes"; \
 	$$found -m venv $(VENV)
 	DS_BUILD_OPS=0 $(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
