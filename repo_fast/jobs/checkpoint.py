@@ -325,7 +325,8 @@ def check_run(folder: Path, run: dict, config: dict) -> None:
         free = {key, key.split(".")[0]} & {*_FREE_KEYS} or _FREE_OF_SCORERS.fullmatch(key)
         if theirs != ours and not free:
             raise InputError(
-                f"checkpoint {folder} is of another configuration: {key} is {theirs!r} there and {ours!r} here"
+                f"checkpoint {folder} is of another configuration: {key} is {theirs!r} there and {ours!r} here, "
+                "expected the same; another begins in a new folder, from this one's policy/ if need be"
             )
     # The same ones, but which output is whose goes by their order.
     before, now = (list(side.get("heads", {})) for side in (run["config"], config))

@@ -106,9 +106,10 @@ class FunctionScorer:
 
 
 def _place(error: BaseException) -> str:
-    """Where it was raised, for whom the function is."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f", at {frames[-1].filename} line {frames[-1].lineno}" if len(frames) > 1 else ""
+    """The last line of the user's own that it came through, not of a library."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    return f", at {own[-1].filename} line {own[-1].lineno}" if own else ""
 
 
 def _describe(error: BaseException) -> str:

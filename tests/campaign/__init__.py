@@ -3,5 +3,6 @@
     make campaign                      or: python -m tests.campaign --out FOLDER [--only kills storage]
 
 Each part is a module with `trials()`. What a trial found is in `FOLDER/trials.jsonl` when it ends, so that a campaign
-that was stopped goes on where it was. The committed results are `bench/results/campaign.md`.
+that was stopped goes on where it was. Two parts are tried at once (`--jobs`). Kills while vLLM draws want what
+`make test-vllm` sets up. The committed results are `bench/results/campaign.md`.
 """
