@@ -197,7 +197,8 @@ def test_the_adapters_of_a_policy_are_no_policy(
     _, whole = runs["train"]
     capsys.readouterr()
     assert job.here(tmp_path / "run", f"--policy.path {whole / 'policy' / 'adapter'}") == 2
-    assert re.fullmatch(r"error: .* holds adapters without a tokenizer, .*merged model\n", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: .* holds adapters without a config\.json, .*folder of the merged model.*\n", said)
     noted = json.loads((whole / "policy" / "adapter" / "adapter_config.json").read_text())
     assert Path(noted["base_model_name_or_path"]).is_absolute()
 
