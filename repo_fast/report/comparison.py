@@ -1,7 +1,7 @@
 """Policies side by side: what `report.json` of an evaluation holds.
 
-    policies.NAME.MEASURE       {value, low, high}: 95 % bootstrap interval over prompts; null where there is none, as
-                                for the maximum, and the worst 5 % of few prompts
+    policies.NAME.MEASURE       {value, low, high}: 95 % interval over prompts (`measures.interval_of`); null where
+                                there is none, as for the maximum, and the worst 5 % of few prompts
     differences.NAME.MEASURE    the same for NAME minus the reference, paired by prompt
     transitions.NAME            how many prompts went from safe or unsafe under the reference to which under NAME
     categories.CATEGORY         its number of `prompts`, and `policies` and `differences` over them alone
@@ -31,7 +31,7 @@ from repo_fast.report.measures import (
     Measure,
     Resampled,
     Thresholds,
-    has_interval,
+    interval_of,
     prompt_measures,
     prompts_about,
     ratio,
@@ -176,7 +176,7 @@ def _measured(
     about = prompts_about(second_sample) if known is None else prompts_about(second_sample, known.units)
 
     def numbers(key: str, measured: Resampled) -> dict[str, float | None]:
-        low, high = measured.interval if has_interval(key, independent, about) else (math.nan, math.nan)
+        low, high = interval_of(key, measured, independent, about)
         found = {"value": measured.value, "low": low, "high": high}
         return {name: number if math.isfinite(number) else None for name, number in found.items()}
 

@@ -24,6 +24,9 @@ TAIL = 0.05
 # Of them, for an interval of their mean; of 10, it contains the truth in about 92 of 100.
 _FEWEST_IN_TAIL = 5
 
+# What the names of shares end with, those of known prompts too.
+_SHARES = ("_rate", "_rate_on_safe_prompts", "well_formed", "attack_success", "over_refusal", "_any", "empty_answers")
+
 # From weights, float64 [..., P], to the measure of each weighting, [...].
 Measure = Callable[[np.ndarray], np.ndarray]
 # d, or that of each of several constraints.
@@ -382,10 +385,12 @@ class Resampled:
     Attributes:
         value: The measure itself.
         draws: float64 [n], the measure of each resample.
+        counted: Where it is 0 or 1 in all of them, how many of what was resampled it is of.
     """
 
     value: float
     draws: np.ndarray
+    counted: int = 0
 
     def __sub__(self, other: "Resampled") -> "Resampled":
         return Resampled(self.value - other.value, self.draws - other.draws)
@@ -394,8 +399,8 @@ class Resampled:
     def interval(self) -> tuple[float, float]:
         """The 95 % percentile-bootstrap interval: the 2.5 % and 97.5 % quantiles of the draws.
 
-        Resamples without a value (a share among no prompts) are left out; both are NaN where there is no other. The
-        interval of a share that is exactly 0 or 1 has no width, which the method can't help.
+        Resamples without a value (a share among no prompts) are left out; both are NaN where there is no other. It has
+        no width where all resamples are alike, which says nothing of how certain the value is: see `interval_of`.
         """
         draws = self.draws[~np.isnan(self.draws)]
         if draws.size == 0:
@@ -434,23 +439,51 @@ def resample(
         weights = np.stack(counts if units is None else [own[units] for own in counts]).astype(np.float64)
         for name, measure in measures.items():
             draws[name].append(measure(weights))
-    return {name: Resampled(values[name], np.concatenate(draws[name])) for name in measures}
+    found = {name: Resampled(values[name], np.concatenate(draws[name])) for name in measures}
+    for name, own in found.items():
+        if own.value in (0.0, 1.0) and own.interval == (own.value, own.value):
+            found[name] = replace(own, counted=_counted(measures[name], independent, units, at_once))
+    return found
 
 
-def has_interval(measure: str, prompts: int, about: Mapping[str, int] | None = None) -> bool:
-    """Whether the bootstrap says how uncertain a measure of `prompt_measures` is.
+def _counted(measure: Measure, independent: int, units: np.ndarray | None, at_once: int) -> int:
+    """Of how many units a share is: of those that have a value where they alone count."""
+    counted = 0
+    for start in range(0, independent, at_once):
+        alone = np.eye(min(at_once, independent - start), independent, start)
+        counted += int(np.isfinite(measure(alone if units is None else alone[:, units])).sum())
+    return counted
 
-    It fails for the largest of a sample, which no resample exceeds (Davison and Hinkley 1997, section 2.6).
+
+def interval_of(
+    measure: str, measured: Resampled, prompts: int, about: Mapping[str, int] | None = None
+) -> tuple[float, float]:
+    """The 95 % interval of a measure of `prompt_measures`, or of a difference of two; NaN where there is none.
+
+    It is the bootstrap's, which fails for the largest of a sample, which no resample exceeds (Davison and Hinkley 1997,
+    section 2.6), and says nothing where all resamples are alike. There a share that is 0 or 1 among n prompts has the
+    exact binomial interval (Clopper and Pearson 1934). It holds for means within [0, 1] too: prompts that are wholly 1
+    are no more frequent than the mean is high.
 
     Args:
         measure: Its name.
+        measured: From `resample`.
         prompts: How many there are, of those that are drawn together one.
         about: Of several constraints, how many of these each is about (`prompts_about`).
     """
     for name, own in (about or {}).items():
         if measure in (f"{name}_max_violation", f"{name}_cvar_violation"):
             measure, prompts = measure.removeprefix(f"{name}_"), own
-    return measure != "max_violation" and (measure != "cvar_violation" or TAIL * prompts >= _FEWEST_IN_TAIL)
+    none = float("nan"), float("nan")
+    if measure == "max_violation" or (measure == "cvar_violation" and TAIL * prompts < _FEWEST_IN_TAIL):
+        return none
+    low, high = measured.interval
+    if low != high:
+        return low, high
+    if not measured.counted or not measure.endswith(_SHARES):
+        return none
+    least = 0.025 ** (1 / measured.counted)
+    return (least, 1.0) if measured.value else (0.0, 1.0 - least)
 
 
 def prompts_about(evaluation: Evaluation, units: Callable[[np.ndarray], np.ndarray] = np.asarray) -> dict[str, int]:

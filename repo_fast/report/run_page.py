@@ -19,7 +19,7 @@ from repo_fast.report.best import FOLDER as BEST_FOLDER
 from repo_fast.report.best import read_best
 from repo_fast.report.evaluations import read_evaluation
 from repo_fast.report.jsonl import read_records
-from repo_fast.report.measures import Thresholds, has_interval, prompts_about
+from repo_fast.report.measures import Thresholds, interval_of, prompts_about
 from repo_fast.report.page_links import PAGE, link
 from repo_fast.report.page_parts.document import render, write_page_text
 from repo_fast.report.page_parts.measures_table import measures_table
@@ -224,7 +224,7 @@ class RunPage:
             found = {}
             for name, own in measured.items():
                 if side in own:
-                    low, high = own[side].interval if has_interval(name, prompts, about) else (np.nan, np.nan)
+                    low, high = interval_of(name, own[side], prompts, about)
                     found[name] = {"value": own[side].value, "low": low, "high": high}
             return found
 

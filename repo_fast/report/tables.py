@@ -10,7 +10,7 @@ from repo_fast.report.measures import (
     Evaluation,
     Resampled,
     Thresholds,
-    has_interval,
+    interval_of,
     prompt_measures,
     prompts_about,
     resample,
@@ -64,7 +64,7 @@ def before_after_table(
     old, new = score_prompts(before, threshold), score_prompts(after, threshold)
     prompts, about = len(old.prompt_ids), prompts_about(before)
     labels = _labels(about)
-    cells = [[labels[name], *_cells(own, has_interval(name, prompts, about))] for name, own in measured.items()]
+    cells = [[labels[name], *_cells(name, own, prompts, about)] for name, own in measured.items()]
     table = grid(["", "before", "after", "difference"], cells)
     safe = int((old.excess <= 0).sum())
     return "\n".join(
@@ -72,7 +72,8 @@ def before_after_table(
             table,
             f"{prompts} prompts, {_span(old.responses)} responses each before and {_span(new.responses)} after; "
             f"{unsafe(threshold)}.",
-            "Brackets: 95 % bootstrap interval over prompts; the difference is paired by prompt.",
+            "Brackets: 95 % interval over prompts, bootstrapped (a share of 0 or 1: exact); "
+            "differences paired by prompt.",
             f"Interference rate: the share of the {safe} prompts safe before "
             + ("whose mean cost is unsafe after" if not isinstance(threshold, Mapping) else "that are unsafe after")
             + ("." if before_again is None else ";\nits column 'before' is a second sample of the same policy."),
@@ -171,9 +172,10 @@ def comparison_table(report: Mapping) -> str:
             grid(heads, cells),
             f"{report['settings']['prompts']} prompts, {report['settings']['samples_per_prompt']} responses each; "
             f"{unsafe(report['settings']['threshold'])}.",
-            f"Brackets: 95 % bootstrap interval over {'clusters of ' if 'suites' in report else ''}prompts. Win, "
-            "interference and repair rates, and safe",
-            "prompts, are against a second sample of the reference; its own are what sampling alone does.",
+            f"Brackets: 95 % interval over {'clusters of ' if 'suites' in report else ''}prompts, bootstrapped (a "
+            "share of 0 or 1: exact).",
+            "Win, interference and repair rates, and safe prompts, are against a second sample of the reference;",
+            "its own are what sampling alone does.",
             *_suites_table(report, heads[1:]),
         ]
     )
@@ -243,9 +245,9 @@ def batch_size_table(rows: Mapping[str, Sequence[int | str | None]], notes: Sequ
     return "\n".join([grid(["", "per step", "per rank", "per micro-batch"], cells), *notes])
 
 
-def _cells(measured: Mapping[str, Resampled], with_interval: bool) -> list[str]:
+def _cells(name: str, measured: Mapping[str, Resampled], prompts: int, about: Mapping[str, int]) -> list[str]:
     """A row of the before/after table; a dash for what was not measured."""
-    numbers = {side: (entry.value, *entry.interval) for side, entry in measured.items()}
+    numbers = {side: (entry.value, *interval_of(name, entry, prompts, about)) for side, entry in measured.items()}
     decimals = _decimals([number for triple in numbers.values() for number in triple])
     texts = []
     for side, sign in (("before", ""), ("after", ""), ("difference", "+")):
@@ -253,7 +255,7 @@ def _cells(measured: Mapping[str, Resampled], with_interval: bool) -> list[str]:
             texts.append("-")
         else:
             value, low, high = (format(number, f"{sign}.{decimals}f") for number in numbers[side])
-            texts.append(f"{value} [{low}, {high}]" if with_interval else value)
+            texts.append(f"{value} [{low}, {high}]" if np.isfinite(numbers[side][1]) else value)
     return texts
 
 

@@ -17,6 +17,7 @@ from repo_fast.report.measures import (
     compensation,
     cvar_violation,
     interference_rate,
+    interval_of,
     mean,
     prompt_measures,
     resample,
@@ -33,7 +34,7 @@ def safety_measures(
     return {name: float(measure(prompts)) for name, measure in prompt_measures(policy, reference, threshold).items()}
 
 
-def interval_of(measure: Measure, prompts: int, n: int, seed: int) -> tuple[float, float]:
+def bootstrapped(measure: Measure, prompts: int, n: int, seed: int) -> tuple[float, float]:
     return resample({"it": measure}, prompts, n, seed)["it"].interval
 
 
@@ -233,7 +234,7 @@ def test_a_reference_of_other_prompts_is_refused():
 
 def test_interval_of_a_mean_agrees_with_the_normal_one():
     values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
-    low, high = interval_of(partial(mean, values), 400, n=4000, seed=0)
+    low, high = bootstrapped(partial(mean, values), 400, n=4000, seed=0)
     half = 1.96 * values.std(ddof=1) / math.sqrt(400)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.08 * half)
 
@@ -242,7 +243,7 @@ def test_interval_covers_the_truth_95_times_of_100():
     generator = np.random.default_rng(2)
     covered = 0
     for trial in range(300):
-        low, high = interval_of(partial(mean, generator.exponential(1.0, size=80)), 80, n=200, seed=trial)
+        low, high = bootstrapped(partial(mean, generator.exponential(1.0, size=80)), 80, n=200, seed=trial)
         covered += low <= 1.0 <= high
     assert 0.89 <= covered / 300 <= 0.98
 
@@ -322,6 +323,37 @@ def test_paired_interval_knows_what_the_prompts_share():
     assert high - low > 4
 
 
+@pytest.mark.parametrize("prompts", [2, 19, 301])
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_share_that_no_resample_changes_has_the_exact_interval(prompts, safe):
+    """Of the prompts that it is of: a third of them were safe before."""
+    ids, before = np.arange(prompts), np.where(np.arange(prompts) % 3 == 0, -1.0, 1.0)
+    after = Evaluation(ids, np.ones(prompts), np.full(prompts, -1.0 if safe else 1.0), well_formed=np.ones(prompts))
+    reference = Evaluation(ids, np.zeros(prompts), before)
+    found = resample(prompt_measures(after, reference), prompts)
+    of_all, were_safe = prompts, int((before < 0).sum())
+    for name, seen, of in [
+        ("safety_rate", safe, of_all),
+        ("strict_safety_rate", safe, of_all),
+        ("win_rate", True, of_all),
+        ("well_formed", True, of_all),
+        ("interference_rate", not safe, were_safe),
+        ("win_rate_on_safe_prompts", True, were_safe),
+    ]:
+        exact = scipy.stats.binomtest(of if seen else 0, of).proportion_ci(0.95, "exact")
+        assert interval_of(name, found[name], prompts) == pytest.approx((exact.low, exact.high), rel=1e-9), name
+    for name in ("mean_reward", "mean_cost", "strict_violation"):
+        assert np.isnan(interval_of(name, found[name], prompts)).all(), name
+    change = found["safety_rate"] - found["safety_rate"]
+    assert np.isnan(interval_of("safety_rate", change, prompts)).all()
+
+
+def test_prompts_of_a_cluster_count_once_in_an_exact_interval():
+    units = np.arange(60) // 4
+    own = resample({"over_refusal": partial(mean, np.zeros(60))}, 60, units=units)["over_refusal"]
+    assert interval_of("over_refusal", own, 15) == (0.0, pytest.approx(1 - 0.025 ** (1 / 15)))
+
+
 def test_identical_policies_differ_by_nothing_that_an_interval_excludes():
     """In 100 repeats, the interval of the difference of two draws of one policy contains 0 in 93 at least."""
     contained: Counter[str] = Counter()
@@ -349,18 +381,18 @@ def test_a_planted_effect_is_found():
 
 def test_interval_is_reproducible_and_depends_on_the_seed():
     measure = partial(mean, np.random.default_rng(4).normal(size=30))
-    assert interval_of(measure, 30, 100, 5) == interval_of(measure, 30, 100, 5)
-    assert interval_of(measure, 30, 100, 5) != interval_of(measure, 30, 100, 6)
+    assert bootstrapped(measure, 30, 100, 5) == bootstrapped(measure, 30, 100, 5)
+    assert bootstrapped(measure, 30, 100, 5) != bootstrapped(measure, 30, 100, 6)
 
 
 def test_resamples_without_a_value_are_left_out():
     # One prompt of three is safe under the reference: a third of the resamples (8/27) have no prompt to count.
     measure = partial(interference_rate, np.array([-1.0, 1.0, 1.0]), np.array([1.0, 1.0, 1.0]))
-    assert interval_of(measure, 3, n=200, seed=0) == (1.0, 1.0)
+    assert bootstrapped(measure, 3, n=200, seed=0) == (1.0, 1.0)
 
 
 def test_one_prompt_has_no_interval():
-    assert all(math.isnan(bound) for bound in interval_of(partial(mean, np.array([1.0])), 1, 10, 0))
+    assert all(math.isnan(bound) for bound in bootstrapped(partial(mean, np.array([1.0])), 1, 10, 0))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
