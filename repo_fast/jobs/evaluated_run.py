@@ -111,6 +111,7 @@ class EvaluatedRun(Run):
         """Twice, from independent samples: the difference between the two is what sampling alone does."""
         if not self.inputs.eval_requests or self.step:
             return
+        self.say(f"evaluating the start, twice: {self.evaluated_on()}")
         for name in ("before", "before_again"):
             self.evaluate(name)
         if self.config.evaluation.every is not None:
@@ -122,6 +123,11 @@ class EvaluatedRun(Run):
             if self.ranks.is_first:
                 # For what is wrong with the last one would take the run's results with it.
                 self.table("before_again")
+
+    def evaluated_on(self) -> str:
+        """How much an evaluation draws, in words."""
+        prompts, count = len(self.inputs.eval_requests), self.config.evaluation.samples_per_prompt
+        return f"held-out prompts: {prompts:,}, responses to each: {count}"
 
     def evaluate(self, name: str) -> None:
         """Sample and score the held-out prompts, into `eval_NAME.jsonl`."""

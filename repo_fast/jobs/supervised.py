@@ -223,7 +223,7 @@ class SupervisedRun(Run, Generic[Example]):
                 "tokens": (None, None, f"<= {max(settings.micro_batch_tokens, longest):,}"),
             },
             [
-                f"{size} ranks on {self.ranks.device.type}; {len(self.inputs.examples)} examples, "
+                f"ranks: {size}, on {self.ranks.device.type}; {len(self.inputs.examples)} examples, "
                 f"{settings.epochs} epochs, {self.total_steps} optimizer steps; ~: on average"
             ],
         )

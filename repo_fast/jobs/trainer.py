@@ -235,6 +235,7 @@ class Trainer(EvaluatedRun):
     def _finish(self) -> None:
         """Evaluate, write the policy as a Hugging Face folder, draw the plots, print the table."""
         if self.inputs.eval_requests:
+            self.say(f"evaluating the trained policy: {self.evaluated_on()}")
             self.evaluate("after")
         with self.phase("save policy"):
             policy = self.learner.models.policy
@@ -293,7 +294,7 @@ class Trainer(EvaluatedRun):
                 "optimizer steps": (update.epochs * update.minibatches, update.epochs * update.minibatches, None),
                 "responses an optimizer step": (f"~{responses / update.minibatches:g}", None, None),
             },
-            [f"{size} ranks on {self.ranks.device.type}; tokens include prompts; ~: on average"],
+            [f"ranks: {size}, on {self.ranks.device.type}; tokens include prompts; ~: on average"],
         )
 
 

@@ -42,6 +42,8 @@ from repo_fast.report.tables import before_after_measures, unsafe
 
 # From the options of a job to the defaults of that kind of job.
 Defaults = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+# By column a value to compare with, and what it is.
+Levels = dict[str, tuple[float, str]]
 # What the page shows is read from these.
 _READ = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "warnings.jsonl")
 _HELD_OUT = ("eval_before.jsonl", "eval_before_again.jsonl", "eval_after.jsonl")
@@ -115,7 +117,7 @@ class RunPage:
             "pages": [link(path) for path in self._matching(_PAGES)],
             "steps": len(steps),
             "figures": list(_figures(metrics, names)),
-            "figures_note": f"Means of the last {_FEW} steps and of the first; of what is seldom measured, one value.",
+            "figures_note": _figures_note(metrics),
             "warnings": self._read("warnings.jsonl", self._warnings) or [],
             "curves": list(_curves(options, metrics, names, thresholds)),
             "how_drawn": how_drawn(len(steps)) if len(steps) else "",
@@ -277,7 +279,7 @@ def _several(rows: Sequence[Mapping[str, Any]], thresholds: Mapping[str, float])
 
 
 def _charts(
-    columns: Columns, panels: Iterator[Panel] | Sequence[Panel], levels: Mapping[str, tuple[float, str]]
+    columns: Columns, panels: Iterator[Panel] | Sequence[Panel], levels: Levels
 ) -> Iterator[tuple[str, Markup]]:
     """A chart of each panel that has a finite value, under its name."""
     steps = columns["step"]
@@ -300,27 +302,47 @@ def _curves(
         yield from _headed("Curves", metrics, [panel for own in groups.values() for panel in own if own is not SPEED])
         return
     panels = [panel for own in PICTURES.values() for panel in own if panel[0] not in OF_CONSTRAINTS]
+    levels = _levels(thresholds) | _reached(options, metrics, names)
     if len(names) < 2:
         own = [(column(name, key), label) for name in names for key, label in OF_CONSTRAINTS.items()]
-        yield from _headed("Reward and constraint", metrics, [panels[0], *own], thresholds)
+        yield from _headed("Reward and constraint", metrics, [panels[0], *own], levels)
     else:
         yield from _headed("Reward", metrics, [panels[0], ("safety_rate", f"{OF_CONSTRAINTS['safety_rate']} of all")])
         for name in names:
             own = [(column(name, key), label) for key, label in OF_CONSTRAINTS.items()]
-            yield from _headed(f"Constraint {name}", metrics, own, thresholds)
+            yield from _headed(f"Constraint {name}", metrics, own, levels)
     more = [("finished_share", "responses that end (share)"), ("gradient_norm", "gradient norm (no unit)")]
     yield from _headed("Policy", metrics, [*panels[1:], *more])
 
 
 def _headed(
-    heading: str, metrics: Columns, panels: Sequence[Panel], thresholds: Mapping[str, float] | None = None
+    heading: str, metrics: Columns, panels: Sequence[Panel], levels: Levels | None = None
 ) -> Iterator[tuple[str, list[tuple[str, Markup]]]]:
-    levels = {}
-    for name, threshold in (thresholds or {}).items():
-        level = threshold, f"dashed: threshold {spelled(threshold)}"
-        levels |= {"cost": level} if len(thresholds or {}) == 1 else {column(name, "cost"): level}
-    if charts := list(_charts(metrics, panels, levels)):
+    if charts := list(_charts(metrics, panels, levels or {})):
         yield heading, charts
+
+
+def _levels(thresholds: Mapping[str, float]) -> Levels:
+    """What the costs are compared with."""
+    return {
+        "cost" if len(thresholds) == 1 else column(name, "cost"): (value, f"dashed: threshold {spelled(value)}")
+        for name, value in thresholds.items()
+    }
+
+
+def _reached(options: Mapping[str, Any], metrics: Columns, names: Sequence[str]) -> Levels:
+    """The maxima of the multipliers that have come to theirs: a constraint is weighed no more from there on."""
+    several = options.get("constraints")
+    levels: Levels = {}
+    for name in names:
+        own = several.get(name) if isinstance(several, Mapping) else None
+        own = own if isinstance(own, Mapping) else {}
+        most, values = own.get("multiplier_max"), metrics[column(name, "multiplier")]
+        if most is None and isinstance(options.get("algorithm"), Mapping):
+            most = options["algorithm"].get("multiplier_max")
+        if isinstance(most, int | float) and own.get("controller") != "fixed" and (values >= most * (1 - 1e-6)).any():
+            levels[column(name, "multiplier")] = float(most), f"dashed: its maximum {spelled(most)}"
+    return levels
 
 
 def _figures(metrics: Columns, names: Sequence[str]) -> Iterator[tuple[str, str, str | None]]:
@@ -348,6 +370,11 @@ def _figures(metrics: Columns, names: Sequence[str]) -> Iterator[tuple[str, str,
             few = _FEW if 2 * len(values) >= len(metrics["step"]) else 1
             start = spelled(_short(values[:few].mean())) if len(values) > few else None
             yield label, spelled(_short(values[-few:].mean())), start
+
+
+def _figures_note(metrics: Columns) -> str:
+    of = "Of training prompts, m" if "reward" in metrics.names() else "M"
+    return f"{of}eans of the last {_FEW} steps and of the first; of what is seldom measured, one value."
 
 
 def _short(value: float) -> float:
@@ -380,7 +407,10 @@ def _phases(metrics: Columns) -> dict[str, Any]:
         for name, own in seconds.items()
     ]
     steps = len(metrics["step"])
-    note = f"{_duration(total)} in {steps:,} steps, by the first rank's clock. What lies between phases is not in it."
+    note = (
+        f"{_duration(total)} in {steps:,} steps, by the first rank's clock. Evaluations, and what else lies between the "
+        "steps or their phases, are not in it."
+    )
     return {"phases": rows, "phases_note": note}
 
 

@@ -206,6 +206,38 @@ def test_evaluations_while_training_warnings_and_the_best_are_shown(tmp_path: Pa
     assert "kl at step 30: KL is 60" in text and "The best by mean_reward is that of step 20, 2" in text
 
 
+def test_intervals_of_shares_end_where_shares_do(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    rows = [{"step": step, "well_formed": 0.98, "well_formed_error": 0.05} for step in (0, 20, 40)]
+    write_lines(folder / "evaluations.jsonl", rows)
+    html = html_of(folder)
+    chart = charts_of(html[html.index('id="evaluations"') : html.index('id="prompts"')])["Well-formed"]
+    ticks = [number(text.text or "") for text in chart.iter("text") if text.get("text-anchor") == "end"]
+    assert ticks and max(ticks) <= 1
+    (bars,) = (path.get("d") or "" for path in chart.iter("path") if path.get("class") == "interval policy0")
+    ends = [float(end) for end in re.findall(r"V([\d.]+)", bars)]
+    # Nearer to the mean than the other end, which 0.98 - 0.098 is.
+    means = points_of(chart, "curve policy0")[:, 1]
+    starts = [float(start) for start in re.findall(r"M[\d.]+ ([\d.]+)", bars)]
+    assert (means - ends) / (starts - means) == pytest.approx(0.02 / 0.098, rel=0.05)
+
+
+def test_a_multiplier_at_its_maximum_is_seen(tmp_path: Path) -> None:
+    most = max(row["multiplier"] for row in metrics_of(40))
+
+    def lines(algorithm: dict[str, object]) -> set[str | None]:
+        folder = make_run(tmp_path / "run", algorithm={"name": "repo", "advantage": "gae", **algorithm})
+        return {text.text for text in charts_of(html_of(folder))["Multiplier λ"].iter("text")}
+
+    assert any("its maximum" in (text or "") for text in lines({"multiplier_max": most}))
+    assert not any("its maximum" in (text or "") for text in lines({"multiplier_max": 2 * most}))
+    several = make_run(tmp_path / "several", 40, ("harm", "refusal"))
+    config = yaml.safe_load((several / "config.yaml").read_text())
+    config["constraints"]["harm"]["multiplier_max"] = 0.2
+    (several / "config.yaml").write_text(yaml.safe_dump(config))
+    assert html_of(several).count("its maximum") == 1
+
+
 @pytest.mark.parametrize("kind", ["sft", "score"])
 def test_supervised_runs_have_their_losses(kind: str, tmp_path: Path) -> None:
     rows = [

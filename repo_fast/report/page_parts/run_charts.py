@@ -42,11 +42,13 @@ def curve(
     half = np.zeros(len(groups.mean))
     if errors is not None and groups.group == 1:
         half = np.nan_to_num(_ERRORS * errors)
+    # A share lies within 0 and 1, whatever its standard error adds.
+    ends = [np.clip(own, 0, 1) if unit.startswith("share") else own for own in (groups.low - half, groups.high + half)]
     plot = Plot(
         400,
         236,
         limits,
-        _limits([groups.low - half, groups.high + half, [] if level is None else [level[0]]]),
+        _limits([*ends, [] if level is None else [level[0]]]),
         left=66,
         bottom=42,
         top=22 if level else 10,
@@ -58,7 +60,7 @@ def curve(
     middle = (groups.first + groups.last) / 2
     if sparse or len(middle) < SMOOTH_FROM:
         plot.path(_line(plot.points(middle, groups.mean)), "curve policy0")
-        bars = [plot.points(middle, groups.mean + sign * half) for sign in (-1, 1)]
+        bars = [plot.points(middle, own) for own in ends]
         plot.path("".join(f"M{xy(a)}V{short(b[1])}" for a, b in zip(*bars, strict=True)), "interval policy0")
         finite = np.isfinite(groups.mean)
         plot.marks(plot.points(middle, groups.mean)[finite], "circle", 2.6, "mark policy0")
