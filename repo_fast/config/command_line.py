@@ -2,8 +2,8 @@
 
 A run is a YAML file of sections, chosen by name (`repo_fast/configs/`) or by path, with single values changed on the
 command line: `--config tiny --rollout.temperature 0.8`. Of several files the later ones change what the earlier say.
-`parse` returns the resolved configuration or raises
-`InputError`; checks that need only the configuration are all made there, before anything is loaded.
+`parse` returns the resolved configuration or raises `InputError`; checks that need only the configuration are all made
+there, before anything is loaded.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import yaml
 
 from repo_fast.config.sections import JobConfig
 from repo_fast.config.train import TrainConfig
+from repo_fast.config.wrong_types import describe
 from repo_fast.errors import InputError, readable
 from repo_fast.report.plain_yaml import load_yaml
 
@@ -200,7 +201,7 @@ def parse(arguments: list[str] | None = None, kind: type[Config] = TrainConfig) 
         namespace = parser.parse_args([word for word in arguments if word != "--print_config"], namespace=namespace)
         built = parser.instantiate_classes(namespace)
     except (jsonargparse.ArgumentError, TypeError, KeyError) as error:
-        raise InputError(_one_line(error)) from error
+        raise InputError(describe(str(error), kind)) from error
     except OverflowError as error:
         raise InputError(
             "an option is a whole number of more than 308 digits, expected one that a float holds"
@@ -232,10 +233,6 @@ def _changed(mapping: dict, by: dict) -> dict:
         both = isinstance(before, dict) and isinstance(value, dict)
         changed[name] = _changed(before, value) if both else value
     return changed
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).replace('Parser key "', '"--').split())
 
 
 def to_dict(config: JobConfig) -> dict:

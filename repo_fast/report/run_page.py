@@ -408,7 +408,7 @@ def _phases(metrics: Columns) -> dict[str, Any]:
     ]
     steps = len(metrics["step"])
     note = (
-        f"{_duration(total)} in {steps:,} steps, by the first rank's clock. Evaluations, and what else lies between the "
+        f"{_duration(total)} in {steps:,} steps, by the first rank's clock. Evaluations, and what else lies between "
         "steps or their phases, are not in it."
     )
     return {"phases": rows, "phases_note": note}

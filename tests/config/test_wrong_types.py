@@ -1,0 +1,66 @@
+"""Values of the wrong type: the option, the value, and what was expected, for every type that an option has."""
+
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from repo_fast.config import EvaluateConfig, JobConfig, ScoreConfig, SftConfig, TrainConfig, parse
+from repo_fast.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--total_steps ten", "total_steps is 'ten', expected a whole number"),
+        ("--total_steps 1.5", "total_steps is 1.5, expected a whole number"),
+        ("--algorithm.threshold high", "algorithm.threshold is 'high', expected a number"),
+        ("--checkpoint.background maybe", "checkpoint.background is 'maybe', expected true or false"),
+        ("--engine.zero_stage 4", "engine.zero_stage is 4, expected one of 1, 2, 3"),
+        ("--engine.share_base x", "engine.share_base is 'x', expected true or false, or auto"),
+        ("--policy.lora.rank [1]", "policy.lora.rank is [1], expected a whole number"),
+        ("--log.loggers [tensorboard,paper]", "log.loggers has 'paper', expected a list of one of tensorboard, wandb"),
+        ("--log.loggers paper", "log.loggers is 'paper', expected a list of one of tensorboard, wandb"),
+        ("--data.fields x", "data.fields is 'x', expected a mapping by names"),
+        ("--reward.expect [file,x]", "reward.expect is ['file', 'x'], expected [text, a number], or null"),
+        ("--constraints.harm.pid.kp x", "constraints.NAME.pid.kp is 'x', expected a number"),
+    ],
+)
+def test_in_the_words_of_an_options_reader(words: str, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse(words.split())
+    assert str(caught.value).startswith(said)
+
+
+def test_of_a_file_too(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"data": {"fields": {"question": 1}}}))
+    with pytest.raises(InputError, match="^data.fields has 1, expected a mapping by names$"):
+        parse(["--config", str(file)])
+
+
+def options(section: type, prefix: str = "") -> dict[str, str]:
+    """An option of each type."""
+    found = {}
+    for entry in dataclasses.fields(section):
+        kinds = (entry.type, *typing.get_args(entry.type))
+        inside = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        if inside is None:
+            found[str(entry.type)] = prefix + entry.name
+        elif typing.get_origin(entry.type) is not dict:
+            found |= options(typing.cast(type, inside), f"{prefix}{entry.name}.")
+    return found
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, SftConfig, ScoreConfig, EvaluateConfig])
+def test_no_option_speaks_python(kind: type[JobConfig]) -> None:
+    refused = 0
+    for option in options(kind).values():
+        try:
+            parse([f"--{option}", "{no: [such, value]}"], kind)
+        except InputError as error:
+            refused += option in str(error)
+            assert "<class" not in str(error) and "typing." not in str(error), str(error)
+    assert refused > 10
