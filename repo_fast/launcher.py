@@ -6,7 +6,8 @@ read here. One rank on one machine needs no agent, whose rendezvous would listen
 process, ended like the others.
 
 SIGTERM, SIGINT, SIGHUP, SIGQUIT and SIGUSR1 all reach the ranks as SIGTERM, upon which jobs save their state and end.
-Those that have not after 30 s (or `TORCH_ELASTIC_SHUTDOWN_TIMEOUT`) are killed.
+Those that have not after 30 s (or `TORCH_ELASTIC_SHUTDOWN_TIMEOUT`) are killed. Where this process is killed itself,
+the system sends jobs their SIGTERM (`repo_fast.jobs.parent`).
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from typing import Any
 import psutil
 
 from repo_fast.errors import first_line, one_line
+from repo_fast.jobs.parent import LAUNCHER
 from repo_fast.report.progress import printable
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -82,7 +84,7 @@ def run_ranks(
     shown = [*_shown("torchrun", "torch.distributed.run"), *agent] if several else [*_shown("python"), *alone[1:]]
     before = [f"{name}={value}" for name, value in settings.items()]
     print(printable(" ".join([*before, shlex.join(shown)])), file=sys.stderr, flush=True)
-    with _set(settings), _signals_end_ranks() as got:
+    with _set({**settings, LAUNCHER: str(os.getpid())}), _signals_end_ranks() as got:
         try:
             with _no_orphans():
                 return _by_torchrun(agent) if several else _alone(alone)

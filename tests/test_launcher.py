@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from repo_fast import launcher
+from repo_fast.jobs.parent import LAUNCHER, end_with_launcher
 from repo_fast.launcher import Exit, exit_status, run_ranks
 from tests.job_runs import Job, checkpoint_names, metrics, run
 
@@ -30,6 +31,10 @@ def end(number, frame):
     sys.exit(128 + number)
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN if what == "ignore" else end)
+if what == "follow":
+    from repo_fast.jobs.parent import end_with_launcher
+
+    end_with_launcher()
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
 told = {"words": sys.argv[1:], "pid": os.getpid()} | {name: os.environ.get(name) for name in names}
 Path(folder, f"told-{rank}.tmp").write_text(json.dumps(told))
@@ -83,6 +88,13 @@ def gone(folder: Path) -> bool:
     pids = [int(re.findall(r'"pid": (\d+)', text)[0]) for text in told(folder)]
     left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
     return bool(pids) and all(process.status() == psutil.STATUS_ZOMBIE for process in left)
+
+
+def wait_for(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def once_started(folder: Path, ranks: int, do: Callable[[], object]) -> None:
@@ -190,15 +202,34 @@ def test_signals_again_and_again_end_them_at_once(ranks, folder, tmp_path):
     """In a process of its own: one signal too many would end this one."""
     words = [str(ranks), "1", "", str(folder), *["ignore"] * ranks]
     with subprocess.Popen([sys.executable, "-c", CALL, *words], stderr=subprocess.PIPE, text=True) as started:
-        deadline = time.monotonic() + 120
-        while len(list(folder.glob("told-?"))) < ranks and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for(lambda: len(told(folder)) == ranks)
         began = time.monotonic()
         while started.poll() is None:
             started.send_signal(signal.SIGHUP)
             time.sleep(0.5)
         assert "Traceback" not in started.stderr.read()
     assert time.monotonic() - began < 20 and gone(folder)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_end_with_a_launcher_that_is_killed(ranks, folder):
+    words = [str(ranks), "1", "", str(folder), *["follow"] * ranks]
+    with subprocess.Popen([sys.executable, "-c", CALL, *words], stderr=subprocess.DEVNULL) as started:
+        wait_for(lambda: len(told(folder)) == ranks)
+        started.kill()
+    wait_for(lambda: len(list(folder.glob("saved-?"))) == ranks and gone(folder))
+
+
+def test_what_no_launcher_has_started_ends_by_itself(monkeypatch):
+    """And neither what a rank starts, which finds no launcher."""
+    monkeypatch.delenv(LAUNCHER, raising=False)
+    end_with_launcher()
+    called = "from repo_fast.jobs.parent import end_with_launcher; end_with_launcher(); "
+    command = [sys.executable, "-c", f"{called} import os; print(os.environ.get('{LAUNCHER}'))"]
+    for parent, status in ((os.getpid(), 0), (1, -signal.SIGTERM)):
+        own = {**os.environ, LAUNCHER: str(parent)}
+        ended = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stdout) == (status, "" if status else "None\n")
 
 
 # ------------------------------------------------------------------------------------------------- what is printed
@@ -267,6 +298,17 @@ def test_a_run_that_sigterm_ends_leaves_a_checkpoint_and_goes_on(job: Job, tmp_p
     assert checkpoint_names(tmp_path / "run")[-1] == "step-000003"
     assert run(command(job, tmp_path / "run", "--resume auto")).returncode == 0
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_run_whose_launcher_is_killed_leaves_a_checkpoint_and_no_rank(job: Job, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with subprocess.Popen(command(job, folder, "--total_steps 1000"), stdout=subprocess.DEVNULL) as started:
+        wait_for(lambda: (folder / "metrics.jsonl").is_file() and metrics(folder))
+        ranks = psutil.Process(started.pid).children()
+        started.kill()
+    assert len(ranks) == 2 and not psutil.wait_procs(ranks, 120)[1]
+    assert checkpoint_names(folder)[-1] == f"step-{metrics(folder)[-1]['step']:06d}"
 
 
 @pytest.mark.slow

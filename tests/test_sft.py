@@ -198,7 +198,7 @@ def assert_refused(capsys: pytest.CaptureFixture, output_dir: Path, message: str
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--data.max_tokens 3", r"sft\.jsonl: all 7 demonstrations are longer than 3 tokens"),
+        ("--data.max_tokens 3", r"sft\.jsonl: all 7 demonstrations are longer than 3 tokens .data\.max_tokens."),
         ("--batch_size 0", r"batch_size is 0, expected a whole number of at least 1"),
         ("--data.train nowhere.jsonl", r"nowhere\.jsonl: no such file"),
         ("--data.eval nowhere.jsonl", r"nowhere\.jsonl: no such file"),

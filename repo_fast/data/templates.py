@@ -511,7 +511,7 @@ def load_tokenizer(path: str, *, must_end: bool = True) -> PreTrainedTokenizerBa
 
 
 def tokenize_prompts(
-    prompts: Sequence[Prompt], template: PromptTemplate, max_tokens: int
+    prompts: Sequence[Prompt], template: PromptTemplate, max_tokens: int, option: str
 ) -> tuple[list[tuple[Prompt, list[int]]], int]:
     """Renders prompts, without those that are too long.
 
@@ -519,6 +519,7 @@ def tokenize_prompts(
         prompts: At least one.
         template: How to render them.
         max_tokens: The longest templated prompt to keep.
+        option: What sets it, for messages.
 
     Returns:
         The prompts kept with their tokens, in order, and the number of prompts dropped.
@@ -534,7 +535,7 @@ def tokenize_prompts(
     if not kept:
         shortest = min(len(tokens) for _, tokens in encoded)
         raise InputError(
-            f"all {len(encoded)} prompts are longer than the limit of {max_tokens} tokens with the template "
-            f"{template.name!r}: the shortest has {shortest}"
+            f"all {len(encoded)} prompts are longer than the limit of {max_tokens} tokens ({option}) with the "
+            f"template {template.name!r}: the shortest has {shortest}"
         )
     return kept, len(encoded) - len(kept)

@@ -400,5 +400,9 @@ def _reason(verdict: Verdict, claims: Mapping[str, Mapping[str, Any]]) -> str:
         return f"Shown to be false: {', '.join(of('FAIL'))}."
     undecided = of("UNDECIDED")
     if not undecided:
-        return f"By Student's t alone, which holds for many prompts only: {', '.join(of('PASS (asymptotic)'))}."
+        names = ", ".join(of("PASS (asymptotic)"))
+        return (
+            f"By Student's t alone, which holds for many prompts only: {names}. Give the claim `bounds` on what is "
+            "measured, or accept it with --accept-asymptotic."
+        )
     return f"Neither shown nor shown to be false: {', '.join(undecided)}."

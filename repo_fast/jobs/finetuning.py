@@ -43,7 +43,9 @@ def read_inputs(config: SftConfig) -> SupervisedInputs[Shown]:
     def read(option: str, source: str, split: str, limit: int | None = None) -> list[Shown]:
         demonstrations = load_demonstrations(source, split=split, limit=limit, columns=columns)
         asked[option] = [shown.asked for shown in demonstrations]
-        return tokenize_demonstrations(demonstrations, template, data.max_tokens, data.train_on, source, notes)
+        return tokenize_demonstrations(
+            demonstrations, template, data.max_tokens, data.train_on, source, notes, "data.max_tokens"
+        )
 
     examples = read("data.train", data.train, data.train_split, data.limit)
     held_out = [] if data.eval is None else read("data.eval", data.eval, data.eval_split)

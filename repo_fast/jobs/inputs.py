@@ -128,9 +128,10 @@ def read_inputs(config: TrainConfig) -> Inputs:
     template = PromptTemplate(copy.deepcopy(tokenizer), data.template, config.date, ends)
 
     def tokenized(prompts: list[Prompt], source: str) -> list[Request]:
-        kept, dropped = tokenize_prompts(prompts, template, data.max_prompt_tokens)
+        kept, dropped = tokenize_prompts(prompts, template, data.max_prompt_tokens, "data.max_prompt_tokens")
         if dropped:
-            notes.append(f"{source}: {dropped} prompts dropped, longer than {data.max_prompt_tokens} tokens")
+            longer = f"longer than {data.max_prompt_tokens} tokens (data.max_prompt_tokens)"
+            notes.append(f"{source}: {dropped} prompts dropped, {longer}")
         return [Request(prompt, torch.tensor(tokens)) for prompt, tokens in kept]
 
     requests = tokenized(prompts, data.prompts)
@@ -386,6 +387,7 @@ def tokenize_demonstrations(
     train_on: Literal["last", "all"],
     source: str,
     notes: list[str],
+    option: str,
 ) -> list[Shown]:
     """Tokenise demonstrations.
 
@@ -401,6 +403,7 @@ def tokenize_demonstrations(
         train_on: Whether each chat's last answer is imitated, or all that are not part of its prompt.
         source: Where they are from, for messages.
         notes: For the user, added to.
+        option: What sets `max_tokens`, for messages.
 
     Raises:
         InputError: No demonstration fits, or the template cannot render one.
@@ -415,12 +418,13 @@ def tokenize_demonstrations(
         dropped, cut = dropped + (not fitting), cut + (len(said) - len(fitting) if fitting else 0)
         parted, answers = parted + (len(made) > 1), answers + len(fitting)
         examples += made
+    longer = f"longer than {max_tokens} tokens ({option})"
     if not examples:
-        raise InputError(f"{source}: all {len(demonstrations)} demonstrations are longer than {max_tokens} tokens")
+        raise InputError(f"{source}: all {len(demonstrations)} demonstrations are {longer}")
     if dropped:
-        notes.append(f"{source}: {dropped} demonstrations dropped, longer than {max_tokens} tokens")
+        notes.append(f"{source}: {dropped} demonstrations dropped, {longer}")
     if cut:
-        notes.append(f"{source}: {cut} last answers of other chats dropped, longer than {max_tokens} tokens")
+        notes.append(f"{source}: {cut} last answers of other chats dropped, {longer}")
     if answers > len(demonstrations) - dropped:
         kept = len(demonstrations) - dropped
         notes.append(f"{source}: {answers} answers of {kept} demonstrations are learned, in {len(examples)} examples")
@@ -461,7 +465,9 @@ def _demonstrations(
     config: TrainConfig, shown: Sequence[Demonstration], template: PromptTemplate, notes: list[str]
 ) -> list[Shown]:
     data = config.data
-    kept = tokenize_demonstrations(shown, template, data.ptx_max_tokens, data.train_on, str(data.ptx), notes)
+    kept = tokenize_demonstrations(
+        shown, template, data.ptx_max_tokens, data.train_on, str(data.ptx), notes, "data.ptx_max_tokens"
+    )
     if len(kept) < config.update.ptx_batch_size:
         raise InputError(
             f"data.ptx {data.ptx!r} has {len(kept)} demonstrations of at most {data.ptx_max_tokens} tokens, expected "

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from repo_fast.config import JobConfig, parse  # noqa: E402
 from repo_fast.errors import InputError, RankError, as_input_error, first_line, one_line, where  # noqa: E402
+from repo_fast.jobs.parent import end_with_launcher  # noqa: E402
 from repo_fast.report.progress import printable  # noqa: E402
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def launch(
     """
 
     def run() -> int:
+        end_with_launcher()
         config = parse(None if arguments is None else list(arguments), kind)
         # After the configuration is known to be good: these take seconds to import.
         from repo_fast.engine import start_distributed, stop_distributed

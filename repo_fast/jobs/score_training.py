@@ -121,7 +121,8 @@ def _tokenize(
         for preference in preferences
     ]
     if truncated:
-        notes.append(f"{source}: {truncated} sequences lost their beginning, longer than {max_tokens} tokens")
+        longer = f"longer than {max_tokens} tokens (data.max_tokens)"
+        notes.append(f"{source}: {truncated} sequences lost their beginning, {longer}")
     return tokenized
 
 

@@ -49,7 +49,8 @@ def template_of(name: str) -> PromptTemplate:
 
 def tokenized(template: PromptTemplate, *shown: Demonstration, train_on: str = "all", max_tokens: int = 512):
     notes: list[str] = []
-    return tokenize_demonstrations(shown, template, max_tokens, train_on, "chats.jsonl", notes), notes
+    found = tokenize_demonstrations(shown, template, max_tokens, train_on, "chats.jsonl", notes, "data.limit")
+    return found, notes
 
 
 def learned(examples) -> list[tuple[list[int], list[int]]]:
@@ -124,11 +125,11 @@ def test_what_is_too_long_is_counted() -> None:
     for limit, answers in ((lengths[2], 3), (lengths[2] - 1, 2), (lengths[1] - 1, 1)):
         examples, notes = tokenized(template, SHOWN, max_tokens=limit)
         assert [part.tolist() for part in examples[0]] == [part.tolist() for part in parts[: 2 * answers]]
-        said = f"chats.jsonl: {3 - answers} last answers of other chats dropped, longer than {limit} tokens"
-        assert (said in notes) == (answers < 3)
+        said = f"chats.jsonl: {3 - answers} last answers of other chats dropped"
+        assert (f"{said}, longer than {limit} tokens (data.limit)" in notes) == (answers < 3)
     examples, notes = tokenized(template, SHOWN, Demonstration("tea", "no"), max_tokens=lengths[0] - 1)
     assert len(examples) == 1 and notes == [
-        f"chats.jsonl: 1 demonstrations dropped, longer than {lengths[0] - 1} tokens"
+        f"chats.jsonl: 1 demonstrations dropped, longer than {lengths[0] - 1} tokens (data.limit)"
     ]
     with pytest.raises(InputError, match="chats.jsonl: all 1 demonstrations are longer than 3 tokens"):
         tokenized(template, SHOWN, max_tokens=3)
