@@ -1,8 +1,10 @@
 """`python -m repo_fast.checkpoint`: what it says of checkpoints, and the policies that it makes of them."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,14 @@ def test_an_earlier_step_without_deepspeed(runs: dict[str, Path], tmp_path: Path
     assert first.keys() == last.keys() and not same_bits(first, last)
     AutoModelForCausalLM.from_pretrained(exported)
     AutoTokenizer.from_pretrained(exported)
+
+
+def test_exporting_says_nothing_of_what_it_does_not_use(runs: dict[str, Path], tmp_path: Path) -> None:
+    """transformers imports DeepSpeed, where that is installed."""
+    words = [sys.executable, "-m", "repo_fast.checkpoint", str(runs["whole"]), "--export", "1", str(tmp_path / "new")]
+    own = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    ended = subprocess.run(words, env=own, capture_output=True, text=True, check=False)
+    assert (ended.stdout, ended.stderr) == (f"{tmp_path / 'new'}: the policy of step 1\n", "")
 
 
 def test_a_fine_tuned_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

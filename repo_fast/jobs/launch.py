@@ -78,9 +78,13 @@ def launch(
 
 def quiet_libraries() -> None:
     """Keep transformers' progress bars out of a run's own display, and out of what is said of bad input; and what
-    bitsandbytes lacks on a CPU, whose 4-bit products nothing here calls, out of every run with adapters."""
+    bitsandbytes lacks on a CPU, whose 4-bit products nothing here calls, out of every run with adapters; and that there
+    is no GPU, which DeepSpeed says where transformers imports it, also for what works without either."""
+    import torch
     from transformers.utils import logging as transformers_logging
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     transformers_logging.disable_progress_bar()
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 

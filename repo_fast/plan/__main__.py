@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from repo_fast.config import TrainConfig, parse
-from repo_fast.jobs.launch import OneLineParser, guarded
+from repo_fast.jobs.launch import OneLineParser, guarded, quiet_libraries
 from repo_fast.plan.memory import Memory
 from repo_fast.plan.networks import Network
 from repo_fast.plan.remedies import USABLE, Plan, largest_micro_batch, remedies
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument("--response_tokens", type=_positive, help="mean length; else half of the longest")
         chosen, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
         config = parse(rest, TrainConfig)
+        quiet_libraries()
         print(printable(describe(config, chosen.gpus, DEVICES[chosen.device], chosen.response_tokens)))
         return 0
 
@@ -82,6 +83,7 @@ def describe(config: TrainConfig, gpus: int, device: Device, response_tokens: fl
         f"{gpus} x {device.name}, {str(dtype).removeprefix('torch.')}, ZeRO stage {config.engine.zero_stage}",
         _memory_table(models, plan.held),
         _verdict(plan),
+        *_of_the_host(plan),
         *_of_vllm(plan),
         *(
             f"{model.role}: not packed ({model.masked}). What attention takes under a mask or in padded rows, with the "
@@ -139,6 +141,14 @@ def _verdict(plan: Plan) -> str:
     if not changed.fits:
         lines.append("  beyond that: more GPUs, or a smaller model")
     return "\n".join(lines)
+
+
+def _of_the_host(plan: Plan) -> list[str]:
+    """What offloading asks of it."""
+    size = plan.held.offloaded
+    if not size:
+        return []
+    return [f"Offloaded: {_gb(size)} GB of host memory a rank, {_gb(plan.gpus * size)} GB of all ranks."]
 
 
 def _of_vllm(plan: Plan) -> list[str]:

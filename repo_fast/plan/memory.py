@@ -32,11 +32,13 @@ class Memory:
         resident: By model: what stays through a step, as `weights`, `gradients`, `optimizer`, `buffers`.
         phases: By phase: the most that is held beside it at once.
         spared: Weights that models would hold if they were apart.
+        offloaded: Bytes of host memory, of what is not here by the offloading that is asked for.
     """
 
     resident: dict[str, dict[str, float]]
     phases: dict[str, float]
     spared: float = 0.0
+    offloaded: float = 0.0
 
     @property
     def resident_total(self) -> float:
@@ -86,7 +88,8 @@ def memory(
     }
     if drawing and not vllm.sleep:
         phases |= {phase: phases["generate"] + phases[phase] for phase in PHASES if phase != "generate"}
-    return Memory(resident, {phase: phases[phase] for phase in PHASES}, sum(shared.values()))
+    offloaded = sum(_offloaded(model, config.engine, ranks, width) for model in models)
+    return Memory(resident, {phase: phases[phase] for phase in PHASES}, sum(shared.values()), offloaded)
 
 
 def longest_row(config: TrainConfig) -> int:
@@ -134,6 +137,12 @@ def _resident(model: Network, engine: EngineConfig, ranks: int, width: int) -> d
         "optimizer": 0.0 if engine.offload_optimizer else 3 * _FLOAT32 * trained / ranks,
         "buffers": width * min(REDUCE_BUCKET_ELEMENTS, trained) if stage == 3 else 0.0,
     }
+
+
+def _offloaded(model: Network, engine: EngineConfig, ranks: int, width: int) -> float:
+    """Of a rank: its shard of the weights; of what is trained a master, Adam's two moments, and the gradient."""
+    weights = model.weight_bytes(width, ranks) - model.scale_bytes if _away(model, engine) else 0.0
+    return weights + (4 * _FLOAT32 * model.trained / ranks if engine.offload_optimizer else 0.0)
 
 
 def _away(model: Network, engine: EngineConfig) -> bool:

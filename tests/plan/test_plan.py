@@ -118,6 +118,24 @@ def test_what_is_offloaded_comes_back_to_run(large: list[str]) -> None:
     assert held.phases["update"] > here.phases["update"] + 2e9
 
 
+@pytest.mark.parametrize(
+    ("option", "bytes_of"),
+    [
+        ("offload_optimizer", lambda model: 16 * model.trained / 4),
+        ("offload_parameters", lambda model: model.weight_bytes(2, 4)),
+        ("offload_frozen", lambda model: 0 if model.trained else model.weight_bytes(2, 4)),
+    ],
+)
+def test_what_is_offloaded_is_in_host_memory(option, bytes_of, large: list[str], capsys) -> None:
+    words = [*large, f"--engine.{option}", "true"]
+    found = networks(parse(words, TrainConfig), torch.bfloat16)
+    size = sum(map(bytes_of, found)) / 1e9
+    assert size > 1 and main(["--gpus", "4", *words]) == 0
+    said = capsys.readouterr().out
+    assert f"Offloaded: {size:.1f} GB of host memory a rank, {4 * size:.1f} GB of all ranks." in said
+    assert main(["--gpus", "4", *large]) == 0 and "Offloaded" not in capsys.readouterr().out
+
+
 def test_vllm_takes_its_share_while_it_draws_or_all_the_time(large: list[str]) -> None:
     def phases(*words: str) -> dict[str, float]:
         config = parse([*large, "--rollout.engine", "vllm", *words], TrainConfig)
