@@ -72,8 +72,8 @@ class Job:
     folder: Path
 
     @classmethod
-    def make(cls, folder: Path) -> "Job":
-        save_policy(folder / "policy")
+    def make(cls, folder: Path, **sizes: int) -> "Job":
+        save_policy(folder / "policy", **sizes)
         write_lines(folder / "prompts.jsonl", [{"prompt": text} for text in PROMPTS])
         write_lines(
             folder / "demonstrations.jsonl", [{"prompt": text, "response": answer} for text, answer in DEMONSTRATIONS]

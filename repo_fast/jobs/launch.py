@@ -77,16 +77,19 @@ def launch(
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' progress bars out of a run's own display, and out of what is said of bad input; and what
-    bitsandbytes lacks on a CPU, whose 4-bit products nothing here calls, out of every run with adapters; and that there
-    is no GPU, which DeepSpeed says where transformers imports it, also for what works without either."""
+    """Keep out of what runs and tools say what others say of themselves, or a second time."""
     import torch
     from transformers.utils import logging as transformers_logging
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # A run has its own display.
     transformers_logging.disable_progress_bar()
+    # It has said it by a handler of its own.
+    logging.getLogger("huggingface_hub").propagate = False
+    # That 4-bit products are slow on a CPU, wherever there are adapters: nothing here calls them.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        # DeepSpeed, which transformers imports where it is installed, would say that it found none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def guarded(run: Callable[[], int]) -> int:

@@ -1,7 +1,6 @@
 """kill -9 at random moments: every run goes on, to the bits of one that nothing happened to."""
 
 import random
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -39,10 +38,9 @@ def trials() -> Iterator[Trial]:
 def _killed(seed: int, kind: Kind, folder: Path, *, all_at_once: bool) -> str:
     """At a moment between the run's first file and its end."""
     generator, output_dir = random.Random(seed), folder / "run"
-    _, seconds = undisturbed(kind)
+    undisturbed(kind)
     run = Started(kind.words(output_dir), output_dir)
-    run.until_it_writes()
-    time.sleep(generator.random() * seconds)
+    run.until_a_moment_of(STEPS + 1, kind, generator)
     if all_at_once:
         run.kill()
         who = "everything"

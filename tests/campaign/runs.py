@@ -2,12 +2,13 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.job_runs import (
     states,
     torchrun,
 )
+from tests.rollout.vllm_architectures import SIZES
 
 STEPS = 8
 # It saves at every step, so that many a moment is one of a save.
@@ -50,13 +52,16 @@ class Kind:
             if not _VLLM_PYTHON.exists():
                 raise Unavailable("no .venv-vllm, which make test-vllm makes")
         launcher = [python, "-m"] if self.ranks == 1 else [python, *torchrun(self.ranks)[1:-2], python, "-m"]
-        return [*launcher, module, *_job().words(output_dir, *OPTIONS, *self.options, *options)]
+        job = _job(for_vllm=VLLM in self.options)
+        return [*launcher, module, *job.words(output_dir, *OPTIONS, *self.options, *options)]
 
 
 @cache
-def _job() -> Job:
-    # As long as the campaign's process.
-    return Job.make(Path(_keep().name))
+def _job(*, for_vllm: bool) -> Job:
+    # As long as the campaign's process. vLLM has no attention for heads as narrow as those of the other.
+    folder = Path(_keep().name) / ("vllm" if for_vllm else "hf")
+    folder.mkdir()
+    return Job.make(folder, **(SIZES if for_vllm else {}))
 
 
 @cache
@@ -131,12 +136,25 @@ class Started:
         """Wait for a file of its output folder."""
         self.until(self._output_dir / name)
 
+    def until_a_moment_of(self, steps: int, kind: "Kind", generator: random.Random) -> None:
+        """Wait for a random moment within its first so many steps; one more than there are is what comes after them.
+
+        It is told by its checkpoints: a machine is not as fast now as it was, or will be.
+        """
+        step = generator.randrange(steps)
+        self.until_it_writes()
+        self._wait(lambda: newest_step(self._output_dir) >= step, f"checkpoint {step}")
+        time.sleep(generator.random() * undisturbed(kind)[1] / STEPS)
+
     def until(self, file: Path) -> None:
         """Wait for a file that it writes."""
+        self._wait(file.exists, file.name)
+
+    def _wait(self, there: Callable[[], bool], name: str) -> None:
         ends = time.monotonic() + LIMIT_SECONDS
-        while not file.exists():
+        while not there():
             assert self.running, f"ended with {self._process.returncode}: {self.said[-2000:]}"
-            assert time.monotonic() < ends, f"no {file.name} in {LIMIT_SECONDS} s: {self.said[-2000:]}"
+            assert time.monotonic() < ends, f"no {name} in {LIMIT_SECONDS} s: {self.said[-2000:]}"
             time.sleep(0.005)
 
     def kill(self) -> None:

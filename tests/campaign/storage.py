@@ -7,7 +7,6 @@ import os
 import random
 import struct
 import subprocess
-import time
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from tests.campaign.book import Trial, Unavailable
 from tests.campaign.power import after_the_loss
 from tests.campaign.runs import (
     BACKGROUND,
+    STEPS,
     Kind,
     Started,
     assert_equal,
@@ -56,12 +56,10 @@ def _power_goes(seed: int, kind: Kind, folder: Path) -> str:
     root, book, after = folder / "disk", folder / "book", folder / "after"
     root.mkdir()
     book.mkdir()
-    _, seconds = undisturbed(kind)
+    undisturbed(kind)
     # That the folder itself is there is not asked of a run.
     run = Started(kind.words(root / "run", module="tests.campaign.power"), root / "run", {"POWER_BOOK": str(book)})
-    run.until_it_writes()
-    # Writing down takes its time too.
-    time.sleep(2 * random.Random(seed).random() * seconds)
+    run.until_a_moment_of(STEPS + 1, kind, random.Random(seed))
     run.kill()
     saved = newest_step(root / "run")
     after_the_loss(book, root, after)
@@ -173,10 +171,10 @@ def _disk_stops(seed: int, kind: Kind, folder: Path) -> str:
     """As when its cable is drawn: a clear end; and it goes on from what the file system's journal has."""
     with _Ext4(folder) as disk:
         output_dir = disk.root / "run"
-        _, seconds = undisturbed(kind)
+        undisturbed(kind)
         run = Started(kind.words(output_dir), output_dir, said=folder / "said.txt")
-        run.until_it_writes()
-        time.sleep(random.Random(seed).random() * seconds)
+        # It has to be at work yet.
+        run.until_a_moment_of(STEPS - 1, kind, random.Random(seed))
         disk.stop()
         status = run.end()
         line = _one_error(run, status, "Input/output error")
