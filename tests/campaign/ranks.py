@@ -103,7 +103,7 @@ def trials() -> Iterator[Trial]:
     ):
         line = f"rank {rank} {said.format(other=1 - rank, phase=phase)}"
         yield Trial(f"rank {rank}, {what} in {phase}", partial(_ends_early, f"{rank}:{phase}:{what}", line))
-    line = r"the cost function '.*' raised SystemExit: 0"
+    line = r"the cost function '.*' raised SystemExit: 0, at .*"
     yield Trial("rank 1, sys.exit in score", partial(_ends_early, "1:score:exit", line))
     yield Trial(f"rank 1 is {_SLOWER} times slower", _slow)
 
