@@ -1,11 +1,14 @@
 """The campaign's results as a page of Markdown."""
 
+import html
+import re
 import textwrap
 from collections import Counter
 
 from bench.measuring.tables import render as table
 from tests.campaign.book import PARTS, Book, Found
 
+_MARKUP = re.compile(r"([\\`*_{}\[\]|$])")
 HEADER = ["", "held", "failed", "not to be tried here", "minutes"]
 
 
@@ -39,5 +42,5 @@ def _summary(every: list[Found], part: str) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """In one line of a table."""
-    return textwrap.shorten(text.replace("|", "\\|"), 240)
+    """In one line of a table, with nothing that Markdown would act on."""
+    return _MARKUP.sub(r"\\\1", html.escape(textwrap.shorten(text, 240), quote=False))

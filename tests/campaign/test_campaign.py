@@ -1,17 +1,21 @@
 """What a campaign writes down, and that it goes on where it was stopped."""
 
+import html
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import markdown
 import pytest
 
 from tests.campaign import __main__ as campaign
-from tests.campaign.book import PARTS, Book, Trial, Unavailable
+from tests.campaign.book import PARTS, Book, Found, Trial, Unavailable
 from tests.campaign.power import after_the_loss
+from tests.campaign.report import render
 from tests.job_runs import REPOSITORY, snapshot
 
 
@@ -53,6 +57,19 @@ def test_what_was_tried_is_written_down_once(tried: list[str], tmp_path: Path, c
     page = (tmp_path / "out" / "campaign.md").read_text()
     assert "**kills, b**: failed: AssertionError: it was lost" in page
     assert "no right to mount" in page and "as it was \\| with a bar" in page
+
+
+def test_the_page_says_what_was_seen_as_it_was(tmp_path: Path) -> None:
+    seen = "a | <b>b</b> `c` *d* _e_ {.f} [g](h) $i$ \\(j\\) & <class 'k'> \\"
+    book = Book(tmp_path)
+    book.add(Found("kills", seen, "held", seen, 1.0))
+    # Of the site's extensions, those that act on such text.
+    extensions = ["tables", "attr_list", "md_in_html", "pymdownx.arithmatex"]
+    settings = {"pymdownx.arithmatex": {"generic": True}}
+    page = markdown.markdown(render(book), extensions=extensions, extension_configs=settings)
+    (row,) = [row for row in re.findall("<tr>(.*?)</tr>", page, re.DOTALL) if "held</td>" in row]
+    cells = [html.unescape(cell) for cell in re.findall("<td.*?>(.*?)</td>", row)]
+    assert cells == [seen, "held", seen]
 
 
 def test_parts_are_tried_at_once_and_one_that_ends_early_is_not_taken_for_tried(
