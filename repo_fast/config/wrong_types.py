@@ -19,14 +19,18 @@ def describe(said: str, section: type) -> str:
         said: The parser's text, of several lines.
         section: The configuration that was parsed into.
     """
-    keys = _KEY.findall(said)
+    # Of a whole section it says the name again and again.
+    keys = list(dict.fromkeys(_KEY.findall(said)))
     rest = _KEY.split(said)[-1]
     found = re.search("Given value: (.*)" if rest.startswith(_UNION) else "Got value: (.*)", rest)
     name, kind = _option(".".join(keys), section) if keys else ("", None)
+    if kind is not None and _section(kind) is not None and len(keys) == 1:
+        return f"{name} cannot be read as given, expected {_expected(kind)}"
     if found is None or kind is None:
         return " ".join(_KEY.sub(r"--\1: ", said).split())
     bare = re.fullmatch(r"[{\[].*|[-+.\d]+(e[-+]?\d+)?", found[1])
-    value = "null" if found[1] == "None" else found[1] if bare else repr(found[1])
+    plain = {"None": "null", "True": "true", "False": "false"}.get(found[1])
+    value = plain or (found[1] if bare else repr(found[1]))
     # Of a list or a mapping the value may be one of its own.
     within = typing.get_origin(kind) in (dict, tuple) and "Expected a <class 'dict'>" not in rest
     verb = "has" if within and "Expected a <class 'tuple'>" not in rest else "is"
@@ -37,7 +41,7 @@ def _option(dotted: str, section: type) -> tuple[str, Any]:
     """An option's name, and its type; None where there is no such option."""
     name, kind = "", typing.cast(Any, section)
     for part in dotted.split("."):
-        inside = next((own for own in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(own)), None)
+        inside = _section(kind)
         if inside is None:
             return dotted, None
         # Of a mapping of sections the parser does not say which.
@@ -49,6 +53,11 @@ def _option(dotted: str, section: type) -> tuple[str, Any]:
     return name, kind
 
 
+def _section(kind: Any) -> Any:
+    """The section that a type is, may be, or has by names; None where it is of none."""
+    return next((own for own in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(own)), None)
+
+
 def _expected(kind: Any) -> str:
     """Values of a type, in words."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
@@ -57,9 +66,13 @@ def _expected(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return ", or ".join(_expected(part) for part in parts)
     if origin is tuple:
-        return f"a list of {_expected(parts[0])}" if ... in parts else f"[{', '.join(map(_expected, parts))}]"
+        each = _expected(parts[0])
+        if ... in parts:
+            return f"a list, each {each}" if each.startswith("one of") else f"a list of {each}"
+        return f"[{', '.join(map(_expected, parts))}]"
     if origin is dict:
-        return "a mapping by names"
+        inside = _WORDS.get(parts[1])
+        return f"a mapping from names to {inside}" if inside else "a mapping by names"
     if dataclasses.is_dataclass(kind):
         return "a mapping of options"
     return _WORDS.get(kind, str(kind))

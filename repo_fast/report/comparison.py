@@ -1,7 +1,8 @@
 """Policies side by side: what `report.json` of an evaluation holds.
 
-    policies.NAME.MEASURE       {value, low, high}: 95 % interval over prompts (`measures.interval_of`); null where
-                                there is none, as for the maximum, and the worst 5 % of few prompts
+    policies.NAME.MEASURE       {value, low, high}: 95 % interval over prompts (`measures.Resampled`); null where
+                                there is none, as for the maximum, the worst 5 % of few prompts, and what no
+                                resample changes, but for shares of 0 or 1
     differences.NAME.MEASURE    the same for NAME minus the reference, paired by prompt
     transitions.NAME            how many prompts went from safe or unsafe under the reference to which under NAME
     categories.CATEGORY         its number of `prompts`, and `policies` and `differences` over them alone
@@ -37,6 +38,7 @@ from repo_fast.report.measures import (
     ratio,
     resample,
     score_prompts,
+    share_of,
 )
 
 
@@ -155,7 +157,9 @@ def _measured(
     ids = np.unique(np.asarray(policies[reference].prompt_ids))
     by_prompt = {name: _by_prompt(judged, ids) for name, judged in judgments.items()}
     for name, judged in judgments.items():
-        measures[name][judged.measure] = _mean_defined(by_prompt[name])
+        # Shares have a value by definition; ratings are of any range.
+        is_share = judged.reference is not None
+        measures[name][judged.measure] = _mean_defined(by_prompt[name], is_share)
         if judged.reference is not None:
             by_prompt[reference] = np.full(len(ids), judged.reference)
             measures[reference][judged.measure] = _mean_defined(by_prompt[reference])
@@ -198,7 +202,8 @@ def _by_prompt(judged: Judgments, ids: np.ndarray) -> np.ndarray:
     return np.divide(sums, counts, out=np.full(len(ids), np.nan), where=counts > 0)
 
 
-def _mean_defined(values: np.ndarray) -> Measure:
+def _mean_defined(values: np.ndarray, is_share: bool = False) -> Measure:
     """The mean of the values [P] that are not NaN."""
     defined = ~np.isnan(values)
-    return partial(ratio, np.where(defined, values, 0.0), defined)
+    numbers = np.where(defined, values, 0.0)
+    return share_of(numbers, defined) if is_share else partial(ratio, numbers, defined)

@@ -24,9 +24,6 @@ TAIL = 0.05
 # Of them, for an interval of their mean; of 10, it contains the truth in about 92 of 100.
 _FEWEST_IN_TAIL = 5
 
-# What the names of shares end with, those of known prompts too.
-_SHARES = ("_rate", "_rate_on_safe_prompts", "well_formed", "attack_success", "over_refusal", "_any", "empty_answers")
-
 # From weights, float64 [..., P], to the measure of each weighting, [...].
 Measure = Callable[[np.ndarray], np.ndarray]
 # d, or that of each of several constraints.
@@ -255,19 +252,20 @@ def prompt_measures(
         ("mean_second_reward", policy.second_rewards),
         ("response_length", policy.response_lengths),
         ("kl", policy.kl),
-        ("well_formed", policy.well_formed),
     ):
         if values is not None:
             measures[name] = partial(ratio, sum_by_prompt(policy.prompt_ids, values), scores.responses)
+    if policy.well_formed is not None:
+        measures["well_formed"] = Share(sum_by_prompt(policy.prompt_ids, policy.well_formed), scores.responses)
     if reference is not None:
         before = score_prompts(reference, threshold)
         check_same_prompts(before, scores)
         wins, safe = win_shares(policy, reference), before.excess <= 0
         measures |= {
-            "win_rate": partial(mean, wins),
+            "win_rate": share_of(wins),
             **_changes(before, scores),
             "mean_reward_on_safe_prompts": partial(ratio, np.where(safe, scores.reward, 0.0), safe),
-            "win_rate_on_safe_prompts": partial(ratio, np.where(safe, wins, 0.0), safe),
+            "win_rate_on_safe_prompts": share_of(wins, safe),
         }
     references = by_constraint(reference) if reference is not None else {}
     for name, own in by_constraint(policy).items():
@@ -278,7 +276,7 @@ def prompt_measures(
             check_same_prompts(before, scored)
             found |= _changes(before, scored)
         rows = np.searchsorted(scores.prompt_ids, scored.prompt_ids)
-        measures |= {f"{name}_{key}": partial(on_rows, measure, rows) for key, measure in found.items()}
+        measures |= {f"{name}_{key}": over(scores.prompt_ids.size, rows, measure) for key, measure in found.items()}
     return measures
 
 
@@ -289,8 +287,8 @@ _JOINT = ("safety_rate", "strict_safety_rate")
 def _cost_measures(scores: PromptScores) -> dict[str, Measure]:
     return {
         "mean_cost": partial(mean, scores.cost),
-        "safety_rate": partial(ratio, scores.safe_responses, scores.responses),
-        "strict_safety_rate": partial(mean, scores.safe_responses == scores.responses),
+        "safety_rate": Share(scores.safe_responses, scores.responses),
+        "strict_safety_rate": share_of(scores.safe_responses == scores.responses),
         "strict_violation": partial(strict_violation, scores.excess),
         "max_violation": partial(max_violation, scores.excess),
         "cvar_violation": partial(cvar_violation, scores.excess),
@@ -300,16 +298,52 @@ def _cost_measures(scores: PromptScores) -> dict[str, Measure]:
 
 def _changes(before: PromptScores, after: PromptScores) -> dict[str, Measure]:
     return {
-        "interference_rate": partial(interference_rate, before.excess, after.excess),
-        "repair_rate": partial(repair_rate, before.excess, after.excess),
+        "interference_rate": interference_rate(before.excess, after.excess),
+        "repair_rate": repair_rate(before.excess, after.excess),
     }
 
 
-def on_rows(measure: Measure, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """A measure of some of the prompts; NaN where none of them counts."""
+def over(prompts: int, rows: np.ndarray, measure: Measure) -> Measure:
+    """A measure of some of P prompts, whose places are given, as one of all; NaN where none of them counts."""
+    if isinstance(measure, Share):
+        sums, counts = np.zeros(prompts), np.zeros(prompts)
+        sums[rows], counts[rows] = measure.sums, measure.counts
+        return Share(sums, counts)
+    return partial(_on_rows, measure, rows)
+
+
+def _on_rows(measure: Measure, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     own = weights[..., rows]
     counts = own.sum(axis=-1) > 0
     return np.where(counts, measure(np.where(counts[..., None], own, 1.0)), np.nan)[()]
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """A measure that is the mean of numbers within [0, 1], of prompts or of their responses.
+
+    Attributes:
+        sums: [P]. Of each prompt the sum of its numbers.
+        counts: [P]. How many these are; 0 for a prompt that it is not about.
+    """
+
+    sums: np.ndarray
+    counts: np.ndarray
+
+    def __call__(self, weights: np.ndarray) -> np.ndarray:
+        return ratio(self.sums, self.counts, weights)
+
+    def alike(self, units: np.ndarray | None = None) -> int:
+        """Of how many units it is the mean, where each counts as much as another; 0 where they do not."""
+        counts = self.counts if units is None else np.bincount(units, weights=self.counts)
+        counts = counts[counts > 0]
+        return len(counts) if len(np.unique(counts)) == 1 else 0
+
+
+def share_of(values: np.ndarray, among: np.ndarray | None = None) -> Share:
+    """The mean of one number within [0, 1] of each prompt [P], over all of them or some: bool [P]."""
+    among = np.ones(len(values), dtype=bool) if among is None else among
+    return Share(np.where(among, values, 0.0), among)
 
 
 def mean(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -353,18 +387,14 @@ def compensation(excess: np.ndarray, weights: np.ndarray | None = None) -> np.nd
     return np.minimum(mean(np.maximum(-excess, 0), weights), mean(np.maximum(excess, 0), weights))
 
 
-def interference_rate(
-    reference_excess: np.ndarray, excess: np.ndarray, weights: np.ndarray | None = None
-) -> np.ndarray:
+def interference_rate(reference_excess: np.ndarray, excess: np.ndarray) -> Share:
     """Among the prompts that are safe under the reference, the share that is unsafe; NaN where there is none."""
-    safe = reference_excess <= 0
-    return ratio(safe & ~(excess <= 0), safe, weights)
+    return share_of(~(excess <= 0), reference_excess <= 0)
 
 
-def repair_rate(reference_excess: np.ndarray, excess: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+def repair_rate(reference_excess: np.ndarray, excess: np.ndarray) -> Share:
     """Among the prompts that are unsafe under the reference, the share that is safe; NaN where there is none."""
-    unsafe = ~(reference_excess <= 0)
-    return ratio(unsafe & (excess <= 0), unsafe, weights)
+    return share_of(excess <= 0, ~(reference_excess <= 0))
 
 
 def check_same_prompts(first: PromptScores, second: PromptScores) -> None:
@@ -385,28 +415,34 @@ class Resampled:
     Attributes:
         value: The measure itself.
         draws: float64 [n], the measure of each resample.
-        counted: Where it is 0 or 1 in all of them, how many of what was resampled it is of.
+        alike: Of a share that is 0 or 1, so that all resamples are alike: of how many units, which count alike, it is
+            one; of a difference of two, the same.
+        lowest: What a single unit of these has at least; at most it has 1.
     """
 
     value: float
     draws: np.ndarray
-    counted: int = 0
+    alike: int = 0
+    lowest: float = 0.0
 
     def __sub__(self, other: "Resampled") -> "Resampled":
-        return Resampled(self.value - other.value, self.draws - other.draws)
+        return Resampled(self.value - other.value, self.draws - other.draws, min(self.alike, other.alike), -1.0)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % percentile-bootstrap interval: the 2.5 % and 97.5 % quantiles of the draws.
+        """The 95 % interval; NaN where there is none.
 
-        Resamples without a value (a share among no prompts) are left out; both are NaN where there is no other. It has
-        no width where all resamples are alike, which says nothing of how certain the value is: see `interval_of`.
+        It is that of the percentile bootstrap, the 2.5 % and 97.5 % quantiles of the draws; those without a value (a
+        share among no prompts) are left out. Where all draws are alike it says nothing of how certain the value is.
+        Then n units that all have the same number within known bounds rule out, by the exact binomial interval (Clopper
+        and Pearson 1934), that more than 1 - 0.025^(1/n) of all have another; without bounds there is no interval.
         """
+        if self.alike:
+            others = 1 - 0.025 ** (1 / self.alike)
+            return self.value - others * (self.value - self.lowest), self.value + others * (1 - self.value)
         draws = self.draws[~np.isnan(self.draws)]
-        if draws.size == 0:
-            return float("nan"), float("nan")
-        low, high = np.quantile(draws, [0.025, 0.975])
-        return float(low), float(high)
+        low, high = (float(end) for end in np.quantile(draws, [0.025, 0.975])) if draws.size else (np.nan, np.nan)
+        return (low, high) if low < high else (float("nan"), float("nan"))
 
 
 Name = TypeVar("Name", bound=Hashable)
@@ -439,31 +475,20 @@ def resample(
         weights = np.stack(counts if units is None else [own[units] for own in counts]).astype(np.float64)
         for name, measure in measures.items():
             draws[name].append(measure(weights))
-    found = {name: Resampled(values[name], np.concatenate(draws[name])) for name in measures}
-    for name, own in found.items():
-        if own.value in (0.0, 1.0) and own.interval == (own.value, own.value):
-            found[name] = replace(own, counted=_counted(measures[name], independent, units, at_once))
-    return found
-
-
-def _counted(measure: Measure, independent: int, units: np.ndarray | None, at_once: int) -> int:
-    """Of how many units a share is: of those that have a value where they alone count."""
-    counted = 0
-    for start in range(0, independent, at_once):
-        alone = np.eye(min(at_once, independent - start), independent, start)
-        counted += int(np.isfinite(measure(alone if units is None else alone[:, units])).sum())
-    return counted
+    alike = {
+        name: measure.alike(units)
+        for name, measure in measures.items()
+        if isinstance(measure, Share) and values[name] in (0.0, 1.0)
+    }
+    return {name: Resampled(values[name], np.concatenate(draws[name]), alike.get(name, 0)) for name in measures}
 
 
 def interval_of(
     measure: str, measured: Resampled, prompts: int, about: Mapping[str, int] | None = None
 ) -> tuple[float, float]:
-    """The 95 % interval of a measure of `prompt_measures`, or of a difference of two; NaN where there is none.
+    """The interval of a measure of `prompt_measures`, or of a difference of two, where it has one; else NaN.
 
-    It is the bootstrap's, which fails for the largest of a sample, which no resample exceeds (Davison and Hinkley 1997,
-    section 2.6), and says nothing where all resamples are alike. There a share that is 0 or 1 among n prompts has the
-    exact binomial interval (Clopper and Pearson 1934). It holds for means within [0, 1] too: prompts that are wholly 1
-    are no more frequent than the mean is high.
+    The bootstrap fails for the largest of a sample, which no resample exceeds (Davison and Hinkley 1997, section 2.6).
 
     Args:
         measure: Its name.
@@ -474,16 +499,9 @@ def interval_of(
     for name, own in (about or {}).items():
         if measure in (f"{name}_max_violation", f"{name}_cvar_violation"):
             measure, prompts = measure.removeprefix(f"{name}_"), own
-    none = float("nan"), float("nan")
     if measure == "max_violation" or (measure == "cvar_violation" and TAIL * prompts < _FEWEST_IN_TAIL):
-        return none
-    low, high = measured.interval
-    if low != high:
-        return low, high
-    if not measured.counted or not measure.endswith(_SHARES):
-        return none
-    least = 0.025 ** (1 / measured.counted)
-    return (least, 1.0) if measured.value else (0.0, 1.0 - least)
+        return float("nan"), float("nan")
+    return measured.interval
 
 
 def prompts_about(evaluation: Evaluation, units: Callable[[np.ndarray], np.ndarray] = np.asarray) -> dict[str, int]:

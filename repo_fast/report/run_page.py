@@ -332,10 +332,12 @@ def _levels(thresholds: Mapping[str, float]) -> Levels:
 
 def _reached(options: Mapping[str, Any], metrics: Columns, names: Sequence[str]) -> Levels:
     """The maxima of the multipliers that have come to theirs: a constraint is weighed no more from there on."""
-    several = options.get("constraints")
+    constraints = options.get("constraints")
+    constraints = constraints if isinstance(constraints, Mapping) else {}
     levels: Levels = {}
     for name in names:
-        own = several.get(name) if isinstance(several, Mapping) else None
+        # One alone has columns without its name.
+        own = next(iter(constraints.values()), None) if len(constraints) == 1 else constraints.get(name)
         own = own if isinstance(own, Mapping) else {}
         most, values = own.get("multiplier_max"), metrics[column(name, "multiplier")]
         if most is None and isinstance(options.get("algorithm"), Mapping):
@@ -373,8 +375,8 @@ def _figures(metrics: Columns, names: Sequence[str]) -> Iterator[tuple[str, str,
 
 
 def _figures_note(metrics: Columns) -> str:
-    of = "Of training prompts, m" if "reward" in metrics.names() else "M"
-    return f"{of}eans of the last {_FEW} steps and of the first; of what is seldom measured, one value."
+    of = "Of the prompts that are trained on. " if "reward" in metrics.names() else ""
+    return f"{of}Means of the last {_FEW} steps and of the first; of what is seldom measured, one value."
 
 
 def _short(value: float) -> float:

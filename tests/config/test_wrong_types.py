@@ -21,10 +21,13 @@ from repo_fast.errors import InputError
         ("--engine.zero_stage 4", "engine.zero_stage is 4, expected one of 1, 2, 3"),
         ("--engine.share_base x", "engine.share_base is 'x', expected true or false, or auto"),
         ("--policy.lora.rank [1]", "policy.lora.rank is [1], expected a whole number"),
-        ("--log.loggers [tensorboard,paper]", "log.loggers has 'paper', expected a list of one of tensorboard, wandb"),
-        ("--log.loggers paper", "log.loggers is 'paper', expected a list of one of tensorboard, wandb"),
-        ("--data.fields x", "data.fields is 'x', expected a mapping by names"),
+        ("--log.loggers [tensorboard,paper]", "log.loggers has 'paper', expected a list, each one of tensorboard,"),
+        ("--log.loggers paper", "log.loggers is 'paper', expected a list, each one of tensorboard,"),
+        ("--data.fields x", "data.fields is 'x', expected a mapping from names to text"),
         ("--reward.expect [file,x]", "reward.expect is ['file', 'x'], expected [text, a number], or null"),
+        ("--total_steps true", "total_steps is true, expected a whole number"),
+        ("--rollout null", "rollout cannot be read as given, expected a mapping of options"),
+        ("--constraints.harm x", "constraints cannot be read as given, expected a mapping by names"),
         ("--constraints.harm.pid.kp x", "constraints.NAME.pid.kp is 'x', expected a number"),
     ],
 )
@@ -37,7 +40,7 @@ def test_in_the_words_of_an_options_reader(words: str, said: str) -> None:
 def test_of_a_file_too(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"data": {"fields": {"question": 1}}}))
-    with pytest.raises(InputError, match="^data.fields has 1, expected a mapping by names$"):
+    with pytest.raises(InputError, match="^data.fields has 1, expected a mapping from names to text$"):
         parse(["--config", str(file)])
 
 

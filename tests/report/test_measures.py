@@ -22,6 +22,7 @@ from repo_fast.report.measures import (
     prompt_measures,
     resample,
     score_prompts,
+    share_of,
     win_shares,
 )
 
@@ -344,14 +345,27 @@ def test_a_share_that_no_resample_changes_has_the_exact_interval(prompts, safe):
         assert interval_of(name, found[name], prompts) == pytest.approx((exact.low, exact.high), rel=1e-9), name
     for name in ("mean_reward", "mean_cost", "strict_violation"):
         assert np.isnan(interval_of(name, found[name], prompts)).all(), name
-    change = found["safety_rate"] - found["safety_rate"]
-    assert np.isnan(interval_of("safety_rate", change, prompts)).all()
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])
+def test_so_has_the_difference_of_two(before, after):
+    """Where all 19 prompts changed alike, at most a share of 1 - 0.025^(1/19) does otherwise, by any change."""
+    both = resample({"before": share_of(np.full(19, before)), "after": share_of(np.full(19, after))}, 19)
+    others, change = 1 - 0.025 ** (1 / 19), after - before
+    expected = {0.0: (-others, others), 1.0: (1 - 2 * others, 1.0), -1.0: (-1.0, -1 + 2 * others)}
+    assert (both["after"] - both["before"]).interval == pytest.approx(expected[change], abs=1e-12)
+    # Of others that do not vary alike, nothing is known.
+    mixed = resample({"before": share_of(np.full(19, 0.5)), "after": share_of(np.full(19, after))}, 19)
+    assert np.isnan((mixed["after"] - mixed["before"]).interval).all()
 
 
 def test_prompts_of_a_cluster_count_once_in_an_exact_interval():
     units = np.arange(60) // 4
-    own = resample({"over_refusal": partial(mean, np.zeros(60))}, 60, units=units)["over_refusal"]
-    assert interval_of("over_refusal", own, 15) == (0.0, pytest.approx(1 - 0.025 ** (1 / 15)))
+    own = resample({"over_refusal": share_of(np.zeros(60))}, 60, units=units)["over_refusal"]
+    assert own.interval == (0.0, pytest.approx(1 - 0.025 ** (1 / 15)))
+    # Where clusters are of several sizes, large ones that were not seen could be all of it.
+    uneven = resample({"over_refusal": share_of(np.zeros(60))}, 60, units=np.arange(60) // 7)["over_refusal"]
+    assert np.isnan(uneven.interval).all()
 
 
 def test_identical_policies_differ_by_nothing_that_an_interval_excludes():
@@ -387,8 +401,9 @@ def test_interval_is_reproducible_and_depends_on_the_seed():
 
 def test_resamples_without_a_value_are_left_out():
     # One prompt of three is safe under the reference: a third of the resamples (8/27) have no prompt to count.
-    measure = partial(interference_rate, np.array([-1.0, 1.0, 1.0]), np.array([1.0, 1.0, 1.0]))
-    assert bootstrapped(measure, 3, n=200, seed=0) == (1.0, 1.0)
+    measure = interference_rate(np.array([-1.0, 1.0, 1.0]), np.array([1.0, 1.0, 1.0]))
+    # All others have the one prompt that was safe.
+    assert bootstrapped(measure, 3, n=200, seed=0) == pytest.approx((0.025, 1.0))
 
 
 def test_one_prompt_has_no_interval():

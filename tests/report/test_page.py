@@ -110,11 +110,17 @@ def test_every_measure_has_its_row_its_definition_and_its_verdict(tmp_path):
         ("mean_reward", (-0.3, -0.1), "worse"),
         ("mean_cost", (0.0, 0.3), "none"),
         ("compensation", (0.1, 0.3), "change"),
-        ("mean_cost", (math.nan, 0.3), "undefined"),
     ],
 )
 def test_a_difference_is_judged_by_its_interval_and_the_direction_of_its_measure(key, interval, kind):
     assert judge_difference(MEASURES[key], (0.0, *interval)).kind == kind
+
+
+def test_a_difference_without_an_interval_has_no_verdict_unless_nothing_differs():
+    nothing = (math.nan, math.nan)
+    assert judge_difference(MEASURES["mean_cost"], (0.1, *nothing)).words == "interval undefined"
+    assert judge_difference(MEASURES["mean_cost"], (math.nan, *nothing)).words == "interval undefined"
+    assert judge_difference(MEASURES["mean_cost"], (0.0, *nothing)).words == "no difference seen"
 
 
 def test_numbers_are_written_with_their_interval_and_unit():

@@ -236,6 +236,13 @@ def test_a_multiplier_at_its_maximum_is_seen(tmp_path: Path) -> None:
     config["constraints"]["harm"]["multiplier_max"] = 0.2
     (several / "config.yaml").write_text(yaml.safe_dump(config))
     assert html_of(several).count("its maximum") == 1
+    # One that has a name, alone: its columns have none.
+    alone = make_run(tmp_path / "alone", algorithm={"name": "repo", "advantage": "gae", "multiplier_max": most})
+    config = yaml.safe_load((alone / "config.yaml").read_text())
+    for own, count in (({}, 1), ({"multiplier_max": 2 * most}, 0), ({"controller": "fixed"}, 0)):
+        config["constraints"] = {"harm": {"path": "m:f", "threshold": 0.5, **own}}
+        (alone / "config.yaml").write_text(yaml.safe_dump(config))
+        assert html_of(alone).count("its maximum") == count
 
 
 @pytest.mark.parametrize("kind", ["sft", "score"])

@@ -42,13 +42,15 @@ def curve(
     half = np.zeros(len(groups.mean))
     if errors is not None and groups.group == 1:
         half = np.nan_to_num(_ERRORS * errors)
-    # A share lies within 0 and 1, whatever its standard error adds.
-    ends = [np.clip(own, 0, 1) if unit.startswith("share") else own for own in (groups.low - half, groups.high + half)]
+    bars, is_share = [groups.mean - half, groups.mean + half], unit.startswith("share")
+    if is_share:
+        # Whatever its standard error adds.
+        bars = [np.clip(own, 0, 1) for own in bars]
     plot = Plot(
         400,
         236,
         limits,
-        _limits([*ends, [] if level is None else [level[0]]]),
+        _limits([groups.low, groups.high, *bars, [] if level is None else [level[0]]], is_share),
         left=66,
         bottom=42,
         top=22 if level else 10,
@@ -60,8 +62,8 @@ def curve(
     middle = (groups.first + groups.last) / 2
     if sparse or len(middle) < SMOOTH_FROM:
         plot.path(_line(plot.points(middle, groups.mean)), "curve policy0")
-        bars = [plot.points(middle, own) for own in ends]
-        plot.path("".join(f"M{xy(a)}V{short(b[1])}" for a, b in zip(*bars, strict=True)), "interval policy0")
+        places = zip(*(plot.points(middle, own) for own in bars), strict=True)
+        plot.path("".join(f"M{xy(a)}V{short(b[1])}" for a, b in places), "interval policy0")
         finite = np.isfinite(groups.mean)
         plot.marks(plot.points(middle, groups.mean)[finite], "circle", 2.6, "mark policy0")
     else:
@@ -95,10 +97,13 @@ def how_drawn(steps: int) -> str:
     )
 
 
-def _limits(parts: Iterable[np.ndarray | list[float]]) -> Limits:
-    """The range of all finite numbers; from 0 on, where that is not further from them than they are from each other."""
+def _limits(parts: Iterable[np.ndarray | list[float]], is_share: bool = False) -> Limits:
+    """The range of all finite numbers; from 0 on, where that is not further from them than they are from each other; of
+    a share that does not change, all that it can be."""
     values = np.concatenate([np.asarray(part, dtype=np.float64) for part in parts])
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if is_share and low == high:
+        return 0.0, 1.0
     if 0 < low < high - low:
         low = 0.0
     return low, high

@@ -305,9 +305,11 @@ class Verdict:
 
 def judge_difference(measure: Measure, difference: tuple[float, float, float]) -> Verdict:
     """Judges a difference (value, low, high) to the reference by whether its interval contains 0."""
-    _, low, high = difference
+    value, low, high = difference
     if math.isnan(low) or math.isnan(high):
-        return Verdict("undefined", "", "interval undefined")
+        # At 0 as where neither policy violates anything: that one could is not ruled out, and was not seen.
+        seen = Verdict("none", "≈", "no difference seen")
+        return seen if value == 0 else Verdict("undefined", "", "interval undefined")
     if low <= 0 <= high:
         return Verdict("none", "≈", "no difference shown")
     direction = 1 if low > 0 else -1
