@@ -402,7 +402,7 @@ def _reason(verdict: Verdict, claims: Mapping[str, Mapping[str, Any]]) -> str:
     if not undecided:
         names = ", ".join(of("PASS (asymptotic)"))
         return (
-            f"By Student's t alone, which holds for many prompts only: {names}. Give the claim `bounds` on what is "
-            "measured, or accept it with --accept-asymptotic."
+            f"By Student's t alone, which holds for many prompts only: {names}. Another look may claim it with "
+            "`bounds`, within which every value has to lie, or with --accept-asymptotic."
         )
     return f"Neither shown nor shown to be false: {', '.join(undecided)}."

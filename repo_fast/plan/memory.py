@@ -140,9 +140,12 @@ def _resident(model: Network, engine: EngineConfig, ranks: int, width: int) -> d
 
 
 def _offloaded(model: Network, engine: EngineConfig, ranks: int, width: int) -> float:
-    """Of a rank: its shard of the weights; of what is trained a master, Adam's two moments, and the gradient."""
+    """Of a rank: its shard of the weights; of what is trained a master, Adam's two moments, the gradient, and what that
+    is summed in (stage 3), or the new weights before they go to the device.
+    """
     weights = model.weight_bytes(width, ranks) - model.scale_bytes if _away(model, engine) else 0.0
-    return weights + (4 * _FLOAT32 * model.trained / ranks if engine.offload_optimizer else 0.0)
+    more = _FLOAT32 if engine.zero_stage == 3 else width
+    return weights + ((4 * _FLOAT32 + more) * model.trained / ranks if engine.offload_optimizer else 0.0)
 
 
 def _away(model: Network, engine: EngineConfig) -> bool:

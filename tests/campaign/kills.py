@@ -38,6 +38,7 @@ def trials() -> Iterator[Trial]:
 def _killed(seed: int, kind: Kind, folder: Path, *, all_at_once: bool) -> str:
     """At a moment between the run's first file and its end."""
     generator, output_dir = random.Random(seed), folder / "run"
+    # Before the other, which would go on meanwhile.
     undisturbed(kind)
     run = Started(kind.words(output_dir), output_dir)
     run.until_a_moment_of(STEPS + 1, kind, generator)

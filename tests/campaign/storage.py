@@ -56,6 +56,7 @@ def _power_goes(seed: int, kind: Kind, folder: Path) -> str:
     root, book, after = folder / "disk", folder / "book", folder / "after"
     root.mkdir()
     book.mkdir()
+    # Before the other, which would go on meanwhile.
     undisturbed(kind)
     # That the folder itself is there is not asked of a run.
     run = Started(kind.words(root / "run", module="tests.campaign.power"), root / "run", {"POWER_BOOK": str(book)})
@@ -171,6 +172,7 @@ def _disk_stops(seed: int, kind: Kind, folder: Path) -> str:
     """As when its cable is drawn: a clear end; and it goes on from what the file system's journal has."""
     with _Ext4(folder) as disk:
         output_dir = disk.root / "run"
+        # Before the other, which would go on meanwhile.
         undisturbed(kind)
         run = Started(kind.words(output_dir), output_dir, said=folder / "said.txt")
         # It has to be at work yet.

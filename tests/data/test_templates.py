@@ -150,11 +150,11 @@ def test_bad_templates():
 def test_long_prompts_are_dropped_and_counted():
     template = PromptTemplate(word_tokenizer(), "plain")
     prompts = [Prompt(0, "make tea"), Prompt(1, "make tea please now"), Prompt(2, "how")]
-    kept, dropped = tokenize_prompts(prompts, template, max_tokens=3, option="data.limit")
+    kept, dropped = tokenize_prompts(prompts, template, max_tokens=3, option="data.most")
     assert [prompt.id for prompt, _ in kept] == [0, 2] and dropped == 1
     assert [len(encoded) for _, encoded in kept] == [3, 2]
-    with pytest.raises(InputError, match="all 3 prompts are longer than the limit of 1 tokens .data.limit. .* 2$"):
-        tokenize_prompts(prompts, template, max_tokens=1, option="data.limit")
+    with pytest.raises(InputError, match="all 3 prompts are longer than the limit of 1 tokens .data.most. .* 2$"):
+        tokenize_prompts(prompts, template, max_tokens=1, option="data.most")
 
 
 # -------------------------------------------------------------------------------------- one rendering of a dialogue

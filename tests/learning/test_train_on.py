@@ -49,7 +49,7 @@ def template_of(name: str) -> PromptTemplate:
 
 def tokenized(template: PromptTemplate, *shown: Demonstration, train_on: str = "all", max_tokens: int = 512):
     notes: list[str] = []
-    found = tokenize_demonstrations(shown, template, max_tokens, train_on, "chats.jsonl", notes, "data.limit")
+    found = tokenize_demonstrations(shown, template, max_tokens, train_on, "chats.jsonl", notes, "data.most")
     return found, notes
 
 
@@ -126,10 +126,10 @@ def test_what_is_too_long_is_counted() -> None:
         examples, notes = tokenized(template, SHOWN, max_tokens=limit)
         assert [part.tolist() for part in examples[0]] == [part.tolist() for part in parts[: 2 * answers]]
         said = f"chats.jsonl: {3 - answers} last answers of other chats dropped"
-        assert (f"{said}, longer than {limit} tokens (data.limit)" in notes) == (answers < 3)
+        assert (f"{said}, longer than {limit} tokens (data.most)" in notes) == (answers < 3)
     examples, notes = tokenized(template, SHOWN, Demonstration("tea", "no"), max_tokens=lengths[0] - 1)
     assert len(examples) == 1 and notes == [
-        f"chats.jsonl: 1 demonstrations dropped, longer than {lengths[0] - 1} tokens (data.limit)"
+        f"chats.jsonl: 1 demonstrations dropped, longer than {lengths[0] - 1} tokens (data.most)"
     ]
     with pytest.raises(InputError, match="chats.jsonl: all 1 demonstrations are longer than 3 tokens"):
         tokenized(template, SHOWN, max_tokens=3)
@@ -240,7 +240,7 @@ def test_learning_the_last_answers_is_learning_answers_to_prompts(inputs: Path, 
 def test_the_number_of_examples_and_tokens_is_that_of_chats(inputs: Path, tmp_path: Path, capsys) -> None:
     """A limit counts rows; a chat of several answers is read once, so its tokens are no more than of its last."""
     source = write_lines(tmp_path / "chats.jsonl", ROWS)
-    options = (f"--data.train {source}", "--data.eval null", "--batch_size 2", "--epochs 1", "--data.limit 2")
+    options = (f"--data.train {source}", "--data.eval null", "--batch_size 2", "--epochs 1", "--data.most 2")
     tokens = {}
     for train_on in ("all", "last"):
         assert here("sft", inputs, tmp_path / train_on, *options, f"--data.train_on {train_on}") == 0
