@@ -7,6 +7,7 @@ from collections import Counter
 
 from bench.measuring.tables import render as table
 from tests.campaign.book import PARTS, Book, Found
+from tests.job_runs import REPOSITORY
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]|$])")
 HEADER = ["", "held", "failed", "not to be tried here", "minutes"]
@@ -29,8 +30,11 @@ def render(book: Book) -> str:
     ]
     for part in parts:
         own = [found for found in book.found if found.part == part]
-        rows = [[_cell(cell) for cell in (found.trial, found.outcome, found.seen)] for found in own]
-        sections += [f"## {part.replace('_', ' ').capitalize()}", table(["trial", "", "seen"], rows)]
+        # Texts, which stand to the left, and are too long to be padded.
+        rows = [["trial", "", "seen"], ["---"] * 3]
+        rows += [[_cell(cell) for cell in (found.trial, found.outcome, found.seen)] for found in own]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        sections += [f"## {part.replace('_', ' ').capitalize()}", "\n".join(lines)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -43,4 +47,5 @@ def _summary(every: list[Found], part: str) -> list[str]:
 
 def _cell(text: str) -> str:
     """In one line of a table, with nothing that Markdown would act on."""
-    return _MARKUP.sub(r"\\\1", html.escape(textwrap.shorten(text, 240), quote=False))
+    short = textwrap.shorten(text.replace(f"{REPOSITORY}/", ""), 240)
+    return _MARKUP.sub(r"\\\1", html.escape(short, quote=False))
