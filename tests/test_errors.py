@@ -69,7 +69,7 @@ def test_whatever_the_value_it_is_one_line_that_can_be_read(
 ) -> None:
     message = r"no\\nwhere\.jsonl: no such file"
     assert_refused(job, tmp_path / "run", capsys, message, "--data.prompts no\nwhere.jsonl")
-    message = r"engine\.dtype.{500,900} … x{290,300}"
+    message = r"engine\.dtype.{500,900} … x{200,300}', expected one of auto, float32, bfloat16"
     assert_refused(job, tmp_path / "run", capsys, message, f"--engine.dtype {'x' * 100_000}")
 
 
