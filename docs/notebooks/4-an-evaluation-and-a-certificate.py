@@ -45,8 +45,10 @@ folder = Path("outputs/certificate")
 report = json.loads((folder / "report.json").read_text())
 
 
-def shown(measure: dict[str, float]) -> str:
-    return f"{measure['value']:.3f} [{measure['low']:.3f}, {measure['high']:.3f}]"
+def shown(measure: dict[str, float | None]) -> str:
+    # Some have no value, or no interval: null in the file.
+    numbers = ["-" if number is None else f"{number:.3f}" for number in measure.values()]
+    return "{} [{}, {}]".format(*numbers)
 
 
 measures = ["mean_reward", "safety_rate", "strict_safety_rate", "strict_violation", "interference_rate", "repair_rate"]

@@ -78,9 +78,11 @@ def category_table(before: Evaluation, after: Evaluation, categories: dict[int, 
         here = names == name
         change = resample({"cost": partial(mean, (new.cost - old.cost)[here])}, here.sum())["cost"]
         low, high = change.interval
+        # Where all prompts change alike, nothing is known of others.
+        interval = "" if np.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
         lines.append(
             f"| {name} | {here.sum()} | {old.cost[here].mean():.3f} | {new.cost[here].mean():.3f} "
-            f"| {change.value:+.3f} [{low:+.3f}, {high:+.3f}] "
+            f"| {change.value:+.3f}{interval} "
             f"| {strict_violation(old.excess[here]):.3f} | {strict_violation(new.excess[here]):.3f} |"
         )
     return "\n".join(lines)

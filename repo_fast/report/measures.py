@@ -11,6 +11,7 @@ policies are compared on the same resampled prompts. So a measure here is a func
 weights [..., P], all 1 for the value itself, or the counts of many resamples at once.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -441,8 +442,12 @@ class Resampled:
             others = 1 - 0.025 ** (1 / self.alike)
             return self.value - others * (self.value - self.lowest), self.value + others * (1 - self.value)
         draws = self.draws[~np.isnan(self.draws)]
-        low, high = (float(end) for end in np.quantile(draws, [0.025, 0.975])) if draws.size else (np.nan, np.nan)
-        return (low, high) if low < high else (float("nan"), float("nan"))
+        none = float("nan"), float("nan")
+        if not draws.size:
+            return none
+        low, high = (float(end) for end in np.quantile(draws, [0.025, 0.975]))
+        # But for what rounding makes of equal ones.
+        return none if math.isclose(low, high, rel_tol=1e-6, abs_tol=1e-9) else (low, high)
 
 
 Name = TypeVar("Name", bound=Hashable)

@@ -319,7 +319,7 @@ def test_paired_interval_knows_what_the_prompts_share():
     before = np.random.default_rng(3).normal(0.0, 10.0, size=50)
     both = resample({"before": partial(mean, before), "after": partial(mean, before + 0.25)}, 50, n=200)
     change = both["after"] - both["before"]
-    assert change.value == pytest.approx(0.25) and change.interval == pytest.approx((0.25, 0.25))
+    assert change.value == pytest.approx(0.25) and np.isnan(change.interval).all()
     low, high = both["after"].interval
     assert high - low > 4
 
