@@ -9,6 +9,7 @@ from typing import Any
 
 _KEY = re.compile(r'Parser key "([^"]+)":\s*')
 _UNION = "Does not validate against any of the Union subtypes"
+_OF_A_SECTION = r'(?:Unable to load config "|path string: |Got value: )(.*?)"?(?:\n|$)'
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -22,13 +23,17 @@ def describe(said: str, section: type) -> str:
     # Of a whole section it says the name again and again.
     keys = list(dict.fromkeys(_KEY.findall(said)))
     rest = _KEY.split(said)[-1]
-    found = re.search("Given value: (.*)" if rest.startswith(_UNION) else "Got value: (.*)", rest)
     name, kind = _option(".".join(keys), section) if keys else ("", None)
-    if kind is not None and _section(kind) is not None and len(keys) == 1:
-        return f"{name} cannot be read as given, expected {_expected(kind)}"
+    whole = kind is not None and _section(kind) is not None and len(keys) == 1
+    if whole:
+        found = re.search(_OF_A_SECTION, rest)
+        # Of a mapping of sections it says the whole mapping, and what one of them was given.
+        name, kind = f"{name}.NAME" if typing.get_origin(kind) is dict else name, _section(kind)
+    else:
+        found = re.search("Given value: (.*)" if rest.startswith(_UNION) else "Got value: (.*)", rest)
     if found is None or kind is None:
         return " ".join(_KEY.sub(r"--\1: ", said).split())
-    bare = re.fullmatch(r"[{\[].*|[-+.\d]+(e[-+]?\d+)?", found[1])
+    bare = re.fullmatch(r"[{\[].*|[-+.\d]+(e[-+]?\d+)?|null|true|false", found[1])
     plain = {"None": "null", "True": "true", "False": "false"}.get(found[1])
     value = plain or (found[1] if bare else repr(found[1]))
     # Of a list or a mapping the value may be one of its own.

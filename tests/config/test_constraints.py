@@ -146,7 +146,7 @@ def test_critics_share_a_trunk_unless_told_otherwise(tmp_path: Path, words: str,
         ("--constraints.harm.applies_to '{a: []}'", r"constraints\.harm\.applies_to\.a is \[\], expected a value, .*"),
         ("--constraints.harm.applies_to '{a: {b: c}}'", r"constraints\.harm\.applies_to\.a is \{'b': 'c'\}, .*"),
         ("--constraints.harm.applies_to_missing true", r"constraints\.harm\.applies_to_missing is True without .*"),
-        ("--constraints.harm 3", r".*constraints.*3.*"),
+        ("--constraints.harm 3", r"constraints\.NAME is 3, expected a mapping of options"),
         (
             "--constraints '{harm: {threshold: 1}}'",
             r"--constraints with a whole mapping, expected --constraints\.NAME.*",

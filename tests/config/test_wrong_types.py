@@ -26,8 +26,11 @@ from repo_fast.errors import InputError
         ("--data.fields x", "data.fields is 'x', expected a mapping from names to text"),
         ("--reward.expect [file,x]", "reward.expect is ['file', 'x'], expected [text, a number], or null"),
         ("--total_steps true", "total_steps is true, expected a whole number"),
-        ("--rollout null", "rollout cannot be read as given, expected a mapping of options"),
-        ("--constraints.harm x", "constraints cannot be read as given, expected a mapping by names"),
+        ("--rollout null", "rollout is null, expected a mapping of options"),
+        ("--rollout a:b", "rollout is 'a:b', expected a mapping of options"),
+        ("--policy.lora [1]", "policy.lora is [1], expected a mapping of options"),
+        ("--constraints.harm x", "constraints.NAME is 'x', expected a mapping of options"),
+        ("--constraints.harm null", "constraints.NAME is null, expected a mapping of options"),
         ("--constraints.harm.pid.kp x", "constraints.NAME.pid.kp is 'x', expected a number"),
     ],
 )

@@ -240,7 +240,7 @@ def test_learning_the_last_answers_is_learning_answers_to_prompts(inputs: Path, 
 def test_the_number_of_examples_and_tokens_is_that_of_chats(inputs: Path, tmp_path: Path, capsys) -> None:
     """A limit counts rows; a chat of several answers is read once, so its tokens are no more than of its last."""
     source = write_lines(tmp_path / "chats.jsonl", ROWS)
-    options = (f"--data.train {source}", "--data.eval null", "--batch_size 2", "--epochs 1", "--data.most 2")
+    options = (f"--data.train {source}", "--data.eval null", "--batch_size 2", "--epochs 1", "--data.limit 2")
     tokens = {}
     for train_on in ("all", "last"):
         assert here("sft", inputs, tmp_path / train_on, *options, f"--data.train_on {train_on}") == 0
