@@ -1,5 +1,6 @@
 """Functions called while other responses are still drawn: beside the drawing, and every response gets its own score."""
 
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,7 +143,10 @@ def test_a_run_whose_function_fails_ends_with_one_line(tmp_path: Path) -> None:
     failed = job.torchrun(2, tmp_path / "run", "--rollout.score_early true", "--cost.path tests.scorers:raises")
     assert failed.returncode != 0
     said = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
-    assert said == ["error: the cost function 'tests.scorers:raises' raised KeyError: 'no such word'"], failed.stderr
+    expected = (
+        r"error: the cost function 'tests\.scorers:raises' raised KeyError: 'no such word', at .*scorers\.py line \d+"
+    )
+    assert len(said) == 1 and re.fullmatch(expected, said[0]), failed.stderr
 
 
 def test_without_a_function_there_is_nothing_to_call_early() -> None:
