@@ -1,6 +1,7 @@
 """What the parser says of a value of the wrong type, in the words that every other error has: what it is, and what was
 expected."""
 
+import ast
 import dataclasses
 import re
 import types
@@ -8,8 +9,11 @@ import typing
 from typing import Any
 
 _KEY = re.compile(r'Parser key "([^"]+)":\s*')
+_NO_MAPPING = "Expected a <class 'dict'>"
 _UNION = "Does not validate against any of the Union subtypes"
-_OF_A_SECTION = r'(?:Unable to load config "|path string: |Got value: )(.*?)"?(?:\n|$)'
+_NO_SECTION = re.compile(
+    r"path string: ((?:.|\n)*)|given class_path '(.*)'|Import path (.*) does not correspond|Got value: (.*)"
+)
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -24,22 +28,32 @@ def describe(said: str, section: type) -> str:
     keys = list(dict.fromkeys(_KEY.findall(said)))
     rest = _KEY.split(said)[-1]
     name, kind = _option(".".join(keys), section) if keys else ("", None)
-    whole = kind is not None and _section(kind) is not None and len(keys) == 1
-    if whole:
-        found = re.search(_OF_A_SECTION, rest)
+    if kind is not None and _section(kind) is not None and len(keys) == 1:
+        value = _of_a_section(_KEY.split(said)[2])
         # Of a mapping of sections it says the whole mapping, and what one of them was given.
-        name, kind = f"{name}.NAME" if typing.get_origin(kind) is dict else name, _section(kind)
+        if typing.get_origin(kind) is dict and _NO_MAPPING not in rest:
+            name = f"{name}.NAME"
+            kind = _section(kind)
     else:
         found = re.search("Given value: (.*)" if rest.startswith(_UNION) else "Got value: (.*)", rest)
-    if found is None or kind is None:
+        value = found and found[1]
+    if value is None or kind is None:
         return " ".join(_KEY.sub(r"--\1: ", said).split())
-    bare = re.fullmatch(r"[{\[].*|[-+.\d]+(e[-+]?\d+)?|null|true|false", found[1])
-    plain = {"None": "null", "True": "true", "False": "false"}.get(found[1])
-    value = plain or (found[1] if bare else repr(found[1]))
+    bare = re.fullmatch(r"[{\[].*|[-+.\d]+(e[-+]?\d+)?|null|true|false", value)
+    plain = {"None": "null", "True": "true", "False": "false"}.get(value)
+    given = plain or (value if bare else repr(value))
     # Of a list or a mapping the value may be one of its own.
-    within = typing.get_origin(kind) in (dict, tuple) and "Expected a <class 'dict'>" not in rest
+    within = typing.get_origin(kind) in (dict, tuple) and _NO_MAPPING not in rest
     verb = "has" if within and "Expected a <class 'tuple'>" not in rest else "is"
-    return f"{name} {verb} {value}, expected {_expected(kind)}"
+    return f"{name} {verb} {given}, expected {_expected(kind)}"
+
+
+def _of_a_section(said: str) -> str | None:
+    """What a section was given that is no mapping, in each of the ways in which the parser says it."""
+    if quoted := re.match(r"Unable to load config ('.*'|\".*\")$", said, re.MULTILINE):
+        return ast.literal_eval(quoted[1])
+    found = _NO_SECTION.search(said)
+    return found and next(part for part in found.groups() if part is not None).replace("\n  ", "\n")
 
 
 def _option(dotted: str, section: type) -> tuple[str, Any]:

@@ -1,11 +1,11 @@
 """Values of the wrong type: the option, the value, and what was expected, for every type that an option has."""
 
 import dataclasses
+import shlex
 import typing
 from pathlib import Path
 
 import pytest
-import yaml
 
 from repo_fast.config import EvaluateConfig, JobConfig, ScoreConfig, SftConfig, TrainConfig, parse
 from repo_fast.errors import InputError
@@ -30,21 +30,39 @@ from repo_fast.errors import InputError
         ("--rollout a:b", "rollout is 'a:b', expected a mapping of options"),
         ("--policy.lora [1]", "policy.lora is [1], expected a mapping of options"),
         ("--constraints.harm x", "constraints.NAME is 'x', expected a mapping of options"),
+        ("--constraints.harm my_scores.harm", "constraints.NAME is 'my_scores.harm', expected a mapping of options"),
+        ("--constraints.harm os.path", "constraints.NAME is 'os.path', expected a mapping of options"),
+        ("--constraints.harm mine.yaml", "constraints.NAME is 'mine.yaml', expected a mapping of options"),
+        ("""--constraints.harm 'a "b"'""", """constraints.NAME is 'a "b"', expected a mapping of options"""),
+        ("""--rollout 'a "b"'""", """rollout is 'a "b"', expected a mapping of options"""),
+        ("--rollout 'a\nb'", r"rollout is 'a\nb', expected a mapping of options"),
+        ("--rollout [a", "rollout is [a, expected a mapping of options"),
         ("--constraints.harm null", "constraints.NAME is null, expected a mapping of options"),
         ("--constraints.harm.pid.kp x", "constraints.NAME.pid.kp is 'x', expected a number"),
     ],
 )
 def test_in_the_words_of_an_options_reader(words: str, said: str) -> None:
     with pytest.raises(InputError) as caught:
-        parse(words.split())
+        parse(shlex.split(words))
     assert str(caught.value).startswith(said)
 
 
-def test_of_a_file_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        ("data: {fields: {question: 1}}", TrainConfig, "data.fields has 1, expected a mapping from names to text"),
+        ("constraints: [1]", TrainConfig, "constraints is [1], expected a mapping by names"),
+        ("constraints: a b", TrainConfig, "constraints is 'a b', expected a mapping by names"),
+        ("heads: 3", ScoreConfig, "heads is 3, expected a mapping by names"),
+        ("certify: {claims: [1]}", EvaluateConfig, "certify.claims is [1], expected a mapping by names"),
+    ],
+)
+def test_of_a_file_too(tmp_path: Path, text: str, kind: type[JobConfig], said: str) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump({"data": {"fields": {"question": 1}}}))
-    with pytest.raises(InputError, match="^data.fields has 1, expected a mapping from names to text$"):
-        parse(["--config", str(file)])
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        parse(["--config", str(file)], kind)
+    assert str(caught.value) == said
 
 
 def options(section: type, prefix: str = "") -> dict[str, str]:
