@@ -244,7 +244,7 @@ class Engine:
         self.module = module
         self._stage = config.zero_stage
         self._ranks = ranks
-        self._frozen: str | None = None
+        self._frozen: tuple[str, str] | None = None
         module.train(optimizer is not None)
         if optimizer is None:
             module.requires_grad_(False)
@@ -393,14 +393,15 @@ class Engine:
         pieces: dict[str, Pieces] = {}
         for name, shape, *part in ranks.gather_list([(p.name, p.shape, file, p.start, p.count) for p in mine]):
             pieces.setdefault(name, Pieces(shape)).parts.append(tuple(part))
-        schedule = self._schedule.state_dict()
+        schedule, (frozen, rounded) = self._schedule.state_dict(), self._frozen_weights()
         saved = Saved(
             adam_step,
-            self._computes_in(),
+            _computes_in(self.module),
             {key: schedule[key] for key in SCHEDULE},
-            self._frozen_weights(),
+            frozen,
             {name: pieces[name] for name in sorted(pieces)},
             dict.fromkeys(buffers, file),
+            rounded,
         )
         return Unsaved(file, tensors, saved if ranks.is_first else None)
 
@@ -423,9 +424,9 @@ class Engine:
         optimizer, frozen = self._engine.optimizer, self._frozen_weights()
         with self._ranks.together("reading a checkpoint"):
             saved = _read_saved(folder, self.module, frozen)
-        if self._ranks.is_first and saved.dtype != self._computes_in():
+        if self._ranks.is_first and saved.dtype != _computes_in(self.module):
             said = "going on with engine.dtype %s, where checkpoint %s was written with %s"
-            _log.warning(said, self._computes_in(), folder, saved.dtype)
+            _log.warning(said, _computes_in(self.module), folder, saved.dtype)
         own.before_masters_change(optimizer)
         for step in own.adam_steps(optimizer):
             step.fill_(saved.adam_step)
@@ -441,12 +442,10 @@ class Engine:
         for group, learning_rate in zip(optimizer.param_groups, saved.schedule["_last_lr"], strict=True):
             group["lr"] = learning_rate
 
-    def _computes_in(self) -> str:
-        """As torch names it."""
-        return str(next(p.dtype for p in self.module.parameters() if p.requires_grad)).removeprefix("torch.")
-
-    def _frozen_weights(self) -> str:
-        """What the frozen weights are known by, in any stage and on any number of ranks. All ranks must call it."""
+    def _frozen_weights(self) -> tuple[str, str]:
+        """What the frozen weights are known by, in any stage and on any number of ranks: as they are, and rounded. All
+        ranks must call it.
+        """
         if self._frozen is None:
             self._frozen = _frozen_weights(self.module, self._ranks)
         return self._frozen
@@ -466,8 +465,11 @@ def read_weights(module: nn.Module, folder: Path, ranks: Ranks) -> None:
             module.get_buffer(name).copy_(reader.tensor(file, f"{name}/{BUFFER}"))
 
 
-def _read_saved(folder: Path, module: nn.Module, frozen: str) -> Saved:
-    """What the first rank wrote, where it is of this model with these frozen weights; else raises `InputError`."""
+def _read_saved(folder: Path, module: nn.Module, frozen: tuple[str, str]) -> Saved:
+    """What the first rank wrote, where it is of this model with these frozen weights; else raises `InputError`.
+
+    Where the model computes in another dtype now, frozen weights can be compared as far as bfloat16 tells them apart.
+    """
     saved = Saved.read(folder)
     trained = {name: _shape(parameter) for name, parameter in module.named_parameters() if parameter.requires_grad}
     theirs = {name: pieces.shape for name, pieces in saved.parameters.items()}
@@ -477,20 +479,36 @@ def _read_saved(folder: Path, module: nn.Module, frozen: str) -> Saved:
                 f"checkpoint {folder} is of another model: {name} is {_described(theirs.get(name))} there and "
                 f"{_described(trained.get(name))} here"
             )
-    if saved.frozen != frozen:
+    dtype = _computes_in(module)
+    if saved.dtype == dtype and saved.frozen != frozen[0]:
         raise InputError(
             f"checkpoint {folder} was trained beside frozen weights that are not this model's, expected the same base, "
             "whatever resume_changed_data says"
         )
+    if saved.dtype != dtype and saved.frozen_rounded != frozen[1]:
+        raise InputError(
+            f"checkpoint {folder} was trained in {saved.dtype} beside frozen weights that are not, or cannot be seen "
+            f"to be, this model's in {dtype}: expected the same base, and engine.dtype {saved.dtype}"
+        )
     return saved
 
 
-def _frozen_weights(module: nn.Module, ranks: Ranks) -> str:
-    sums: dict[str, int] = {}
-    for name, part in ranks.gather_list([*own.frozen_sums(module, ranks.rank).items()]):
-        sums[name] = (sums.get(name, 0) + part) % 2**64
+def _computes_in(module: nn.Module) -> str:
+    """The dtype that a trained model computes in, as torch names it."""
+    return str(next(p.dtype for p in module.parameters() if p.requires_grad)).removeprefix("torch.")
+
+
+def _frozen_weights(module: nn.Module, ranks: Ranks) -> tuple[str, str]:
     # The scales of weights in 4 bits are whole on every rank.
-    return own.digest(sums, {k: v for k, v in module.state_dict().items() if k.endswith("_extra_state")})
+    scales = {name: value for name, value in module.state_dict().items() if name.endswith("_extra_state")}
+    digests = []
+    for rounded in (False, True):
+        sums: dict[str, int] = {}
+        for name, part in ranks.gather_list([*own.frozen_sums(module, ranks.rank, rounded=rounded).items()]):
+            sums[name] = (sums.get(name, 0) + part) % 2**64
+        digests.append(own.digest(sums, scales))
+    exact, rounded_too = digests
+    return exact, rounded_too
 
 
 def _shape(parameter: nn.Parameter) -> list[int]:

@@ -60,7 +60,7 @@ def _convert(source: Path, folder: Path) -> dict[str, FileSum]:
     in_stage_3 = any(source.glob("zero_pp_rank_*_model_states.pt"))
     names = [f"zero_pp_rank_{rank}_" for rank in range(ranks)] if in_stage_3 else [""]
     models = [_read(source, f"{name}mp_rank_00_model_states.pt") for name in names]
-    first, frozen = models[0], _frozen_sums(models, in_stage_3)
+    first = models[0]
     shapes = {name: list(shape) for group in first["param_shapes"] for name, shape in group.items()}
     pieces = {name: Pieces(shape) for name, shape in sorted(shapes.items())}
     buffers = {name: first["module"][name] for name in first["buffer_names"] if first["module"].get(name) is not None}
@@ -78,13 +78,15 @@ def _convert(source: Path, folder: Path) -> dict[str, FileSum]:
             tensors |= {f"{name}/{BUFFER}": value for name, value in buffers.items()}
         sums[file] = write_tensors(folder / file, tensors)
     scales = {name: value for name, value in first["module"].items() if name.endswith("_extra_state")}
+    frozen, rounded = (digest(_frozen_sums(models, in_stage_3, rounded=rounded), scales) for rounded in (False, True))
     saved = Saved(
         float(_moments(optimizers[0])[0]["step"]),
         str(first["module"][next(iter(shapes))].dtype).removeprefix("torch."),
         {key: first["lr_scheduler"][key] for key in SCHEDULE},
-        digest(frozen, scales),
+        frozen,
         pieces,
         dict.fromkeys(buffers, shard_file(0, ranks)),
+        rounded,
     )
     sums[STATE_FILE] = saved.write(folder)
     return sums
@@ -133,12 +135,12 @@ def _of_stage_3(
         offset += most
 
 
-def _frozen_sums(models: list[dict[str, Any]], in_stage_3: bool) -> dict[str, int]:
+def _frozen_sums(models: list[dict[str, Any]], in_stage_3: bool, *, rounded: bool) -> dict[str, int]:
     found: dict[str, int] = {}
     for rank, model in enumerate(models):
         for name, shape in (model["frozen_param_shapes"] or {}).items():
             part = model["frozen_param_fragments" if in_stage_3 else "module"][name].reshape(-1)
             start = part.numel() * rank
             part = part[: max(0, torch.Size(shape).numel() - start)]
-            found[name] = (found.get(name, 0) + sum_of_bits(part, start)) % 2**64
+            found[name] = (found.get(name, 0) + sum_of_bits(part, start, rounded=rounded)) % 2**64
     return found

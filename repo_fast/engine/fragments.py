@@ -112,11 +112,16 @@ def _flat_masters(optimizer: Any) -> list[torch.Tensor]:
     return [group["params"][0] for group in optimizer.param_groups]
 
 
-def frozen_sums(module: nn.Module, rank: int) -> dict[str, int]:
+def frozen_sums(module: nn.Module, rank: int, *, rounded: bool = False) -> dict[str, int]:
     """Of each frozen parameter a sum over its bits and their places, of which this rank's part is given.
 
     Modulo 2^64 the parts of all ranks add up to the same number, however the parameter is split among them; what is
     whole on every rank is the first rank's.
+
+    Args:
+        module: The model.
+        rank: This process's.
+        rounded: Whether to bfloat16 first: the same then in any dtype that a model is loaded in.
     """
     found = {}
     for name, parameter in module.named_parameters():
@@ -129,15 +134,22 @@ def frozen_sums(module: nn.Module, rank: int) -> dict[str, int]:
         else:
             values, start = shard.detach().reshape(-1), shard.numel() * rank
             values = values[: max(0, parameter.ds_numel - start)]
-        found[name] = sum_of_bits(values, start)
+        found[name] = sum_of_bits(values, start, rounded=rounded)
     return found
 
 
-def sum_of_bits(values: torch.Tensor, start: int) -> int:
-    """Each value's bits, as a number, times an odd number that grows with its place, modulo 2^64."""
-    bits = values.view(_BITS[values.element_size()])
+def sum_of_bits(values: torch.Tensor, start: int, *, rounded: bool = False) -> int:
+    """Each value's bits, as a number, times an odd number that grows with its place, modulo 2^64.
+
+    Args:
+        values: [n]
+        start: The first one's place.
+        rounded: Whether to bfloat16 first, where they are no whole numbers.
+    """
     total = 0
-    for part in bits.split(_SUMMED_AT_ONCE):
+    for some in values.split(_SUMMED_AT_ONCE):
+        cast = some.bfloat16() if rounded and some.is_floating_point() else some
+        part = cast.view(_BITS[cast.element_size()])
         places = torch.arange(start, start + part.numel(), device=part.device)
         total += int((part.long() * (2 * places + 1)).sum())
         start += part.numel()

@@ -32,9 +32,10 @@ class Saved:
         adam_step: AdamW's count of steps.
         dtype: That the model computes in, as torch names it.
         schedule: The `SCHEDULE` of a `LambdaLR`.
-        frozen: What the frozen weights are known by.
+        frozen: What the frozen weights are known by, in that dtype.
         parameters: Where the elements of each trained parameter are.
         buffers: The file of each buffer.
+        frozen_rounded: What the frozen weights are known by in another dtype. Empty in checkpoints of before.
     """
 
     adam_step: float
@@ -43,6 +44,7 @@ class Saved:
     frozen: str
     parameters: Mapping[str, Pieces]
     buffers: Mapping[str, str]
+    frozen_rounded: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> "Saved":

@@ -106,6 +106,9 @@ def measure(folder: Path) -> dict[str, Any]:
         found[name]["moved"] = not same_bits(before, found[name]["resumed"])
     if on.ranks.size == 1:
         found["refused"] = refused(on)
+        found["in float32"], found["in bfloat16"] = (
+            adapters_in(on, SETTINGS[name]) for name in ("stage 2", "stage 2, bfloat16")
+        )
     stop_distributed()
     return found
 
@@ -122,7 +125,7 @@ def unlike_converted(on: OnRank, engine: Engine, saved: Path) -> list[str]:
     ours, other = Saved.read(saved), Saved.read(converted)
     unlike = [
         key
-        for key in ("adam_step", "dtype", "schedule", "frozen", "buffers")
+        for key in ("adam_step", "dtype", "schedule", "frozen", "frozen_rounded", "buffers")
         if getattr(ours, key) != getattr(other, key)
     ]
     with PieceReader(saved) as mine, PieceReader(converted) as its:
@@ -158,16 +161,24 @@ def unlike_deepspeeds(engine: Engine) -> list[str]:
     return unlike
 
 
+def adapters_in(on: OnRank, config: EngineConfig) -> dict[str, torch.Tensor]:
+    """What those that were trained in float32 are for a model that computes in another dtype, too."""
+    engine = on.engine(config, adapters=True)
+    engine.load(on.folder / "1 ranks, stage 3, adapters")
+    return {name: value for name, value in engine.whole_state().items() if "lora_" in name}
+
+
 def refused(on: OnRank) -> dict[str, str]:
     """What is said of checkpoints of something else."""
     said = {}
     given = {
-        "other weights trained": ("1 ranks, stage 2, adapters", False, "policy"),
-        "another base": ("1 ranks, stage 2, adapters", True, "other"),
-        "another shape": ("1 ranks, stage 2", False, "wide"),
+        "other weights trained": ("stage 2", "1 ranks, stage 2, adapters", False, "policy"),
+        "another base": ("stage 2", "1 ranks, stage 2, adapters", True, "other"),
+        "another base, in bfloat16": ("stage 2, bfloat16", "1 ranks, stage 2, adapters", True, "other"),
+        "another shape": ("stage 2", "1 ranks, stage 2", False, "wide"),
     }
-    for name, (saved, adapters, model) in given.items():
-        engine = on.engine(SETTINGS["stage 2"], adapters, model)
+    for name, (setting, saved, adapters, model) in given.items():
+        engine = on.engine(SETTINGS[setting], adapters, model)
         try:
             engine.load(on.folder / saved)
         except InputError as error:
@@ -274,4 +285,13 @@ def test_a_checkpoint_of_something_else_is_refused(alone: list[dict[str, Any]]) 
     said = alone[0]["refused"]
     assert "is of another model: model.lm_head.weight is not trained there and [" in said["other weights trained"]
     assert "frozen weights that are not this model's, expected the same base" in said["another base"]
+    assert "was trained in float32 beside frozen weights that are not" in said["another base, in bfloat16"]
+    assert "expected the same base, and engine.dtype float32" in said["another base, in bfloat16"]
     assert "mlp.down_proj.weight is [" in said["another shape"]
+
+
+def test_adapters_go_on_in_another_dtype(alone: list[dict[str, Any]]) -> None:
+    """Beside the same base, which is rounded then."""
+    before, after = alone[0]["in float32"], alone[0]["in bfloat16"]
+    assert before and all(value.dtype == torch.bfloat16 for value in after.values())
+    assert same_bits({name: value.bfloat16() for name, value in before.items()}, after)
