@@ -184,7 +184,9 @@ def first_sound(folder: Path, resume: str | None, output_dir: Path, ranks: Ranks
     with ranks.together("setting damaged checkpoints aside"):
         if ranks.is_first and resume == "auto":
             for damaged in [path for path in checkpoints(output_dir) if step_of(path) > step_of(found)]:
-                problem = problems.get(damaged) or damages(damaged, ["run.json"])[0]
+                problem = problems.get(damaged) or next(iter(damages(damaged, ["run.json"])), None)
+                if problem is None:
+                    raise InputError(f"checkpoint {damaged} could not be read before, and can be now: start again")
                 aside = damaged.with_name(f"{damaged.name}{DAMAGED}")
                 remove(aside)
                 os.rename(damaged, aside)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy
-import psutil
 import torch
 
 from repo_fast.checkpoints.files import FileSum, as_json, write_bytes, writing
@@ -30,13 +29,14 @@ from repo_fast.jobs.fingerprints import Fingerprint, check_unchanged
 from repo_fast.jobs.random_state import RandomState, load_random_state, save_random_state, seed_everything
 from repo_fast.jobs.training_prompts import Record, write_record
 from repo_fast.models.quantization import say_dequantized
-from repo_fast.report.folders import hold, publish, remove, sync, sync_tree
+from repo_fast.report.folders import hold, publish, remove, sync_names, sync_tree
 from repo_fast.report.jsonl import Value, last_step
 from repo_fast.report.metrics import MetricsLog
 from repo_fast.report.page_links import PAGE
 from repo_fast.report.plots import plot_panels
 from repo_fast.report.progress import Progress
 from repo_fast.report.run_page import RunPage
+from repo_fast.speed.host_memory import host_memory
 from repo_fast.speed.throughput import Measured, peak_memory, reset_peak_memory
 
 _log = logging.getLogger(__name__)
@@ -287,7 +287,7 @@ class Run:
     def _copy_fits(self, size: int) -> bool:
         """Whether the hosts of all ranks have room for so many bytes of each, beside what they have to leave."""
         here = size * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        short = self.ranks.any(here > _OF_FREE_MEMORY * psutil.virtual_memory().available)
+        short = self.ranks.any(here > _OF_FREE_MEMORY * host_memory()[0])
         if short and not self._said_short:
             self.say("host memory is short of a copy: checkpoints are not written in the background")
         self._said_short |= short
@@ -310,7 +310,7 @@ class Run:
             if ranks.is_first:
                 # A run goes on from a checkpoint beside the logs and evaluations of before it.
                 sync_tree(self.output_dir, leave_out=folder.parent)
-                sync(self.output_dir.parent)
+                sync_names(self.output_dir.parent)
                 checkpoint.complete(folder, everyone)
                 self.prune_checkpoints()
         self.write_page()

@@ -61,6 +61,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_names(folder: Path) -> None:
+    """Bring the names in a folder that is not the run's to disk. Raises `OSError`.
+
+    One that may be passed through and not read, as clusters have them above users' folders, is passed over.
+    """
+    with contextlib.suppress(PermissionError):
+        sync(folder)
+
+
 def sync_tree(folder: Path, leave_out: Path | None = None) -> None:
     """Bring a folder, with all that is below it but one folder, to disk. Raises `OSError`.
 
@@ -100,7 +109,7 @@ def publish(aside: Path, final: Path) -> None:
     # A machine that loses power after the rename could keep the new name, and not what it is of.
     sync_tree(aside)
     os.rename(aside, final)
-    sync(final.parent)
+    sync_names(final.parent)
 
 
 def remove(folder: Path) -> None:

@@ -197,6 +197,26 @@ def test_files_that_go_while_a_checkpoint_is_made_sure_of(tmp_path: Path, monkey
     assert sorted(synced) == sorted(["here", "there", "below", tmp_path.name])
 
 
+def test_a_folder_that_may_be_passed_through_and_not_read(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As clusters have them above users' folders: what lies below can be written, and its name not be made sure of."""
+    opened, refused = os.open, []
+
+    def closed(path: Path, *rest: int) -> int:
+        if path == tmp_path:
+            refused.append(path)
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *rest)
+
+    monkeypatch.setattr(os, "open", closed)
+    assert job.here(tmp_path / "mine", "--total_steps 1") == 0
+    assert [path.name for path in (tmp_path / "mine/checkpoints").iterdir()] == ["step-000001"]
+    (tmp_path / "policy.partial").mkdir()
+    folders.publish(tmp_path / "policy.partial", tmp_path / "policy")
+    assert (tmp_path / "policy").is_dir() and len(refused) == 2
+
+
 def test_another_dtype_is_said_as_it_computes(job: Job, copied: Path, caplog: pytest.LogCaptureFixture) -> None:
     half(copied)
     again = Path(shutil.copytree(copied, copied.with_name("again")))

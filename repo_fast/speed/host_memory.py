@@ -1,0 +1,50 @@
+"""How much of a machine's memory a process may still take: where batch systems and containers limit it, less than is
+free."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+_MEMBERSHIPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# In a control group's folder: what its processes may take, what they have, and what of that is files the system can
+# let go of (a line of `memory.stat`); in version 2 of control groups, and in version 1.
+_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes that this process can still take, and all that it could if nothing else ran.
+
+    Of the machine, which is all that psutil knows, or of the narrowest control group that the process is in.
+    """
+    machine = psutil.virtual_memory()
+    free, most = machine.available, machine.total
+    for folder in _groups():
+        for limit, used, files in _FILES:
+            # A group without a limit says "max".
+            with contextlib.suppress(OSError, ValueError):
+                own = int((folder / limit).read_text())
+                left = own - int((folder / used).read_text()) + _statistic(folder, files)
+                free, most = min(free, max(left, 0)), min(most, own)
+    return free, most
+
+
+def _groups() -> Iterator[Path]:
+    """The folders of this process's control groups that may limit memory, and of those that they are in."""
+    with contextlib.suppress(OSError):
+        for line in _MEMBERSHIPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):
+                root = _GROUPS / controllers
+                folder = root / path.lstrip("/")
+                yield folder
+                yield from (above for above in folder.parents if above.is_relative_to(root))
+
+
+def _statistic(folder: Path, name: str) -> int:
+    lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return next((int(value) for key, value in lines if key == name), 0)
