@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PretrainedConfig
 
-from repo_fast.errors import InputError, first_line
+from repo_fast.errors import InputError, first_line, readable
 from repo_fast.models.weight_files import find_file
 
 
@@ -64,6 +64,10 @@ def _read(path: str) -> PretrainedConfig:
     except StrictDataclassError as error:
         raise InputError(f"{path!r} has a config.json that cannot be: {' '.join(str(error).split())}") from error
     except Exception as error:  # its files are the user's, and may hold anything
+        if (folder := folder_of(path)) is not None:
+            # Of a file that may not be read transformers says that it lacks something.
+            with readable(folder), contextlib.suppress(FileNotFoundError):
+                open(folder / "config.json").close()
         if _has_only_adapters(path):
             raise InputError(
                 f"{path!r} holds adapters without a config.json, as policies', those of earlier versions and of other "

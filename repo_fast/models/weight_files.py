@@ -154,6 +154,8 @@ class _Lazy(Mapping):
 @contextlib.contextmanager
 def _open(file: str) -> Iterator[Mapping[str, torch.Tensor]]:
     if file.endswith(".safetensors"):
+        # safetensors says of a file that may not be read that there is none.
+        open(file, "rb").close()
         with safe_open(file, framework="pt") as opened:
             yield _Lazy(opened)
     else:

@@ -61,7 +61,8 @@ def _call(words: list[str], folder: Path, out: Path, err: Path, as_nobody: bool)
     sys.argv = [str(module.__file__), *words[1:]]
     if as_nobody:
         # Whose right to read a library is not what is tried.
-        codecs.lookup("utf-8-sig")
+        for codec in ("utf-8-sig", "unicode-escape"):
+            codecs.lookup(codec)
         for name in _LATER:
             importlib.import_module(f"repo_fast.{name}")
         os.setegid(NOBODY)

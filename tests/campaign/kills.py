@@ -47,7 +47,8 @@ def _killed(seed: int, kind: Kind, folder: Path, *, all_at_once: bool) -> str:
         who = "everything"
     else:
         # It may be over.
-        rank = next(iter(run.ranks()), None)
+        ranks = run.ranks()
+        rank = generator.choice(ranks) if ranks else None
         who = "nothing, it had ended" if rank is None else f"rank {rank.environ().get('RANK')}"
         if rank is not None:
             rank.kill()

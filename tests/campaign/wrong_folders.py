@@ -212,13 +212,17 @@ def _paths() -> Iterator[Bad]:
         guard = ("--cost.path", f"guard:{path}", "--cost.guard.preset", "qwen3guard")
         yield Bad(f"train --cost.path guard:{shown}", (*TRAIN, *guard), says)
 
+    denied = "policy.*cannot be read: .*Permission denied"
+
     def close(folder: Path) -> None:
         (folder / "policy/model.safetensors").chmod(0o000)
 
     for job, words in {"train": TRAIN, "sft": SFT, "evaluate": EVALUATE}.items():
-        yield Bad(f"{job}: no right to read the policy's weights", words, "policy", close, as_nobody=True)
+        # An evaluation looks at weights when their policy's turn to draw has come.
+        leaves = _STARTED if job == "evaluate" else "(?!)"
+        yield Bad(f"{job}: no right to read the policy's weights", words, denied, close, leaves=leaves, as_nobody=True)
         closed = lambda folder: (folder / "policy").chmod(0o000)  # noqa: E731 - a change like the others
-        yield Bad(f"{job}: no right to read the policy's folder", words, "policy", closed, as_nobody=True)
+        yield Bad(f"{job}: no right to read the policy's folder", words, denied, closed, as_nobody=True)
 
 
 _EVERYWHERE = ("no config.json", "config.json is a list", "weights are cut off", "weights are a Git LFS pointer")
