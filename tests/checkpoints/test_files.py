@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,20 @@ def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert file.metadata() == {"about": "it"}
     assert write_tensors(tmp_path / "b.safetensors", tensors, {"about": "it"}) == known
+
+
+def test_the_sum_of_many_large_tensors_is_that_of_the_file(tmp_path: Path) -> None:
+    """It is taken beside writing."""
+    tensors = {f"{number}": torch.randn(20_000 + number) for number in range(40)}
+    assert write_tensors(tmp_path / "a.safetensors", tensors) == sum_of(tmp_path / "a.safetensors")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_disk_that_is_full_in_the_middle_is_said() -> None:
+    threads = threading.active_count()
+    with pytest.raises(OSError, match="No space left on device"):
+        write_tensors(Path("/dev/full"), {"a": torch.randn(100_000), "b": torch.randn(100_000)})
+    assert threading.active_count() == threads
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.data())
