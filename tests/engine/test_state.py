@@ -190,7 +190,8 @@ def move(folder: Path) -> dict[str, torch.Tensor]:
     """Read a checkpoint and write it anew, or, at the end of its way, take three steps; as `way.json` says."""
     on = OnRank(folder)
     way = json.loads((folder / "way.json").read_text())
-    engine = on.engine(replace(PLAIN, zero_stage=way["stage"]))
+    setting = way["setting"]
+    engine = on.engine(replace(SETTINGS[setting], zero_stage=way["stage"]), "adapters" in setting)
     engine.load(folder / way["from"])
     if "to" in way:
         on.saved(engine, way["to"])
@@ -269,16 +270,18 @@ def test_a_base_in_shards_is_known_by_the_same_word(
     assert len({json.loads(file.read_text())["frozen"] for file in files}) == 1
 
 
-def test_a_checkpoint_goes_from_ranks_to_ranks(folder: Path, alone: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("setting", ["stage 3", "stage 3, bfloat16", "stage 3, adapters"])
+def test_a_checkpoint_goes_from_ranks_to_ranks(folder: Path, alone: list[dict[str, Any]], setting: str) -> None:
     """And from stage to stage; three steps at its end are those of a run that stayed."""
-    name = "1 ranks, stage 3"
+    name = f"1 ranks, {setting}"
     for number, (ranks, stage) in enumerate(WAY[1:], start=1):
         is_last = number == len(WAY) - 1
-        way = {"from": name, "stage": stage} | ({} if is_last else {"to": f"moved {number}"})
+        way = {"from": name, "stage": stage, "setting": setting}
+        way |= {} if is_last else {"to": f"{setting}, moved {number}"}
         (folder / "way.json").write_text(json.dumps(way))
         moved = on_ranks(ranks, f"{__name__}:move", folder)[0]
         name = way.get("to", "")
-    assert same_bits(moved, alone[0]["stage 3"]["at once"])
+    assert same_bits(moved, alone[0][setting]["at once"])
 
 
 def test_a_checkpoint_of_something_else_is_refused(alone: list[dict[str, Any]]) -> None:
