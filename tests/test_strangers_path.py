@@ -104,6 +104,8 @@ def test_the_certificate_names_both_constraints_and_decides_the_exit_status(foll
     card = (followed.folder / "outputs/mine/policy/README.md").read_text(encoding="utf-8")
     for page in (report, card):
         assert certificate["verdict"] in page and "danger" in page and "rudeness" in page
+    run = (followed.folder / "outputs/mine/report.html").read_text(encoding="utf-8")
+    assert 'href="policy/README.md"' in run
 
 
 def test_the_certificate_says_of_the_responses_what_the_costs_say(followed: Followed) -> None:

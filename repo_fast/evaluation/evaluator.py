@@ -28,10 +28,10 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from repo_fast.collectives import Ranks
-from repo_fast.config import ONLY, REFUSED, EngineConfig, EvaluateConfig, to_dict, to_yaml
+from repo_fast.config import ONLY, REFUSED, EngineConfig, EvaluateConfig, default_options, to_dict, to_yaml
 from repo_fast.data import Prompt, PromptTemplate, load_tokenizer
 from repo_fast.data.cells import is_blank
-from repo_fast.errors import InputError
+from repo_fast.errors import InputError, first_line
 from repo_fast.evaluation.cache import describe, drawn_before, fingerprint, key_of, scorer_fingerprint
 from repo_fast.evaluation.certificate import EXIT_STATUS, Plan, certificate_table
 from repo_fast.evaluation.drawing import open_drawer
@@ -52,6 +52,7 @@ from repo_fast.report.measures import Evaluation, Thresholds, above
 from repo_fast.report.model_card import model_card, read_training, write_model_card
 from repo_fast.report.page import write_page
 from repo_fast.report.page_links import PAGE, pages_of_runs, relative_links
+from repo_fast.report.run_page import RunPage
 from repo_fast.report.tables import comparison_table
 from repo_fast.report.unit_file import UnitFile
 from repo_fast.rollout import Request, Rollout
@@ -377,8 +378,9 @@ class Evaluator:
         if judge is not None:
             # Written before too: a judge that fails takes nothing else with it.
             write(*judge_policies(judge, rows, reference, texts))
-        if certificate is None:
+        if certificate is None or card is None:
             return 0
+        _renew_page(card)
         log.info("model card: %s", card)
         log.info("%s", certificate_table(certificate))
         return EXIT_STATUS[certificate["verdict"]]
@@ -525,6 +527,17 @@ def _rollout(rows: Sequence[dict[str, Any]], requests: dict[int, Request]) -> Ro
         response_tokens=[torch.tensor(row["tokens"], dtype=torch.int64) for row in rows],
         finished=torch.tensor([row["finished"] for row in rows], dtype=torch.bool),
     )
+
+
+def _renew_page(card: Path) -> None:
+    """Write the page of the run that made a certified policy anew: it links to the policy's card, which was not there
+    before.
+    """
+    for page in pages_of_runs([str(card.parent)]):
+        try:
+            RunPage(page.parent, default_options).write()
+        except Exception as error:  # the page may hold anything that is in the run's folder, and no verdict hangs on it
+            log.warning("%s does not link to the model card: %s: %s", page, type(error).__name__, first_line(error))
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -106,6 +106,8 @@ def test_the_model_card_leaves_the_policy_what_it_is(policies: dict[str, Path], 
     # They lead to each other, and to the page of the run.
     assert "(<../out/report.html>)" in card and "(<../report.html>)" in card
     assert 'href="../policy/README.md"' in page and 'href="../report.html"' in page
+    run = (tmp_path / "report.html").read_text()
+    assert 'href="policy/README.md"' in run and 'href="out/report.html"' in run
     # The same policy, the same look, and nothing is drawn again.
     certify(own, prompts, tmp_path / "again", "--claim", "unsafe_prompts=0.9")
     assert read(tmp_path / "again")["look"] == 1
