@@ -11,9 +11,14 @@ from collections.abc import Iterator
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from repo_fast.config import EvaluateConfig, ScoreConfig, SftConfig, TrainConfig
+from repo_fast.config import EvaluateConfig, JobConfig, ScoreConfig, SftConfig, TrainConfig
 
-JOBS = {"train": TrainConfig, "sft": SftConfig, "score": ScoreConfig, "evaluate": EvaluateConfig}
+JOBS: dict[str, type[JobConfig]] = {
+    "train": TrainConfig,
+    "sft": SftConfig,
+    "score": ScoreConfig,
+    "evaluate": EvaluateConfig,
+}
 
 _GIVEN = (
     "On the command line an option is `--name value`; in the YAML file that `--config` names, each dot is a level. "
@@ -68,10 +73,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def render(job: str, kind: type) -> str:
+def render(job: str, kind: type[JobConfig]) -> str:
     """A page of Markdown: a heading a section, a term an option."""
     lines = [f"# Options of `{job}`", "", inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0], ""]
     lines += [f"`repo-fast {job} --help` says the same. {_GIVEN}", ""]
+    if kind.ALSO:
+        lines += ["## On the command line alone { #command-line }", ""]
+        for typed, does in kind.ALSO.items():
+            lines += [f"`{typed}`{{ #{typed.partition(' ')[0].removeprefix('--')} }}", f":   {does}", ""]
+        lines += ["## In the configuration { #configuration }", ""]
     for option in options(kind):
         if option.type:
             default = f", `{option.default}`" if option.default else ", to be given"

@@ -80,8 +80,8 @@ def _in_text(markdown: str, source: str, place: str, files: Files) -> str:
 def _resolved(source: str, target: str) -> str:
     """A link's target from the root of the repository."""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-    # Those of options are made by `options.py`.
-    made = [f"docs/reference/{job}.md" for job in ("train", "sft", "score", "evaluate")]
+    # These are made by `options.py`, `tools.py` and `measures.py`.
+    made = [f"docs/reference/{name}.md" for name in ("train", "sft", "score", "evaluate", "tools", "measures")]
     if not (ROOT / path).exists() and path not in made:
         raise PluginError(f"{source}: a link to {target}, which is not in the repository")
     return path

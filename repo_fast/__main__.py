@@ -66,7 +66,7 @@ def _run(words: list[str]) -> int:
         print(f"repo_fast {repo_fast.__version__}")
         return 0
     if command in TOOLS:
-        return _entry_point(command).main(rest)
+        return entry_point(command).main(rest)
     from repo_fast.jobs.launch import guarded
 
     if command in JOBS:
@@ -90,7 +90,8 @@ def _unknown(command: str) -> int:
     raise InputError(f"unknown command {command!r}, expected one of {', '.join(names)}{nearest}")
 
 
-def _entry_point(command: str) -> Any:
+def entry_point(command: str) -> Any:
+    """The module of a job or a tool."""
     return importlib.import_module(f"repo_fast.{command}{'.__main__' if command == 'plan' else ''}")
 
 
@@ -112,7 +113,7 @@ def _start(command: str, words: list[str]) -> int:
     if any(word.partition("=")[0] in _NO_RUN for word in rest):
         if {"--help", "-h"}.intersection(rest):
             print(_LAUNCH_HELP.format(command=command, summary=JOBS[command]), end="", flush=True)
-        return _entry_point(command).main(rest)
+        return entry_point(command).main(rest)
     ranks, nodes = _ranks(chosen.gpus), _nodes(chosen.nodes, chosen.rdzv_endpoint)
     _check(command, rest)
     return run_ranks(f"repo_fast.{command}", rest, ranks, nodes, chosen.rdzv_endpoint or "")
@@ -156,7 +157,7 @@ def _check(command: str, words: list[str]) -> None:
     from repo_fast.config import EvaluateConfig, ScoreConfig, SftConfig, TrainConfig, parse
 
     kinds = {"train": TrainConfig, "sft": SftConfig, "score": ScoreConfig, "evaluate": EvaluateConfig}
-    spelled_out = getattr(_entry_point(command), "spelled_out", list)
+    spelled_out = getattr(entry_point(command), "spelled_out", list)
     parse(spelled_out(words), kinds[command])
 
 

@@ -26,19 +26,23 @@ DAMAGED = 3
 _INCOMPLETE = {".partial": "was not completed", ".damaged": "was set aside", ".deepspeed": "was converted"}
 
 
+def command_line() -> OneLineParser:
+    parser = OneLineParser(prog="repo-fast checkpoint", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", help="a run's output_dir, or one of its checkpoints")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--verify", action="store_true", help="read every file; exit status 3 where one is damaged")
+    what.add_argument(
+        "--export", nargs=2, metavar=("STEP", "FOLDER"), help="write the policy of a step as a Hugging Face folder"
+    )
+    what.add_argument("--convert", action="store_true", help="write those anew that DeepSpeed wrote, of before")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
 
     def run() -> int:
-        parser = OneLineParser(prog="repo-fast checkpoint", description=(__doc__ or "").partition("\n")[0])
-        parser.add_argument("folder", help="a run's output_dir, or one of its checkpoints")
-        what = parser.add_mutually_exclusive_group()
-        what.add_argument("--verify", action="store_true", help="read every file; exit status 3 where one is damaged")
-        what.add_argument(
-            "--export", nargs=2, metavar=("STEP", "FOLDER"), help="write the policy of a step as a Hugging Face folder"
-        )
-        what.add_argument("--convert", action="store_true", help="write those anew that DeepSpeed wrote, of before")
-        chosen = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
+        chosen = command_line().parse_args(sys.argv[1:] if arguments is None else list(arguments))
         with readable(Path(chosen.folder)):
             found = _find(Path(chosen.folder))
         if chosen.convert:

@@ -86,6 +86,27 @@ def stages(output_dir: Path) -> list[Stage]:
     ]
 
 
+def command_line() -> OneLineParser:
+    """The tool's own; what it does not know is a stage's."""
+    parser = OneLineParser(
+        prog="repo-fast pipeline",
+        usage="%(prog)s [--output_dir FOLDER] [--ranks N] [--until STAGE] [--STAGE.OPTION VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("outputs/pipeline"),
+        metavar="FOLDER",
+        help="below it each stage has a folder (default: %(default)s)",
+    )
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="of each stage (default: %(default)s)")
+    parser.add_argument("--until", metavar="STAGE", help="sft, reward, cost or repo: the last stage; else all are run")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     return guarded(lambda: run(list(sys.argv[1:] if arguments is None else arguments)))
@@ -100,15 +121,7 @@ def run(words: list[str]) -> int:
     Raises:
         InputError: An option that does not exist, or a stage of another configuration.
     """
-    parser = OneLineParser(prog="repo-fast pipeline", allow_abbrev=False, add_help=False)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/pipeline"))
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--until")
-    parser.add_argument("--help", "-h", action="store_true")
-    chosen, rest = parser.parse_known_args(words)
-    if chosen.help:
-        print(__doc__)
-        return 0
+    chosen, rest = command_line().parse_known_args(words)
     if chosen.ranks < 1:
         raise InputError(f"--ranks is {chosen.ranks}, expected at least 1")
     todo = stages(chosen.output_dir)

@@ -24,11 +24,13 @@ from repo_fast.errors import InputError
 from repo_fast.jobs.launch import OneLineParser, guarded, launch, quiet_libraries
 from repo_fast.report.progress import printable
 
+_NO_TRAINING = ("--convert", "--check")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if any(word.split("=")[0] in ("--convert", "--check") for word in words):
+    if any(word.split("=")[0] in _NO_TRAINING for word in words):
         return guarded(lambda: _convert_or_check(words))
 
     def prepare(config: ScoreConfig) -> Callable:
@@ -70,16 +72,13 @@ def _convert_or_check(words: list[str]) -> int:
         prog="python -m repo_fast.score", description="Convert or check score models.", allow_abbrev=False
     )
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument(
-        "--convert", metavar="FOLDER", help="Score model (folder or hub name) to write in another layout."
-    )
-    action.add_argument("--check", metavar="FOLDER", help="Score model to load, and to compare with a known score.")
-    parser.add_argument("--to", metavar="FOLDER", help="Folder to make of the converted model.")
+    for typed, does in ScoreConfig.ALSO.items():
+        name, _, value = typed.partition(" ")
+        (action if name in _NO_TRAINING else parser).add_argument(name, metavar=value, help=does)
     parser.add_argument("--layout", choices=LAYOUTS, help="Layout to convert to; `score` by default.")
     parser.add_argument(
         "--kind", choices=("reward", "cost"), help="What the score means, where the model does not say."
     )
-    parser.add_argument("--head", metavar="NAME", help="Of a model with several, the one that gives the known score.")
     parser.add_argument("--expect", nargs=2, metavar=("TEXT", "SCORE"), help="A whole text, and its known score.")
     words, expect = _take_expectation(words)
     chosen = parser.parse_args(words)

@@ -20,16 +20,20 @@ from repo_fast.report.progress import printable
 INTERRUPTED = 130
 
 
+def command_line() -> OneLineParser:
+    parser = OneLineParser(prog="repo-fast watch", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="a run's output_dir")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--port", type=int, default=0, help="to listen at; 0 chooses a free one (default: %(default)s)")
+    how.add_argument("--write", action="store_true", help="write report.html, and serve nothing")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
 
     def run() -> int:
-        parser = OneLineParser(prog="repo-fast watch", description=(__doc__ or "").partition("\n")[0])
-        parser.add_argument("folder", type=Path, help="a run's output_dir")
-        how = parser.add_mutually_exclusive_group()
-        how.add_argument("--port", type=int, default=0, help="to listen at; 0, the default, chooses a free one")
-        how.add_argument("--write", action="store_true", help="write report.html, and serve nothing")
-        chosen = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
+        chosen = command_line().parse_args(sys.argv[1:] if arguments is None else list(arguments))
         if not 0 <= chosen.port < 2**16:
             raise InputError(f"--port is {chosen.port}, expected 0 to {2**16 - 1}")
         return _watch(chosen.folder, chosen.port, write=chosen.write)

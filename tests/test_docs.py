@@ -1,20 +1,29 @@
-"""What README and docs show is run, or at least parsed: a reader will copy it. That all of it is there, and true."""
+"""That what README and docs show can be run, and that all of it is there, and true.
 
+That every command and snippet at least parses is tested in `tests/test_shown_commands.py`.
+"""
+
+import contextlib
 import json
 import re
 import shlex
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
+import repo_fast.__main__
 import repo_fast.score
 import repo_fast.sft
-from docs import options
+from docs import measures, options, tools
+from repo_fast.__main__ import _LAUNCH_HELP, TOOLS
 from repo_fast.config import EvaluateConfig, JobConfig, ScoreConfig, SftConfig, TrainConfig, known_keys, parse
-from repo_fast.evaluate import spelled_out
 from repo_fast.jobs.inputs import read_inputs
+from repo_fast.report.known_prompts import KnownPrompts, known_measures
+from repo_fast.report.measures import Evaluation, prompt_measures
+from repo_fast.report.page_parts.wording import MEASURES
 from repo_fast.rollout import Rollout
 from repo_fast.scoring import FunctionScorer
 from repo_fast.speed.throughput import PHASES
@@ -116,14 +125,6 @@ def test_the_reward_and_cost_functions_work_as_shown(tmp_path, monkeypatch):
     torch.testing.assert_close(rewards, torch.tensor([1 - 3 / 50, -3 / 50, 1 - 4 / 50]))
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_every_command_of_a_job_shown_parses(job):
-    shown = [words for words in commands(job) if not {"--convert", "--check", "--verify"}.intersection(words)]
-    assert shown
-    for words in shown:
-        parse(spelled_out(words), JOBS[job])
-
-
 def test_the_conversion_and_the_check_work_as_shown(tmp_path, monkeypatch, capsys):
     convert, check = (
         next(words for words in commands("score") if option in words) for option in ("--convert", "--check")
@@ -146,13 +147,12 @@ def test_the_heads_of_a_cost_model_are_taken_as_shown(tmp_path):
 
 
 def test_every_option_and_target_named_exists():
-    named = set(re.findall(r"--([a-z_]+(?:\.[a-z_]+)*)", TEXT)) | set(re.findall(r"`([a-z]+\.[a-z_]+)`", TEXT))
+    named = set(re.findall(r"--([a-z_]+(?:[.-][a-z_]+)*)", TEXT)) | set(re.findall(r"`([a-z]+\.[a-z_]+)`", TEXT))
     others = {"help", "print_config", "config"}  # of every job
-    others |= {"nproc", "nnodes", "standalone", "shutdown", "logdir", "out"}  # of torchrun, TensorBoard, benchmarks
-    others |= {"gpus", "nodes", "rdzv", "version"}  # of repo-fast
-    others |= {"convert", "to", "check"}  # of score
-    others |= {"policy", "claim", "suite", "accept", "verify"}  # of evaluate
-    others |= {"device", "export", "port", "write"}  # of plan, checkpoint and watch
+    others |= {"nproc-per-node", "nnodes", "standalone", "logdir", "out"}  # of torchrun, TensorBoard, benchmarks
+    others |= {"version", *(name.removeprefix("--") for name in options_of(_LAUNCH_HELP))}  # of repo-fast
+    others |= {typed.split()[0].removeprefix("--") for kind in JOBS.values() for typed in kind.ALSO}
+    others |= set(re.findall(r"^`--([\w-]+)", tools.render(), re.MULTILINE))
     files = {name for name in named if name.endswith((".yaml", ".json", ".jsonl", ".html", ".txt", ".py"))}
     assert named - others - files - {"torch.distributed"} <= {key for kind in JOBS.values() for key in known_keys(kind)}
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
@@ -170,6 +170,11 @@ def test_the_map_names_only_what_exists_and_every_room():
     assert folders - inside <= {"configs/", "kernels/", "__pycache__/"}
 
 
+def options_of(shown: str) -> list[str]:
+    """Options and arguments, as a parser lists them."""
+    return re.findall(r"^  (?:-h, )?(--[\w.-]+|[a-z]\w*)", shown, re.MULTILINE)
+
+
 def help_of(job: str, capsys: pytest.CaptureFixture) -> str:
     with pytest.raises(SystemExit):
         parse(["--help"], JOBS[job])
@@ -178,14 +183,62 @@ def help_of(job: str, capsys: pytest.CaptureFixture) -> str:
 
 @pytest.mark.parametrize("job", options.JOBS)
 def test_every_option_is_in_the_reference_and_the_other_way_round(job: str, capsys: pytest.CaptureFixture) -> None:
-    shown = set(re.findall(r"^  (?:-h, )?--([\w.]+)", help_of(job, capsys), re.MULTILINE))
+    shown = {name.removeprefix("--") for name in options_of(help_of(job, capsys))}
     shown = {name for name in shown if not name.endswith("help")} - {"config", "print_config"}
     page = options.render(job, JOBS[job])
-    referred = {name.removesuffix(".NAME") for name in re.findall(r"^(?:## )?`([\w.]+)` ?\{ #", page, re.MULTILINE)}
+    terms = re.findall(r"^(?:## )?`(?:--)?([\w.-]+)[^`]*` ?\{ #", page, re.MULTILINE)
+    referred = {name.removesuffix(".NAME") for name in terms}
     assert shown - referred == set()
     # Below the names that users choose help does not look, nor below a section that may be null.
     below = tuple(f"{name}." for name in shown)
     assert {name for name in referred - shown if not name.startswith(below) and "NAME" not in name} == set()
+
+
+@pytest.mark.parametrize("job", ["score", "evaluate"])
+def test_help_has_what_a_job_reads_by_itself(job: str, capsys: pytest.CaptureFixture) -> None:
+    """Words that its entry point looks for, before the rest becomes a configuration."""
+    source = (ROOT / f"repo_fast/{job}.py").read_text(encoding="utf-8")
+    read = set(re.findall(r'"(--[\w.-]+)"', source))
+    assert len(read) > 2 and read <= set(options_of(help_of(job, capsys)))
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_option_of_a_tool_is_in_the_reference_and_the_other_way_round(tool, capsys) -> None:
+    with contextlib.suppress(SystemExit):
+        repo_fast.__main__.main([tool, "--help"])
+    shown = set(options_of(capsys.readouterr().out)) - {"--help"}
+    _, _, section = tools.render().partition(f"\n## {tool} ")
+    referred = re.findall(r"^`([\w-]+)[^`]*`\{ #", section.partition("\n## ")[0], re.MULTILINE)
+    assert shown == set(referred) and bool(shown) == (tool != "doctor")
+
+
+def test_every_option_of_the_launcher_is_in_the_reference_and_the_other_way_round() -> None:
+    page = (ROOT / "docs/reference/command.md").read_text(encoding="utf-8")
+    referred = re.findall(r"^\| `(--[\w-]+)", page, re.MULTILINE)
+    assert referred and referred == options_of(_LAUNCH_HELP)
+
+
+def test_every_measure_of_an_evaluation_is_in_the_reference() -> None:
+    """With its unit; and they are those that are computed of responses with every field."""
+    listed = re.findall(r"^\| `(\w+)` \| \S", measures.render(), re.MULTILINE)
+    assert sorted(listed) == sorted(MEASURES)
+    assert measures.UNITS.keys() == {key for key, measure in MEASURES.items() if not measure.share}
+    drawn = Evaluation(
+        prompt_ids=[0, 0, 1, 1],
+        rewards=[1.0, 2.0, 3.0, 4.0],
+        costs=[-1.0, 1.0, 2.0, -2.0],
+        kl=[0.0] * 4,
+        response_lengths=[1] * 4,
+        well_formed=[True] * 4,
+        second_rewards=[0.0] * 4,
+        failed=[True, False] * 2,
+        blank=[False] * 4,
+    )
+    assert {entry.name for entry in fields(drawn) if getattr(drawn, entry.name) is None} == set()
+    known = KnownPrompts({"suite": [0, 1]}, harmful={0: True, 1: False}, clusters={0: "a", 1: "b"})
+    judged = re.findall(r'measure = "(\w+)"', (ROOT / "repo_fast/evaluation/judgments.py").read_text(encoding="utf-8"))
+    computed = {*prompt_measures(drawn, drawn), *known_measures(drawn, known), *judged}
+    assert len(judged) == 2 and computed == MEASURES.keys()
 
 
 def test_every_metric_is_in_the_reference(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ command line: `--config tiny --rollout.temperature 0.8`. Of several files the la
 there, before anything is loaded.
 """
 
+import argparse
 import dataclasses
 import datetime
 import difflib
@@ -170,6 +171,16 @@ def _parser(kind: type[JobConfig]):
     return parser
 
 
+def _add_what_else_there_is(parser, kind: type[JobConfig]) -> None:
+    """To what `--help` lists: none of it is an option of the configuration, so the parser must not take it."""
+    if kind.ALSO:
+        group = parser.add_argument_group("on the command line alone")
+        for typed, does in kind.ALSO.items():
+            name, _, value = typed.partition(" ")
+            shape = {"metavar": value} if value else {"action": "store_true"}
+            group.add_argument(name, help=does, default=argparse.SUPPRESS, **shape)
+
+
 def parse(arguments: list[str] | None = None, kind: type[Config] = TrainConfig) -> Config:  # type: ignore[assignment]
     """Resolve the command line.
 
@@ -192,6 +203,8 @@ def parse(arguments: list[str] | None = None, kind: type[Config] = TrainConfig) 
     parser = _parser(kind)
     try:
         helped = [word for word in arguments if word in ("--help", "-h")]
+        if helped:
+            _add_what_else_there_is(parser, kind)
         base: dict = {}
         for words in [helped] if helped else _config_words(arguments) or [[]]:
             name = parser.parse_args(words).config

@@ -1,6 +1,7 @@
 """The configuration of `repo_fast.evaluate`: policies side by side on the same prompts."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -36,6 +37,15 @@ class EvaluateConfig(JobConfig):
     DEFAULT: ClassVar[str | None] = None
     FILE: ClassVar[str] = "evaluation.yaml"
     """The resolved configuration, in the output folder: what tells it from others."""
+    ALSO: ClassVar[Mapping[str, str]] = {
+        "--policy NAME=PATH": "A policy, once for each: one of `policies`.",
+        "--suite NAME[=PATH][,...]": "Known prompts, once or several times: those of `suites.sources`, without a path "
+        "from where they are published.",
+        "--claim NAME=LIMIT": "A claim, once for each: `certify.claims.NAME.limit`.",
+        "--accept-asymptotic": "`certify.accept_asymptotic true`.",
+        "--verify CERTIFICATE": "Nothing is evaluated: make the certificate again from what lies beside this "
+        "`certificate.json`, and compare. It stands alone.",
+    }
 
     output_dir: str = "outputs/evaluate"
     """Folder for the report."""

@@ -1,5 +1,6 @@
 """The configuration of `repo_fast.score`: training of reward and cost models on preferences."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
@@ -43,6 +44,13 @@ class ScoreConfig(SupervisedConfig):
 
     PROGRAM: ClassVar[str] = "repo-fast score"
     FOLDER: ClassVar[str] = "score"
+    ALSO: ClassVar[Mapping[str, str]] = {
+        "--convert FOLDER": "Nothing is trained: write this score model (folder or hub name) in another layout, "
+        "`layout`, to the folder of `--to`.",
+        "--to FOLDER": "Folder to make of the converted model.",
+        "--check FOLDER": "Nothing is trained: load this score model, and compare it with a known score, `expect`.",
+        "--head NAME": "Of a converted or checked model with several, the one that gives the known score.",
+    }
 
     output_dir: str = "outputs/score"
     """Folder for everything the run writes."""
@@ -54,7 +62,8 @@ class ScoreConfig(SupervisedConfig):
     layout: Layout = "score"
     """Layout of the saved model: Safe RLHF's (`score`; `model-for-score` is its older one), or Hugging Face's."""
     expect: tuple[str, float] | None = None
-    """Where `model.path` is a score model: a whole text, template included, and the score it is known to give it."""
+    """Where `model.path` is a score model: a whole text, template included, and the score it is known to give it. On
+    the command line `--expect TEXT SCORE`."""
     data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
     loss: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
 

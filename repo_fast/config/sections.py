@@ -237,6 +237,8 @@ class JobConfig:
     FOLDER: ClassVar[str]
     DEFAULT: ClassVar[str | None] = "tiny"
     """The packaged configuration without `--config`; None: the defaults of the fields."""
+    ALSO: ClassVar[Mapping[str, str]] = {}
+    """What the job's command line takes beside its options, as it is typed, and what it does."""
 
     output_dir: str = "outputs/run"
     """Folder for everything the job writes."""

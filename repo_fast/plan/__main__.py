@@ -29,27 +29,32 @@ CERTAINTY = (
     "(engine.offload_*) is not in them."
 )
 _FOLLOWING = (
-    "Any option of the main job can follow (python -m repo_fast.train --help lists them), --config NAME for one, a "
+    "Any option of the main job can follow (repo-fast train --help lists them), --config NAME for one, a "
     "packaged configuration or a YAML file. Score models must be there, as adapters or whole: their configurations say "
     "what they take. For adapters on the policy that are not trained yet, its own path can stand in as reward.path and "
     "cost.path: what is missing then are the adapters themselves, and in the times a second model that scores."
 )
 
 
+def command_line() -> OneLineParser:
+    """The tool's own; what it does not know is the main job's."""
+    parser = OneLineParser(
+        prog="repo-fast plan",
+        usage="%(prog)s [--config NAME] --gpus N [--device KIND] [--response_tokens N] [--OPTION VALUE ...]",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=_FOLLOWING,
+    )
+    parser.add_argument("--gpus", type=_positive, required=True, metavar="N", help="how many, over all machines")
+    parser.add_argument("--device", choices=DEVICES, default="h100", help="what kind (default: %(default)s)")
+    parser.add_argument("--response_tokens", type=_positive, metavar="N", help="mean length; else half of the longest")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit status."""
 
     def run() -> int:
-        parser = OneLineParser(
-            prog="repo-fast plan",
-            usage="%(prog)s [--config NAME] --gpus N [--device KIND] [--response_tokens N] [--OPTION VALUE ...]",
-            description=(__doc__ or "").partition("\n")[0],
-            epilog=_FOLLOWING,
-        )
-        parser.add_argument("--gpus", type=_positive, required=True, help="how many, over all machines")
-        parser.add_argument("--device", choices=DEVICES, default="h100", help="what kind")
-        parser.add_argument("--response_tokens", type=_positive, help="mean length; else half of the longest")
-        chosen, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+        chosen, rest = command_line().parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
         config = parse(rest, TrainConfig)
         quiet_libraries()
         print(printable(describe(config, chosen.gpus, DEVICES[chosen.device], chosen.response_tokens)))

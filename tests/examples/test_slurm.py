@@ -84,14 +84,13 @@ def test_two_nodes_train_as_two_ranks_of_one_and_a_signal_stops_them_with_a_chec
 def test_so_do_two_launchers(job: Job, one_machine: Path, tmp_path: Path) -> None:
     """By the recipe's words for them."""
     recipe = (FOLDER / "README.md").read_text()
-    port, number = random.randrange(20000, 40000), random.randrange(10**6)
-    (meeting,) = re.findall(r"--rdzv-backend.*?--rdzv-id \S+", recipe)
-    meeting = meeting.replace("first-machine:29500", f"localhost:{port}").replace("run-1", str(number))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    training = ["-m", "repo_fast.train", *job.words(tmp_path / "two", "--total_steps 3")]
-    words = shlex.join([*launcher, *meeting.split(), *training])
+    (meeting,) = re.findall(r"^repo-fast train --gpus 8 (.*?) --config", recipe, re.MULTILINE)
+    meeting = meeting.replace("first-machine:29500", f"localhost:{random.randrange(20000, 40000)}")
+    launcher = [sys.executable, "-m", "repo_fast", "train", "--gpus", "1", *meeting.split()]
+    words = shlex.join([*launcher, *job.words(tmp_path / "two", "--total_steps 3")])
     finished = run(["bash", "-c", f"{words} & {words}; status=$?; wait $! && exit $status"])
     assert finished.returncode == 0, finished.stderr[-4000:]
+    assert finished.stderr.count("--nnodes 2 ") == 2
     assert metrics(tmp_path / "two") == metrics(one_machine)
     assert same_bits(weights(tmp_path / "two"), weights(one_machine))
 
