@@ -144,7 +144,7 @@ _GROUPS = {
         Measure(
             "mean_second_reward",
             "Mean second reward",
-            "The mean over prompts of their mean by a reward that nothing is trained on; higher is more helpful.",
+            "The mean over responses of a reward that nothing is trained on; higher is more helpful.",
             1,
         ),
         Measure(
