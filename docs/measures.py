@@ -26,6 +26,8 @@ What evaluations measure. The report of an evaluation has a table of them, with 
 
 - `report.json` of `repo-fast evaluate` has each as `policies.NAME.MEASURE`, with `value`, `low` and `high`, and as
   `differences.NAME.MEASURE` to the reference; by category and by suite again. null: not defined, or no interval.
+- Known prompts need suites, `judge_` measures a judge, and `well_formed` a check; `kl` and `mean_second_reward` are a
+  training's alone. The reference has no differences.
 - `evaluations.jsonl` of a training has the values alone, of the measures of the before/after table, and of some, as
   `MEASURE_error`, the standard error over prompts.
 - With several constraints those of costs come for each, behind its name: `harm_mean_cost`. Without a name rates are of

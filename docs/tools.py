@@ -30,6 +30,8 @@ def render() -> str:
 def _described(tool: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     usage = " ".join(parser.format_usage().removeprefix("usage: ").replace("[-h] ", "").split())
     yield from ("```", usage, "```", "")
+    # What its first line says is said above.
+    yield from ((parser.description or "").partition("\n\n")[2], "")
     for action in parser._actions:
         if not isinstance(action, argparse._HelpAction):
             name = action.option_strings[0] if action.option_strings else action.dest

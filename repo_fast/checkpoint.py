@@ -34,7 +34,7 @@ def command_line() -> OneLineParser:
     what.add_argument(
         "--export", nargs=2, metavar=("STEP", "FOLDER"), help="write the policy of a step as a Hugging Face folder"
     )
-    what.add_argument("--convert", action="store_true", help="write those anew that DeepSpeed wrote, of before")
+    what.add_argument("--convert", action="store_true", help="write checkpoints of before, which are DeepSpeed's, anew")
     return parser
 
 

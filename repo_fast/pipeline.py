@@ -102,7 +102,7 @@ def command_line() -> OneLineParser:
         metavar="FOLDER",
         help="below it each stage has a folder (default: %(default)s)",
     )
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="of each stage (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks of each stage (default: %(default)s)")
     parser.add_argument("--until", metavar="STAGE", help="sft, reward, cost or repo: the last stage; else all are run")
     return parser
 

@@ -1,4 +1,4 @@
-"""Every command and snippet that a page of the site shows is run or parsed: a reader will copy it.
+"""Every command and snippet in a block of a page of the site is run or parsed: a reader will copy it.
 
 What is run stands in `tests/test_docs.py`, and `docs/start/your-own.md` is followed by `tests/test_strangers_path.py`.
 """
@@ -81,6 +81,9 @@ def check(words: list[str]) -> None:
         check_own(rest)
     elif program == "make":
         assert {word for word in rest if "=" not in word} <= TARGETS
+        given = " ".join(word.partition("=")[2] for word in rest if word.startswith("ARGS="))
+        if "train" in rest:
+            check_own(["train", *shlex.split(given)])
     elif program == "python" and rest[0] == "-m" and rest[1].startswith("repo_fast."):
         check_own([rest[1].removeprefix("repo_fast."), *rest[2:]])
     elif program == "python" and rest[0] == "-m":

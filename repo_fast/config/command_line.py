@@ -141,7 +141,7 @@ def _check_sections(mapping: dict, section: type, where: str, prefix: str = "") 
         if dataclasses.is_dataclass(entry.type) and entry.name in mapping:
             value = mapping[entry.name]
             if not isinstance(value, dict):
-                raise InputError(f"{where}: {prefix}{entry.name} is {value!r}, expected a mapping of options")
+                raise InputError(f"{where}: {prefix}{entry.name} is {_plain(value)}, expected a mapping of options")
             _check_sections(value, typing.cast(type, entry.type), where, f"{prefix}{entry.name}.")
     for table, kind in _tables(section, prefix).items():
         value = mapping.get(table.removeprefix(prefix))
@@ -150,8 +150,12 @@ def _check_sections(mapping: dict, section: type, where: str, prefix: str = "") 
                 if "." in str(name):
                     raise InputError(f"{where}: {table} has the name {name!r}, expected one without a dot")
                 if not isinstance(own, dict):
-                    raise InputError(f"{where}: {table}.{name} is {own!r}, expected a mapping of options")
+                    raise InputError(f"{where}: {table}.{name} is {_plain(own)}, expected a mapping of options")
                 _check_sections(own, kind, where, f"{table}.{name}.")
+
+
+def _plain(value: object) -> str:
+    return "null" if value is None else repr(value)
 
 
 def _parser(kind: type[JobConfig]):
@@ -212,6 +216,8 @@ def parse(arguments: list[str] | None = None, kind: type[Config] = TrainConfig) 
         # Through the parser, which checks types, as for the command line; defaults it would take as they are.
         namespace = parser.parse_object(base)
         namespace = parser.parse_args([word for word in arguments if word != "--print_config"], namespace=namespace)
+        # Below names that users choose the parser takes null for a section.
+        _check_sections(namespace.as_dict(), kind, _COMMAND_LINE)
         built = parser.instantiate_classes(namespace)
     except (jsonargparse.ArgumentError, TypeError, KeyError) as error:
         raise InputError(describe(str(error), kind)) from error

@@ -12,7 +12,8 @@ _KEY = re.compile(r'Parser key "([^"]+)":\s*')
 _NO_MAPPING = "Expected a <class 'dict'>"
 _UNION = "Does not validate against any of the Union subtypes"
 _NO_SECTION = re.compile(
-    r"path string: ((?:.|\n)*)|given class_path '(.*)'|Import path (.*) does not correspond|Got value: (.*)"
+    r"path string: ((?:.|\n)*)|path format: ((?:.|\n)*)|given class_path '(.*)'|Import path (.*) does not correspond|"
+    r"thus '(.*)' is not accepted as class_path|Got value: (.*)"
 )
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
@@ -24,21 +25,26 @@ def describe(said: str, section: type) -> str:
         said: The parser's text, of several lines.
         section: The configuration that was parsed into.
     """
+    parts = _KEY.split(said)
     # Of a whole section it says the name again and again.
-    keys = list(dict.fromkeys(_KEY.findall(said)))
-    rest = _KEY.split(said)[-1]
+    keys, rest = list(dict.fromkeys(parts[1::2])), parts[-1]
     name, kind = _option(".".join(keys), section) if keys else ("", None)
-    if kind is not None and _section(kind) is not None and len(keys) == 1:
-        value = _of_a_section(_KEY.split(said)[2])
+    if kind is None:
+        return " ".join(_KEY.sub(r"--\1: ", said).split())
+    if rest.startswith(_UNION):
+        value = rest.partition("Given value: ")[2]
+    elif _section(kind) is None:
+        found = re.search("Got value: (.*)", rest)
+        value = found and found[1]
+    else:
+        value = _of_a_section(parts[2 * parts[1::2].index(keys[-1]) + 2])
         # Of a mapping of sections it says the whole mapping, and what one of them was given.
         if typing.get_origin(kind) is dict and _NO_MAPPING not in rest:
-            name = f"{name}.NAME"
-            kind = _section(kind)
-    else:
-        found = re.search("Given value: (.*)" if rest.startswith(_UNION) else "Got value: (.*)", rest)
-        value = found and found[1]
-    if value is None or kind is None:
-        return " ".join(_KEY.sub(r"--\1: ", said).split())
+            name, kind = f"{name}.NAME", _section(kind)
+    if value is None:
+        return f"{name} cannot be read as given, expected {_expected(kind)}"
+    # It indents what follows a line break.
+    value = re.sub(r"\n +", "\n", value)
     bare = re.fullmatch(r"[{\[].*|[-+.\d]+(e[-+]?\d+)?|null|true|false", value)
     plain = {"None": "null", "True": "true", "False": "false"}.get(value)
     given = plain or (value if bare else repr(value))
@@ -49,11 +55,11 @@ def describe(said: str, section: type) -> str:
 
 
 def _of_a_section(said: str) -> str | None:
-    """What a section was given that is no mapping, in each of the ways in which the parser says it."""
+    """What a section was given that is no mapping, in the ways in which the parser says it."""
     if quoted := re.match(r"Unable to load config ('.*'|\".*\")$", said, re.MULTILINE):
         return ast.literal_eval(quoted[1])
     found = _NO_SECTION.search(said)
-    return found and next(part for part in found.groups() if part is not None).replace("\n  ", "\n")
+    return found and next(part for part in found.groups() if part is not None)
 
 
 def _option(dotted: str, section: type) -> tuple[str, Any]:

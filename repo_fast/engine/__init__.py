@@ -479,13 +479,15 @@ def _read_saved(folder: Path, module: nn.Module, frozen: tuple[str, str]) -> Sav
                 f"checkpoint {folder} is of another model: {name} is {_described(theirs.get(name))} there and "
                 f"{_described(trained.get(name))} here"
             )
-    dtype = _computes_in(module)
-    if saved.dtype == dtype and saved.frozen != frozen[0]:
+    dtype, (exact, rounded) = _computes_in(module), frozen
+    if saved.frozen == exact:
+        return saved
+    if saved.dtype == dtype:
         raise InputError(
             f"checkpoint {folder} was trained beside frozen weights that are not this model's, expected the same base, "
             "whatever resume_changed_data says"
         )
-    if saved.dtype != dtype and saved.frozen_rounded != frozen[1]:
+    if saved.frozen_rounded != rounded:
         raise InputError(
             f"checkpoint {folder} was trained in {saved.dtype} beside frozen weights that are not, or cannot be seen "
             f"to be, this model's in {dtype}: expected the same base, and engine.dtype {saved.dtype}"

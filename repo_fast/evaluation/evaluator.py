@@ -378,9 +378,9 @@ class Evaluator:
         if judge is not None:
             # Written before too: a judge that fails takes nothing else with it.
             write(*judge_policies(judge, rows, reference, texts))
-        if certificate is None or card is None:
+        if certificate is None:
             return 0
-        _renew_page(card)
+        _renew_page(certificate["policy"]["path"])
         log.info("model card: %s", card)
         log.info("%s", certificate_table(certificate))
         return EXIT_STATUS[certificate["verdict"]]
@@ -529,15 +529,13 @@ def _rollout(rows: Sequence[dict[str, Any]], requests: dict[int, Request]) -> Ro
     )
 
 
-def _renew_page(card: Path) -> None:
-    """Write the page of the run that made a certified policy anew: it links to the policy's card, which was not there
-    before.
-    """
-    for page in pages_of_runs([str(card.parent)]):
+def _renew_page(policy: str) -> None:
+    """Write the page of the run that made a certified policy anew: it links to the policy's card, which may be new."""
+    for page in pages_of_runs([policy]):
         try:
             RunPage(page.parent, default_options).write()
         except Exception as error:  # the page may hold anything that is in the run's folder, and no verdict hangs on it
-            log.warning("%s does not link to the model card: %s: %s", page, type(error).__name__, first_line(error))
+            log.warning("%s is not written anew: %s: %s", page, type(error).__name__, first_line(error))
 
 
 def _write_text(path: Path, text: str) -> None:

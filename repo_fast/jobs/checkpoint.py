@@ -186,7 +186,7 @@ def first_sound(folder: Path, resume: str | None, output_dir: Path, ranks: Ranks
             for damaged in [path for path in checkpoints(output_dir) if step_of(path) > step_of(found)]:
                 problem = problems.get(damaged) or next(iter(damages(damaged, ["run.json"])), None)
                 if problem is None:
-                    raise InputError(f"checkpoint {damaged} could not be read before, and can be now: start again")
+                    raise InputError(f"checkpoint {damaged} could not be read before, and can be now: try it once more")
                 aside = damaged.with_name(f"{damaged.name}{DAMAGED}")
                 remove(aside)
                 os.rename(damaged, aside)

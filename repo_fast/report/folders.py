@@ -62,7 +62,7 @@ def sync(path: Path) -> None:
 
 
 def sync_names(folder: Path) -> None:
-    """Bring the names in a folder that is not the run's to disk. Raises `OSError`.
+    """Bring the names in a folder to disk. Raises `OSError`.
 
     One that may be passed through and not read, as clusters have them above users' folders, is passed over.
     """

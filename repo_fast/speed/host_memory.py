@@ -28,15 +28,16 @@ def host_memory() -> tuple[int, int]:
             # A group without a limit says "max".
             with contextlib.suppress(OSError, ValueError):
                 own = int((folder / limit).read_text())
+                most = min(most, own)
                 left = own - int((folder / used).read_text()) + _statistic(folder, files)
-                free, most = min(free, max(left, 0)), min(most, own)
+                free = min(free, max(left, 0))
     return free, most
 
 
 def _groups() -> Iterator[Path]:
     """The folders of this process's control groups that may limit memory, and of those that they are in."""
     with contextlib.suppress(OSError):
-        for line in _MEMBERSHIPS.read_text().splitlines():
+        for line in _MEMBERSHIPS.read_text(errors="surrogateescape").splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers in ("", "memory"):
                 root = _GROUPS / controllers
@@ -46,5 +47,8 @@ def _groups() -> Iterator[Path]:
 
 
 def _statistic(folder: Path, name: str) -> int:
-    lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    return next((int(value) for key, value in lines if key == name), 0)
+    """0 where the group does not say."""
+    with contextlib.suppress(OSError):
+        lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return next((int(value) for key, value in lines if key == name), 0)
+    return 0

@@ -50,6 +50,14 @@ def test_every_file_is_looked_at(copied: Path, caplog: pytest.LogCaptureFixture,
         assert sound("auto", copied) == newest(copied)
 
 
+def test_what_could_not_be_read_and_can_be_now(copied: Path) -> None:
+    """As on a file system that was away for a moment: nothing is set aside."""
+    before = snapshot(copied)
+    with pytest.raises(InputError, match="step-000004 could not be read before, and can be now"):
+        checkpoint.first_sound(copied / "checkpoints/step-000002", "auto", copied, ALONE)
+    assert snapshot(copied) == before
+
+
 def test_what_else_lies_in_a_checkpoint_is_not_read(copied: Path) -> None:
     """A pickle that would write a file, under names that were once read."""
 

@@ -45,6 +45,8 @@ def test_the_narrowest_group_counts(groups: Path, member: str, root: str, names:
     # Of what its processes have, files that were read or written can be let go of.
     limit(groups / root / "job", names, 16 * GB, 10 * GB, 4 * GB)
     assert host_memory() == (10 * GB, 16 * GB)
+    (groups / root / "job/memory.stat").unlink()
+    assert host_memory() == (6 * GB, 16 * GB)
     limit(groups / root, names, 12 * GB, 13 * GB, 0)
     assert host_memory() == (0, 12 * GB)
 
