@@ -3,6 +3,7 @@ expected."""
 
 import ast
 import dataclasses
+import difflib
 import re
 import types
 import typing
@@ -15,6 +16,7 @@ _NO_SECTION = re.compile(
     r"path string: ((?:.|\n)*)|path format: ((?:.|\n)*)|given class_path '(.*)'|Import path (.*) does not correspond|"
     r"thus '(.*)' is not accepted as class_path|Got value: (.*)"
 )
+_UNKNOWN = re.compile(r"(?:Group '(?P<group>.*)' does not accept option|Option) '(?P<option>.*)'")
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -28,9 +30,13 @@ def describe(said: str, section: type) -> str:
     parts = _KEY.split(said)
     # Of a whole section it says the name again and again.
     keys, rest = list(dict.fromkeys(parts[1::2])), parts[-1]
-    name, kind = _option(".".join(keys), section) if keys else ("", None)
+    as_said = " ".join(_KEY.sub(r"--\1: ", said).split())
+    if unknown := _UNKNOWN.search(rest):
+        where = _dotted([*keys, *filter(None, [unknown["group"]])])
+        return _unknown(where, unknown["option"], section) or as_said
+    name, kind = _option(_dotted(keys), section) if keys else ("", None)
     if kind is None:
-        return " ".join(_KEY.sub(r"--\1: ", said).split())
+        return as_said
     if rest.startswith(_UNION):
         value = rest.partition("Given value: ")[2]
     elif _section(kind) is None:
@@ -42,7 +48,7 @@ def describe(said: str, section: type) -> str:
         if typing.get_origin(kind) is dict and _NO_MAPPING not in rest:
             name, kind = f"{name}.NAME", _section(kind)
     if value is None:
-        return f"{name} cannot be read as given, expected {_expected(kind)}"
+        return as_said
     # It indents what follows a line break.
     value = re.sub(r"\n +", "\n", value)
     bare = re.fullmatch(r"[{\[].*|[-+.\d]+(e[-+]?\d+)?|null|true|false", value)
@@ -52,6 +58,26 @@ def describe(said: str, section: type) -> str:
     within = typing.get_origin(kind) in (dict, tuple) and _NO_MAPPING not in rest
     verb = "has" if within and "Expected a <class 'tuple'>" not in rest else "is"
     return f"{name} {verb} {given}, expected {_expected(kind)}"
+
+
+def _dotted(keys: list[str]) -> str:
+    """The whole name, of names of which some begin anew, and some where the one before ends."""
+    name = ""
+    for key in keys:
+        name = key if not name or key == name or key.startswith(f"{name}.") else f"{name}.{key}"
+    return name
+
+
+def _unknown(dotted: str, option: str, section: type) -> str | None:
+    """Of an option that a section is given in a mapping on the command line; None where there is no such section."""
+    name, kind = _option(dotted, section)
+    inside = _section(kind)
+    if inside is None:
+        return None
+    own = f"{name}.NAME" if typing.get_origin(kind) is dict else name
+    names = [entry.name for entry in dataclasses.fields(inside)]
+    near = difflib.get_close_matches(option, names, n=1, cutoff=0.0)[0]
+    return f"unknown option '{own}.{option}' in the command line, the nearest valid name is '{own}.{near}'"
 
 
 def _of_a_section(said: str) -> str | None:
@@ -95,9 +121,10 @@ def _expected(kind: Any) -> str:
         if ... in parts:
             return f"a list, each {each}" if each.startswith("one of") else f"a list of {each}"
         return f"[{', '.join(map(_expected, parts))}]"
+    if origin is list:
+        return f"a list, each {_expected(parts[0])}"
     if origin is dict:
-        inside = _WORDS.get(parts[1])
-        return f"a mapping from names to {inside}" if inside else "a mapping by names"
+        return "a mapping by names" if _section(parts[1]) else f"a mapping from names to {_expected(parts[1])}"
     if dataclasses.is_dataclass(kind):
         return "a mapping of options"
     return _WORDS.get(kind, str(kind))

@@ -28,7 +28,7 @@ def host_memory() -> tuple[int, int]:
             # A group without a limit says "max".
             with contextlib.suppress(OSError, ValueError):
                 own = int((folder / limit).read_text())
-                most = min(most, own)
+                free, most = min(free, own), min(most, own)
                 left = own - int((folder / used).read_text()) + _statistic(folder, files)
                 free = min(free, max(left, 0))
     return free, most
