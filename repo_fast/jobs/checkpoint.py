@@ -165,7 +165,7 @@ def first_sound(folder: Path, resume: str | None, output_dir: Path, ranks: Ranks
         ranks: This process among all.
 
     Raises:
-        InputError: It was named, and is damaged; or all are.
+        InputError: It was named, and is damaged; or all are; or a newer one could not be read before, and can be now.
     """
     with ranks.together("looking for checkpoints"):
         goes_back = resume == "auto" and ranks.is_first
