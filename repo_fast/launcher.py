@@ -2,8 +2,8 @@
 
 torchrun's own status is 1 whatever a job's was, and beneath the one line that a job has to say it prints a traceback.
 So torchrun's agent runs in this process, given the words of the command line that is printed, and its failures are
-read here. One rank on one machine needs no agent, whose rendezvous would listen on every interface: it is a child
-process, ended like the others.
+read here. One rank on one machine needs no agent: it is a child process, ended like the others. Several on one machine
+meet on the loopback (`repo_fast.rendezvous`).
 
 SIGTERM, SIGINT, SIGHUP, SIGQUIT and SIGUSR1 all reach the ranks as SIGTERM, upon which jobs save their state and end.
 Those that have not after 30 s (or `TORCH_ELASTIC_SHUTDOWN_TIMEOUT`) are killed. Where this process is killed itself,
@@ -18,7 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,19 @@ from repo_fast.jobs.parent import LAUNCHER
 from repo_fast.report.progress import printable
 
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-# What torch's agent says of every end, which is said here in one line, or by the job. All else that it says is kept:
-# that a rank had to be killed, say.
-_SAID_OTHERWISE = ("Sending process ", "failed (exitcode: ", "Received %s death signal")
-_THAT_SAY_IT = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
+# What torch's agent says of every end, which is said here in one line, or by the job; and of an address that nobody
+# gave. All else that it says is kept: that a rank had to be killed, say.
+_SAID_OTHERWISE = ("Sending process ", "failed (exitcode: ", "Received %s death signal", "master_addr is only used for")
+_THAT_SAY_IT = (
+    "torch.distributed.elastic.multiprocessing.api",
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.run",
+)
 # Of what fails one after the other this much apart, the second is an effect of the first (seconds; torch counts whole
 # ones).
 _TOGETHER = 1
+# By this name torchrun knows `repo_fast.rendezvous`; the package's entry point has it too.
+_BACKEND = "loopback"
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def run_ranks(
     if threads is None and several:
         threads = 1
     settings = {} if threads is None or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
-    options = ["--standalone"]
+    options = ["--rdzv-backend", _BACKEND]
     if nodes > 1:
         options = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
     agent = [*options, "--nproc-per-node", str(ranks), "-m", module, *words]
@@ -103,8 +109,10 @@ def _shown(name: str, module: str = "") -> list[str]:
 def _by_torchrun(words: list[str]) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous import RendezvousError, rendezvous_handler_registry
 
+    # torch has done so itself where the package is installed, and not only imported from its folder.
+    rendezvous_handler_registry.register(_BACKEND, _meet_on_loopback)
     for name in _THAT_SAY_IT:
         logging.getLogger(name).addFilter(_is_news)
     arguments = torchrun.parse_args(words)
@@ -118,6 +126,21 @@ def _by_torchrun(words: list[str]) -> int:
         _say(f"the machines did not meet at {arguments.rdzv_endpoint}: {first_line(error.__cause__ or error)}")
         return 1
     return 0
+
+
+def rendezvous_plugin() -> Callable[[Any], Any]:
+    """How ranks of one machine meet, for torchrun to register (`torchrun.handlers` in `pyproject.toml`).
+
+    torch calls this in the middle of its own import, in every environment that the package is installed in: so little
+    is imported here, and torch only when it is needed.
+    """
+    return _meet_on_loopback
+
+
+def _meet_on_loopback(parameters: Any) -> Any:
+    from repo_fast.rendezvous import LoopbackRendezvous
+
+    return LoopbackRendezvous(parameters)
 
 
 def _alone(command: list[str]) -> int:

@@ -149,7 +149,8 @@ def test_the_heads_of_a_cost_model_are_taken_as_shown(tmp_path):
 def test_every_option_and_target_named_exists():
     named = set(re.findall(r"--([a-z_]+(?:[.-][a-z_]+)*)", TEXT)) | set(re.findall(r"`([a-z]+\.[a-z_]+)`", TEXT))
     others = {"help", "print_config", "config"}  # of every job
-    others |= {"nproc-per-node", "nnodes", "standalone", "logdir", "out"}  # of torchrun, TensorBoard, benchmarks
+    others |= {"nproc-per-node", "nnodes", "standalone", "rdzv-backend"}  # of torchrun
+    others |= {"logdir", "out"}  # of TensorBoard, of benchmarks
     others |= {"version", *(name.removeprefix("--") for name in options_of(_LAUNCH_HELP))}  # of repo-fast
     others |= {typed.split()[0].removeprefix("--") for kind in JOBS.values() for typed in kind.ALSO}
     others |= set(re.findall(r"^`--([\w-]+)", tools.render(), re.MULTILINE))

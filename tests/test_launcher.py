@@ -246,6 +246,7 @@ def test_the_line_that_is_printed_does_the_same(ranks, folder, monkeypatch, capf
     line = capfd.readouterr().err.strip()
     ours = [re.sub(r'"pid": \d+', "", text) for text in told(folder)]
     assert len(ours) == ranks and "OMP_NUM_THREADS" not in os.environ
+    assert ("--rdzv-backend loopback" in line) == (ranks > 1)
     for path in folder.glob("told-?"):
         path.unlink()
     subprocess.run(["bash", "-c", line], check=True, cwd=folder.parent, timeout=300)

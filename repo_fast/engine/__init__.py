@@ -70,8 +70,9 @@ def start_distributed(timeout: float = TIMEOUT_SECONDS) -> Ranks:
     """
     settings = dict(_ALONE)
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
-        # All ranks are on this host. gloo listens where the host's name leads, which others may reach.
-        settings["GLOO_SOCKET_IFNAME"] = _loopback()
+        # All ranks are on this host. gloo listens where the host's name leads, and NCCL, to begin with, on any other
+        # interface, which others may reach.
+        settings |= {"GLOO_SOCKET_IFNAME": _loopback(), "NCCL_SOCKET_IFNAME": f"={_loopback()}"}
     settings = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(settings)
     _said_here.update(settings)

@@ -34,7 +34,6 @@ STEPS = 8
 OPTIONS = (f"--total_steps {STEPS}", "--checkpoint.every 1")
 BACKGROUND = "--checkpoint.background true"
 VLLM = "--rollout.engine vllm"
-_VLLM_PYTHON = REPOSITORY / ".venv-vllm" / "bin" / "python"
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,18 @@ class Kind:
 
     def words(self, output_dir: Path, *options: str, module: str = "repo_fast.train") -> list[str]:
         """The command."""
-        python = sys.executable
-        if VLLM in self.options:
-            python = str(_VLLM_PYTHON)
-            if not _VLLM_PYTHON.exists():
-                raise Unavailable("no .venv-vllm, which make test-vllm makes")
+        python = vllm_python() if VLLM in self.options else sys.executable
         launcher = [python, "-m"] if self.ranks == 1 else [python, *torchrun(self.ranks)[1:-2], python, "-m"]
         job = _job(for_vllm=VLLM in self.options)
         return [*launcher, module, *job.words(output_dir, *OPTIONS, *self.options, *options)]
+
+
+def vllm_python() -> str:
+    """That of the environment that vLLM is installed in."""
+    python = REPOSITORY / ".venv-vllm" / "bin" / "python"
+    if not python.exists():
+        raise Unavailable("no .venv-vllm, which make test-vllm makes")
+    return str(python)
 
 
 @cache

@@ -1,5 +1,6 @@
 """Ways out of a run's folder and of its machine: names, links, paths, ports."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ import yaml
 
 from repo_fast.jobs import checkpoint
 from tests.campaign.book import Trial, Unavailable
+from tests.campaign.runs import VLLM, vllm_python
 from tests.campaign.traps import Place, call, renamed_in_manifest, sealed_again
-from tests.job_runs import REPOSITORY, Job, snapshot, torchrun
+from tests.job_runs import REPOSITORY, Job, snapshot
+from tests.rollout.vllm_architectures import SIZES
 
 
 def trials() -> Iterator[Trial]:
@@ -29,9 +32,12 @@ def trials() -> Iterator[Trial]:
     yield Trial("a checkpoint: links to files elsewhere", _linked_files)
     for name in _LINKS:
         yield Trial(f"a run's folder: a link named {name}", partial(_linked_folders, name))
+    for launcher in _LAUNCHERS:
+        yield Trial(f"ports of {launcher}", partial(_ports, launcher))
+    yield Trial("ports of repo-fast where the host's name leads out", partial(_ports, "repo-fast", name_leads_out=True))
     for ranks in (1, 2):
-        yield Trial(f"ports that {ranks} ranks listen on", partial(_ports, ranks, False))
-    yield Trial("ports that 2 ranks listen on where the host's name leads out", partial(_ports, 2, True))
+        trial = partial(_ports, "repo-fast", options=(VLLM, f"--rollout.vllm.tensor_parallel {ranks}"))
+        yield Trial(f"ports of repo-fast with vLLM, engines of {ranks}", trial)
     for of in _NAMED:
         yield Trial(f"names of {of} that lead out", partial(_names, of))
     yield Trial("paths with NUL and newlines", _odd_paths)
@@ -138,28 +144,30 @@ def _linked_folders(name: str, folder: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------- ports
 
 
-def _ports(ranks: int, leads_out: bool, folder: Path) -> str:
-    """Of the run's processes while it is in its second step."""
-    job = Job.make(folder)
-    (folder / "marks").mkdir()
-    words = [*(torchrun(ranks)[1:] if ranks > 1 else ["-m"]), "repo_fast.train"]
-    words += job.words(folder / "run", "--cost.path tests.campaign.limited:cost_that_waits")
-    seen = {}
-    ways: list[tuple[str, dict[str, str]]] = [("as it comes", {}), ("told otherwise", {"GLOO_SOCKET_IFNAME": _outer()})]
-    for way, variables in ways if ranks > 1 else ways[:1]:
-        shutil.rmtree(folder / "run", ignore_errors=True)
-        seen[way] = _listening(words, folder, variables, leads_out)
-    own = {address for addresses in seen["as it comes"].values() for address in addresses}
-    launcher = seen["as it comes"].pop("launcher", set())
-    own = {address for addresses in seen["as it comes"].values() for address in addresses}
-    assert all(_is_loopback(address) for address in own), f"the ranks listen on {sorted(own)}"
-    if ranks > 1:
+_AGENT = ("torch.distributed.run", "--rdzv-backend", "loopback", "--nproc-per-node", "2")
+_LAUNCHERS = {
+    "one rank": ("repo_fast", "train", "--gpus", "1"),
+    "repo-fast": ("repo_fast", "train", "--gpus", "2"),
+    "torchrun": (*_AGENT, "-m", "repo_fast.train"),
+}
+
+
+def _ports(launcher: str, folder: Path, *, options: Sequence[str] = (), name_leads_out: bool = False) -> str:
+    """Of all of a run's processes, from its start to its second step."""
+    python, sizes = (vllm_python(), SIZES) if VLLM in options else (sys.executable, {})
+    job = Job.make(folder, **sizes)
+    words = [python, "-m", *_LAUNCHERS[launcher]]
+    words += job.words(folder / "run", *options, "--cost.path tests.campaign.limited:cost_that_waits")
+    if name_leads_out:
+        words = [*_where_the_name_leads_out(folder), *words]
+    found = _listening(words, folder / "marks", {})
+    assert all(_is_loopback(address) for address in found), f"they listen on {sorted(found)}"
+    if launcher != "one rank":
         # That what is outside would be seen.
-        others = {a for who, found in seen["told otherwise"].items() if who != "launcher" for a in found}
-        assert not all(_is_loopback(address) for address in others), others
-    said = f"the ranks listen on {', '.join(sorted({a.rpartition(':')[0] for a in own})) or 'nothing'}"
-    where = ", ".join(sorted({a.rpartition(":")[0] for a in launcher}))
-    return f"{said}{f'; torchrun, for its rendezvous, on {where}' if launcher else ''}"
+        shutil.rmtree(folder / "run")
+        outside = _listening(words, folder / "other-marks", {"GLOO_SOCKET_IFNAME": _outer()})
+        assert not all(_is_loopback(address) for address in outside), outside
+    return f"its processes listen on {', '.join(sorted({a.rpartition(':')[0] for a in found})) or 'nothing'}"
 
 
 def _outer() -> str:
@@ -171,22 +179,23 @@ def _outer() -> str:
     raise Unavailable("the machine has no interface but the loopback")
 
 
-def _listening(words: list[str], folder: Path, variables: dict[str, str], leads_out: bool) -> dict[str, set[str]]:
-    """Addresses that a run's processes listen on: "launcher" has torchrun's."""
-    marks = folder / "marks"
-    for mark in marks.iterdir():
-        mark.unlink()
-    command = [sys.executable, *words]
-    if leads_out:
-        address = next(a.address for a in psutil.net_if_addrs()[_outer()] if a.family == socket.AF_INET)
-        (folder / "hosts").write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
-        mount = f'mount --bind {folder / "hosts"} /etc/hosts && exec "$@"'
-        command = ["unshare", "--mount", "sh", "-c", mount, "sh", *command]
-        if subprocess.run([*command[:6], "true"], capture_output=True).returncode:
-            raise Unavailable("no right to mount")
+def _where_the_name_leads_out(folder: Path) -> list[str]:
+    """The words before a command."""
+    address = next(a.address for a in psutil.net_if_addrs()[_outer()] if a.family == socket.AF_INET)
+    (folder / "hosts").write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
+    words = ["unshare", "--mount", "sh", "-c", f'mount --bind {folder / "hosts"} /etc/hosts && exec "$@"', "sh"]
+    if subprocess.run([*words, "true"], capture_output=True).returncode:
+        raise Unavailable("no right to mount")
+    return words
+
+
+def _listening(words: list[str], marks: Path, variables: dict[str, str]) -> set[str]:
+    """Addresses that a run's processes listen on; it goes on to its end."""
+    marks.mkdir()
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TEST_MARKS": str(marks)}
+    found: set[str] = set()
     with subprocess.Popen(
-        command,
+        words,
         cwd=REPOSITORY,
         env=environment | variables,
         stdout=subprocess.PIPE,
@@ -197,31 +206,33 @@ def _listening(words: list[str], folder: Path, variables: dict[str, str], leads_
             ends = time.monotonic() + 300
             while not (waiting := [*marks.glob("waiting-*")]):
                 assert child.poll() is None and time.monotonic() < ends, child.communicate()[0][-2000:]
-                time.sleep(0.1)
-            time.sleep(1)
-            ranks = {int(path.read_text()) for path in marks.glob("waiting-*")}
-            tree = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
-            found: dict[str, set[str]] = {}
-            for process in tree:
-                who = f"rank process {process.pid}" if process.pid in ranks else "launcher"
-                if addresses := _sockets(process.pid):
-                    found.setdefault(who, set()).update(addresses)
+                found |= _of_all(child.pid)
+                time.sleep(0.02)
+            found |= _of_all(child.pid)
         finally:
             (marks / "go").touch()
             out = child.communicate()[0]
-    assert child.returncode == 0, out[-2000:]
-    assert waiting
+    assert child.returncode == 0 and waiting, out[-2000:]
+    return found
+
+
+def _of_all(pid: int) -> set[str]:
+    """What a process and those that it has started listen on now."""
+    found = set()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
+            found |= _sockets(process.pid)
     return found
 
 
 def _sockets(pid: int) -> set[str]:
     """What a process listens on, by the inodes of its sockets."""
     inodes = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            inodes.add(os.readlink(link))
-        except OSError:
-            continue
+    # A process that has ended, or a file that was closed, since it was listed.
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                inodes.add(os.readlink(link))
     found = set()
     for table, family, words in (("tcp", socket.AF_INET, 1), ("tcp6", socket.AF_INET6, 4)):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:

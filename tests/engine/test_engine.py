@@ -314,6 +314,19 @@ def test_nobody_but_this_machine_reaches_a_run_of_one_process() -> None:
     assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1"}
 
 
+def test_ranks_of_one_machine_meet_on_the_loopback_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL, which there is none of here, by its variable."""
+    stop_distributed()
+    start_distributed()
+    (loopback,) = (name for name, own in psutil.net_if_addrs().items() if "127.0.0.1" in {a.address for a in own})
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == (loopback, f"={loopback}")
+    stop_distributed()
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
+    start_distributed()
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "eth1"
+    stop_distributed()
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
