@@ -82,9 +82,13 @@ def run_ranks(
     if threads is None and several:
         threads = 1
     settings = {} if threads is None or "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+    # torchrun reads these too: of a cluster's job, say, which this is not.
+    meant = {"PET_STANDALONE": "0", "PET_NNODES": "1", "PET_RDZV_ENDPOINT": ""} if several else {}
     options = ["--rdzv-backend", _BACKEND]
     if nodes > 1:
+        meant = {"PET_STANDALONE": "0"}
         options = ["--nnodes", str(nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    settings |= {name: value for name, value in meant.items() if os.environ.get(name, value) != value}
     agent = [*options, "--nproc-per-node", str(ranks), "-m", module, *words]
     alone = [sys.executable, "-u", "-m", module, *words]
     shown = [*_shown("torchrun", "torch.distributed.run"), *agent] if several else [*_shown("python"), *alone[1:]]
@@ -212,12 +216,16 @@ def _signals_end_ranks() -> Iterator[list[int]]:
 @contextlib.contextmanager
 def _set(settings: Mapping[str, str]) -> Iterator[None]:
     """Variables that ranks inherit, and nothing that is started later."""
+    before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
         yield
     finally:
-        for name in settings:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """torchrun's rendezvous for the ranks of one machine, on the loopback: `torchrun --rdzv-backend loopback …`.
 
 torchrun's own listens on every interface, and whoever reaches it can write into the store that ranks meet in. Such a
-store is made here on a socket that is bound to 127.0.0.1. Neither needs the host's name to lead anywhere.
+store is made here on a socket that is bound to 127.0.0.1. Nor does it need the host's name to lead anywhere, as
+torchrun's own does.
 
 torchrun finds it by the package's entry point (`repo_fast.launcher.rendezvous_plugin`).
 """
@@ -37,7 +38,6 @@ class LoopbackRendezvous(RendezvousHandler):
             )
         self._backend, self._run_id = parameters.backend, parameters.run_id
         self._closed = False
-        self._server: TCPStore | None = None
 
     def get_backend(self) -> str:
         """The name that it is registered by."""
@@ -54,7 +54,7 @@ class LoopbackRendezvous(RendezvousHandler):
             bound.bind((LOOPBACK, 0))
             bound.listen()
             port = bound.getsockname()[1]
-            self._server = TCPStore(
+            store = TCPStore(
                 LOOPBACK,
                 port,
                 is_master=True,
@@ -62,7 +62,8 @@ class LoopbackRendezvous(RendezvousHandler):
                 # The store closes it.
                 master_listen_fd=bound.detach(),
             )
-        return RendezvousInfo(PrefixStore("agent", self._server), 0, 1, RendezvousStoreInfo(LOOPBACK, port))
+        # Ranks have the same store to themselves. It ends with the last that holds it, which is the agent.
+        return RendezvousInfo(PrefixStore("agent", store), 0, 1, RendezvousStoreInfo(LOOPBACK, port))
 
     def is_closed(self) -> bool:
         """Whether `set_closed` was called."""
@@ -81,6 +82,5 @@ class LoopbackRendezvous(RendezvousHandler):
         return self._run_id
 
     def shutdown(self) -> bool:
-        """Let go of the store."""
-        self._server = None
+        """There is nothing to close that the agent does not hold itself."""
         return True

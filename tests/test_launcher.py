@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 
 from repo_fast import launcher
 from repo_fast.jobs.parent import LAUNCHER, end_with_launcher
@@ -35,7 +36,7 @@ if what == "follow":
     from repo_fast.jobs.parent import end_with_launcher
 
     end_with_launcher()
-names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
+names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "MASTER_ADDR")
 told = {"words": sys.argv[1:], "pid": os.getpid()} | {name: os.environ.get(name) for name in names}
 Path(folder, f"told-{rank}.tmp").write_text(json.dumps(told))
 os.replace(Path(folder, f"told-{rank}.tmp"), Path(folder, f"told-{rank}"))
@@ -252,6 +253,29 @@ def test_the_line_that_is_printed_does_the_same(ranks, folder, monkeypatch, capf
     subprocess.run(["bash", "-c", line], check=True, cwd=folder.parent, timeout=300)
     assert [re.sub(r'"pid": \d+', "", text) for text in told(folder)] == ours
     assert (f'"WORLD_SIZE": "{ranks}", ' in ours[0]) == (ranks > 1) == ('"OMP_NUM_THREADS": "1"' in ours[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("PET_NNODES", "1:2"), ("PET_RDZV_ENDPOINT", "elsewhere:29400"), ("PET_STANDALONE", "1")]
+)
+def test_a_cluster_s_words_to_torchrun_are_not_this_run_s(name, value, folder, monkeypatch, capfd):
+    """And those that are started with the line that is printed do not hear them either."""
+    monkeypatch.setenv(name, value)
+    assert run_ranks("worker", [str(folder), "exit:0", "exit:0"], 2) == 0
+    line = capfd.readouterr().err.strip()
+    assert f"{name}= " in line or f"{name}=1 " in line or f"{name}=0 " in line
+    assert os.environ[name] == value and '"MASTER_ADDR": "127.0.0.1"' in told(folder)[0]
+    for path in folder.glob("told-?"):
+        path.unlink()
+    subprocess.run(["bash", "-c", line], check=True, cwd=folder.parent, timeout=300)
+    assert ['"MASTER_ADDR": "127.0.0.1"' in text for text in told(folder)] == [True, True]
+
+
+def test_ranks_meet_on_the_loopback_where_torch_was_not_told_how(folder, monkeypatch):
+    """As where the package is imported from its folder, and not installed."""
+    monkeypatch.delitem(rendezvous_handler_registry._registry, "loopback")
+    assert run_ranks("worker", [str(folder), "exit:0", "exit:0"], 2) == 0
+    assert ['"MASTER_ADDR": "127.0.0.1"' in text for text in told(folder)] == [True, True]
 
 
 def test_machines_that_do_not_meet_are_one_line(folder, capfd, monkeypatch):

@@ -31,12 +31,18 @@ def test_the_store_is_on_the_loopback_and_ranks_are_its_clients():
     ]
     ranks[0].set("said", "here")
     assert ranks[1].get("said") == b"here"
+    # What the agent says is its own.
+    assert not met.store.check(["said"])
+    assert handler.shutdown()
+    del met, ranks
+    assert listening() <= before
 
 
 def test_others_do_not_reach_it():
     """Of the machine's other addresses, one of which is what torchrun's own would be reached by."""
     handler = meeting()
-    port = handler.next_rendezvous().bootstrap_store_info.master_port
+    met = handler.next_rendezvous()
+    port = met.bootstrap_store_info.master_port
     addresses = [
         own.address for found in psutil.net_if_addrs().values() for own in found if own.family.name == "AF_INET"
     ]
@@ -59,7 +65,7 @@ def test_ranks_that_start_again_meet_in_a_store_of_their_own():
     assert ("127.0.0.1", port) in listening()
     assert not handler.is_closed()
     handler.set_closed()
-    assert handler.is_closed() and handler.shutdown()
+    assert handler.is_closed()
 
 
 @pytest.mark.parametrize(("endpoint", "nodes"), [("", 2), ("localhost:0", 1)])

@@ -70,8 +70,8 @@ def start_distributed(timeout: float = TIMEOUT_SECONDS) -> Ranks:
     """
     settings = dict(_ALONE)
     if os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"):
-        # All ranks are on this host. gloo listens where the host's name leads, and NCCL, to begin with, on any other
-        # interface, which others may reach.
+        # All ranks are on this host. Left alone, gloo listens where the host's name leads, and NCCL's bootstrap on the
+        # first interface that is not the loopback.
         settings |= {"GLOO_SOCKET_IFNAME": _loopback(), "NCCL_SOCKET_IFNAME": f"={_loopback()}"}
     settings = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(settings)
@@ -85,7 +85,7 @@ def start_distributed(timeout: float = TIMEOUT_SECONDS) -> Ranks:
     patience = min(datetime.timedelta(seconds=timeout), _deepspeed().constants.default_pg_timeout)
     # DeepSpeed opens groups of its own without saying how long they wait.
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = patience
-    if "MASTER_PORT" in _said_here and os.environ["WORLD_SIZE"] == "1" and not torch.distributed.is_initialized():
+    if os.environ["WORLD_SIZE"] == "1" and not torch.distributed.is_initialized():
         # A store of its own: one that MASTER_PORT names would listen on every interface.
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     _deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=patience)

@@ -144,30 +144,31 @@ def _linked_folders(name: str, folder: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------- ports
 
 
-_AGENT = ("torch.distributed.run", "--rdzv-backend", "loopback", "--nproc-per-node", "2")
+_JOB = ("--nproc-per-node", "2", "-m", "repo_fast.train")
+_STANDALONE = ("torch.distributed.run", "--standalone", *_JOB)
 _LAUNCHERS = {
     "one rank": ("repo_fast", "train", "--gpus", "1"),
     "repo-fast": ("repo_fast", "train", "--gpus", "2"),
-    "torchrun": (*_AGENT, "-m", "repo_fast.train"),
+    "torchrun": ("torch.distributed.run", "--rdzv-backend", "loopback", *_JOB),
 }
 
 
 def _ports(launcher: str, folder: Path, *, options: Sequence[str] = (), name_leads_out: bool = False) -> str:
     """Of all of a run's processes, from its start to its second step."""
     python, sizes = (vllm_python(), SIZES) if VLLM in options else (sys.executable, {})
+    before = [*(_where_the_name_leads_out(folder) if name_leads_out else []), python, "-m"]
     job = Job.make(folder, **sizes)
-    words = [python, "-m", *_LAUNCHERS[launcher]]
-    words += job.words(folder / "run", *options, "--cost.path tests.campaign.limited:cost_that_waits")
-    if name_leads_out:
-        words = [*_where_the_name_leads_out(folder), *words]
-    found = _listening(words, folder / "marks", {})
-    assert all(_is_loopback(address) for address in found), f"they listen on {sorted(found)}"
+    after = job.words(folder / "run", *options, "--cost.path tests.campaign.limited:cost_that_waits")
+    hosts = _listening([*before, *_LAUNCHERS[launcher], *after], folder / "marks", {})
+    assert all(_is_loopback(host) for host in hosts), f"they listen on {sorted(hosts)}"
     if launcher != "one rank":
-        # That what is outside would be seen.
+        # That what is outside would be seen: torchrun's own rendezvous, and the ranks.
         shutil.rmtree(folder / "run")
-        outside = _listening(words, folder / "other-marks", {"GLOO_SOCKET_IFNAME": _outer()})
-        assert not all(_is_loopback(address) for address in outside), outside
-    return f"its processes listen on {', '.join(sorted({a.rpartition(':')[0] for a in found})) or 'nothing'}"
+        variables = {"GLOO_SOCKET_IFNAME": _outer()}
+        outside = _listening([*before, *_STANDALONE, *after], folder / "other-marks", variables)
+        everywhere = {"::", "0.0.0.0"}
+        assert outside & everywhere and [host for host in outside - everywhere if not _is_loopback(host)], outside
+    return f"its processes listen on {', '.join(sorted(hosts)) or 'nothing'}"
 
 
 def _outer() -> str:
@@ -190,7 +191,7 @@ def _where_the_name_leads_out(folder: Path) -> list[str]:
 
 
 def _listening(words: list[str], marks: Path, variables: dict[str, str]) -> set[str]:
-    """Addresses that a run's processes listen on; it goes on to its end."""
+    """Hosts that a run's processes listen on; it goes on to its end."""
     marks.mkdir()
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "TEST_MARKS": str(marks)}
     found: set[str] = set()
@@ -238,14 +239,13 @@ def _sockets(pid: int) -> set[str]:
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             columns = line.split()
             if columns[3] == "0A" and f"socket:[{columns[9]}]" in inodes:
-                address, port = columns[1].split(":")
+                address = columns[1].partition(":")[0]
                 parts = [bytes.fromhex(address[8 * i : 8 * i + 8])[::-1] for i in range(words)]
-                found.add(f"{socket.inet_ntop(family, b''.join(parts))}:{int(port, 16)}")
+                found.add(socket.inet_ntop(family, b"".join(parts)))
     return found
 
 
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0]
+def _is_loopback(host: str) -> bool:
     return host.startswith(("127.", "::ffff:127.")) or host == "::1"
 
 

@@ -306,8 +306,12 @@ def test_a_group_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatc
     assert os.environ == before
 
 
-def test_nobody_but_this_machine_reaches_a_run_of_one_process() -> None:
+@pytest.mark.parametrize("port", [None, "29519"])
+def test_nobody_but_this_machine_reaches_a_run_of_one_process(port, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that a cluster's environment names is for those who have others to meet."""
     stop_distributed()
+    if port:
+        monkeypatch.setenv("MASTER_PORT", port)
     start_distributed()
     listening = [c for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
     stop_distributed()
