@@ -6,6 +6,7 @@ the files is executed.
 """
 
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,27 @@ def _read(folder: Path, pattern: str) -> dict[str, Any]:
     found = list(folder.glob(pattern))
     if len(found) != 1:
         raise InputError(f"{str(folder)!r} has {len(found)} files {pattern}, expected one")
+    _check_sums(found[0])
     try:
         with torch.serialization.safe_globals(_READ_AS):
             return torch.load(found[0], map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{str(found[0])!r} cannot be read: {first_line(error)}") from error
+
+
+def _check_sums(path: Path) -> None:
+    """Raise `InputError` where a file is not what `torch.save` wrote, which `torch.load` does not look at.
+
+    Those of before 2020 have no sums.
+    """
+    try:
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"{str(path)!r} cannot be read: {first_line(error)}") from error
+    if damaged is not None:
+        raise InputError(
+            f"{str(path)!r} is damaged: the sum of its record {damaged!r} differs, expected what was written"
+        )
 
 
 def _moments(optimizer: dict[str, Any]) -> dict[int, dict[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,23 @@ def test_nothing_of_a_pickle_is_executed(
     assert main([str(before), "--convert"]) == 2
     assert re.fullmatch(rf"error: '.*{name}' cannot be read: Weights only load failed.*\n", capsys.readouterr().err)
     assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize("kind", ["optim_states", "model_states"])
+def test_a_damaged_one_is_not_made_a_sound_one(before: Path, capsys: pytest.CaptureFixture, kind: str) -> None:
+    """torch reads it without a word."""
+    file = before / "checkpoints" / "step-000002" / "policy" / "state" / f"zero_pp_rank_0_mp_rank_00_{kind}.pt"
+    with zipfile.ZipFile(file) as parts:
+        largest = max(parts.infolist(), key=lambda part: part.file_size)
+    content = bytearray(file.read_bytes())
+    content[largest.header_offset + largest.file_size // 2] ^= 64
+    file.write_bytes(content)
+    torch.load(file, weights_only=False)
+    left = snapshot(before)
+    assert main([str(before), "--convert"]) == 2
+    said = rf"error: '.*{kind}\.pt' is damaged: the sum of its record '{largest.filename}' differs, expected .*\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
+    assert snapshot(before) == left
 
 
 def test_what_deepspeed_did_not_write_so_is_one_line(before: Path, capsys: pytest.CaptureFixture) -> None:
