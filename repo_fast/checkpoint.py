@@ -66,27 +66,31 @@ def _find(folder: Path) -> list[Path]:
 
 def _list(found: list[Path], *, whole: bool) -> int:
     """Say of each what it is; returns the exit status."""
-    from repo_fast.checkpoints.manifest import damages, read_manifest
+    from repo_fast.checkpoints.manifest import Damaged, damages, read_manifest
     from repo_fast.jobs.checkpoint import is_checkpoint, is_deepspeeds, read_run
     from repo_fast.report.tables import grid
 
     rows, status = [], 0
     for folder in found:
         ranks, size, notes, problems = "", "", ["sound" if whole else "all files are there"], []
-        if not is_checkpoint(folder):
-            notes = [_INCOMPLETE.get(folder.suffix, "no checkpoint")]
-        elif is_deepspeeds(folder):
-            notes = ["DeepSpeed's, of before: --convert"]
-        elif problems := damages(folder, None if whole else ["run.json"]):
-            notes = [f"damaged: {problem}" for problem in problems]
-        else:
-            ranks = str(read_run(folder)["ranks"])
-            size = f"{sum(file.bytes for file in read_manifest(folder).values()) / 1e9:.3g}"
-        if not folder.exists():
+        try:
+            if not is_checkpoint(folder):
+                notes = [_INCOMPLETE.get(folder.suffix, "no checkpoint")]
+            elif is_deepspeeds(folder):
+                notes = ["DeepSpeed's, of before: --convert"]
+            elif problems := damages(folder, None if whole else ["run.json"]):
+                notes = [f"damaged: {problem}" for problem in problems]
+            else:
+                ranks = str(read_run(folder)["ranks"])
+                size = f"{sum(file.bytes for file in read_manifest(folder).values()) / 1e9:.3g}"
+            changed = folder.stat().st_mtime
+        except (OSError, Damaged):
+            if folder.exists():
+                raise
             # The run, which goes on meanwhile, keeps the newest.
             continue
         status = DAMAGED if problems else status
-        written = datetime.datetime.fromtimestamp(folder.stat().st_mtime).isoformat(" ", "seconds")
+        written = datetime.datetime.fromtimestamp(changed).isoformat(" ", "seconds")
         rows += [[folder.name, written, ranks, size, note] for note in notes]
     print(printable(grid(["checkpoint", "written", "ranks", "GB", "" if whole else "--verify reads them"], rows)))
     return status
@@ -118,16 +122,30 @@ def _export(found: list[Path], step: str, target: str) -> int:
     folder = steps[step]
     if is_deepspeeds(folder):
         raise InputError(f"checkpoint {folder} is DeepSpeed's, as repo_fast wrote them before, expected one of its own")
-    if problems := damages(folder):
+    problems = damages(folder)
+    if not folder.exists():
+        raise _gone(folder)
+    if problems:
         for problem in problems:
             print(printable(f"error: checkpoint {folder} is damaged: {problem}"), file=sys.stderr)
         return DAMAGED
     from repo_fast.jobs.policy_export import export_policy
 
     quiet_libraries()
-    export_policy(folder, Path(target))
+    try:
+        export_policy(folder, Path(target))
+    except FileNotFoundError as error:
+        if folder.exists():
+            raise
+        raise _gone(folder) from error
     print(printable(f"{target}: the policy of step {step}"))
     return 0
+
+
+def _gone(folder: Path) -> InputError:
+    return InputError(
+        f"checkpoint {folder} is gone: its run, which goes on, keeps the newest; expected one that is there"
+    )
 
 
 if __name__ == "__main__":

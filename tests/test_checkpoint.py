@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from repo_fast.checkpoint import main
+from repo_fast.checkpoints.files import FileSum, write_json
+from repo_fast.checkpoints.manifest import read_manifest, seal
+from repo_fast.jobs.training_prompts import read_record
 from tests.checkpoints.test_files import damage
-from tests.job_runs import Job, run, same_bits, snapshot, weights
+from tests.job_runs import Job, edited_run, run, same_bits, snapshot, weights
 from tests.supervised_runs import here, make_inputs
 
 SMALL = ("--total_steps 2", "--checkpoint.every 1", "--checkpoint.keep 0", "--algorithm.advantage rloo")
@@ -64,8 +67,9 @@ def test_the_policy_of_the_last_step_is_the_runs(runs: dict[str, Path], tmp_path
     exported = tmp_path / "exported"
     assert main([str(runs[name]), "--export", "2", str(exported)]) == 0
     theirs = runs[name] / "policy"
-    files = policy_files(theirs)
-    assert policy_files(exported) == {file: files[file] for file in files if file != "training_prompts.json"}
+    assert read_record(str(exported)) == read_record(str(theirs)) is not None
+    (exported / "training_prompts.json").unlink()
+    assert policy_files(exported) == policy_files(theirs)
     for file in theirs.rglob("*.safetensors"):
         assert same_bits(load_file(exported / file.relative_to(theirs)), load_file(file)), file
 
@@ -128,6 +132,88 @@ def test_one_that_the_run_removes_meanwhile(
     assert "step-000002" in listed and "step-000001" not in listed
 
 
+@pytest.mark.parametrize("words", [[], ["--verify"], ["--export", "1", "new"]])
+@pytest.mark.parametrize("function", ["manifest.damages", "checkpoint.read_run"])
+def test_one_that_the_run_removes_while_it_is_looked_at(
+    copied: Path, words: list[str], function: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from repo_fast.checkpoints import manifest
+    from repo_fast.jobs import checkpoint, policy_export
+
+    module, name = {"manifest": manifest, "checkpoint": checkpoint}[function.partition(".")[0]], function.split(".")[1]
+    called = getattr(module, name)
+
+    def removed(folder: Path, *arguments: Any) -> Any:
+        if name == "read_run" and folder.name == "step-000001":
+            shutil.rmtree(folder)
+        found = called(folder, *arguments)
+        if name == "damages" and folder.name == "step-000001":
+            shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(module, name, removed)
+    monkeypatch.setattr(policy_export, "read_run", removed if name == "read_run" else policy_export.read_run)
+    monkeypatch.chdir(copied)
+    capsys.readouterr()
+    status, said = main([str(copied), *words]), capsys.readouterr()
+    if "--export" in words:
+        assert status == 2 and not (copied / "new").exists()
+        assert re.fullmatch(
+            r"error: checkpoint .*step-000001 is gone: its run, .* expected one that is there\n", said.err
+        )
+    else:
+        assert status == 0 and "step-000002" in said.out and "step-000001" not in said.out
+
+
+@pytest.mark.parametrize("content", [[], {}, None, {"step": 1, "ranks": "1", "config": {}, "model": {}, "state": {}}])
+@pytest.mark.parametrize("words", [[], ["--export", "1", "new"]])
+def test_what_is_of_no_run_is_one_line(
+    copied: Path, content: Any, words: list[str], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sums are right: somebody made it so."""
+    folder = copied / "checkpoints" / "step-000001"
+    seal(folder, read_manifest(folder) | {"run.json": write_json(folder / "run.json", content)})
+    monkeypatch.chdir(copied)
+    capsys.readouterr()
+    assert main([str(copied), *words]) == 2
+    assert re.fullmatch(
+        r"error: .*run.json is of no run: '(step|ranks)' is not there, or .*\n", capsys.readouterr().err
+    )
+
+
+def test_a_configuration_that_is_none_is_one_line(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with edited_run(copied, 1) as state:
+        state["config"]["policy"] = {"path": "x"}
+    capsys.readouterr()
+    assert main([str(copied), "--export", "1", str(tmp_path / "new")]) == 2
+    assert re.fullmatch(r"error: checkpoint .* is of no run of this repo_fast: .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "run.json", "policy/engine.json"])
+@pytest.mark.parametrize("what", ["a pipe", "a device"])
+def test_what_is_no_file_is_not_read(copied: Path, name: str, what: str, capsys: pytest.CaptureFixture) -> None:
+    """Neither would end."""
+    folder = copied / "checkpoints" / "step-000001"
+    sums = read_manifest(folder)
+    (folder / name).unlink()
+    if what == "a pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    if name in sums:
+        # As large as they say that they are.
+        seal(folder, sums | {name: FileSum(0, "0" * 64)})
+    assert main([str(copied), "--verify"]) == 3
+    assert f"{name} cannot be read" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_export_without_a_record_says_so(copied: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (copied / "training_prompts.json").unlink()
+    assert main([str(copied), "--export", "2", str(tmp_path / "new")]) == 0
+    assert "there is no training_prompts.json beside the checkpoints: what" in caplog.text
+    assert read_record(str(tmp_path / "new")) is None
+
+
 def test_a_link_to_one(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "step-newest").symlink_to(copied / "checkpoints" / "step-000002")
@@ -184,6 +270,8 @@ def test_damage_is_listed(copied: Path, tmp_path: Path, capsys: pytest.CaptureFi
             "--export '7' is no step that has a checkpoint, expected one",
         ),
         (["{run}", "--export", "2", "{run}/policy"], "policy' exists, expected a new folder"),
+        (["{run}", "--export", "2", "."], "'.' exists, expected a new folder"),
+        (["{run}", "--export", "2", "/"], "'/' exists, expected a new folder"),
         (["{run}", "--verify", "--export", "2", "{run}/new"], "not allowed with argument"),
         (["{run}", "--no-such-option"], "unrecognized arguments: --no-such-option"),
         ([], "the following arguments are required: folder"),

@@ -3,8 +3,11 @@
 It is written last. A folder with a manifest whose files are all as it says is what was written, to the bit.
 """
 
+import errno
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -36,6 +39,7 @@ def read_manifest(folder: Path) -> dict[str, FileSum]:
     """
     path = folder / MANIFEST
     try:
+        _check_file(path)
         read = path.read_bytes()
         content = json.loads(read)
         intact = as_json(content) == read and content.pop("sha256") == _sum(content)
@@ -103,13 +107,23 @@ def check_sizes(folder: Path, files: Mapping[str, FileSum]) -> None:
     looked at."""
     for name, expected in files.items():
         try:
-            size = (folder / name).stat().st_size
+            size = _check_file(folder / name).st_size
         except PermissionError as error:
             raise _not_allowed(folder / name) from error
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise Damaged(name, "is missing") from error
+        except OSError as error:
+            raise Damaged(name, f"cannot be read ({error.strerror})") from error
         if size != expected.bytes:
             raise Damaged(name, f"has {size} bytes, expected {expected.bytes}")
+
+
+def _check_file(path: Path) -> os.stat_result:
+    """Raise `OSError` for what is no file: a pipe would never end, and neither would some devices."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "is not a file", str(path))
+    return found
 
 
 def check_sums(folder: Path, files: Mapping[str, FileSum], names: Iterable[str]) -> None:
@@ -117,6 +131,7 @@ def check_sums(folder: Path, files: Mapping[str, FileSum], names: Iterable[str])
     one may not be read."""
     for name in names:
         try:
+            _check_file(folder / name)
             found = sum_of(folder / name)
         except PermissionError as error:
             raise _not_allowed(folder / name) from error

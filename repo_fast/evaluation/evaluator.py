@@ -40,7 +40,9 @@ from repo_fast.evaluation.judge import ComparingJudge
 from repo_fast.evaluation.judgments import SECONDS_BETWEEN_MESSAGES, Rows, judge_policies
 from repo_fast.evaluation.plan import CLAIMS_FILE, SAMPLES_FILE, begin, certify, check_no_claims, plan_of
 from repo_fast.evaluation.suites import KnownPrompt
+from repo_fast.jobs.agreement import check_same_files
 from repo_fast.jobs.assembly import ScorerLoader, loading_options
+from repo_fast.jobs.fingerprints import Fingerprint, of_model
 from repo_fast.jobs.training_prompts import prompt_hash
 from repo_fast.models.model_config import load_config
 from repo_fast.models.on_paper import first_attention
@@ -147,6 +149,7 @@ class Evaluator:
             )
         if self.inputs.fresh.excluded:
             log.info("%d prompts left out, which are not fresh for the policy", len(self.inputs.fresh.excluded))
+        check_same_files(self._read_here(), self.ranks)
         with contextlib.ExitStack() as held:
             judge = None
             with self.ranks.together("the start"):
@@ -201,6 +204,13 @@ class Evaluator:
             self.output_dir / CLAIMS_FILE,
         )
         return plan
+
+    def _read_here(self) -> dict[str, Fingerprint]:
+        """Of what this rank has read, or will, by the option that names it: prompts, policies and scorers."""
+        texts = key_of({"texts": [_identity(prompt) for prompt in self.inputs.prompts]})
+        paths = {f"policies.{name}": policy.path for name, policy in self.inputs.policies.items()}
+        paths |= {f"the scorer {name}": spec.path for name, spec in self.inputs.scorers.items() if spec.kind != "judge"}
+        return {"prompts": {"the texts": texts}} | {key: of_model(path, whole=False) for key, path in paths.items()}
 
     def _start_judge(self) -> ComparingJudge | None:
         """The judge, asked once: what is wrong with it would otherwise show hours later."""

@@ -64,7 +64,7 @@ def plan_of(
 
     def written(policy: str) -> dict[str, Any]:
         path = policies[policy]
-        return {"name": policy, "path": config.policies[policy], "fingerprint": key_of(of_model(path, whole=True))}
+        return {"name": policy, "path": config.policies[policy], "fingerprint": key_of(of_model(path))}
 
     return {
         "claims": {
@@ -140,7 +140,7 @@ def _by_column(config: EvaluateConfig, claim: ClaimConfig) -> ClaimConfig:
 
 
 def _scorer(config: EvaluateConfig, name: str, spec: ScorerSpec) -> dict[str, Any]:
-    fingerprint = scorer_fingerprint(spec) if spec.kind == "function" else of_model(spec.path, whole=True)
+    fingerprint = scorer_fingerprint(spec) if spec.kind == "function" else of_model(spec.path)
     settings = dataclasses.asdict(config.scorers[name])
     if settings["quantize"] is None:
         # As in plans from before there was the option.

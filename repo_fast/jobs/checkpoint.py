@@ -22,13 +22,20 @@ from repo_fast.checkpoints.manifest import MANIFEST, Damaged, check_sizes, check
 from repo_fast.collectives import Ranks
 from repo_fast.config import GuardConfig, RubricConfig, ScorerConfig
 from repo_fast.errors import InputError, first_line, readable
-from repo_fast.report.folders import check_no_links, publish, remove
+from repo_fast.jobs.training_prompts import FILE as RECORD
+from repo_fast.jobs.training_prompts import is_about_its_folder
+from repo_fast.report.folders import check_no_links, publish, put_back, remove
 from repo_fast.report.jsonl import last_step
+from repo_fast.report.page_links import PAGE
 from repo_fast.report.plain_yaml import load_yaml
 
 # What runs write whatever is there; `--output_dir .` may be the folder of the policy that it starts from.
 _RESULTS = ("policy", "model")
-_WRITTEN_OVER = (*_RESULTS, "best_policy", "checkpoints", "metrics.jsonl", "samples.jsonl")
+_WRITTEN_OVER = (
+    *(*_RESULTS, "best_policy", "checkpoints", "evaluations", "plots", "profile", "tensorboard", PAGE),
+    *(f"{name}.jsonl" for name in ("metrics", "samples", "warnings", "evaluations")),
+    *(f"eval_{name}.jsonl" for name in ("before", "after", "scores")),
+)
 _log = logging.getLogger(__name__)
 
 # Endings of what is no checkpoint any more: one that was found damaged, and one of before that was converted.
@@ -240,7 +247,7 @@ def check_output_folder(resume: str | None, output_dir: Path) -> None:
     checkpoints are gone."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {str(output_dir)!r} is a file, expected a folder")
-    check_no_links(output_dir, ["evaluations", "plots", "profile", "tensorboard"])
+    check_no_links(output_dir, ["evaluations", "plots", "profile", "tensorboard"], ["checkpoints"])
     used = (output_dir / "config.yaml").exists()
     written = checkpoints(output_dir)
     if (used or written) and resume not in (None, "auto"):
@@ -255,6 +262,11 @@ def check_output_folder(resume: str | None, output_dir: Path) -> None:
         raise InputError(
             f"--output_dir {str(output_dir)!r} holds {others[0]!r} and no run, which would write over it, expected a "
             "new folder"
+        )
+    if is_about_its_folder(output_dir):
+        raise InputError(
+            f"--output_dir {str(output_dir)!r} holds {RECORD!r}, which says what the model in that folder was trained "
+            "on, and which the run would write over, expected a new folder"
         )
     if resume is None and used:
         raise InputError(
@@ -275,10 +287,9 @@ def _check_that_none_is_gone(output_dir: Path) -> None:
         )
     results = [str(output_dir / name) for name in _RESULTS if (output_dir / name).exists()]
     signs = [*results, *(str(path) for path in beside if path.suffix == DAMAGED)]
-    log, every = output_dir / "metrics.jsonl", _steps_between(output_dir)
+    log, first = output_dir / "metrics.jsonl", _steps_before_the_first(output_dir)
     last = last_step(log)
-    # Killed while its first was written, a run has no more than the steps up to the second.
-    if every and last > 2 * every:
+    if first and last > first:
         signs.append(f"{log}, up to step {last}")
     if signs:
         raise InputError(
@@ -293,21 +304,32 @@ def _check_that_none_is_gone(output_dir: Path) -> None:
         )
 
 
-def _steps_between(output_dir: Path) -> int | None:
-    """Of two checkpoints of the run in a folder, as it was started; None where it says none, or cannot be read."""
+def _steps_before_the_first(output_dir: Path) -> int | None:
+    """How many the run in a folder logs at most before it has a checkpoint, as it was started; None where it says none,
+    or cannot be read."""
     try:
-        before = load_yaml((output_dir / "config.yaml").read_text(encoding="utf-8"))
-        return int(before["checkpoint"]["every"])
+        settings = load_yaml((output_dir / "config.yaml").read_text(encoding="utf-8"))["checkpoint"]
+        # Written in the background, the first is there before the second begins.
+        return int(settings["every"]) * (2 if settings["background"] else 1)
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
 def read_run(folder: Path) -> dict:
-    """The `run.json` of a checkpoint."""
+    """The `run.json` of a checkpoint.
+
+    Raises:
+        InputError: It is not of a run.
+        OSError: It is not there.
+    """
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{folder / 'run.json'} is not valid JSON: {first_line(error)}") from error
+    for key, kind in (("step", int), ("ranks", int), ("config", dict), ("model", dict), ("state", dict)):
+        if not isinstance(run, dict) or not isinstance(run.get(key), kind):
+            raise InputError(f"{folder / 'run.json'} is of no run: {key!r} is not there, or of another type")
+    return run
 
 
 def check_run(folder: Path, run: dict, config: dict) -> None:
@@ -318,7 +340,7 @@ def check_run(folder: Path, run: dict, config: dict) -> None:
         run: Its `run.json`.
         config: The resuming run's configuration, as plain mappings.
     """
-    for key, (theirs, ours) in _differences(run["config"], config).items():
+    for key, (theirs, ours) in differences(run["config"], config).items():
         if key == "critics.shared_trunk" and theirs is False:
             # What null was then.
             theirs = None
@@ -338,16 +360,17 @@ def check_run(folder: Path, run: dict, config: dict) -> None:
 
 def check_model(folder: Path, run: dict, model: dict, path: str) -> None:
     """Raise `InputError` where a checkpoint is of another model than the one at `path`, which `describe_model` gave."""
-    for key, (theirs, ours) in _differences(run["model"], model).items():
+    for key, (theirs, ours) in differences(run["model"], model).items():
         raise InputError(f"checkpoint {folder} is of another model: {key} is {theirs} there, {ours} in {path!r}")
 
 
-def _differences(theirs: dict, ours: dict, prefix: str = "") -> dict[str, tuple]:
+def differences(theirs: dict, ours: dict, prefix: str = "") -> dict[str, tuple]:
+    """What is not the same in two nested mappings, both values by the keys to it, with dots between them."""
     found = {}
     for key in theirs | ours:
         left, right = theirs.get(key), ours.get(key)
         if isinstance(left, dict) and isinstance(right, dict):
-            found |= _differences(left, right, f"{prefix}{key}.")
+            found |= differences(left, right, f"{prefix}{key}.")
         elif left != right:
             found[f"{prefix}{key}"] = (left, right)
     return found
@@ -376,7 +399,10 @@ def complete(folder: Path, sums: Mapping[str, FileSum]) -> None:
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Remove what killed runs left. For one rank to call, before there is one of this run."""
+    """Remove what killed runs left, and let results have their names. For one rank to call, before there is one of this
+    run."""
+    for name in (*_RESULTS, "best_policy"):
+        put_back(output_dir / name)
     for unfinished in (output_dir / "checkpoints").glob("step-*.partial"):
         remove(unfinished)
 

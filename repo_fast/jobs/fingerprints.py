@@ -1,12 +1,14 @@
-"""What a run starts from, in a few words: whether a file has changed since is then known where the run goes on.
+"""What a run starts from, in a few words: whether a file has changed since is then known where the run goes on, and
+whether all ranks read the same.
 
-Data files are read whole. Of a model's files only their size and pieces are, 64 KiB at each of up to 64 places, which
-no training leaves as they were.
+All files are read whole: a model's that changed in one number would go on to other numbers, and nobody would know.
 """
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -23,17 +25,24 @@ log = logging.getLogger(__name__)
 Fingerprint = dict[str, str]
 
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+# Of larger files of a model, runs of before read this many pieces of this size alone.
 _PIECE, _PIECES = 64 * 1024, 64
 
 
-def fingerprints(config: RunConfig) -> dict[str, Fingerprint]:
+def fingerprints(config: RunConfig, *, whole: bool = True) -> dict[str, Fingerprint]:
     """Of everything that a run reads, by the option that names it. What is not there is left to what reads it.
+
+    Args:
+        config: Of the run.
+        whole: As for `of_model`.
 
     Raises:
         InputError: Something is there, and cannot be read.
     """
     found = {key: of_data(source, split) for key, (source, split) in data_sources(config).items()}
-    found |= {key: of_model(path) for key, path in model_paths(config).items()}
+    paths = model_paths(config)
+    models = {path: of_model(path, whole=whole) for path in {*paths.values()}}
+    found |= {key: models[path] for key, path in paths.items()}
     return {key: fingerprint for key, fingerprint in found.items() if fingerprint}
 
 
@@ -64,19 +73,23 @@ def of_data(source: str, split: str) -> Fingerprint:
         return {}
 
 
-def of_model(path: str, *, whole: bool = False) -> Fingerprint:
+def of_model(path: str, *, whole: bool = True) -> Fingerprint:
     """Of a model's folder: its weights, configurations and tokenizer; of a name on the hub, its commit.
 
     Args:
         path: As options name it.
-        whole: Read all of its files, rather than pieces of them.
+        whole: Whether all of its files is read, rather than pieces of the large ones, which tell another training.
     """
     path = path.removeprefix(GUARD)
     folder = folder_of(path)
     if folder is not None:
         with readable(folder):
             files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(_MODEL_SUFFIXES))
-        return {file.name: _digest(file, None if whole else _PIECES) for file in files}
+        # Several weigh gigabytes, and their sums take longer than reading them. Ranks share the host.
+        at_once = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        with ThreadPoolExecutor(at_once) as pool:
+            digests = list(pool.map(lambda file: _digest(file, None if whole else _PIECES), files))
+        return {file.name: digest for file, digest in zip(files, digests, strict=True)}
     if ":" in path:
         # A function, or a part of the embedded world, which comes with the package.
         return {}
@@ -87,23 +100,26 @@ def of_model(path: str, *, whole: bool = False) -> Fingerprint:
     return {} if commit is None else {path: commit}
 
 
-def check_unchanged(folder: Path, run: dict, now: dict[str, Fingerprint], allowed: bool) -> None:
+def check_unchanged(folder: Path, run: dict, config: RunConfig, now: dict[str, Fingerprint]) -> None:
     """Compare what a checkpoint's run started from with what is there now.
 
     Args:
         folder: The checkpoint, for messages.
         run: Its `run.json`.
-        now: From `fingerprints`.
-        allowed: Whether to go on where something changed, which is then said.
+        config: Of the run that goes on from it. Where it allows changes, they are said.
+        now: Its `fingerprints`.
 
     Raises:
         InputError: Something changed, and that is not allowed.
     """
+    allowed = config.resume_changed_data
     before = run.get("inputs")
     if before is None:
         log.warning("checkpoint %s is from before data were fingerprinted: whether they changed is not known", folder)
         return
-    changed = list(changes(before, now))
+    if not were_whole(run):
+        now = fingerprints(config, whole=False)
+    changed = [" ".join(change) for change in changes(before, now)]
     if changed and not allowed:
         more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise InputError(
@@ -114,14 +130,19 @@ def check_unchanged(folder: Path, run: dict, now: dict[str, Fingerprint], allowe
         log.warning("going on with inputs that are not those of checkpoint %s: %s", folder, "; ".join(changed))
 
 
-def changes(before: dict[str, Fingerprint], now: dict[str, Fingerprint]) -> Iterator[str]:
-    """What is not as it was, of the options that both have."""
+def were_whole(run: dict) -> bool:
+    """Whether the run of a checkpoint read its models' files whole to tell them from others, as told by `run.json`."""
+    return run.get("inputs_whole", False)
+
+
+def changes(before: dict[str, Fingerprint], now: dict[str, Fingerprint]) -> Iterator[tuple[str, str]]:
+    """What is not as it was, of the options that both have, and how: ("a.jsonl of data.prompts", "has changed")."""
     for key, then in before.items():
         for name in sorted(then.keys() | now.get(key, then).keys()):
             ours = now.get(key, then)
             if then.get(name) != ours.get(name):
                 how = "is new" if name not in then else "is gone" if name not in ours else "has changed"
-                yield f"{name} of {key} {how}"
+                yield f"{name} of {key}", how
 
 
 def data_sources(config: RunConfig) -> dict[str, tuple[str, str]]:

@@ -358,7 +358,7 @@ def check_inputs(config: RunConfig, resume_from: Path | None) -> dict[str, Finge
     """
     now = fingerprints(config)
     if resume_from is not None:
-        check_unchanged(resume_from, checkpoint.read_run(resume_from), now, config.resume_changed_data)
+        check_unchanged(resume_from, checkpoint.read_run(resume_from), config, now)
     return now
 
 

@@ -58,7 +58,8 @@ def launch(
         config = parse(None if arguments is None else list(arguments), kind)
         # After the configuration is known to be good: these take seconds to import.
         from repo_fast.engine import start_distributed, stop_distributed
-        from repo_fast.jobs.run_date import as_it_ran, check_date, with_date
+        from repo_fast.jobs.agreement import check_same_options
+        from repo_fast.jobs.run_date import as_it_ran, with_date
 
         quiet_libraries()
         words = sys.argv[1:] if arguments is None else arguments
@@ -68,7 +69,7 @@ def launch(
         job = prepare(config)
         ranks = start_distributed(config.timeout)
         with ranks.accounted_for():
-            check_date(config, ranks)
+            check_same_options(config, ranks)
             status = job(ranks)
         stop_distributed()
         return status

@@ -25,11 +25,12 @@ from repo_fast.config import RunConfig, default_options, to_dict, to_yaml
 from repo_fast.engine import Engine
 from repo_fast.errors import InputError, as_input_error, first_line
 from repo_fast.jobs import checkpoint
+from repo_fast.jobs.agreement import check_same_files
 from repo_fast.jobs.fingerprints import Fingerprint, check_unchanged
 from repo_fast.jobs.random_state import RandomState, load_random_state, save_random_state, seed_everything
 from repo_fast.jobs.training_prompts import Record, write_record
 from repo_fast.models.quantization import say_dequantized
-from repo_fast.report.folders import hold, publish, remove, sync_names, sync_tree
+from repo_fast.report.folders import hold, remove, replace, sync_names, sync_tree
 from repo_fast.report.jsonl import Value, last_step
 from repo_fast.report.metrics import MetricsLog
 from repo_fast.report.page_links import PAGE
@@ -123,10 +124,11 @@ class Run:
             training_prompts: What the run's model will have seen.
 
         Raises:
-            InputError: The checkpoint is of another model, or beyond the run's last step; another process writes the
-                folder; or the ranks do not find the same checkpoint.
+            InputError: The ranks do not read the same, or find the same checkpoint; that is of another model, or beyond
+                the run's last step; or another process writes the folder.
         """
         self._fingerprints, self._training_prompts = fingerprints, training_prompts
+        check_same_files(fingerprints, self.ranks)
         seed = self.config.seed * 1_000_003 + self.ranks.rank
         torch.manual_seed(seed)
         # The user's scorers may draw from these.
@@ -171,7 +173,6 @@ class Run:
 
     def _go_on(self, found: Path, model_path: str) -> None:
         """Take over the state of a checkpoint, or of one before it where it is damaged."""
-        fingerprints = self._fingerprints
         resume_from = checkpoint.first_sound(found, self.config.resume, self.output_dir, self.ranks)
         with self.ranks.together("reading a checkpoint"):
             run = checkpoint.read_run(resume_from)
@@ -179,7 +180,7 @@ class Run:
         if resume_from != found:
             # It may be from before something was changed.
             checkpoint.check_run(resume_from, run, to_dict(self.config))
-            check_unchanged(resume_from, run, fingerprints, self.config.resume_changed_data)
+            check_unchanged(resume_from, run, self.config, self._fingerprints)
         checkpoint.check_model(resume_from, run, self._model(), model_path)
         if run["step"] > self.total_steps:
             raise InputError(
@@ -281,6 +282,7 @@ class Run:
             "config": to_dict(self.config),
             "model": self._model(),
             "inputs": self._fingerprints,
+            "inputs_whole": True,
             "state": self.state_dict(),
         }
 
@@ -361,8 +363,7 @@ class Run:
         final, aside = self.output_dir / name, self.output_dir / f"{name}.partial"
         remove(aside)
         write(aside)
-        remove(final)
-        publish(aside, final)
+        replace(aside, final)
         if name == self.RESULT:
             say_dequantized(final, next(iter(self.trained().values())).module)
 

@@ -10,7 +10,6 @@ import logging
 from pathlib import Path
 from typing import TypeVar
 
-from repo_fast.collectives import Ranks
 from repo_fast.config import EvaluateConfig, JobConfig, RunConfig
 from repo_fast.errors import InputError, first_line, readable
 from repo_fast.jobs import checkpoint
@@ -43,13 +42,6 @@ def as_it_ran(config: Config) -> Config:
         return config
     log.warning("checkpoint %s is from before data.train_on: chats' last answers are learned, as they were", folder)
     return dataclasses.replace(config, data=dataclasses.replace(data, train_on="last"))
-
-
-def check_date(config: JobConfig, ranks: Ranks) -> None:
-    """Raise `InputError` where ranks started on different days. All ranks must call it."""
-    dates = sorted(set(ranks.gather_list([config.date])))
-    if len(dates) > 1:
-        raise InputError(f"the ranks of this run have the dates {' and '.join(dates)}, expected one: give --date")
 
 
 def _earlier(config: JobConfig) -> str | None:

@@ -227,6 +227,28 @@ def read_record(path: str) -> Record | None:
     return record if model == folder.name else None
 
 
+def is_about_its_folder(folder: Path) -> bool:
+    """Whether a folder has a record, and that is about the model in the folder itself.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    return (folder / FILE).is_file() and _read(folder / FILE)[0] == INSIDE
+
+
+def copy_record(output_dir: Path, folder: Path) -> bool:
+    """Give a model that a run made its record inside, from the run's own; returns whether there is one.
+
+    Raises:
+        InputError: It is damaged.
+        OSError: It cannot be written.
+    """
+    if not (output_dir / FILE).is_file():
+        return False
+    write_record(folder, INSIDE, _read(output_dir / FILE)[1])
+    return True
+
+
 @cache
 def _of_embedded(path: str) -> Record:
     from repo_fast.world.policy import base_recipe, tiny_recipe, training_rows

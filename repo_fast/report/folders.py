@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -89,9 +89,6 @@ def sync_tree(folder: Path, leave_out: Path | None = None) -> None:
 def publish(aside: Path, final: Path) -> None:
     """Give a folder its name, once it is on disk, its files readable by whom the umask says.
 
-    safetensors writes files that only their owner can read, whatever the umask: on a cluster nobody else could load
-    the model.
-
     Args:
         aside: The folder, complete.
         final: Its name; nothing of it exists.
@@ -99,17 +96,60 @@ def publish(aside: Path, final: Path) -> None:
     Raises:
         OSError: It cannot be brought to disk, or renamed.
     """
-    plain = aside / ".plain"
+    _settle(aside)
+    os.rename(aside, final)
+    sync_names(final.parent)
+
+
+def replace(aside: Path, final: Path) -> None:
+    """As `publish`, where one before it may have the name. That goes once the new one is on disk, and not before; where
+    the process ends between the two, `put_back` gives it its name again.
+
+    Raises:
+        OSError: The new one cannot be brought to disk, or renamed. The one before is as it was.
+    """
+    _settle(aside)
+    before = _before(final)
+    remove(before)
+    if _is_there(final):
+        os.rename(final, before)
+    os.rename(aside, final)
+    sync_names(final.parent)
+    remove(before)
+
+
+def put_back(final: Path) -> None:
+    """Undo what a `replace` that was killed had begun. Raises `OSError`."""
+    before = _before(final)
+    if _is_there(final):
+        remove(before)
+    elif _is_there(before):
+        os.rename(before, final)
+
+
+def _before(final: Path) -> Path:
+    return final.with_name(f"{final.name}.before")
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_symlink() or path.exists()
+
+
+def _settle(folder: Path) -> None:
+    """Let others read what is in a folder, and bring it to disk.
+
+    safetensors writes files that only their owner can read, whatever the umask: on a cluster nobody else could load
+    the model.
+    """
+    plain = folder / ".plain"
     plain.touch()
     mode = plain.stat().st_mode & 0o777
     plain.unlink()
-    for path in aside.rglob("*"):
+    for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(path.stat().st_mode & 0o777 | mode)
     # A machine that loses power after the rename could keep the new name, and not what it is of.
-    sync_tree(aside)
-    os.rename(aside, final)
-    sync_names(final.parent)
+    sync_tree(folder)
 
 
 def remove(folder: Path) -> None:
@@ -123,17 +163,31 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_no_links(output_dir: Path, folders: Sequence[str]) -> None:
-    """Raise `InputError` where a file in a folder that is to be written is a link: it would lead what is written out.
+def check_no_links(output_dir: Path, folders: Sequence[str], unread: Sequence[str] = ()) -> None:
+    """Raise `InputError` where what is to be written would be led out of its folder by a link, or wait at a pipe.
 
     Args:
         output_dir: It; its own files are looked at.
-        folders: The names of those in it that files are written over in. What else lies there is others', such as
-            wandb, which has links.
+        folders: The names of those in it that are written into. What else lies there is others', such as wandb, which
+            has links.
+        unread: The same, of those whose files are not looked at.
     """
-    own = output_dir.iterdir() if output_dir.is_dir() else ()
-    for path in (*own, *(path for name in folders for path in (output_dir / name).rglob("*"))):
-        if path.is_symlink() and not path.is_dir():
+    written = [output_dir / name for name in (*folders, *unread)]
+    for path in _all_files(output_dir, folders):
+        is_folder = path.is_dir()
+        # A link to a folder, beside those that are written into, is replaced, or nobody's.
+        if path.is_symlink() and not (is_folder and path.parent == output_dir and path not in written):
             raise InputError(
-                f"{str(path)!r} is a link to {os.readlink(path)!r}, expected a file: what is written would go there"
+                f"{str(path)!r} is a link to {os.readlink(path)!r}, expected a {'folder' if is_folder else 'file'}: "
+                "what is written would go there"
             )
+        if path.is_fifo():
+            raise InputError(f"{str(path)!r} is a pipe, expected a file")
+
+
+def _all_files(output_dir: Path, folders: Sequence[str]) -> Iterator[Path]:
+    """A folder's own, and what is below some of those in it."""
+    if output_dir.is_dir():
+        yield from output_dir.iterdir()
+    for name in folders:
+        yield from (output_dir / name).rglob("*")

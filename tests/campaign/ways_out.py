@@ -109,6 +109,7 @@ _LINKS = (
     "samples.jsonl",
     "training_prompts.json",
     "plots/kl_and_entropy.png",
+    *("checkpoints", "evaluations", "plots", "profile", "tensorboard"),
 )
 
 
@@ -118,7 +119,7 @@ def _linked_folders(name: str, folder: Path) -> str:
     run = place.run("--stop_after 2")
     outside = folder / "outside"
     shutil.rmtree(run / "policy")
-    if name.endswith("step-000001"):
+    if (run / name).is_dir():
         shutil.move(run / name, outside)
     else:
         outside.mkdir()

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from repo_fast.config import TrainConfig, parse
 from repo_fast.data.sampler import PromptSampler
 from repo_fast.errors import InputError
 from repo_fast.jobs import fingerprints
-from tests.job_runs import Job, edited_run, metrics, snapshot, write_lines
+from tests.job_runs import FOUR_STEPS, Job, edited_run, metrics, snapshot, write_lines
 from tests.supervised_runs import here, make_inputs
 from tests.tiny import save_beaver, save_policy
 
@@ -179,16 +178,67 @@ def test_a_path_that_cannot_be_is_left_to_what_reads_it(path: str) -> None:
     assert fingerprints.of_model(path) == {}
 
 
-def test_a_large_file_of_a_model_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' models are large files beside these."""
     monkeypatch.setattr(fingerprints, "_PIECE", 64)
-    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_another_training_is_seen(tmp_path: Path, small_pieces: None, whole: bool) -> None:
     save_policy(tmp_path)
-    first = fingerprints.of_model(str(tmp_path))
+    first = fingerprints.of_model(str(tmp_path), whole=whole)
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= first.keys()
-    assert fingerprints.of_model(str(tmp_path)) == first
+    assert fingerprints.of_model(str(tmp_path), whole=whole) == first
     retrain(tmp_path)
-    second = fingerprints.of_model(str(tmp_path))
+    second = fingerprints.of_model(str(tmp_path), whole=whole)
     assert {name for name in first if first[name] != second[name]} == {"model.safetensors"}
+
+
+def flip_one_bit(file: Path) -> None:
+    """Between the pieces that runs of before read."""
+    content = bytearray(file.read_bytes())
+    before = fingerprints.of_model(str(file.parent), whole=False)
+    for place in range(len(content) // 2, len(content)):
+        content[place] ^= 1
+        file.write_bytes(content)
+        if fingerprints.of_model(str(file.parent), whole=False) == before:
+            return
+        content[place] ^= 1
+    raise AssertionError("every byte is in a piece")
+
+
+@pytest.fixture
+def of_its_own(job: Job, tmp_path: Path, small_pieces: None) -> tuple[Path, tuple[str, ...]]:
+    """A policy that may be changed, and a run of it, `run`, two of four steps long; the run's options."""
+    policy = Path(shutil.copytree(job.folder / "policy", tmp_path / "policy"))
+    words = (f"--policy.path {policy}", *FOUR_STEPS)
+    assert job.here(tmp_path / "run", *words, "--stop_after 2") == 0
+    return policy, (*words, "--resume auto")
+
+
+def test_a_bit_of_the_reference_is_seen(
+    job: Job, tmp_path: Path, of_its_own: tuple, capsys: pytest.CaptureFixture
+) -> None:
+    """Its weights are in no checkpoint: the run would go on to another KL."""
+    policy, words = of_its_own
+    flip_one_bit(policy / "model.safetensors")
+    capsys.readouterr()
+    assert_refused(job.here(tmp_path / "run", *words), capsys, r"model\.safetensors of policy\.path has changed")
+
+
+def test_a_run_of_before_whose_files_were_read_in_pieces_goes_on(
+    job: Job, tmp_path: Path, of_its_own: tuple, capsys: pytest.CaptureFixture
+) -> None:
+    policy, words = of_its_own
+    with edited_run(tmp_path / "run", 2) as state:
+        del state["inputs_whole"]
+        state["inputs"]["policy.path"] = fingerprints.of_model(str(policy), whole=False)
+    other = Path(shutil.copytree(tmp_path / "run", tmp_path / "other"))
+    assert job.here(tmp_path / "run", *words) == 0
+    retrain(policy)
+    capsys.readouterr()
+    assert_refused(job.here(other, *words), capsys, r"model\.safetensors of policy\.path has changed")
 
 
 def test_an_epoch_of_another_number_of_prompts_starts_anew() -> None:

@@ -7,10 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from repo_fast.collectives import Ranks
 from repo_fast.config import EvaluateConfig, SftConfig, parse
 from repo_fast.errors import InputError
 from repo_fast.evaluate import main as evaluate
@@ -167,12 +165,3 @@ def test_a_file_of_an_earlier_evaluation_that_cannot_be_read(tmp_path: Path) -> 
     words = ["--policies", '{"a": "b"}', "--output_dir", str(tmp_path), "--reward.path", "a:b", "--cost.path", "a:b"]
     with pytest.raises(InputError, match="evaluation.yaml is not valid YAML"):
         run_date.with_date(parse(words, EvaluateConfig))
-
-
-def test_ranks_that_start_on_two_days_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = parse(["--date", START], SftConfig)
-    ranks = Ranks(0, 2, torch.device("cpu"))
-    run_date.check_date(config, ranks)
-    monkeypatch.setattr(Ranks, "gather_list", lambda self, items: [*items, LATER])
-    with pytest.raises(InputError, match=f"have the dates {START} and {LATER}, expected one: give --date"):
-        run_date.check_date(config, ranks)

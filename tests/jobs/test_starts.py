@@ -20,7 +20,8 @@ from transformers import (
 from repo_fast.config.sections import check_fields
 from repo_fast.errors import InputError
 from repo_fast.jobs.checkpoint import check_output_folder
-from repo_fast.report.folders import LOCK_FILE, publish
+from repo_fast.jobs.training_prompts import INSIDE, Source, write_record
+from repo_fast.report.folders import LOCK_FILE, publish, put_back, replace
 from tests.job_runs import Job, edited_run, metrics, write_lines
 from tests.supervised_runs import here, make_inputs
 from tests.tiny import save_beaver, save_policy, save_sequence_classifier, word_tokenizer
@@ -210,6 +211,72 @@ def test_a_folder_is_published_readable_and_whole(tmp_path: Path) -> None:
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "final").rglob("*") if file.is_file()}
     assert modes == {"a.safetensors": 0o644, "run.sh": 0o744}
     assert not (tmp_path / "aside").exists()
+
+
+def test_one_that_has_the_name_stays_until_the_next_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final, aside = tmp_path / "policy", tmp_path / "policy.partial"
+
+    def written(folder: Path, text: str) -> None:
+        folder.mkdir()
+        (folder / "weights").write_text(text)
+
+    def quota(handle: int) -> None:
+        raise OSError(122, "Disk quota exceeded")
+
+    written(final, "first")
+    written(aside, "second")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", quota)
+        with pytest.raises(OSError, match="quota"):
+            replace(aside, final)
+    assert (final / "weights").read_text() == "first"
+    replace(aside, final)
+    assert (final / "weights").read_text() == "second" and [*tmp_path.iterdir()] == [final]
+    # Killed between the two renames: what was there comes back; after the second, it goes.
+    final.rename(tmp_path / "policy.before")
+    put_back(final)
+    assert (final / "weights").read_text() == "second" and [*tmp_path.iterdir()] == [final]
+    written(tmp_path / "policy.before", "first")
+    put_back(final)
+    assert (final / "weights").read_text() == "second" and [*tmp_path.iterdir()] == [final]
+
+
+@pytest.mark.parametrize("name", ["plots", "evaluations", "tensorboard", "profile", "checkpoints", "plots/below"])
+def test_what_is_written_is_not_led_into_another_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "run" / "plots").mkdir(parents=True)
+    path = tmp_path / "run" / name
+    if path.is_dir():
+        path.rmdir()
+    path.symlink_to(tmp_path / "precious")
+    with pytest.raises(
+        InputError, match=f"{name}' is a link to '.*precious', expected a folder: what is written would"
+    ):
+        check_output_folder("auto", tmp_path / "run")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match="metrics.jsonl' is a pipe, expected a file"):
+        check_output_folder("auto", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["warnings.jsonl", "evaluations.jsonl", "eval_before.jsonl", "report.html"])
+def test_what_would_be_written_over_is_refused_before_anything_is(
+    inputs: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / name).write_text("mine")
+    assert here("sft", inputs, tmp_path) == 2
+    assert f"holds {name!r} and no run, which would write over it, expected a new folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_model_s_own_record_is_not_written_over(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_record(tmp_path, INSIDE, (Source("data.prompts", "p.jsonl", None, ("0" * 16,)),))
+    before = (tmp_path / "training_prompts.json").read_bytes()
+    assert here("sft", inputs, tmp_path) == 2
+    assert "holds 'training_prompts.json', which says what the model in that folder was" in capsys.readouterr().err
+    assert (tmp_path / "training_prompts.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "plots/loss.png", "evaluations/step-000001.jsonl"])

@@ -106,10 +106,20 @@ def test_checkpoints_that_are_gone_beside_a_result(job: Job, copied: Path, capsy
 
 def test_checkpoints_that_are_gone_beside_a_log(job: Job, copied: Path, capsys: pytest.CaptureFixture) -> None:
     shutil.rmtree(half(copied) / "checkpoints")
+    # Of one every two steps, the first was there before the third.
+    said = "--resume 'auto' finds no checkpoint in .* there is .*metrics.jsonl, up to step 4; expected .*"
+    refused(job, capsys, copied, "auto", said)
+    in_the_background(copied)
     with open(copied / "metrics.jsonl", "a") as log:
         log.write('{"step": 5}\n')
-    said = "--resume 'auto' finds no checkpoint in .* there is .*metrics.jsonl, up to step 5; expected .*"
-    refused(job, capsys, copied, "auto", said)
+    refused(job, capsys, copied, "auto", said.replace("step 4", "step 5"))
+
+
+def in_the_background(output_dir: Path) -> None:
+    """As if a run had written its checkpoints so."""
+    written = (output_dir / "config.yaml").read_text()
+    assert "background: false" in written
+    (output_dir / "config.yaml").write_text(written.replace("background: false", "background: true"))
 
 
 def test_checkpoints_that_are_damaged_and_no_others(job: Job, copied: Path, capsys: pytest.CaptureFixture) -> None:
@@ -121,8 +131,9 @@ def test_checkpoints_that_are_damaged_and_no_others(job: Job, copied: Path, caps
 def test_killed_before_its_first_checkpoint(
     job: Job, whole: Path, copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The log may have come to the second: the first is written in the background."""
+    """The log may have come to the second where the first was written in the background."""
     shutil.rmtree(half(copied) / "checkpoints")
+    in_the_background(copied)
     assert job.here(copied, *FOUR_STEPS, "--resume auto") == 0
     assert (
         "stopped in or after step 4, before its first checkpoint: the run begins anew, and its log too" in caplog.text
