@@ -21,7 +21,6 @@ nothing is overwritten. Options of a stage are `--STAGE.option value`; `--until 
 
 import argparse
 import json
-import os
 import sys
 import uuid
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from repo_fast.errors import InputError, readable
 from repo_fast.jobs.launch import OneLineParser, guarded
 from repo_fast.launcher import run_ranks
 from repo_fast.report.evaluations import judge_evaluation, read_evaluation
+from repo_fast.report.rewriting import rewriting
 from repo_fast.report.tables import before_after_table
 from repo_fast.world import rules
 
@@ -259,11 +259,10 @@ def _read_record(folder: Path) -> dict:
 
 
 def _write_record(folder: Path, record: dict) -> None:
-    aside = folder / f"{_RECORD}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        os.replace(aside, folder / _RECORD)
+        with rewriting(folder / _RECORD) as file:
+            json.dump(record, file, indent=1)
     except OSError as error:
         raise InputError(
             f"--output_dir {str(folder.parent)!r} cannot be written: {error.strerror}, expected a folder"

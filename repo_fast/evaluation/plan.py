@@ -8,7 +8,6 @@ import datetime
 import hashlib
 import json
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from repo_fast.evaluation.fresh import Fresh
 from repo_fast.evaluation.ledger import Ledger, ledger_of
 from repo_fast.evaluation.suites import KnownPrompt, categories_of
 from repo_fast.jobs.fingerprints import of_model
+from repo_fast.report.rewriting import rewriting
 from repo_fast.scoring import ScorerSpec
 
 log = logging.getLogger(__name__)
@@ -274,10 +274,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a mapping, over an older file of that name, which stays until the new one is whole."""
-    aside = path.with_name(path.name + ".tmp")
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
+    with rewriting(path) as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

@@ -20,7 +20,6 @@ the user's is there by itself, and the dialogue up to it: answers within it are 
 
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +33,8 @@ from repo_fast.data import Dialogue, Prompt
 from repo_fast.errors import InputError, first_line
 from repo_fast.jobs.fingerprints import data_sources, model_paths
 from repo_fast.models.model_config import folder_of
+from repo_fast.report.rewriting import rewriting
+from repo_fast.world import EMBEDDED
 
 FILE = "training_prompts.json"
 # The model that a record in its own folder is about.
@@ -192,9 +193,8 @@ def write_record(folder: Path, model: str, record: Record) -> None:
         OSError: It cannot be written.
     """
     content = {"format": _FORMAT, "model": model, "sources": [asdict(source) for source in record]}
-    aside = folder / f"{FILE}.tmp"
-    aside.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
-    os.replace(aside, folder / FILE)
+    with rewriting(folder / FILE) as file:
+        file.write(json.dumps(content, separators=(",", ":")) + "\n")
 
 
 def read_record(path: str) -> Record | None:
@@ -207,7 +207,7 @@ def read_record(path: str) -> Record | None:
     Raises:
         InputError: Its record is damaged.
     """
-    if path in ("world:tiny", "world:base"):
+    if path in EMBEDDED:
         return _of_embedded(path)
     folder = folder_of(path.removeprefix(GUARD))
     if not path or folder is None:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from repo_fast.report.jsonl import Value
+from repo_fast.report.rewriting import rewriting
 
 FOLDER, FILE = "best_policy", "best_evaluation.json"
 # Measures of the before/after table that say how good a policy is, and whether more of it is better. A KL or a length
@@ -109,7 +110,8 @@ def better(
 
 def write_best(folder: Path, best: Best) -> None:
     """Say in the folder of a policy of which evaluation it is."""
-    (folder / FILE).write_text(json.dumps(asdict(best), indent=1) + "\n", encoding="utf-8")
+    with rewriting(folder / FILE) as file:
+        file.write(json.dumps(asdict(best), indent=1) + "\n")
 
 
 def read_best(folder: Path) -> Best | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from repo_fast.errors import InputError
+from repo_fast.report.rewriting import rewriting
 
 Value = float | int | str | list[int] | None
 
@@ -53,11 +54,9 @@ def write_log(path: Path, records: Iterable[Mapping[str, Value]]) -> None:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Writes rows without a step, over an older file of that name, which stays until the new one is whole."""
-    aside = path.with_name(path.name + ".tmp")
-    with _open_text(aside, "w") as file:
+    with rewriting(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-    os.replace(aside, path)
 
 
 def read_records(path: Path) -> Iterator[dict[str, Value]]:
@@ -141,5 +140,5 @@ def lines_and_records(path: Path, offset: int = 0, lines: int = 0) -> Iterator[t
             yield line, record
 
 
-def _open_text(path: Path, mode: Literal["x", "a", "w"]) -> TextIO:
+def _open_text(path: Path, mode: Literal["x", "a"]) -> TextIO:
     return open(path, mode, encoding="utf-8", errors="backslashreplace", newline="\n")

@@ -6,7 +6,6 @@ seen is written as its code point.
 
 import html
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from repo_fast.report.best import read_best
 from repo_fast.report.page_links import Link
 from repo_fast.report.page_parts.wording import visible
 from repo_fast.report.plain_yaml import load_yaml
+from repo_fast.report.rewriting import rewriting
 
 FILE = "README.md"
 # What tells a card of ours from one that somebody wrote.
@@ -102,12 +102,11 @@ def write_model_card(folder: Path, text: str) -> Path:
         InputError: A `README.md` stands there that is not ours, and stays as it is; or it cannot be written.
     """
     path = folder / FILE
-    aside = folder / f".{FILE}"
     try:
         if path.exists() and MARKER not in path.read_text(encoding="utf-8", errors="replace"):
             raise InputError(f"{path} is not a card of ours, expected none, or one: it is left as it is")
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
+        with rewriting(path) as file:
+            file.write(text)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}, expected a folder of a policy") from error
     return path

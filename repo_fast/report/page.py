@@ -17,7 +17,7 @@ from repo_fast.report.measures import Thresholds
 from repo_fast.report.page_links import Link
 from repo_fast.report.page_parts import charts
 from repo_fast.report.page_parts.certificate import describe
-from repo_fast.report.page_parts.document import render, write_page_text
+from repo_fast.report.page_parts.document import render
 from repo_fast.report.page_parts.measures_table import cells_of, measures_table
 from repo_fast.report.page_parts.responses import PolicyScores, collect, pack
 from repo_fast.report.page_parts.wording import (
@@ -32,6 +32,7 @@ from repo_fast.report.page_parts.wording import (
     spell_value,
     triple,
 )
+from repo_fast.report.rewriting import rewriting
 from repo_fast.report.tables import suite_line
 
 _FLIPS = ("safe_safe", "safe_unsafe", "unsafe_safe", "unsafe_unsafe")
@@ -132,7 +133,8 @@ def write_page(
         "streams": pack(collected, policies, threshold),
     }
     styles = ["style.css", *(["certificate.css"] if certified else [])]
-    write_page_text(path, render("evaluation.html", context, styles, ["script.js", "print.js"]))
+    with rewriting(path) as file:
+        file.writelines(render("evaluation.html", context, styles, ["script.js", "print.js"]))
 
 
 def _limits(threshold: Thresholds, between: str) -> str:

@@ -21,7 +21,7 @@ from repo_fast.report.evaluations import read_evaluation
 from repo_fast.report.jsonl import read_records
 from repo_fast.report.measures import Thresholds, interval_of, prompts_about
 from repo_fast.report.page_links import PAGE, link
-from repo_fast.report.page_parts.document import render, write_page_text
+from repo_fast.report.page_parts.document import render
 from repo_fast.report.page_parts.measures_table import measures_table
 from repo_fast.report.page_parts.run_charts import curve, how_drawn, spelled
 from repo_fast.report.page_parts.worst_prompts import worst_prompts
@@ -37,6 +37,7 @@ from repo_fast.report.panels import (
     panels_of,
 )
 from repo_fast.report.plain_yaml import load_yaml
+from repo_fast.report.rewriting import rewriting
 from repo_fast.report.series import Columns
 from repo_fast.report.tables import before_after_measures, unsafe
 
@@ -78,7 +79,8 @@ class RunPage:
 
     def write(self) -> None:
         """Write it, over an older one, which stays until the new one is whole. Raises `OSError`."""
-        write_page_text(self._folder / PAGE, self.parts())
+        with rewriting(self._folder / PAGE) as file:
+            file.writelines(self.parts())
 
     def is_run(self) -> bool:
         """Whether a run has written something into the folder."""

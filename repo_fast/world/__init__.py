@@ -12,3 +12,6 @@ prompts misleading: see the table in `repo_fast.world.rules`.
     corpus.py     training prompts, held-out prompts, demonstrations
     policy.py     the starting policy: about 1 M parameters, trained on demonstrations at first use, then cached
 """
+
+# The models of `policy.py`, as options name them.
+EMBEDDED = ("world:tiny", "world:base")

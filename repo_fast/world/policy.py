@@ -106,6 +106,11 @@ def base_policy(cache_dir: str | Path | None = None) -> Path:
     return _cached("base-policy", base_recipe(), cache_dir)
 
 
+def embedded_folder(path: str) -> Path:
+    """That of one of `repo_fast.world.EMBEDDED`, made on first use. Raises as `tiny_policy`."""
+    return tiny_policy() if path == "world:tiny" else base_policy()
+
+
 def tiny_recipe() -> Recipe:
     """How `tiny_policy` is trained."""
     return Recipe()

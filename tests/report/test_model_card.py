@@ -219,6 +219,15 @@ def test_a_card_of_ours_is_replaced_and_one_of_others_is_not(tmp_path: Path) -> 
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
+def test_a_link_in_a_policy_s_folder_leads_no_card_out(tmp_path: Path) -> None:
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    for name in (".README.md", "README.md.tmp"):
+        (tmp_path / "policy" / name).symlink_to(tmp_path / "precious")
+    path = write_model_card(tmp_path / "policy", model_card(certificate(), None))
+    assert path.is_file() and not path.is_symlink() and (tmp_path / "precious").read_text() == "mine"
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"README\.md cannot be written: No such file or directory, expected a folder"):
         write_model_card(tmp_path / "nowhere", "text")

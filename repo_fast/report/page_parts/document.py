@@ -6,10 +6,8 @@ script and style by their hashes and nothing from outside.
 
 import base64
 import hashlib
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
@@ -47,16 +45,6 @@ def render(
         script=Markup(script),
         security_policy=Markup(f"{policy}; base-uri 'none'; form-action 'none'"),
     )
-
-
-def write_page_text(path: Path, parts: Iterable[str]) -> None:
-    """Write a page, over an older one of that name, which stays until the new one is whole. Raises `OSError`."""
-    aside = path.with_name(path.name + ".tmp")
-    # Of a writer that was killed, or a link that would lead out of the folder.
-    aside.unlink(missing_ok=True)
-    with open(aside, "x", encoding="utf-8", newline="\n") as file:
-        file.writelines(parts)
-    os.replace(aside, path)
 
 
 def _asset(name: str) -> str:
