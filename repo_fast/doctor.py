@@ -24,7 +24,7 @@ from pathlib import Path
 from repo_fast.errors import first_line, one_line
 from repo_fast.report.progress import printable
 from repo_fast.report.tables import grid
-from repo_fast.speed.host_memory import host_memory
+from repo_fast.speed.host import host_cores, host_memory
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,13 @@ def _quiet() -> Iterator[None]:
 
 def machine() -> list[Finding]:
     """Cores, memory, disk, GPUs and compiler."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory, disk = host_memory(), shutil.disk_usage(Path.cwd())
     compilers = [
         found for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if (found := shutil.which(name))
     ]
     return [
         Finding(("system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")),
-        Finding(("cores", str(cores))),
+        Finding(("cores", str(host_cores()))),
         Finding(("host memory", _free(*memory))),
         Finding(("disk of this folder", _free(disk.free, disk.total))),
         *_gpus(),

@@ -45,6 +45,11 @@ class PromptSampler:
             self._position = missing
         return batch
 
+    @property
+    def epochs(self) -> float:
+        """How many were drawn, with the part of the one that is under way."""
+        return (self._epoch * self._n_prompts + self._position) / self._n_prompts
+
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on from here: plain numbers and lists."""
         return {**self._identity, "epoch": self._epoch, "head": list(self._head), "position": self._position}

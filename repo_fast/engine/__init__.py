@@ -440,7 +440,10 @@ class Engine:
                 buffer.copy_(reader.tensor(saved.buffers[name], f"{name}/{BUFFER}"))
         own.after_masters_changed(optimizer)
         self._schedule.load_state_dict(saved.schedule | {"lr_lambdas": [None] * len(optimizer.param_groups)})
-        for group, learning_rate in zip(optimizer.param_groups, saved.schedule["_last_lr"], strict=True):
+        # That of this run's schedule, which is another where the run has more steps than it had.
+        factors = [factor(self._schedule.last_epoch) for factor in self._schedule.lr_lambdas]
+        self._schedule._last_lr = [rate * by for rate, by in zip(self._schedule.base_lrs, factors, strict=True)]
+        for group, learning_rate in zip(optimizer.param_groups, self._schedule._last_lr, strict=True):
             group["lr"] = learning_rate
 
     def _frozen_weights(self) -> tuple[str, str]:

@@ -7,6 +7,7 @@ the files is executed.
 
 import pickle
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ _READ_AS: list[Any] = [
     (_Fields, "deepspeed.utils.tensor_fragment.fragment_address"),
     (_Number, "deepspeed.runtime.zero.config.ZeroStageEnum"),
 ]
+# In a zip's external attributes, as MS-DOS had them.
+_SAYS_FOLDER = 0x10
 
 
 def convert_engine(source: Path, folder: Path) -> dict[str, FileSum]:
@@ -110,14 +113,20 @@ def _check_sums(path: Path) -> None:
 
     Those of before 2020 have no sums.
     """
+    if not zipfile.is_zipfile(path):
+        return
     try:
-        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"{str(path)!r} cannot be read: {first_line(error)}") from error
-    if damaged is not None:
-        raise InputError(
-            f"{str(path)!r} is damaged: the sum of its record {damaged!r} differs, expected what was written"
-        )
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+            # torch would take a record that is said to be a folder for one without content.
+            folder = next((part.filename for part in file.infolist() if part.external_attr & _SAYS_FOLDER), None)
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{str(path)!r} is damaged ({first_line(error)}), expected what was written") from error
+    problem = (
+        f"the sum of its record {damaged!r} differs" if damaged is not None else f"its record {folder!r} is no file"
+    )
+    if damaged is not None or folder is not None:
+        raise InputError(f"{str(path)!r} is damaged: {problem}, expected what was written")
 
 
 def _moments(optimizer: dict[str, Any]) -> dict[int, dict[str, torch.Tensor]]:

@@ -9,18 +9,14 @@ Rows are appended in *units* (`repo_fast/report/unit_file.py`), each of which is
 A key is a hash of everything that the rows depend on, so another setting is another file, and nothing is overwritten.
 """
 
-import ast
 import hashlib
-import importlib.util
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from repo_fast.models.model_config import folder_of, load_config
-from repo_fast.scoring import ScorerSpec
+from repo_fast.scoring import ScorerSpec, function_texts
 
 
 def key_of(what: Mapping[str, Any]) -> str:
@@ -70,42 +66,5 @@ def drawn_before(cache_dir: Path, hashes: Sequence[str], reference: str | None) 
 
 
 def scorer_fingerprint(spec: ScorerSpec) -> list:
-    """What tells a scorer from another.
-
-    For a function: the texts of its module, which is loaded, and of the modules that this imports from its own package
-    or folder. Data that it reads is not part of it.
-    """
-    if spec.kind != "function":
-        return fingerprint(spec.path)
-    name = spec.path.partition(":")[0]
-    roots = [Path(folder) for folder in getattr(sys.modules[name.partition(".")[0]], "__path__", ())]
-    # A module by itself: those beside it.
-    roots = roots or [Path(getattr(sys.modules[name], "__file__", None) or "/").parent]
-    texts: dict[str, str] = {}
-    waiting = [sys.modules[name]]
-    while waiting:
-        module = waiting.pop()
-        path = Path(getattr(module, "__file__", None) or "/")
-        inside = path.suffix == ".py" and any(path.is_relative_to(root) for root in roots)
-        if module.__name__ in texts or not inside:
-            continue
-        text = path.read_bytes()
-        texts[module.__name__] = hashlib.sha256(text).hexdigest()
-        waiting.extend(sys.modules[name] for name in _imported(text, module) if name in sys.modules)
-    return [spec.path, sorted(texts.items())]
-
-
-def _imported(text: bytes, module: ModuleType) -> Iterator[str]:
-    """Names that a module's text imports: of modules, and of what may be one."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            yield from (entry.name for entry in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            relative = "." * node.level + (node.module or "")
-            try:
-                origin = importlib.util.resolve_name(relative, module.__package__)
-            except ImportError:
-                # Guarded by the module itself: relative, where there is no package.
-                continue
-            yield origin
-            yield from (f"{origin}.{entry.name}" for entry in node.names)
+    """What tells a scorer from another; of a function, its texts."""
+    return [spec.path, sorted(function_texts(spec.path).items())] if spec.kind == "function" else fingerprint(spec.path)

@@ -15,7 +15,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,13 +53,14 @@ from repo_fast.report.measures import Evaluation, Thresholds, above
 from repo_fast.report.model_card import model_card, read_training, write_model_card
 from repo_fast.report.page import write_page
 from repo_fast.report.page_links import PAGE, pages_of_runs, relative_links
+from repo_fast.report.rewriting import rewriting
 from repo_fast.report.run_page import RunPage
 from repo_fast.report.tables import comparison_table
 from repo_fast.report.unit_file import UnitFile
 from repo_fast.rollout import Request, Rollout
 from repo_fast.rollout.units import Unit, drawn_in_turn, grouped, units_of
 from repo_fast.rollout.vllm import version
-from repo_fast.scoring import FunctionScorer, Guard, Scorer, ScorerSpec, finite_scores
+from repo_fast.scoring import FunctionScorer, Guard, Scorer, ScorerSpec, finite_scores, function_texts
 
 log = logging.getLogger(__name__)
 
@@ -206,11 +206,17 @@ class Evaluator:
         return plan
 
     def _read_here(self) -> dict[str, Fingerprint]:
-        """Of what this rank has read, or will, by the option that names it: prompts, policies and scorers."""
+        """Of what this rank has read, or will, by what names it: prompts, policies and scorers."""
         texts = key_of({"texts": [_identity(prompt) for prompt in self.inputs.prompts]})
         paths = {f"policies.{name}": policy.path for name, policy in self.inputs.policies.items()}
-        paths |= {f"the scorer {name}": spec.path for name, spec in self.inputs.scorers.items() if spec.kind != "judge"}
-        return {"prompts": {"the texts": texts}} | {key: of_model(path, whole=False) for key, path in paths.items()}
+        scorers = [*self.inputs.scorers.items()]
+        scorers += [] if self.inputs.well_formed is None else [("well_formed", self.inputs.well_formed)]
+        paths |= {f"the scorer {name}": spec.path for name, spec in scorers if spec.kind in ("model", "guard")}
+        functions = {
+            f"the scorer {name}": function_texts(spec.path) for name, spec in scorers if spec.kind == "function"
+        }
+        models = {key: of_model(path, whole=False) for key, path in paths.items()}
+        return {"the evaluation": {"prompts": texts}, **models, **functions}
 
     def _start_judge(self) -> ComparingJudge | None:
         """The judge, asked once: what is wrong with it would otherwise show hours later."""
@@ -225,7 +231,8 @@ class Evaluator:
     def _draw(self, name: str, policy: PolicyInput) -> Samples:
         """A policy's responses; drawn where they are not in the cache."""
         about = self._about(policy)
-        folder = self.cache_dir / key_of(about)
+        # Of a rank that has copies of the same files they may have other dates.
+        folder = self.cache_dir / self.ranks.gather_list([key_of(about)])[0]
         with self.ranks.together("making the cache"):
             if self.ranks.is_first:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -234,12 +241,27 @@ class Evaluator:
         count = self.config.samples_per_prompt * (2 if name == self.inputs.reference else 1)
         units = units_of(policy.requests, count, self.config.sampling.batch_size, self.config.seed)
         file = UnitFile(folder / "samples.jsonl", [len(unit.requests) for unit in units])
-        done = file.complete()
+        done = self._complete(file)
         log.info("policy %s: %d responses, %d of them in the cache", name, sum(file.sizes), sum(file.sizes[:done]))
-        self.ranks.barrier()
         if done < len(units):
             self._draw_units(policy, units, done, file)
+            self._complete(file)
         return Samples(folder, list(file.sizes), file.read())
+
+    def _complete(self, file: UnitFile) -> int:
+        """How many units of a file of the cache are there. All ranks must call it.
+
+        Raises:
+            InputError: They do not see one cache.
+        """
+        found = self.ranks.gather_list([file.complete()])
+        for rank, count in enumerate(found):
+            if count != found[0]:
+                raise InputError(
+                    f"ranks 0 and {rank} do not find the same in {file.path}: {found[0]} and {count} of "
+                    f"{len(file.sizes)} parts, expected one cache_dir that all hosts see"
+                )
+        return found[0]
 
     def _about(self, policy: PolicyInput) -> dict[str, Any]:
         """Everything that responses depend on, but how many there are."""
@@ -333,9 +355,9 @@ class Evaluator:
 
     def _score(self, column: _Column, name: str, samples: Samples) -> None:
         """Add a score to every row of a policy; computed where it is not in the cache."""
-        file = UnitFile(samples.folder / f"{column.name}-{key_of(column.about)}.jsonl", samples.units)
-        done = file.complete()
-        self.ranks.barrier()
+        key = self.ranks.gather_list([key_of(column.about)])[0]
+        file = UnitFile(samples.folder / f"{column.name}-{key}.jsonl", samples.units)
+        done = self._complete(file)
         if done < len(samples.units):
             policy = self.inputs.policies[name]
             with self.ranks.together(f"loading the {column.name}"):
@@ -549,6 +571,5 @@ def _renew_page(policy: str) -> None:
 
 
 def _write_text(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(aside, path)
+    with rewriting(path) as file:
+        file.write(text)

@@ -22,8 +22,7 @@ from repo_fast.checkpoints.manifest import MANIFEST, Damaged, check_sizes, check
 from repo_fast.collectives import Ranks
 from repo_fast.config import GuardConfig, RubricConfig, ScorerConfig
 from repo_fast.errors import InputError, first_line, readable
-from repo_fast.jobs.training_prompts import FILE as RECORD
-from repo_fast.jobs.training_prompts import is_about_its_folder
+from repo_fast.report.best import FOLDER as BEST
 from repo_fast.report.folders import check_no_links, publish, put_back, remove
 from repo_fast.report.jsonl import last_step
 from repo_fast.report.page_links import PAGE
@@ -32,7 +31,7 @@ from repo_fast.report.plain_yaml import load_yaml
 # What runs write whatever is there; `--output_dir .` may be the folder of the policy that it starts from.
 _RESULTS = ("policy", "model")
 _WRITTEN_OVER = (
-    *(*_RESULTS, "best_policy", "checkpoints", "evaluations", "plots", "profile", "tensorboard", PAGE),
+    *(*_RESULTS, BEST, "checkpoints", "evaluations", "plots", "profile", "tensorboard", PAGE),
     *(f"{name}.jsonl" for name in ("metrics", "samples", "warnings", "evaluations")),
     *(f"eval_{name}.jsonl" for name in ("before", "after", "scores")),
 )
@@ -51,8 +50,8 @@ _FREE_KEYS = (
     "engine.dtype",
     "timeout",
 )
-# So do these of any scorer: a run that stopped at its budget goes on with a larger one.
-_FREE_OF_SCORERS = re.compile(
+# So do these of any scorer: a run that stopped at its budget goes on with a larger one, a host may ask another judge.
+FREE_OF_SCORERS = re.compile(
     r".+\.(expect|judge\.(url|api_key_variable|concurrency|retries|timeout|input_price|output_price|budget))"
 )
 # What runs did before there were these options; their checkpoints do not say. Before there was a date, they wrote any.
@@ -263,9 +262,12 @@ def check_output_folder(resume: str | None, output_dir: Path) -> None:
             f"--output_dir {str(output_dir)!r} holds {others[0]!r} and no run, which would write over it, expected a "
             "new folder"
         )
-    if is_about_its_folder(output_dir):
+    # It takes seconds to import, which only jobs have.
+    from repo_fast.jobs.training_prompts import FILE, is_about_its_folder
+
+    if not is_run and is_about_its_folder(output_dir):
         raise InputError(
-            f"--output_dir {str(output_dir)!r} holds {RECORD!r}, which says what the model in that folder was trained "
+            f"--output_dir {str(output_dir)!r} holds {FILE!r}, which says what the model in that folder was trained "
             "on, and which the run would write over, expected a new folder"
         )
     if resume is None and used:
@@ -310,7 +312,7 @@ def _steps_before_the_first(output_dir: Path) -> int | None:
     try:
         settings = load_yaml((output_dir / "config.yaml").read_text(encoding="utf-8"))["checkpoint"]
         # Written in the background, the first is there before the second begins.
-        return int(settings["every"]) * (2 if settings["background"] else 1)
+        return int(settings["every"]) * (2 if settings.get("background") else 1)
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -346,7 +348,7 @@ def check_run(folder: Path, run: dict, config: dict) -> None:
             theirs = None
         if theirs is None and key in _BEFORE:
             theirs = ours if _BEFORE[key] is _ANY else _BEFORE[key]
-        free = {key, key.split(".")[0]} & {*_FREE_KEYS} or _FREE_OF_SCORERS.fullmatch(key)
+        free = {key, key.split(".")[0]} & {*_FREE_KEYS} or FREE_OF_SCORERS.fullmatch(key)
         if theirs != ours and not free:
             raise InputError(
                 f"checkpoint {folder} is of another configuration: {key} is {theirs!r} there and {ours!r} here, "
@@ -401,7 +403,7 @@ def complete(folder: Path, sums: Mapping[str, FileSum]) -> None:
 def remove_unfinished(output_dir: Path) -> None:
     """Remove what killed runs left, and let results have their names. For one rank to call, before there is one of this
     run."""
-    for name in (*_RESULTS, "best_policy"):
+    for name in (*_RESULTS, BEST):
         put_back(output_dir / name)
     for unfinished in (output_dir / "checkpoints").glob("step-*.partial"):
         remove(unfinished)

@@ -228,7 +228,7 @@ class EvaluatedRun(Run):
                     self._note_evaluation(self._step_measures())
         elif row is not None:
             self.watch.see_evaluation(row)
-        self._keep_best()
+        self.keep_best()
 
     @contextlib.contextmanager
     def _nothing_changed(self) -> Iterator[None]:
@@ -289,7 +289,7 @@ class EvaluatedRun(Run):
         plot_evaluations(self.evaluations.rows(), self.output_dir / "plots", self.threshold)
         self.watch.see_evaluation(row)
 
-    def _keep_best(self) -> None:
+    def keep_best(self) -> None:
         """Write the policy where this step's evaluation is the best so far. All ranks must call it."""
         best, is_new = self.watch.best, False
         with self.ranks.together("looking at the best policy"):
@@ -316,8 +316,9 @@ class EvaluatedRun(Run):
         best = self.watch.best
         checkpoint.prune(self.output_dir, self.config.checkpoint.keep, None if best is None else best.step)
 
-    def drop_later_best(self) -> None:
-        """Set the policy of a step that this run has not come to yet aside. For the first rank to call."""
+    def find_best(self) -> None:
+        """Of a resumed run: see to it that the best policy on disk is that of the best evaluation, and say where it is
+        none; set that of a step which this run has not come to yet aside. For the first rank to call."""
         folder, best = self.output_dir / best_policy.FOLDER, self.watch.best
         written = best_policy.read_best(folder)
         if written is not None and written.step > self.step:
@@ -326,7 +327,12 @@ class EvaluatedRun(Run):
             folder.rename(aside)
             self.say(f"{folder} is of step {written.step}, which this run has yet to come to: it is {aside} now")
             written = None
-        if best is not None and best.step < self.step and written != best:
+        if best is None or written == best:
+            return
+        if written is not None and written.step == best.step:
+            # It was the best by another measure.
+            best_policy.write_best(folder, best)
+        elif best.step < self.step:
             self.say(
                 f"the best evaluation so far, {best.measure} {best.value:.4g} at step {best.step}, has no policy in "
                 f"{folder}: one comes with the first that is better"

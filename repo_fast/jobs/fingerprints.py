@@ -18,30 +18,30 @@ from repo_fast.config.supervised import SupervisedConfig
 from repo_fast.data.sources import NO_DATA, WORLD, may_be_on_the_hub
 from repo_fast.errors import InputError, readable
 from repo_fast.models.model_config import folder_of, load_config
+from repo_fast.speed.host import host_cores
+from repo_fast.world import EMBEDDED
 
 log = logging.getLogger(__name__)
 
 # A file's name, or that of a data set or model on the hub, and what tells it from another of the same name.
 Fingerprint = dict[str, str]
 
+# What a run is evaluated on while it trains.
+_HELD_OUT = ("data.eval_prompts",)
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 # Of larger files of a model, runs of before read this many pieces of this size alone.
 _PIECE, _PIECES = 64 * 1024, 64
 
 
-def fingerprints(config: RunConfig, *, whole: bool = True) -> dict[str, Fingerprint]:
+def fingerprints(config: RunConfig) -> dict[str, Fingerprint]:
     """Of everything that a run reads, by the option that names it. What is not there is left to what reads it.
-
-    Args:
-        config: Of the run.
-        whole: As for `of_model`.
 
     Raises:
         InputError: Something is there, and cannot be read.
     """
     found = {key: of_data(source, split) for key, (source, split) in data_sources(config).items()}
     paths = model_paths(config)
-    models = {path: of_model(path, whole=whole) for path in {*paths.values()}}
+    models = {path: of_model(path) for path in {*paths.values()}}
     found |= {key: models[path] for key, path in paths.items()}
     return {key: fingerprint for key, fingerprint in found.items() if fingerprint}
 
@@ -81,23 +81,32 @@ def of_model(path: str, *, whole: bool = True) -> Fingerprint:
         whole: Whether all of its files is read, rather than pieces of the large ones, which tell another training.
     """
     path = path.removeprefix(GUARD)
+    if path in EMBEDDED:
+        from repo_fast.world.policy import embedded_folder
+
+        # Trained on first use, by whatever versions there are then. That is told by what it computes with.
+        return _of_files(embedded_folder(path), (".safetensors", "tokenizer.json"), whole)
     folder = folder_of(path)
     if folder is not None:
-        with readable(folder):
-            files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(_MODEL_SUFFIXES))
-        # Several weigh gigabytes, and their sums take longer than reading them. Ranks share the host.
-        at_once = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        with ThreadPoolExecutor(at_once) as pool:
-            digests = list(pool.map(lambda file: _digest(file, None if whole else _PIECES), files))
-        return {file.name: digest for file, digest in zip(files, digests, strict=True)}
+        return _of_files(folder, _MODEL_SUFFIXES, whole)
     if ":" in path:
-        # A function, or a part of the embedded world, which comes with the package.
+        # A function, or a scorer of the embedded world, which comes with the package.
         return {}
     try:
         commit = getattr(load_config(path), "_commit_hash", None)
     except InputError:
         return {}
     return {} if commit is None else {path: commit}
+
+
+def _of_files(folder: Path, endings: tuple[str, ...], whole: bool) -> Fingerprint:
+    with readable(folder):
+        files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(endings))
+    # Some weigh gigabytes, and their sums take longer than reading them. Ranks share the host.
+    at_once = max(1, host_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    with ThreadPoolExecutor(at_once) as pool:
+        digests = list(pool.map(lambda file: _digest(file, None if whole else _PIECES), files))
+    return {file.name: digest for file, digest in zip(files, digests, strict=True)}
 
 
 def check_unchanged(folder: Path, run: dict, config: RunConfig, now: dict[str, Fingerprint]) -> None:
@@ -118,7 +127,9 @@ def check_unchanged(folder: Path, run: dict, config: RunConfig, now: dict[str, F
         log.warning("checkpoint %s is from before data were fingerprinted: whether they changed is not known", folder)
         return
     if not were_whole(run):
-        now = fingerprints(config, whole=False)
+        now = now | {key: of_model(path, whole=False) for key, path in model_paths(config).items() if key in now}
+    if allowed:
+        _check_held_out(folder, before, now)
     changed = [" ".join(change) for change in changes(before, now)]
     if changed and not allowed:
         more = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -128,6 +139,22 @@ def check_unchanged(folder: Path, run: dict, config: RunConfig, now: dict[str, F
         )
     if changed:
         log.warning("going on with inputs that are not those of checkpoint %s: %s", folder, "; ".join(changed))
+    if changed and any(of in model_paths(config) for of in _changed_options(before, now)):
+        log.warning("a model is another: what was measured before does not compare with what is measured from here on")
+
+
+def _check_held_out(folder: Path, before: dict[str, Fingerprint], now: dict[str, Fingerprint]) -> None:
+    """Raise `InputError` where a run would measure itself on other prompts than before, and take the difference for its
+    own doing."""
+    for change in changes({key: before[key] for key in _HELD_OUT if key in before}, now):
+        raise InputError(
+            f"checkpoint {folder} is of other inputs: {' '.join(change)} since the run started; expected the same: a "
+            "run's evaluations compare on the same prompts alone, also with --resume_changed_data true"
+        )
+
+
+def _changed_options(before: dict[str, Fingerprint], now: dict[str, Fingerprint]) -> set[str]:
+    return {key for key in before if [*changes({key: before[key]}, now)]}
 
 
 def were_whole(run: dict) -> bool:

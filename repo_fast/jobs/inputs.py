@@ -51,8 +51,9 @@ from repo_fast.report.best import constraint_of
 from repo_fast.report.metrics import check_loggers
 from repo_fast.rollout import Request
 from repo_fast.rollout.hf import end_tokens, generation_settings
-from repo_fast.scoring import FunctionScorer, Guard, ScorerSpec, load_scorer_spec
+from repo_fast.scoring import FunctionScorer, Guard, ScorerSpec, function_texts, load_scorer_spec
 from repo_fast.scoring.score_models import is_encoder, reads_tokens_of
+from repo_fast.world import EMBEDDED
 
 # Of the longest prompts, how many are looked at where looking at all would take long.
 _LONGEST = 100
@@ -92,6 +93,13 @@ class Inputs:
     exempt: dict[str, frozenset[int]] = field(default_factory=dict)
     eval_exempt: dict[str, frozenset[int]] = field(default_factory=dict)
     training_prompts: Record = ()
+
+    @property
+    def read(self) -> dict[str, Fingerprint]:
+        """All that a rank reads, the texts of its scoring functions among it."""
+        functions = {spec.path for spec in self.scorers.values() if spec.kind == "function"}
+        functions |= set() if self.well_formed is None else {self.well_formed.path}
+        return self.fingerprints | {f"the function {path}": function_texts(path) for path in functions}
 
     @property
     def categories(self) -> dict[int, str | None]:
@@ -368,10 +376,10 @@ def find_model(path: str) -> tuple[str, PreTrainedTokenizerBase]:
     Raises:
         InputError: There is no model with a tokenizer that fits it.
     """
-    if path in ("world:tiny", "world:base"):
-        from repo_fast.world.policy import base_policy, tiny_policy
+    if path in EMBEDDED:
+        from repo_fast.world.policy import embedded_folder
 
-        path = str(tiny_policy() if path == "world:tiny" else base_policy())
+        path = str(embedded_folder(path))
     # As for scorers, `~` is the user's own folder.
     path = str(folder_of(path) or path)
     vocabulary = load_config(path).vocab_size

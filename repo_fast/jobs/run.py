@@ -37,7 +37,7 @@ from repo_fast.report.page_links import PAGE
 from repo_fast.report.plots import plot_panels
 from repo_fast.report.progress import Progress
 from repo_fast.report.run_page import RunPage
-from repo_fast.speed.host_memory import host_memory
+from repo_fast.speed.host import host_memory
 from repo_fast.speed.throughput import Measured, peak_memory, reset_peak_memory
 
 _log = logging.getLogger(__name__)
@@ -73,17 +73,28 @@ class Run:
         ranks: This process among those of the run.
         total_steps: Where the run ends.
         shown: The metrics that the display shows, as `Progress` takes them.
+        read: What this rank has read and will, as `check_same_files` takes it.
+
+    Raises:
+        InputError: Another rank reads something else.
     """
 
     # The folder of the trained model, below the output folder.
     RESULT: str
 
     def __init__(
-        self, config: RunConfig, ranks: Ranks, total_steps: int, shown: tuple[tuple[str, str, str], ...]
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        total_steps: int,
+        shown: tuple[tuple[str, str, str], ...],
+        read: Mapping[str, Fingerprint],
     ) -> None:
+        # Before there are models, whose parts would not fit.
+        check_same_files(read, ranks)
         self.config, self.ranks, self.total_steps = config, ranks, total_steps
         self.output_dir = Path(config.output_dir)
-        self.step = 0
+        self.step = self.started_at = 0
         self.stop_signal: int | None = None
         self._resumed_from: Path | None = None
         self._lock: TextIO | None = None
@@ -124,11 +135,10 @@ class Run:
             training_prompts: What the run's model will have seen.
 
         Raises:
-            InputError: The ranks do not read the same, or find the same checkpoint; that is of another model, or beyond
-                the run's last step; or another process writes the folder.
+            InputError: The checkpoint is of another model, or beyond the run's last step; another process writes the
+                folder; or the ranks do not find the same checkpoint.
         """
         self._fingerprints, self._training_prompts = fingerprints, training_prompts
-        check_same_files(fingerprints, self.ranks)
         seed = self.config.seed * 1_000_003 + self.ranks.rank
         torch.manual_seed(seed)
         # The user's scorers may draw from these.
@@ -189,8 +199,15 @@ class Run:
             )
         for name, engine in self.trained().items():
             engine.load(resume_from / name)
-        self.step = run["step"]
+        self.step = self.started_at = run["step"]
         self.load_state_dict(run["state"])
+        before = run.get("total_steps", self.total_steps)
+        if before != self.total_steps and self.ranks.is_first:
+            _log.warning(
+                "going on with %d steps in all, where checkpoint %s is of a run of %d: the learning rate is that of a "
+                "run so long from here on",
+                *(self.total_steps, resume_from, before),
+            )
         if run["ranks"] == self.ranks.size:
             load_random_state(resume_from, self.ranks.rank)
             return
@@ -279,6 +296,7 @@ class Run:
         return {
             "step": self.step,
             "ranks": self.ranks.size,
+            "total_steps": self.total_steps,
             "config": to_dict(self.config),
             "model": self._model(),
             "inputs": self._fingerprints,
@@ -402,8 +420,6 @@ class Run:
                         # First of all: no model, and no run that can be gone on with, stands without it.
                         write_record(self.output_dir, self.RESULT, self._training_prompts)
                         checkpoint.remove_unfinished(self.output_dir)
-                        # A run that was killed after its last checkpoint did not come to it.
-                        self.prune_checkpoints()
                         (self.output_dir / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
                         self._check_log()
                     self.metrics_log = MetricsLog(

@@ -84,7 +84,7 @@ class SupervisedRun(Run, Generic[Example]):
     ) -> None:
         self.batch_size = min(config.batch_size, len(inputs.examples))
         total_steps = -(-config.epochs * len(inputs.examples) // self.batch_size)
-        super().__init__(config, ranks, total_steps, shown)
+        super().__init__(config, ranks, total_steps, shown, inputs.fingerprints)
         self.inputs, self.panels = inputs, panels
         self.ops_backend = resolve("fused_rectified_policy_loss", config.engine.ops_backend, ranks.device)
         self.engine = Engine(self.load_model(), config.engine, ranks, config.optimizer, total_steps)
@@ -144,6 +144,10 @@ class SupervisedRun(Run, Generic[Example]):
         """
         self.listen()
         with self.reports():
+            with self.ranks.together("removing old checkpoints"):
+                if self.ranks.is_first:
+                    # A run that was killed after its last checkpoint did not come to it.
+                    self.prune_checkpoints()
             for text in (self._batch_sizes(), f"loss head: {self.ops_backend}", *self.inputs.notes):
                 self.say(text)
             while self.step < self.total_steps and not self.must_stop():
@@ -186,7 +190,7 @@ class SupervisedRun(Run, Generic[Example]):
         return {name: value / total for name, value in zip(names, values, strict=True)} | {
             "gradient_norm": step.gradient_norm,
             "learning_rate": step.learning_rate,
-            "epoch": (self.step + 1) * self.batch_size / len(self.inputs.examples),
+            "epoch": self.sampler.epochs,
             "tokens": sum(self.tokens(example) for example in batch),
             "steps_skipped": self.skipped.total - skipped,
         }

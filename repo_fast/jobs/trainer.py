@@ -52,7 +52,7 @@ class Trainer(EvaluatedRun):
     config: TrainConfig
 
     def __init__(self, config: TrainConfig, inputs: Inputs, ranks: Ranks) -> None:
-        super().__init__(config, ranks, config.total_steps, _shown(config))
+        super().__init__(config, ranks, config.total_steps, _shown(config), inputs.read)
         self.inputs = inputs
         by_name = {name: cost.threshold for name, cost in config.costs.items()}
         self.threshold: Thresholds = by_name.get(ONLY, by_name)
@@ -113,11 +113,14 @@ class Trainer(EvaluatedRun):
                 self.evaluations = self.open_evaluations()
                 stack.callback(self.evaluations.close)
                 if self.ranks.is_first:
-                    self.watch.compare(self.evaluations.rows())
-                    self.drop_later_best()
+                    self.watch.catch_up(self.evaluations.rows())
+                    self.find_best()
+                    # A run that was killed after its last checkpoint did not come to it.
+                    self.prune_checkpoints()
             self.evaluate_before()
-            # Of a resumed run, what was left of it.
+            # Of a resumed run, what was left of it; of evaluations that come at other steps now, the best.
             self.evaluate_step()
+            self.keep_best()
             while self.step < self.total_steps and not self.must_stop():
                 if self.step + 1 == self.config.profile:
                     folder = self.output_dir / "profile"
@@ -246,7 +249,8 @@ class Trainer(EvaluatedRun):
         if not self.ranks.is_first:
             return
         metrics = self._draw_plots()
-        self.say(speed_table(metrics, self.ranks.size))
+        # Of before a resume there may be steps of other ranks.
+        self.say(speed_table([row for row in metrics if row["step"] > self.started_at], self.ranks.size))
         if self.inputs.eval_requests and not (self.output_dir / "eval_before.jsonl").is_file():
             self.say("no before/after table: the start was evaluated in the folder of the checkpoint resumed from")
         elif self.inputs.eval_requests:

@@ -80,17 +80,28 @@ class Watch:
 
     def see_evaluation(self, row: Mapping[str, Value]) -> None:
         """Look at a row of `evaluations.jsonl`; that of step 0 is the start, which no policy is kept of."""
+        step = int(row["step"])  # type: ignore[arg-type]
+        if step <= self._seen:
+            return
         self._evaluations.append(dict(row))
         del self._evaluations[1:-1]
-        step = int(row["step"])  # type: ignore[arg-type]
         if step:
             self._apply(EVALUATION_RULES, step)
             self._compare(row)
 
-    def compare(self, rows: Iterable[Mapping[str, Value]]) -> None:
-        """Choose the best among the evaluations of before a resume, where none was chosen by this measure."""
-        for row in rows if self.best is None else ():
-            if row["step"]:
+    @property
+    def _seen(self) -> int:
+        """The step of the last evaluation; -1 before the first."""
+        return int(self._evaluations[-1]["step"]) if self._evaluations else -1  # type: ignore[arg-type]
+
+    def catch_up(self, rows: Iterable[Mapping[str, Value]]) -> None:
+        """Look at the evaluations of before a resume that the checkpoint does not know, as that of its own step; and at
+        all of them for the best, where none was chosen by this measure."""
+        chooses, seen = self.best is None, self._seen
+        for row in rows:
+            if int(row["step"]) > seen:  # type: ignore[arg-type]
+                self.see_evaluation(row)
+            elif chooses and row["step"]:
                 self._compare(row)
 
     def _compare(self, row: Mapping[str, Value]) -> None:

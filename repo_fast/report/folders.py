@@ -106,14 +106,18 @@ def replace(aside: Path, final: Path) -> None:
     the process ends between the two, `put_back` gives it its name again.
 
     Raises:
-        OSError: The new one cannot be brought to disk, or renamed. The one before is as it was.
+        OSError: The new one cannot be brought to disk, or renamed. The one before has its name.
     """
     _settle(aside)
+    put_back(final)
     before = _before(final)
-    remove(before)
     if _is_there(final):
         os.rename(final, before)
-    os.rename(aside, final)
+    try:
+        os.rename(aside, final)
+    except OSError:
+        put_back(final)
+        raise
     sync_names(final.parent)
     remove(before)
 
@@ -128,7 +132,8 @@ def put_back(final: Path) -> None:
 
 
 def _before(final: Path) -> Path:
-    return final.with_name(f"{final.name}.before")
+    # A name that nobody else gives.
+    return final.with_name(f".{final.name}.replaced")
 
 
 def _is_there(path: Path) -> bool:

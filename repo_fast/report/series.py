@@ -28,7 +28,7 @@ class Columns:
         self._forget(None)
 
     def _forget(self, file: tuple[int, int] | None) -> None:
-        self._file, self._bytes, self._lines = file, 0, 0
+        self._file, self._bytes, self._lines, self._last = file, 0, 0, b""
         self._values: defaultdict[str, array[float]] = defaultdict(lambda: array("d"))
 
     def refresh(self) -> None:
@@ -40,7 +40,7 @@ class Columns:
         if not self._path.is_file() or self._path.is_symlink():
             return self._forget(None)
         found = self._path.stat()
-        if self._file != (found.st_dev, found.st_ino) or found.st_size < self._bytes:
+        if self._file != (found.st_dev, found.st_ino) or not self._is_longer():
             self._forget((found.st_dev, found.st_ino))
         for line, record in lines_and_records(self._path, self._bytes, self._lines):
             for name, value in record.items():
@@ -49,8 +49,14 @@ class Columns:
                     # In the lines before, the column was missing.
                     column.extend([math.nan] * (self._lines - len(column)))
                     column.append(value)
-            self._bytes, self._lines = self._bytes + len(line), self._lines + 1
+            self._bytes, self._lines, self._last = self._bytes + len(line), self._lines + 1, line
         return None
+
+    def _is_longer(self) -> bool:
+        """Whether what was read is there still: a file system gives the number of one that is gone to a later file."""
+        with open(self._path, "rb") as file:
+            file.seek(self._bytes - len(self._last))
+            return file.read(len(self._last)) == self._last
 
     def names(self) -> list[str]:
         """The columns that have a number, in the order of the log."""

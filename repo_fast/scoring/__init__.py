@@ -8,6 +8,7 @@ is about to say (`GuardScorer`), or from a judge behind an endpoint (`JudgedScor
 from repo_fast.scoring.base import Scorer, ScorerSpec, finite_scores, load_scorer_spec
 from repo_fast.scoring.early import EarlyScores
 from repo_fast.scoring.expectation import check_expected_score, score_text
+from repo_fast.scoring.function_texts import function_texts
 from repo_fast.scoring.functions import FunctionScorer
 from repo_fast.scoring.guards import Guard, GuardScorer
 from repo_fast.scoring.judged import JudgedScorer
@@ -34,6 +35,7 @@ __all__ = [
     "ScorerSpec",
     "check_expected_score",
     "finite_scores",
+    "function_texts",
     "load_line",
     "load_score_model",
     "load_scorer_spec",

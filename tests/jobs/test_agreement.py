@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 from repo_fast.collectives import Ranks
-from repo_fast.config import SftConfig, parse
+from repo_fast.config import EvaluateConfig, SftConfig, parse, to_dict
 from repo_fast.errors import InputError
-from repo_fast.jobs.agreement import check_same_files, check_same_options
+from repo_fast.jobs.agreement import _without_places, check_same_files, check_same_options
 from tests.job_runs import PROMPTS, Job, on_ranks, write_lines
 from tests.tiny import save_policy
 
@@ -35,29 +36,43 @@ def beside(other: object, monkeypatch: pytest.MonkeyPatch) -> Ranks:
     ],
 )
 def test_options(option: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from repo_fast.config import to_dict
-
     words = ["--date", "2024-07-26"]
     mine, other = parse(words, SftConfig), parse([*words, f"--{option}", value], SftConfig)
     check_same_options(mine, Ranks(0, 1, torch.device("cpu")))
     with pytest.raises(InputError, match=said):
-        check_same_options(mine, beside(to_dict(other), monkeypatch))
+        check_same_options(mine, beside(_without_places(to_dict(other)), monkeypatch))
+
+
+def test_names_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of a score model's outputs is whose goes by it, and which policy is drawn from next."""
+    words = ["--date", "2024-07-26", "--prompts", "p", "--reward.path", "a:b", "--cost.path", "a:b"]
+    mine = parse([*words, "--policies", '{"a": "x", "b": "y"}'], EvaluateConfig)
+    other = parse([*words, "--policies", '{"b": "y", "a": "x"}'], EvaluateConfig)
+    with pytest.raises(InputError, match="ranks 0 and 1 have the options in another order, expected the same command"):
+        check_same_options(mine, beside(_without_places(to_dict(other)), monkeypatch))
+
+
+def test_a_host_may_have_its_own_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--date", "2024-07-26", "--reward.path", "judge:m", "--reward.judge.rubric", "x", "--reward.judge.url"]
+    found = []
+    monkeypatch.setattr(Ranks, "gather_list", lambda self, items: found.append(items) or items)
+    for url in ("http://n0/v1", "http://n1/v1"):
+        check_same_options(parse([*words, url]), Ranks(0, 1, torch.device("cpu")))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"data.train": {"a.jsonl": "2"}, "model.path": {"x": "1"}}, "a.jsonl of data.train is"),
-        ({"data.train": {"a.jsonl": "1", "b.jsonl": "1"}, "model.path": {"x": "1"}}, "b.jsonl of data.train is"),
-        ({"data.train": {"a.jsonl": "1"}}, "x of model.path is"),
-        ({"data.train": {"a.jsonl": "1"}, "model.path": {"x": "1"}, "data.eval": {"e": "1"}}, "e of data.eval is"),
+        ({"data.train": {"a.jsonl": "2"}, "model.path": {"x": "1"}}, "a.jsonl of data.train"),
+        ({"data.train": {"a.jsonl": "1", "b.jsonl": "1"}, "model.path": {"x": "1"}}, "b.jsonl of data.train"),
+        ({"data.train": {"a.jsonl": "1"}}, "x of model.path"),
+        ({"data.train": {"a.jsonl": "1"}, "model.path": {"x": "1"}, "data.eval": {"e": "1"}}, "e of data.eval"),
     ],
 )
 def test_files(other: dict, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = {"data.train": {"a.jsonl": "1"}, "model.path": {"x": "1"}}
-    with pytest.raises(
-        InputError, match=f"^{said} not the same on ranks 0 and 1, expected the same files on all hosts"
-    ):
+    with pytest.raises(InputError, match=f"^ranks 0 and 1 do not have the same {said}, expected the same files on all"):
         check_same_files(mine, beside(other, monkeypatch))
 
 
@@ -68,7 +83,7 @@ def two_prompts(folder: Path) -> None:
 
 def two_policies(folder: Path) -> None:
     for rank in range(2):
-        save_policy(folder / f"host-{rank}" / "policy", seed=rank)
+        save_policy(folder / f"host-{rank}" / "policy", hidden_size=32 * (rank + 1))
 
 
 TRAIN = ("--total_steps 1", "--algorithm.advantage rloo", "--data.ptx null", "--algorithm.ptx_coefficient 0")
@@ -78,15 +93,30 @@ TRAIN = ("--total_steps 1", "--algorithm.advantage rloo", "--data.ptx null", "--
     ("module", "words", "make", "said"),
     [
         ("train", [*TRAIN, "--seed RANK"], None, "error: seed is 0 on rank 0 and 1 on rank 1, expected the same"),
-        ("train", [*TRAIN, "--data.prompts p.jsonl"], two_prompts, "error: p.jsonl of data.prompts is not the same on"),
-        ("train", [*TRAIN, "--policy.path policy"], two_policies, "error: model.safetensors of policy.path is not the"),
+        (
+            "train",
+            [*TRAIN, "--data.prompts p.jsonl"],
+            two_prompts,
+            "error: ranks 0 and 1 do not have the same p.jsonl of data.prompts, ",
+        ),
+        (
+            "train",
+            [*TRAIN, "--policy.path policy"],
+            two_policies,
+            "error: ranks 0 and 1 do not have the same config.json of policy.path, ",
+        ),
         (
             "evaluate",
             ["--prompts p.jsonl"],
             two_prompts,
-            "error: the texts of prompts is not the same on ranks 0 and 1",
+            "error: ranks 0 and 1 do not have the same prompts of the evaluation, ",
         ),
-        ("evaluate", ["--policy one=policy"], two_policies, "error: model.safetensors of policies.one is not the same"),
+        (
+            "evaluate",
+            ["--policy one=policy"],
+            two_policies,
+            "error: ranks 0 and 1 do not have the same config.json of policies.one, ",
+        ),
     ],
 )
 def test_two_ranks_of_other_hosts(
@@ -109,6 +139,33 @@ def test_two_ranks_of_other_hosts(
     assert on_ranks(2, "tests.jobs.test_agreement:called", tmp_path) == [2, 2]
     assert (tmp_path / "said-0.txt").read_text().splitlines()[-1].startswith(said)
     assert not run.exists()
+
+
+def test_a_scoring_function_of_another_text(job: Job, tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / f"host-{rank}").mkdir()
+        text = f"def cost(prompts, responses):\n    return [{rank}.0] * len(prompts)\n"
+        (tmp_path / f"host-{rank}" / "own_cost.py").write_text(text)
+    given = job.words(tmp_path / "run", *TRAIN, "--cost.path own_cost:cost")
+    (tmp_path / "call.json").write_text(json.dumps(["train", given]))
+    assert on_ranks(2, "tests.jobs.test_agreement:called", tmp_path) == [2, 2]
+    said = "error: ranks 0 and 1 do not have the same own_cost of the function own_cost:cost, expected the same files"
+    assert (tmp_path / "said-0.txt").read_text().splitlines()[-1].startswith(said)
+
+
+def test_copies_of_a_policy_with_other_dates_are_one(job: Job, tmp_path: Path) -> None:
+    """An evaluation draws once for all hosts, and finds it again."""
+    for rank in range(2):
+        folder = Path(shutil.copytree(job.folder / "policy", tmp_path / f"host-{rank}" / "policy"))
+        for file in folder.iterdir():
+            os.utime(file, (rank, rank))
+    words = ["--policy", "one=policy", "--prompts", str(job.folder / "prompts.jsonl"), "--samples_per_prompt", "2"]
+    words += ["--reward.path", "tests.scorers:reward", "--cost.path", "tests.scorers:cost"]
+    words += ["--output_dir", str(tmp_path / "report"), "--sampling.max_new_tokens", "4"]
+    (tmp_path / "call.json").write_text(json.dumps(["evaluate", words]))
+    for complete in (0, 20):
+        assert on_ranks(2, "tests.jobs.test_agreement:called", tmp_path) == [0, 0]
+        assert f"20 responses, {complete} of them in the cache" in (tmp_path / "said-0.txt").read_text()
 
 
 def called(folder: Path) -> int:

@@ -140,6 +140,23 @@ def test_a_damaged_one_is_not_made_a_sound_one(before: Path, capsys: pytest.Capt
     assert snapshot(before) == left
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        # In the directory of the file: the first byte of a name, and what says that a record is a folder.
+        (46, r"is damaged \(.*\), expected what was written"),
+        (38, r"is damaged: its record '.*' is no file, expected what was written"),
+    ],
+)
+def test_a_damaged_directory_of_one(before: Path, place: int, said: str, capsys: pytest.CaptureFixture) -> None:
+    file = before / "checkpoints" / "step-000002" / "policy" / "state" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x01\x02") + place] ^= 0x90 if place == 46 else 0x10
+    file.write_bytes(content)
+    assert main([str(before), "--convert"]) == 2
+    assert re.fullmatch(rf"error: '.*' {said}\n", capsys.readouterr().err)
+
+
 def test_what_deepspeed_did_not_write_so_is_one_line(before: Path, capsys: pytest.CaptureFixture) -> None:
     state = before / "checkpoints" / "step-000002" / "policy" / "state"
     torch.save({"module": {}}, state / "zero_pp_rank_0_mp_rank_00_model_states.pt")

@@ -59,7 +59,7 @@ def test_supervised_jobs(tmp_path: Path, capsys: pytest.CaptureFixture, caplog, 
     assert here(kind, inputs, run, "--resume auto") == 0
 
 
-def test_more_examples_than_there_were(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_more_examples_than_there_were(tmp_path: Path, capsys: pytest.CaptureFixture, caplog) -> None:
     inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "run"
     assert here("sft", inputs, run, "--data.eval null --stop_after 1") == 0
     add_line(inputs / "sft.jsonl")
@@ -68,6 +68,13 @@ def test_more_examples_than_there_were(tmp_path: Path, capsys: pytest.CaptureFix
     assert here("sft", inputs, run, f"--data.eval null --resume auto {GO_ON}") == 0
     # Eight examples, twice, in threes.
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4, 5, 6]
+    # It goes on as a run of six steps does.
+    assert "going on with 6 steps in all, where checkpoint" in caplog.text and "is of a run of 5: " in caplog.text
+    assert here("sft", inputs, tmp_path / "six", "--data.eval null") == 0
+    rates = [[row["learning_rate"] for row in metrics(folder)] for folder in (run, tmp_path / "six")]
+    assert rates[0][1:] == rates[1][1:]
+    epochs = [row["epoch"] for row in metrics(run)]
+    assert epochs == sorted(epochs)
 
 
 def test_a_checkpoint_beyond_the_last_step_of_fewer_examples(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -104,6 +111,45 @@ def test_the_main_job(
     finally:
         file.write_bytes(as_it_was)
     assert snapshot(started / "run") == before
+
+
+def test_held_out_prompts_stay_in_any_case(started: Path, capsys: pytest.CaptureFixture) -> None:
+    """What differs between two sets of them would be told as the run's doing."""
+    file, before = started / "held_out.jsonl", snapshot(started / "run")
+    as_it_was = file.read_bytes()
+    try:
+        swap_lines(file)
+        capsys.readouterr()
+        assert Job(started).here(started / "run", *options_of(started), "--resume auto", GO_ON) == 2
+    finally:
+        file.write_bytes(as_it_was)
+    said = r"held_out\.jsonl of data\.eval_prompts has changed .* also with --resume_changed_data true"
+    assert re.fullmatch(rf"error: checkpoint .* {said}\n", capsys.readouterr().err)
+    assert snapshot(started / "run") == before
+
+
+def test_another_model_is_gone_on_with_and_said(started: Path, tmp_path: Path, caplog) -> None:
+    run = Path(shutil.copytree(started / "run", tmp_path / "run"))
+    cost = Path(shutil.copytree(started / "cost", tmp_path / "cost"))
+    retrain(started / "cost")
+    try:
+        assert Job(started).here(run, *options_of(started), "--resume auto", GO_ON) == 0
+    finally:
+        shutil.rmtree(started / "cost")
+        shutil.move(cost, started / "cost")
+    assert "model.safetensors of cost.path has changed" in caplog.text
+    assert "a model is another: what was measured before does not compare" in caplog.text
+
+
+def test_the_embedded_policy_is_made_anew_by_other_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from repo_fast.world import policy
+
+    first = fingerprints.of_model("world:tiny")
+    folder = Path(shutil.copytree(policy.tiny_policy(), tmp_path / "policy"))
+    monkeypatch.setattr(policy, "tiny_policy", lambda: folder)
+    assert fingerprints.of_model("world:tiny") == first
+    retrain(folder)
+    assert fingerprints.of_model("world:tiny") != first
 
 
 def retrain(folder: Path) -> None:
@@ -145,7 +191,10 @@ def test_folders_of_data_and_what_has_no_file(tmp_path: Path, monkeypatch: pytes
     found = fingerprints.of_data(str(tmp_path), "train")
     assert sorted(found) == ["part/one.jsonl", "two.jsonl"] and len(set(found.values())) == 1
     assert fingerprints.of_data("world:train", "train") == {}
-    assert fingerprints.fingerprints(parse([], TrainConfig)) == {}
+    embedded = fingerprints.fingerprints(parse([], TrainConfig))
+    assert {key: sorted(files) for key, files in embedded.items()} == {
+        "policy.path": ["model.safetensors", "tokenizer.json"]
+    }
 
     import datasets
 

@@ -230,13 +230,25 @@ def test_one_that_has_the_name_stays_until_the_next_is_on_disk(tmp_path: Path, m
         with pytest.raises(OSError, match="quota"):
             replace(aside, final)
     assert (final / "weights").read_text() == "first"
+    renamed = os.rename
+
+    def once(source: Path, target: Path) -> None:
+        if source == aside:
+            raise OSError(5, "Input/output error")
+        renamed(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", once)
+        with pytest.raises(OSError, match="Input/output"):
+            replace(aside, final)
+    assert (final / "weights").read_text() == "first"
     replace(aside, final)
     assert (final / "weights").read_text() == "second" and [*tmp_path.iterdir()] == [final]
     # Killed between the two renames: what was there comes back; after the second, it goes.
-    final.rename(tmp_path / "policy.before")
+    final.rename(tmp_path / ".policy.replaced")
     put_back(final)
     assert (final / "weights").read_text() == "second" and [*tmp_path.iterdir()] == [final]
-    written(tmp_path / "policy.before", "first")
+    written(tmp_path / ".policy.replaced", "first")
     put_back(final)
     assert (final / "weights").read_text() == "second" and [*tmp_path.iterdir()] == [final]
 
@@ -285,6 +297,7 @@ def test_what_is_written_is_not_led_out_of_its_folder(tmp_path: Path, name: str)
     path = tmp_path / "run" / name
     for own in (path, tmp_path / "run" / "wandb" / "debug.log"):
         own.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / "config.yaml").touch()
     (tmp_path / "run" / "wandb" / "debug.log").symlink_to(tmp_path / "log")
     (tmp_path / "run" / "latest").symlink_to(tmp_path)
     check_output_folder("auto", tmp_path / "run")

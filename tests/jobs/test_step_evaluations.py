@@ -11,6 +11,7 @@ from repo_fast.engine import start_distributed
 from repo_fast.jobs import checkpoint
 from repo_fast.jobs.step_evaluations import StepEvaluations
 from repo_fast.jobs.training_prompts import read_record
+from repo_fast.report.best import Best, read_best, write_best
 from repo_fast.report.jsonl import read_records
 from repo_fast.rollout.units import Unit
 from tests import scorers
@@ -70,6 +71,44 @@ def test_what_is_written(whole: Path) -> None:
         assert row["mean_reward"] == pytest.approx(sum(response["reward"] for response in responses) / 10)
         assert row["kl"] == pytest.approx(sum(response["kl"] for response in responses) / 10)
     assert (whole / "plots" / "evaluations.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def unsafe(job: Job, tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
+    """Three steps of four, each evaluated, all as unsafe: the first is the best. The run, and its options."""
+    words = (*small(job), "--cost.path tests.scorers:always_unsafe", "--checkpoint.every 1", "--checkpoint.keep 1")
+    evaluated = ("--evaluation.every 1", "--checkpoint.keep_best strict_violation")
+    assert job.here(tmp_path / "run", *words, *evaluated, "--stop_after 3") == 0
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "run")] == ["step-000001", "step-000003"]
+    return tmp_path / "run", (*words, "--resume auto")
+
+
+def test_a_better_policy_is_not_lost_to_other_steps_of_evaluation(job: Job, unsafe: tuple, capsys) -> None:
+    """The checkpoint of a step does not know its evaluation."""
+    run, words = unsafe
+    found = rows(run)
+    found[-1]["strict_violation"] = 0.25
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    write_best(run / "best_policy", Best(3, "strict_violation", 0.25, 1.0))
+    before = snapshot(run / "best_policy")
+    capsys.readouterr()
+    assert job.here(run, *words, "--evaluation.every 4", "--checkpoint.keep_best strict_violation") == 0
+    assert [row["step"] for row in rows(run)] == [0, 1, 2, 3, 4]
+    assert snapshot(run / "best_policy") == before
+    said = " ".join(capsys.readouterr().out.split())
+    # Speed is that of this start alone.
+    assert "has no policy" not in said
+    assert "Medians of 1 steps" in said
+
+
+def test_the_best_by_another_measure_is_looked_for_before_checkpoints_go(job: Job, unsafe: tuple, capsys) -> None:
+    run, words = unsafe
+    capsys.readouterr()
+    options = ("--evaluation.every 1", "--checkpoint.keep_best mean_cost", "--stop_after 3")
+    assert job.here(run, *words, *options) == 0
+    assert [path.name for path in checkpoint.checkpoints(run)] == ["step-000001", "step-000003"]
+    assert read_best(run / "best_policy") == Best(1, "mean_cost", 1.0, 1.0)
+    assert "has no policy" not in capsys.readouterr().out
 
 
 def test_the_best_policy_and_its_checkpoint_are_kept(whole: Path) -> None:

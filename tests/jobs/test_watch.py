@@ -56,7 +56,25 @@ def test_another_measure_is_chosen_by_among_all_evaluations(tmp_path: Path) -> N
         watch.see_evaluation(rows[-1])
     assert watch.best is not None and watch.best.step == 6
     other = watching(tmp_path / "second", options[0], "--checkpoint.keep_best mean_reward", state=watch.state_dict())
-    other.compare(rows)
+    other.catch_up(rows)
     assert other.best is not None and (other.best.step, other.best.value, other.best.value_at_start) == (4, 3.0, 0.5)
     other.see_evaluation({"step": 8, "mean_reward": 1.5, "strict_violation": 0.1})
     assert other.best.step == 4
+
+
+def test_an_evaluation_behind_its_checkpoint_is_looked_at_once(tmp_path: Path) -> None:
+    """Also where the run evaluates at other steps from there on, and would not come to it."""
+    options = ("--evaluation.every 1", "--checkpoint.keep_best strict_violation")
+    watch, rows, state = watching(tmp_path / "first", *options), [], {}
+    for step, violation in ((0, 5.0), (1, 5.0), (2, 1.0)):
+        if step == 2:
+            state = watch.state_dict()
+        rows.append({"step": step, "strict_violation": violation})
+        watch.see_evaluation(rows[-1])
+    other = watching(tmp_path / "second", "--evaluation.every 3", options[1], state=state)
+    for _ in range(2):
+        other.catch_up(rows)
+        other.see_evaluation(rows[-1])
+        assert other.state_dict() == watch.state_dict()
+    other.see_evaluation({"step": 3, "strict_violation": 3.0})
+    assert other.best is not None and (other.best.step, other.best.value) == (2, 1.0)

@@ -5,8 +5,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from repo_fast.speed import host_memory as module
-from repo_fast.speed.host_memory import host_memory
+from repo_fast.speed import host as module
+from repo_fast.speed.host import host_memory
 
 GB = 10**9
 VERSION_2 = ("memory.max", "memory.current", "inactive_file")

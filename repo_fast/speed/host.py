@@ -1,7 +1,7 @@
-"""How much of a machine's memory a process may still take: where batch systems and containers limit it, less than is
-free."""
+"""How much of a machine a process may take: where batch systems and containers limit it, less than there is."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +32,11 @@ def host_memory() -> tuple[int, int]:
                 left = own - int((folder / used).read_text()) + _statistic(folder, files)
                 free = min(free, max(left, 0))
     return free, most
+
+
+def host_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _groups() -> Iterator[Path]:
