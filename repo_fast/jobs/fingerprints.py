@@ -139,7 +139,8 @@ def check_unchanged(folder: Path, run: dict, config: RunConfig, now: dict[str, F
         )
     if changed:
         log.warning("going on with inputs that are not those of checkpoint %s: %s", folder, "; ".join(changed))
-    if changed and any(of in model_paths(config) for of in _changed_options(before, now)):
+    models = {key: before[key] for key in model_paths(config) if key in before}
+    if next(changes(models, now), None) is not None:
         log.warning("a model is another: what was measured before does not compare with what is measured from here on")
 
 
@@ -151,10 +152,6 @@ def _check_held_out(folder: Path, before: dict[str, Fingerprint], now: dict[str,
             f"checkpoint {folder} is of other inputs: {' '.join(change)} since the run started; expected the same: a "
             "run's evaluations compare on the same prompts alone, also with --resume_changed_data true"
         )
-
-
-def _changed_options(before: dict[str, Fingerprint], now: dict[str, Fingerprint]) -> set[str]:
-    return {key for key in before if [*changes({key: before[key]}, now)]}
 
 
 def were_whole(run: dict) -> bool:
